@@ -20,7 +20,7 @@ from naign.observe import trackers_hang
 from naign.storage.store import use_endpoint
 from naign.terminal import outlive_terminal
 from naign.training.loop import train
-from naign.training.prepare import pack_missing
+from naign.training.setup import pack_missing
 
 
 def main() -> None:

@@ -16,28 +16,28 @@ FILE = Path(__file__).parent / "golden.json"
 FLOW = [
     *("--model.name=spatial", "--model.code=2", "--objective.third=none", "--objective.imle=0"),
     *("--objective.reconstruction=0", "--objective.denoising=1", "--objective.damage=mild"),
-    *("--prior.name=flow", "--prior.begin=0.5", "--prior.alone=0.34", "--prior.width=16"),
-    *("--prior.depth=1", "--prior.batch=64", "--prior.passes=2"),
+    *("--prior.name=flow", "--prior.width=16", "--prior.depth=1"),
+    *("--prior.batch=64", "--prior.passes=2", "--prior.images=1024"),
 ]
 TRACES = {
-    "naign": ["--prior.name=halves", "--objective.third=none", "--objective.imle=1", "--objective.denoising=0"],
+    "naign": ["--latents.name=halves", "--objective.third=none", "--objective.imle=1", "--objective.denoising=0"],
     "naign denoising": [
         "--objective.third=none",
         *("--objective.imle=1", "--objective.denoising=1", "--objective.damage=noise"),
         "--train.passes=2",
-        "--prior.name=gaussian",
+        "--latents.name=gaussian",
         "--seed=5",
     ],
     "naign idempotence": [
-        *("--objective.third=idempotence", "--objective.distance=l1+l2", "--prior.name=smooth", "--train.ema=0.9"),
+        *("--objective.third=idempotence", "--objective.distance=norm", "--latents.name=smooth", "--train.ema=0.9"),
         *("--objective.imle=1", "--objective.denoising=0"),
     ],
-    "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--prior.name=fourier"],
+    "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--latents.name=fourier"],
     "flow of codes": FLOW,
-    "student of a flow": [*FLOW, "--prior.student=0.17", "--prior.autoguidance=1"],
+    "student of a flow": [*FLOW, "--prior.student=256", "--prior.autoguidance=1"],
     "mixture of codes": [
         *("--objective.third=none", "--objective.imle=0.3", "--prior.name=gmm", "--prior.components=3"),
-        *("--prior.begin=0.34", "--prior.alone=0", "--objective.denoising=0"),
+        "--objective.denoising=0",
     ],
 }
 RECIPE = [
@@ -49,9 +49,9 @@ ROUNDS = 6
 
 
 def trace(name: str, data: str, folder: Path, env: dict[str, str] | None = None) -> list[dict[str, float]]:
-    """The losses of each round of one short run, by name."""
+    """The losses of each round of one short run, and of the fitted prior, by name."""
     passes = 2 if "--train.passes=2" in TRACES[name] else 1
-    small = [option for option in SMALL if name != "ign" or "imle" not in option]
+    small = [option for option in SMALL if name != "ign" or not option.startswith("--objective")]
     options = [f"--data.path={data}", f"--run.path={folder}", f"--train.images={256 * ROUNDS * passes}", *small]
     own = {option.partition("=")[0] for option in TRACES[name]}
     recipe = [option for option in RECIPE if option.partition("=")[0] not in own]
@@ -59,8 +59,9 @@ def trace(name: str, data: str, folder: Path, env: dict[str, str] | None = None)
     subprocess.run(command, env=env or environment(), check=True, capture_output=True)
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in entry.items() if (key.startswith("loss/") or key == "match/distance")}
+        {key: value for key, value in entry.items() if key.startswith(("loss/", "prior/")) or key == "match/distance"}
         for entry in entries
+        if entry["train/stage"] == 1 or entry["prior/fitted"] == 1
     ]
 
 

@@ -15,7 +15,7 @@ from tests.conftest import SMALL, forked
 
 SMALLER = [option for option in SMALL if "imle" not in option]
 VAE = [*SMALLER, "--model.name=vae", "--objective.name=vae", "--prior.name=code-normal"]
-FLOW = [option for option in SMALLER if "code" not in option] + ["--model.depth=1", "--prior.name=gaussian"]
+FLOW = [option for option in SMALLER if "code" not in option] + ["--model.depth=1", "--latents.name=gaussian"]
 FLOW += ["--model.name=rectified_flow", "--objective.name=rectified_flow", "--train.lr=5e-3"]
 FLOW += ["--model.evaluations=2"]
 BOTH = pytest.mark.parametrize("options", [VAE, FLOW], ids=["vae", "rectified_flow"])

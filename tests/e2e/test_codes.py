@@ -1,4 +1,4 @@
-"""A run whose latents are decoded from codes that a flow or a mixture draws, from training to samples."""
+"""Runs with a prior of codes, a flow or a mixture: from training in two stages to samples of both kinds."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from naign.model.naign import NAIGN
 from naign.model.scale import scaled
 from tests.conftest import SMALL, forked
 
-CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.passes=2"]
+CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.passes=2", "--prior.images=1024"]
 
 
 @pytest.mark.slow
@@ -23,27 +23,29 @@ CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.p
 def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, network):
     size = "--model.code=2" if network == "spatial" else "--model.code=16"
     options = [f"--data.path={digits}", *SMALL, *CODES, f"--model.name={network}", size, "--prior.depth=1"]
-    options += ["--prior.student=0.25", "--prior.autoguidance=1"]
-    done = train(*options, "--run.path=run", "--train.images=4096", "--checkpoint.rounds=4", "--checkpoint.keep=0")
+    options += ["--prior.student=256", "--prior.autoguidance=1"]
+    done = train(*options, "--run.path=run", "--train.images=2048", "--checkpoint.rounds=4", "--checkpoint.keep=0")
     assert done.returncode == 0, done.stderr
 
-    # In the first half f is trained, then the flow, then its student.
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert ["loss/total" in line for line in lines] == [True] * 8 + [False] * 8
-    assert ["loss/codes" in line for line in lines] == [False] * 8 + [True] * 4 + [False] * 4
-    assert ["loss/student" in line for line in lines] == [False] * 12 + [True] * 4
-    seen = [(line["images_seen"], line["codes_seen"], line["train/prior_only"]) for line in lines]
-    assert seen == [(min(256 * n, 2048), max(0, 256 * (n - 8)), float(n > 8)) for n in range(1, 17)]
-    steps = [line["step"] for line in lines]
-    assert steps[7] == 64 and steps[8:] == sorted(set(steps[8:])), "steps of f, then the prior's own"
-    assert lines[-1]["share/learn"] > 0.1
-    early, half, last = (
-        load_file(tmp_path / f"run/checkpoints/step-{step:08d}/model.safetensors") for step in (32, 64, steps[-1])
+    first = [line for line in lines if line["train/stage"] == 1]
+    assert [(line["round"], line["images_seen"], line["codes_seen"]) for line in first] == [
+        (number, 256 * (number + 1), 0) for number in range(8)
+    ]
+    assert all("loss/total" in line and "match/distance" in line for line in first)
+    last = lines[-1]
+    assert (last["train/stage"], last["images_seen"], last["codes_seen"]) == (2, 2048, 1024)
+    assert last["prior/fitted"] == 1 and last["prior/student"] > 0
+    assert last["step"] == 64 + 32 + 8 + 1, "steps of f, of the flow, of its student, and the end"
+    early, half, whole = (
+        load_file(tmp_path / f"run/checkpoints/step-{step:08d}/model.safetensors") for step in (32, 64, last["step"])
     )
     for name, value in half.items():
-        changed = not torch.equal(value, last[name])
+        changed = not torch.equal(value, whole[name])
         assert changed == name.startswith("prior."), name
     assert all(not torch.equal(value, half[name]) for name, value in early.items() if name.startswith("encoder."))
+    noise = NAIGN.from_pretrained(tmp_path / "run").sample(4, latents="noise")
+    assert not torch.equal(noise, NAIGN.from_pretrained(tmp_path / "run").sample(4))
 
     made = NAIGN.from_pretrained(tmp_path / "run").sample(6)
     again = NAIGN.from_pretrained(tmp_path / "run").sample(4)
@@ -54,7 +56,7 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     mixed = NAIGN.from_pretrained(tmp_path / "mixed")
     trained = NAIGN.from_pretrained(tmp_path / "run").metadata["cpu_seconds"]
     assert mixed.metadata["prior"]["components"] == 3 and mixed.metadata["cpu_seconds"] > trained
-    place = tmp_path / f"run/checkpoints/step-{steps[-1]:08d}"
+    place = tmp_path / f"run/checkpoints/step-{last['step']:08d}"
     for to, said in ((place, "is a checkpoint"), (tmp_path / "run", "is a run, or in one")):
         done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", str(to))
         assert done.returncode == 2 and said in done.stderr
@@ -64,7 +66,7 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     done = naign("evaluate", "mixed", "--samples", "300")
     assert done.returncode == 0, done.stderr
     done = naign("sample", "run", "--prior", "gmm", "--components", "500")
-    assert done.returncode == 2 and "needs 10000 images" in done.stderr
+    assert done.returncode == 2 and "fewer than 20 codes a component" in done.stderr
     assert naign("export", "run", "--steps", "3", "--to", "finer").returncode == 0
     finer, taught = (NAIGN.from_pretrained(tmp_path / name).prior for name in ("finer", "run"))
     assert finer.config.steps == 3 and not finer.config.student
@@ -79,16 +81,16 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, tmp_path):
+def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.components=3"]
-    options += ["--prior.begin=0.5", "--prior.alone=0.5", "--train.images=2048"]
+    options += ["--train.images=2048"]
     train_thrice(*options)
     found = {run: NAIGN.from_pretrained(tmp_path / run) for run in ("run", "ranks", "stopped")}
     assert found["run"].prior.weights.shape == (3,) and float(found["run"].prior.weights.min()) > 0
     for name, value in found["run"].prior.state_dict().items():
         assert torch.equal(value, found["stopped"].prior.get_buffer(name)), name
     images = scaled(read_split(str(digits), "train")[0])
-    for run, model in found.items():  # f stayed as it was in the second half: these are the codes that were followed
+    for run, model in found.items():
         codes, prior = model.network.encode(images).detach(), model.prior
         apart = prior.weights @ prior.means - codes.mean(0)
         assert float((apart / codes.std(0).mean()).abs().max()) < 0.15, run
@@ -100,24 +102,26 @@ def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, train
 
 
 STOP = """
-import sys
-import naign.training.loop as loop
+import naign.model.prior.mixture as mixture
 from naign.errors import Stopped
-def take(*_):
-    raise Stopped
-loop.take = take
+def fit(self, codes, fit=mixture.Mixture.fit):
+    for number, fitted in enumerate(fit(self, codes)):
+        yield fitted
+        if number == {after}:
+            raise Stopped
+mixture.Mixture.fit = fit
 import pipeline.train
 pipeline.train.main()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prior", [["gmm", "--prior.components=3", "--prior.begin=0.225"], ["fourier"], ["smooth"]])
-def test_a_stop_before_the_prior_has_learned(train, digits, tmp_path, prior):
-    options = [f"--data.path={digits}", *SMALL, f"--prior.name={prior[0]}", *prior[1:], "--train.images=512"]
-    command = [sys.executable, "-c", STOP, *options, "--run.path=run"]
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_stop_within_the_fit_of_the_prior(train, digits, tmp_path, after):
+    options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.components=3", "--train.images=512"]
+    command = [sys.executable, "-c", STOP.format(after=after), *options, "--run.path=run"]
     stopped = subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
-    assert stopped.returncode == INTERRUPTED and "the same command goes on from here" in stopped.stdout
+    assert stopped.returncode == INTERRUPTED and "the same command goes on from here" in stopped.stdout, stopped.stderr
     for path in ("run", "whole"):
         done = train(*options, f"--run.path={path}")
         assert done.returncode == 0, done.stderr
@@ -127,15 +131,22 @@ def test_a_stop_before_the_prior_has_learned(train, digits, tmp_path, prior):
 
 
 @pytest.mark.slow
+def test_a_larger_budget_fits_the_prior_anew(train, digits, tmp_path):
+    options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.components=3", "--run.path=run"]
+    assert train(*options, "--train.images=512").returncode == 0
+    done = train(*options, "--train.images=1024", "--resume=changed")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["train/stage"] for line in lines if line["images_seen"] > 512][-1] == 2
+
+
+@pytest.mark.slow
 def test_networks_without_a_code_are_refused(train, naign, digits, tmp_path):
     points = [option for option in SMALL if not option.startswith("--model.code")]
     points += [f"--data.path={digits}", "--model.name=mlp", "--train.images=256", "--run.path=run"]
     done = train(*points, "--prior.name=flow")
     assert done.returncode == 2 and "this network has no code" in done.stderr
     assert not (tmp_path / "run").exists()
-    short = [f"--data.path={digits}", *SMALL, *CODES, "--run.path=short", "--train.images=256"]
-    done = train(*short)
-    assert done.returncode == 2 and "is after the last of 1 rounds" in done.stderr and not (tmp_path / "short").exists()
-    assert train(*points, "--prior.name=gaussian").returncode == 0
+    assert train(*points, "--latents.name=gaussian").returncode == 0
     done = naign("export", "run", "--prior", "gmm", "--to", "none")
     assert done.returncode == 2 and "has no code" in done.stderr

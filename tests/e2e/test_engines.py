@@ -113,13 +113,20 @@ def test_engines_train_as_ddp_does_and_resume_bit_for_bit_and_export(name, plain
 
 
 CODES = ["--prior.name=flow", "--prior.width=32", "--prior.passes=4", "--prior.batch=64"]
-CODES += ["--prior.begin=0", "--prior.student=0.25", "--prior.classes", "--objective.imle=0", "--objective.denoising=1"]
+CODES += [
+    "--prior.images=512",
+    "--prior.student=256",
+    "--prior.classes",
+    "--objective.imle=0",
+    "--objective.denoising=1",
+]
 
 
 def prior_losses(run: Path) -> list[float]:
-    """Of the flow, and then of its student."""
+    """Of f, and in the end of the flow's student."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line.get("loss/student", line.get("loss/codes")) for line in lines]
+    f = [line["loss/total"] for line in lines if line["train/stage"] == 1]
+    return [*f, lines[-1]["prior/student"]]
 
 
 @pytest.mark.slow
@@ -150,9 +157,8 @@ def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, di
     done = launch(engine(name, tmp_path), tmp_path, *options(digits, "run"), ranks=ranks)
     assert done.returncode == 0, done.stderr
     found, expected = losses(tmp_path / "run"), losses(plain)[2:]
-    # Another number of ranks takes other images together in a step; without AdamW's moments it would be ten times that.
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-5 if ranks == 2 else 5e-3)
+    for ours, theirs in zip(found, expected, strict=True):  # the images of a step are the same on every world size
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -26,19 +26,22 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def losses(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name.startswith("loss/")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name.startswith("loss/")}
+        for line in lines
+        if line["train/stage"] == 1
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("varied", ["smooth", "flow"])
+@pytest.mark.parametrize("varied", ["none", "flow"])
 def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
     options = [f"--data.path={digits}", *SMALL, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
     options += (
-        ["--prior.name=flow", "--prior.width=32", "--prior.student=0.45"]
+        ["--prior.name=flow", "--prior.width=32", "--prior.images=1024", "--prior.student=512"]
         if varied == "flow"
-        else [f"--prior.name={varied}"]
+        else ["--prior.name=none"]
     )
-    options += ["--match.assignment=one_to_one"] if varied == "smooth" else []
     whole = train("--run.path=whole", *options)
     assert whole.returncode == 0, whole.stderr
 
@@ -68,7 +71,7 @@ def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
 def test_other_optimizers_go_on_bit_for_bit(train, digits, tmp_path, optimizer):
     options = [f"--data.path={digits}", *SMALL, "--train.images=1024", f"--train.optimizer={optimizer}"]
-    options += ["--train.schedule=wsd", "--checkpoint.rounds=2", "--checkpoint.keep=0"]
+    options += ["--checkpoint.rounds=2", "--checkpoint.keep=0"]
     done = train("--run.path=whole", *options)
     assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / "whole/checkpoints/step-00000016", tmp_path / "again/checkpoints/step-00000016")

@@ -15,8 +15,7 @@ from tests.checkpoint.written import write_checkpoint
 from tests.conftest import SMALL
 from tests.proxy import FaultProxy
 
-CODES = ["--prior.name=flow", "--prior.width=32", "--prior.passes=8", "--prior.batch=64"]
-CODES += ["--prior.begin=0"]
+CODES = ["--prior.name=flow", "--prior.width=32", "--prior.passes=2", "--prior.batch=64", "--prior.images=512"]
 
 
 def first_loss(run: Path) -> dict[str, float]:
@@ -61,7 +60,7 @@ def test_what_it_cannot_begin_from_is_refused_before_anything_is_written(train, 
         torch.save({"encoder.0.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     if given == "mlp":
         points = [option for option in SMALL if not option.startswith("--model.code")]
-        options = ["--model.name=mlp", "--prior.name=gaussian"]
+        options = ["--model.name=mlp", "--latents.name=gaussian"]
         assert train(f"--data.path={digits}", *points, *options, "--run.path=mlp", "--train.images=256").returncode == 0
     place = "model.safetensors" if given == "a pickle" else given
     done = train(f"--data.path={digits}", *SMALL, f"--model.init={place}", "--run.path=run")
@@ -72,7 +71,12 @@ def test_what_it_cannot_begin_from_is_refused_before_anything_is_written(train, 
 
 @pytest.mark.slow
 def test_one_rank_fetches_one_file_of_a_run_in_a_bucket(train, digits, bucket: str, proxy: FaultProxy, tmp_path):
-    metadata = {"model": {"name": "conv", "width": 8, "code": 16}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
+    metadata = {
+        "model": {"name": "conv", "width": 8, "code": 16},
+        "shape": [1, 8, 8],
+        "latents": {"name": "gaussian"},
+        "prior": {"name": "none"},
+    }
     model = NAIGN(build_network(ConvConfig(width=8, code=16), (1, 8, 8)), metadata)
     checkpoint = tmp_path / "other/checkpoints/step-00000010"
     write_checkpoint(checkpoint, model.save_pretrained)

@@ -10,14 +10,13 @@ from accelerate import Accelerator
 
 from naign.config import parse
 from naign.model.networks import build_network
-from naign.model.prior import build_prior
 from naign.training.engines import build_engine
-from naign.training.fit import fit
+from naign.training.loop import fit
 from tests.conftest import ROOT, environment
 from tests.training.card import STEPS, Watch, cases, round_of
 
 MOST = {  # of STEPS steps, a draw, and two steps of learning
-    **{"mnist": 900, "cifar10": 2800, "folder64": 3700, "folder256": 5600},
+    **{"mnist": 900, "cifar10": 2800, "folder64": 3700},
     **{"cifar10's flow draws": 2000, "cifar10's student draws": 400, "cifar10's flow learns": 4200},
 }
 
@@ -36,7 +35,7 @@ def test_steps_draws_and_learning_mix_no_devices_and_wait_for_none():
 
 @pytest.mark.parametrize(("name", "shape", "most"), [("mnist", (1, 28, 28), 250), ("cifar10", (3, 32, 32), 900)])
 def test_launches_of_a_fit_step(name, shape, most):
-    options = ["--prior.name=gaussian", "--objective.imle=0.3", "--train.batch=2", "--train.precision=bf16"]
+    options = ["--latents.name=gaussian", "--objective.imle=0.3", "--train.batch=2", "--train.precision=bf16"]
     config = parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options])
     network = build_network(config.model, shape)
     engine = build_engine(config, network, Accelerator(mixed_precision="bf16", cpu=True))
@@ -44,9 +43,9 @@ def test_launches_of_a_fit_step(name, shape, most):
     for group in engine.optimizer.param_groups:
         group["fused"] = True
     device = torch.device("cpu")
-    run, state = round_of(config, shape, device, engine, build_prior(config.prior, shape, network))
+    run, images, match = round_of(config, shape, device, engine)
     with Watch() as watch:
-        fit(run, state)
+        fit(run, images, match)
     assert watch.launches["philox"] == STEPS * 3
     assert sum(watch.launches.values()) <= STEPS * most, watch.launches.most_common(20)
     assert not watch.problems

@@ -5,18 +5,13 @@ import sys
 from contextlib import nullcontext
 from threading import Barrier, Thread
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from naign.config import parse
 from naign.errors import InputError, Stopped
-from naign.model.prior import Prior, PriorConfig
-from naign.training import round as current
-from naign.training.learn_prior import learn_prior, tracked_every
-from naign.training.run import Phases
-from naign.training.state import Position
+from naign.training import loop
+from naign.training.trainer import Phases
 from tests.conftest import SMALL, forked
 
 LOOKS = 6
@@ -49,7 +44,7 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
         barrier.wait()
         return sums
 
-    monkeypatch.setattr(current, "total", lambda values, accelerator: total(values, accelerator.rank))
+    monkeypatch.setattr(loop, "total", lambda values, accelerator: total(values, accelerator.rank))
     beats, results = [0] * len(streams), [None] * len(streams)
 
     def read(rank):
@@ -60,9 +55,10 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
             accelerator=SimpleNamespace(rank=rank, num_processes=1),
             watchdog=SimpleNamespace(beat=beat),
             stop=SimpleNamespace(seen=lambda: stop),
+            stream=streams[rank],
         )
         try:
-            results[rank] = current.read_round(run, streams[rank], 3)
+            results[rank] = loop.read_round(run, 3)
         except (InputError, Stopped) as error:
             results[rank] = type(error)
 
@@ -106,57 +102,6 @@ def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
     full = rf"full in round 3, phase {phase}: .*{remedy}.* 2 GiB"
     with pytest.raises(InputError, match=full), phases.enter(phase):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-
-@pytest.mark.parametrize(
-    ("size", "batch", "options", "encoded"),
-    [
-        (8192, 128, [], 1024),
-        (25600, 256, [], 1024),
-        (2048, 64, [], 1024),
-        (1408, 64, [], 1408),  # of fewer images than twice those needed all are encoded
-        (6 * 640, 640, [], 1280),  # three divides the steps of a round, so that it divides every rank's rows
-        (8192, 128, ["--objective.imle=0.3"], 8192),  # f is trained on what is drawn
-    ],
-)
-def test_before_the_flow_begins_the_same_part_of_a_round_is_encoded_on_every_world_size(size, batch, options, encoded):
-    given = ["--data.path=x", "--prior.name=flow", "--objective.imle=0", "--objective.denoising=1", *options]
-    every = tracked_every(parse([*given, f"--match.round={size}", f"--train.batch={batch}"]))
-    rows = [range(0, size, every)]
-    for world in (world for world in (2, 4, 5, 8, 32) if batch % world == 0):
-        share = size // world
-        rows.append([rank * share + row for rank in range(world) for row in range(0, share, every)])
-    assert len(rows) > 2 and all(list(one) == list(rows[0]) for one in rows) and len(rows[0]) == encoded
-
-
-class Steps(Prior):
-    """A prior that makes ten steps in a round, of which it keeps count."""
-
-    learns, done = True, 0
-
-    def learn(self, examples):
-        while self.done < 10:
-            self.done += 1
-            yield 0.0
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_every_stop_while_the_prior_learns_has_a_checkpoint_of_its_own(alone):
-    """In a round of f, too; and in the end the name is that of a run that was not stopped."""
-
-    def names(*stops):
-        position, steps = Position(step=64, round=1), []
-        prior = Steps(PriorConfig(), (2,))
-        for stop in stops:
-            run = MagicMock(prior=prior, position=position, prior_only=alone, config=parse(["--data.path=x"]))
-            run.rounds = run.network_rounds = 2
-            run.stop.poll_stop = lambda elapsed, stop=stop: (stop, elapsed)
-            with pytest.raises(Stopped) if stop else nullcontext():
-                learn_prior(run, SimpleNamespace(images=torch.zeros(4, 2), labels=None, number=1))
-            steps.append(position.step)
-        return steps
-
-    assert names(True, True, False) == [66, 68, 74 + alone] and names(False) == [74 + alone]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a round reports: pictures of the network that every number is of."""
+"""What a run reports: pictures of the network that every number is of."""
 
 from types import SimpleNamespace
 
@@ -7,23 +7,29 @@ import torch
 
 from naign import philox
 from naign.config import parse
-from naign.model.prior import build_prior
+from naign.model.prior import build_latents
 from naign.observe import grid
-from naign.training.report import draw
-from naign.training.round import RoundRandom
+from naign.training.report import _draw
+from naign.training.state import State
 
 SHAPE = (1, 8, 8)
 
 
-def random(number: int) -> RoundRandom:
-    config = parse(["--data.path=x", "--prior.name=gaussian"])
-    prior = build_prior(config.prior, SHAPE, torch.nn.Identity())
-    return RoundRandom(config, number, SHAPE, torch.device("cpu"), prior)
-
-
 def test_pictures_are_of_the_exported_network_and_of_the_same_latents_in_every_round():
-    engine = SimpleNamespace(exported=lambda part, x: x.tanh())  # without `sample`, which has the raw weights
-    first, later = (draw(engine, random(number), torch.zeros(20, *SHAPE))["samples"] for number in (3, 9))
+    config = parse(["--data.path=x", "--latents.name=gaussian", "--prior.name=none"])
+    latents = build_latents(config.latents, SHAPE)
+    run = SimpleNamespace(
+        config=config,
+        engine=SimpleNamespace(exported=lambda part, x: x.tanh()),  # without `sample`, which has the raw weights
+        latents=latents,
+        prior=SimpleNamespace(labels=(), learns=False),
+        state=State(round=3),
+        watchdog=SimpleNamespace(beat=lambda: None),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )
+    first = _draw(run, torch.zeros(20, *SHAPE))["samples"]
+    run.state.round = 9
+    later = _draw(run, torch.zeros(20, *SHAPE))["samples"]
     assert np.array_equal(first, later)
-    latents = random(philox.SAMPLES).latents(torch.arange(64))
-    assert np.array_equal(first, grid(latents.tanh(), columns=8))
+    drawn = latents.draw(config.seed, philox.SAMPLES, torch.arange(64), "cpu")
+    assert np.array_equal(first, grid(drawn.tanh(), columns=8))

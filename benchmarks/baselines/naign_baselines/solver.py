@@ -32,7 +32,7 @@ def main(
     config = FlowNetworkConfig(**model.metadata["model"] | {"evaluations": evaluations, "solver": solver})
     model.network.evaluations, model.network.solver = config.evaluations, config.solver
     metadata = model.metadata | {"model": asdict(config)}
-    NAIGN(model.network, metadata, model.prior.state_dict()).save_pretrained(to)
+    NAIGN(model.network, metadata, model.state).save_pretrained(to)
     print(f"exported: {to / 'model.safetensors'}")
 
 

@@ -42,17 +42,17 @@ def newest_first(remote: str) -> Iterator[str]:
             yield name
 
 
-def round_of(remote: str, name: str) -> int:
-    """The round of a checkpoint; -1 if trainer.json does not say, or a file is missing or of another size."""
+def read_trainer(remote: str, name: str) -> dict[str, Any]:
+    """The content of a checkpoint's trainer.json; {} if a file is missing or of another size."""
     where = f"{remote}/checkpoints/{name}"
     try:
         for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
             store, base = locate(f"{where}/{file}")
             if not store.exists(base) or store.size(base) != entry["bytes"]:
-                return -1
-        return int(json.loads(open_store(where).read("trainer.json"))["round"])
+                return {}
+        return dict(json.loads(open_store(where).read("trainer.json")))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return -1
+        return {}
 
 
 def download(remote: str, name: str, checkpoints: Path) -> Path:

@@ -295,7 +295,7 @@ def _open(run: str, device: str) -> "NAIGN":
     with busy(f"reading {run}"):
         model = NAIGN.from_pretrained(run, device=device)
     if model.checkpoint:
-        print(f"{run}: the {model.choice} checkpoint, {model.checkpoint}", file=sys.stderr)
+        print(f"{run}: the newest checkpoint, {model.checkpoint}", file=sys.stderr)
     return model
 
 

@@ -177,7 +177,7 @@ def predict(job: Job) -> str:
         prior = build_prior(settings.prior, shape, network, labels=labels)
         drawn, saved = (sum(t.nbytes for t in state().values()) for state in (prior.state_dict, prior.training_state))
     weights, forward = sum(value.nbytes for value in network.parameters()), forward_flops(network, shape)
-    match, train, alone, keep = settings.match, settings.train, settings.prior.alone, settings.checkpoint.keep
+    match, train, keep = settings.match, settings.train, settings.checkpoint.keep
     images, pool, width = match.round * train.passes, match.pool * settings.objective.needs_match, math.prod(shape)
     generate, search = pool * forward, 2 * width * match.round * pool
     fit = images * fit_flops(forward, settings.objective.forwards)
@@ -192,6 +192,6 @@ def predict(job: Job) -> str:
         ("a checkpoint", f"{((copies - 1) * weights + (copies - 3) * drawn + saved) / 1e9:.3f} GB, {keep} kept"),
         ("a round", f"{(generate + search + fit) / 1e12:.2g} TFLOP: generate {generate / 1e12:.2g}, search at most"
          f" {search / 1e12:.2g}, fit {fit / 1e12:.2g}{', learn (the prior) not counted' * prior.learns}{between}"),
-        ("the run", f"{rounds} rounds, {rounds * (1 - alone) * (generate + search + fit) / 1e15:.2g} PFLOP"),
+        ("the run", f"{rounds} rounds, {rounds * (generate + search + fit) / 1e15:.2g} PFLOP"),
     )  # fmt: skip
     return "\n".join(f"{name:12}  {text}" for name, text in rows) + unknown

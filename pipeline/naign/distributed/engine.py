@@ -17,7 +17,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from naign.distributed.optimizers import find_optimizer
+from naign.distributed.optimizers import clip_and_step, find_optimizer, whole
 from naign.errors import require
 
 State = dict[str, Tensor]  # `weight` of a parameter and, from the first step on, the optimizer's tensors, each whole
@@ -138,18 +138,11 @@ class Engine:
 
     def _step(self) -> float | Tensor:
         # Accelerate's own clipping and stepping look for packages at every step; only a scaler needs them.
-        scaled = self.accelerator.scaler is not None
-        clip = self.accelerator.clip_grad_norm_ if scaled else nn.utils.clip_grad_norm_
-        on_device = _whole(clip(self._names.values(), self._clip or math.inf).detach())
-        if self.ahead:
-            self._adam.grad_scale, self._adam.found_inf = None, (~on_device.isfinite()).float()  # 1 skips
-            self._adam.step()
-            self._adam.zero_grad(set_to_none=True)
-            return on_device
-        norm = float(on_device)
-        if math.isfinite(norm) or scaled:  # a scaler skips the step itself, and adapts
-            (self.optimizer if scaled else self._adam).step()
-        self._adam.zero_grad(set_to_none=True)
+        if self.accelerator.scaler is None:
+            return clip_and_step(self._adam, self._names.values(), self._clip, ahead=self.ahead)
+        norm = float(self.accelerator.clip_grad_norm_(self._names.values(), self._clip or math.inf))
+        self.optimizer.step()  # the scaler skips the step itself, and adapts
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def set_lr(self, lr: float) -> None:
@@ -160,7 +153,7 @@ class Engine:
     def _average(self, norm: float | Tensor) -> None:
         assert self.ema is not None
         with self.gathered():
-            now = [_whole(value.detach()).to(torch.float32) for value in self.bare.parameters()]
+            now = [whole(value.detach()).to(torch.float32) for value in self.bare.parameters()]
             averages: Any = list(self.ema.parameters())
             if isinstance(norm, Tensor):  # not at all after a step that was none
                 change = torch._foreach_sub(now, averages)
@@ -181,8 +174,8 @@ class Engine:
             state = self._adam.state.get(parameter, {})
             odd = [key for key in state if key != "step" and not getattr(state[key], "is_floating_point", bool)()]
             require((not odd, f"the optimizer keeps {odd} of a weight, no tensors of floats: choose another one"))
-            tensors = {key: _whole(state[key]) for key in state if key != "step"}
-            yield name, {"weight": _whole(parameter.detach()).float(), **tensors}
+            tensors = {key: whole(state[key]) for key in state if key != "step"}
+            yield name, {"weight": whole(parameter.detach()).float(), **tensors}
 
     @property
     def steps(self) -> int:
@@ -226,12 +219,6 @@ class Engine:
     def scale(self, state: dict[str, float]) -> None:
         if self.accelerator.scaler is not None and "scale" in state:
             self.accelerator.scaler.load_state_dict(state)
-
-
-def _whole(value: Tensor) -> Tensor:
-    """A tensor, whole also where its rows are on different ranks; then collective."""
-    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole
 
 
 def _like(value: Tensor, other: Any) -> Tensor:

@@ -4,12 +4,13 @@ The state of an optimizer is what it keeps by parameter, in tensors, besides the
 checkpoint holds no more. Another package adds one as an entry point of the group `naign.optimizers`.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from naign.errors import InputError, one_line, require
@@ -65,3 +66,35 @@ def find_optimizer(name: str) -> Build:
     except Exception as error:  # whatever another package's function may raise
         raise InputError(f"train.optimizer '{name}' cannot be built: {one_line(error)}: fix its package") from None
     return build
+
+
+def clip_and_step(
+    optimizer: Any,
+    parameters: Iterable[Tensor],  # with gradients
+    clip: float,  # largest norm of the gradient; 0 does not clip
+    *,
+    ahead: bool,  # a fused optimizer, which skips on the device
+) -> float | Tensor:
+    """Clip the gradient's norm, make a step, which is skipped if the norm is not finite, and drop the gradients.
+
+    Returns the norm before clipping, with `ahead` on the device.
+    """
+    norm = whole(nn.utils.clip_grad_norm_(parameters, clip or math.inf).detach())
+    if ahead:
+        optimizer.grad_scale = None
+        optimizer.found_inf = (~norm.isfinite()).float()  # 1 skips
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+    known = float(norm)
+    if math.isfinite(known):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return known
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor, whole also where its rows are on different ranks; then collective."""
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()
+    return value

@@ -64,6 +64,7 @@ class StopPoll:
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop, self._stride, self._calls, self._last = stop, 2, 0, time.monotonic()
+        self.elapsed = 0.0  # seconds up to the last poll, on the slowest rank; the same on every rank
 
     def __call__(self) -> bool:
         """Collective: whether to stop here, the same on every rank."""
@@ -72,6 +73,7 @@ class StopPoll:
             return False
         now = time.monotonic()
         stopping, elapsed = self._stop.poll_stop(now - self._last)
+        self.elapsed += elapsed
         # A function of values that all ranks share, so that their strides stay equal; the first one times a step.
         self._stride = max(1, min(8 * self._stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
         self._calls, self._last = 0, now

@@ -76,7 +76,7 @@ def evaluate(
             "counts": subject.counts,
             "warnings": list(write_warnings(subject, trained_with, config.split)),
             "weights": fingerprint(model),
-            "checkpoint": {"name": model.checkpoint, "choice": model.choice} if model.checkpoint else None,
+            "checkpoint": model.checkpoint or None,
             "notes": [*write_notes(subject, metrics, beyond), *missing],
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"a CPU, {threads} threads",
             "seconds": round(time.monotonic() - start, 1),

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from naign.checkpoint.manifest import MANIFEST, by_step, read_best
+from naign.checkpoint.manifest import MANIFEST, by_step
 from naign.errors import InputError, printable, require
-from naign.settings.budget import count_network_rounds, is_done
+from naign.settings.budget import count_rounds, is_done
 
 MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 """A folder with one of them is a run."""
@@ -98,10 +98,9 @@ def read_run(folder: Path, name: str) -> Run:
         measured = read_json(file, next((line for line in reversed(lines) if b'"quality/fd"' in line), b""))
         names = by_step(file.parent.name for file in folder.glob(f"checkpoints/*/{MANIFEST}"))
         trainer = read_json(folder / "checkpoints" / names[0] / "trainer.json") if names else {}
-        rounds = int(trainer.get("round", 0) if kept else last.get("round", -1) + 1)
         seen = max(int(line.get("images_seen", 0)) for line in (last, trainer))
-        images = count_network_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
-        done = is_done(settings, rounds, read_best(str(folder.absolute())))
+        images = count_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
+        done = is_done(settings, trainer if kept else last)
         ended = "done" if done else "stopped" if kept else "unknown"
         quality = _quality({"evaluation": flat(read_json(folder / "evaluation/metrics.json")), "training": measured})
     except MALFORMED as error:

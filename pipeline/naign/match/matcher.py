@@ -14,7 +14,7 @@ from naign.match.across_ranks import Answer, Blocks, search
 from naign.match.assign import assign_once
 from naign.match.exchange import Ranks, ranks_of
 from naign.match.method import METHODS
-from naign.settings.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
+from naign.settings.constraints import FREE, POSITIVE, SHARE, between, one_of
 
 PROBE = 1024  # first samples of the pool, in whole blocks, of which `reject_share` is the share to reject
 
@@ -39,8 +39,8 @@ class MatchConfig:
     method: str = field(default="auto", metadata=FREE | one_of(METHODS))
     """How to search: flat, indexed, projected, rounded, or auto, which tries them. The match is the same."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "match")
+    def check(self) -> None:
+        """Raise InputError for settings that contradict each other."""
         if self.assignment == "one_to_one" and self.pool < self.round:
             few = f"match.ratio={self.ratio} makes {self.pool} for {self.round} images: use --match.ratio=1 or more"
             raise InputError(f"match.assignment={self.assignment} gives no two images one sample, and {few}")

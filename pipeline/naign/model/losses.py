@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from naign.data import damage
 from naign.errors import require
-from naign.settings.constraints import AT_LEAST_0, check_fields, one_of
+from naign.settings.constraints import AT_LEAST_0, one_of
 from naign.settings.registry import lookup
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -23,10 +23,8 @@ DISTANCES: dict[str, Distance] = {
     "l1": lambda a, b: (a - b).abs().mean(),
     "l2": lambda a, b: (a - b).square().mean(),
     "norm": lambda a, b: (a - b).flatten(1).norm(dim=1).mean() / math.sqrt(a[0].numel()),
-    "l1+l2": lambda a, b: (a - b).abs().mean() + (a - b).square().mean(),
 }
 Network = Callable[[Tensor], Tensor]
-FAINT = 1e-2  # square of the length below which a position's features count for less than their direction
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,11 +39,12 @@ class ObjectiveConfig:
     needs_frozen = False
     """Whether the loss evaluates `Batch.frozen`, the module without the engine's wrapper. FSDP2, ZeRO-3, and ZeRO in
     half precision do not allow that."""
-    damage, noise, perceptual, encoder = "noise", 0.0, 0.0, ""
-    """The values for objectives without settings of these names."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "objective")
+    damage = "noise"
+    noise = 0.0
+
+    def check(self) -> None:
+        """Raise InputError for settings that contradict each other."""
 
     @property
     def needs_latents(self) -> bool:
@@ -75,16 +74,7 @@ class DistanceConfig(ObjectiveConfig):
     """Base of the settings of objectives whose terms are distances d between images: `Batch.distance`."""
 
     distance: str = field(default="l1", metadata=one_of(DISTANCES))
-    """d in every term: l1, l2 (squared) or l1+l2, as means over values; or norm, each sample's root mean square."""
-    perceptual: float = field(default=0.0, metadata=AT_LEAST_0)
-    """Weight within d of the difference of two images in the layers of a frozen encoder."""
-    encoder: str = ""
-    """perceptual: mnist-cnn64, efficientnet-lite0, timm:NAME or a file. Choose another one for evaluation."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "objective")
-        given = f"objective.perceptual is {self.perceptual} and objective.encoder '{self.encoder}'"
-        require((bool(self.perceptual) == bool(self.encoder), f"{given}: give both or none"))
+    """d in every term: l1 or l2 (squared), as means over values; or norm, each sample's root mean square."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,12 +82,10 @@ class NaignConfig(DistanceConfig):
     name: str = "naign"
     reconstruction: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(x), x)."""
-    imle: float = field(default=0.0, metadata=AT_LEAST_0)
+    imle: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(z*), x), z* the latent whose sample is nearest to x; 0: no match, and no sample is trained on."""
-    third: str = field(default="none", metadata=one_of(("none", "idempotence", "matched")))
-    """none, idempotence d(f(f(z*)), f(z*)) or matched d(f(f(z*)), x)."""
-    third_weight: float = field(default=1.0, metadata=AT_LEAST_0)
-    """Weight of the third term."""
+    third: str = field(default="matched", metadata=one_of(("none", "idempotence", "matched")))
+    """Third term, of weight 1: none, idempotence, d(f(f(z*)), f(z*)), or matched, d(f(f(z*)), x)."""
     denoising: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(damaged x), x)."""
     damage: str = "mixed"
@@ -108,12 +96,11 @@ class NaignConfig(DistanceConfig):
     noise: float = field(default=0.5, metadata=AT_LEAST_0)
     """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 
-    def __post_init__(self) -> None:
-        DistanceConfig.__post_init__(self)
-        damage.find_damage(self.damage)
-        third = self.third != "none" and self.third_weight
-        weighed = self.reconstruction or self.imle or third or self.denoising
+    def check(self) -> None:
+        weighed = self.reconstruction or self.imle or self.third != "none" or self.denoising
         require((weighed, "objective.reconstruction and all other terms weigh 0: nothing would be trained"))
+        if self.denoising:
+            damage.find_damage(self.damage)
 
     @property
     def needs_latents(self) -> bool:
@@ -135,7 +122,7 @@ class Batch:
     images: Tensor  # (b, *shape) float32
     latents: Tensor | None = None  # (b, *shape) float32, the matched ones if needs_match; None if not needs_latents
     damaged: Tensor | None = None  # (b, *shape) float32: the images, damaged; None if not needs_damaged
-    distance: Distance  # that of `choose_distance`
+    distance: Distance  # of the settings
     frozen: nn.Module  # bare: `functional_call(frozen, detached weights, (x,))` is f(x) with its present weights held
     normals: Callable[[int], Tensor]  # of a chain's step: (b, *shape) float32, standard normals by number and step
 
@@ -146,30 +133,9 @@ Returns scalars: the weighted sum as `total`, and each unweighted term by its na
 one forward of all their inputs."""
 
 
-def choose_distance(config: ObjectiveConfig, perceptual: Distance | None) -> Distance:
-    """The distance d of the settings, with its perceptual part if that has a weight; l1 where they have none."""
-    plain, weight = DISTANCES[getattr(config, "distance", "l1")], config.perceptual
-    if not weight:
-        return plain
-    assert perceptual is not None, "objective.perceptual needs an encoder"
-    return lambda a, b: plain(a, b) + weight * perceptual(a, b)
-
-
-def perceptual(stages: Callable[[Tensor], list[Tensor]]) -> Distance:
-    """A distance of images in the layers of a frozen network: it compares strokes and textures rather than values.
-
-    The mean over stages and positions of the squared difference of features of unit length; LPIPS (arXiv 1801.03924)
-    without its learned weights. Takes (n, C, H, W) in [-1, 1] twice; 0 for equal images, of the order of 1 for others.
-    """
-
-    def unit(maps: Tensor) -> Tensor:
-        return maps * torch.rsqrt(maps.float().square().sum(1, keepdim=True) + FAINT)
-
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        pairs = zip(map(unit, stages(a)), map(unit, stages(b)), strict=True)  # apart: no backward through real images
-        return torch.stack([(mine - other).square().sum(1).mean() for mine, other in pairs]).mean()
-
-    return distance
+def find_distance(config: ObjectiveConfig) -> Distance:
+    """The distance d of the settings; l1 where they have none."""
+    return DISTANCES[getattr(config, "distance", "l1")]
 
 
 def compute_losses(config: ObjectiveConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
@@ -190,18 +156,25 @@ _REMEDIES = {name: f"{name} is a baseline, install it: pip install -e benchmarks
 
 def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + optional terms."""
-    images, distance = batch.images, batch.distance
-    reconstructed = images if config.reconstruction else None
-    inputs = {"reconstruction": reconstructed, "imle": batch.latents, "denoising": batch.damaged}
-    weights = {"third": config.third_weight} | {name: getattr(config, name) for name in inputs}
-    present = {name: value for name, value in inputs.items() if value is not None}
-    parts = network(torch.cat(list(present.values()))).split(len(images))
-    outputs = dict(zip(present, parts, strict=True))
-    terms = {name: distance(output, images) for name, output in outputs.items()}
+    images = batch.images
+    inputs: dict[str, Tensor] = {}
+    if config.reconstruction:
+        inputs["reconstruction"] = images
+    if batch.latents is not None:
+        inputs["imle"] = batch.latents
+    if batch.damaged is not None:
+        inputs["denoising"] = batch.damaged
+    outputs = dict(zip(inputs, network(torch.cat(list(inputs.values()))).split(len(images)), strict=True))
+    terms = {name: batch.distance(output, images) for name, output in outputs.items()}
+    total = images.new_zeros(())
+    for name, term in terms.items():
+        total = total + getattr(config, name) * term
     if config.third != "none":
         sample = outputs["imle"]
-        terms["third"] = distance(network(sample), images if config.third == "matched" else sample)
-    return {"total": sum((weights[name] * term for name, term in terms.items()), images.new_zeros(())), **terms}
+        wanted = images if config.third == "matched" else sample
+        terms["third"] = batch.distance(network(sample), wanted)
+        total = total + terms["third"]
+    return {"total": total, **terms}
 
 
 OBJECTIVES: dict[str, tuple[type[ObjectiveConfig], Loss]] = {"naign": (NaignConfig, _naign)}

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +20,16 @@ from naign.errors import InputError, one_line, printable, require, unwritten
 from naign.model import hub
 from naign.model.holes import put_back
 from naign.model.networks import build_network, recorded_network
-from naign.model.prior import CodesPrior, build_prior, find_prior
+from naign.model.prior import CodesPrior, Latents, build_latents, build_prior, find_latents, find_prior
+from naign.model.prior.flow import KEPT
 from naign.model.tiles import PIXELS, Read, blended
 from naign.model.weights import locate
 from naign.philox import SAMPLES
+from naign.settings.constraints import check_fields
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _STATE = "prior."  # begins the names of the tensors of the prior
+_NOISE = "latents."  # and of those of the latents
 
 FILLING = 8  # applications of f that fill a hole
 
@@ -46,26 +50,48 @@ class NAIGN:
         self.network = network.eval().requires_grad_(False)
         self.metadata = metadata
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
-        self.checkpoint, self.choice = "", ""  # of a run: the checkpoint's name, and best or last
-        settings = find_prior(metadata["prior"]["name"])[0](**metadata["prior"])
+        self.checkpoint = ""  # of a run: its name
+        state = state or {}
+        self.latents = self._build_latents({key: value for key, value in state.items() if key.startswith(_NOISE)})
+        settings = _read_settings("prior", find_prior(metadata["prior"]["name"])[0], metadata["prior"])
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
             self.prior = build_prior(settings, self.shape, network, labels=metadata.get("labels", ()))
-        self.prior.load_state_dict(state or {}, assign=True)
+        drawn = {key.removeprefix(_STATE): value for key, value in state.items() if key.startswith(_STATE)}
+        self.prior.load_state_dict(drawn, assign=True)
         self._place(self.device)
+
+    def _build_latents(self, state: Mapping[str, Tensor]) -> Latents:
+        record = self.metadata.get("latents", {"name": "gaussian"})
+        settings = _read_settings("latents", find_latents(record["name"])[0], record)
+        with torch.device("meta"):
+            latents = build_latents(settings, self.shape)
+        latents.load_state_dict({key.removeprefix(_NOISE): value for key, value in state.items()}, assign=True)
+        return latents
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The state of latents and prior, which with `network` and `metadata` makes the same model."""
+        noise = {_NOISE + key: value for key, value in self.latents.state_dict().items()}
+        return noise | {_STATE + key: value for key, value in self.prior.state_dict().items()}
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether samples are drawn from a prior, rather than from noise."""
+        return bool(self.metadata["prior"]["name"] != "none")
 
     @classmethod
     def from_pretrained(cls, place: str | Path, device: torch.device | str = "cpu", **download: Any) -> "NAIGN":
         """The model of an exported folder or its file, a checkpoint, a run (also s3://), hf://user/model on the hub, or
         the name of one that comes with this package ("mnist"), which is looked up only where no path has it.
 
-        Of a run it is the best checkpoint if quality.patience ended it, else the newest complete one (`checkpoint`,
-        `choice`); of a checkpoint the moving average of the weights, if it has one. `download`, for the hub alone, are
+        Of a run it is the newest complete checkpoint (`checkpoint`); of a checkpoint
+        the moving average of the weights, if it has one. `download`, for the hub alone, are
         keywords of huggingface_hub.hf_hub_download: revision, token, cache_dir, ...
         Raises InputError where there is no model, or the file was not written by this program.
         """
         with locate(place, **download) as weights:
             model = cls._read(weights.file, device)
-        model.checkpoint, model.choice = weights.checkpoint, weights.choice
+        model.checkpoint = weights.checkpoint
         return model
 
     @classmethod
@@ -77,7 +103,7 @@ class NAIGN:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
         require((header, f"{file} has no '{_KEY}' entry in its header: it was not written by this program"))
-        state = {name.removeprefix(_STATE): tensors.pop(name) for name in list(tensors) if name.startswith(_STATE)}
+        state = {name: tensors.pop(name) for name in list(tensors) if name.startswith((_STATE, _NOISE))}
         try:
             metadata = json.loads(header)
             build = partial(build_network, recorded_network(metadata["model"]), tuple(metadata["shape"]))
@@ -98,7 +124,7 @@ class NAIGN:
 
     def _place(self, device: torch.device | str) -> None:
         """Move to the device; on a CPU to channels-last, where convolutions take about two thirds of the time."""
-        for part in (self.network, self.prior):
+        for part in (self.network, self.latents, self.prior):
             ours = type(part).__module__.startswith("naign.")  # other networks may view() activations
             layout = torch.channels_last if ours and torch.device(device).type == "cpu" else torch.contiguous_format
             for weight in (value for value in part.to(device).parameters() if value.ndim == 4):
@@ -111,7 +137,9 @@ class NAIGN:
         file = Path(folder) / hub.WEIGHTS
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_model(file, self.network.state_dict(), self.metadata, self.prior.state_dict())
+            save_model(
+                file, self.network.state_dict(), self.metadata, self.prior.state_dict(), self.latents.state_dict()
+            )
         except SafetensorError as error:
             raise unwritten(f"{file} cannot be written: {error}") from None
         file.chmod(0o644)  # safetensors writes for the owner only
@@ -143,10 +171,23 @@ class NAIGN:
         """Classes (len(ids),) int64 that `latent` draws, in proportion to the training images; None without classes."""
         return self.prior.choose(seed, SAMPLES, ids, self.device) if isinstance(self.prior, CodesPrior) else None
 
-    def latent(self, ids: Tensor, *, seed: int = 0, label: int | str | None = None) -> Tensor:
+    def latent(
+        self,
+        ids: Tensor,
+        *,
+        seed: int = 0,
+        label: int | str | None = None,
+        latents: str = "",
+    ) -> Tensor:
         """Latents (len(ids), *shape) float32 on the model's device, of the class `label` (name or number) if one is
-        given; row i depends on (seed, ids[i]) and the class alone. InputError for a label that is none of the model's.
+        given; row i depends on (seed, ids[i]) and the class alone. `latents` are as in `sample`. InputError for a label
+        that the model does not know.
         """
+        known = ("", "prior", "noise") if self.has_prior else ("", "noise")
+        require((latents in known, f"latents is '{latents}': choose one of {', '.join(filter(None, known))}"))
+        if latents == "noise" or not self.has_prior:
+            require((label is None, f"label {label} can be asked of a prior, and these are latents of noise"))
+            return self.latents.draw(seed, SAMPLES, ids, self.device).contiguous()
         prior: Any = self.prior
         asked = () if label is None else (torch.full((len(ids),), self.find_label(label), device=self.device),)
         with torch.no_grad():
@@ -163,8 +204,9 @@ class NAIGN:
         require((known["name"] == "flow", f"{other}: leave it out"))
         if settings == {"guidance": known.get("guidance", 0.0)}:
             return self
-        metadata = self.metadata | {"prior": known | {"student": 0.0} | settings}
-        state = {name: value for name, value in self.prior.state_dict().items() if not name.startswith("student.")}
+        metadata = self.metadata | {"prior": known | {"student": 0} | settings}
+        state = {name: value for name, value in self.state.items() if not name.startswith("prior.student.")}
+        state["prior.phase"] = state["prior.phase"].clamp(max=KEPT)  # the flow draws again
         return NAIGN(self.network, metadata, state)
 
     def _decoded(self, drawn: Tensor) -> Tensor:
@@ -177,7 +219,9 @@ class NAIGN:
         An arc where latents, or codes, are made from Gaussian noise, whose distribution they keep along it; elsewhere
         a straight line between two latents, or two codes.
         """
-        return self._decoded(self.prior.between((first, last), SAMPLES, self.device, steps=steps))
+        prior = self.prior if self.has_prior else self.latents
+        drawn = prior.between((first, last), SAMPLES, self.device, steps=steps)
+        return self._decoded(drawn) if self.has_prior else drawn.contiguous()
 
     def sample(
         self,
@@ -185,6 +229,7 @@ class NAIGN:
         *,
         seed: int = 0,
         label: int | str | None = None,  # name or number of a class; None: in proportion to the training images
+        latents: str = "",  # noise, as in the paper, or prior; empty: the prior if there is one, else noise
         guidance: float | None = None,  # strength of guidance by classes, as prior.guidance; None: as trained
         times: int = 1,
         batch: int = 500,
@@ -195,8 +240,11 @@ class NAIGN:
         """
         require((n >= 0 and batch > 0, f"n is {n} and batch {batch}: give 0 or more, in batches of 1 or more"))
         model = self if guidance is None else self.with_flow(guidance=guidance)
-        latents = (model.latent(ids, seed=seed, label=label) for ids in torch.arange(n).split(batch))
-        return torch.cat([self.project(part, times=times, advance=advance) for part in latents])
+        parts = []
+        for ids in torch.arange(n).split(batch):
+            drawn = model.latent(ids, seed=seed, label=label, latents=latents)
+            parts.append(self.project(drawn, times=times, advance=advance))
+        return torch.cat(parts)
 
     def project(
         self,
@@ -286,10 +334,17 @@ def _expanded(mask: Tensor, x: Tensor) -> Tensor:
     raise InputError(f"the mask is {given}: give a bool tensor that broadcasts to {tuple(x.shape)}")
 
 
-def save_model(file: Path, weights: dict[str, Tensor], metadata: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """One safetensors file of the bare network's and the prior's state; `metadata` names model, shape and prior."""
+def save_model(
+    file: Path,
+    weights: Mapping[str, Tensor],
+    metadata: dict[str, Any],
+    prior: Mapping[str, Tensor],
+    latents: Mapping[str, Tensor],
+) -> None:
+    """Write one safetensors file with the states of network, prior and latents; `metadata` names their kinds."""
     tensors = {name: _float32(value.detach()).cpu().contiguous() for name, value in weights.items()}
-    tensors |= {_STATE + name: value.cpu().contiguous() for name, value in state.items()}
+    tensors |= {_STATE + name: value.cpu().contiguous() for name, value in prior.items()}
+    tensors |= {_NOISE + name: value.cpu().contiguous() for name, value in latents.items()}
     if metadata.get("dtype") == "float16":
         tensors = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
         fits = all(bool(torch.isfinite(value).all()) for value in tensors.values())
@@ -300,3 +355,12 @@ def save_model(file: Path, weights: dict[str, Tensor], metadata: dict[str, Any],
 def _float32(value: Tensor) -> Tensor:
     """In float32, but for counters and masks."""
     return value.float() if value.is_floating_point() else value
+
+
+def _read_settings(section: str, kind: Any, record: Mapping[str, Any]) -> Any:
+    """The settings that a model file recorded; those that earlier versions had for training alone are passed over."""
+    known = {field.name for field in fields(kind)}
+    settings = kind(**{key: value for key, value in record.items() if key in known})
+    check_fields(settings, section)
+    settings.check()
+    return settings

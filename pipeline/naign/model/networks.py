@@ -36,8 +36,8 @@ class NetworkConfig:
     only_with = ""
     """The one objective.name that trains it; empty: any that does not name another network."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "model")
+    def check(self) -> None:
+        """Raise InputError for settings that contradict each other."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,7 +92,7 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: b
 def code_shape(network: nn.Module, setting: str) -> tuple[int, ...]:
     """Shape of an image's code, (c,) dense or (c, h, w) spatial; InputError where there is none, as `setting` needs."""
     coded = all(hasattr(network, name) for name in ("code", "encode", "decode"))
-    without = "choose model.name conv or spatial, without model.blend, or a prior.name without codes, as smooth"
+    without = "choose model.name conv or spatial, without model.blend, or prior.name=none"
     require((coded, f"{setting}: this network has no code, encode and decode: {without}"))
     return network.code  # type: ignore[return-value]
 
@@ -104,7 +104,10 @@ def find_network(name: str) -> tuple[type[NetworkConfig], Build]:
 
 def recorded_network(record: Mapping[str, Any]) -> NetworkConfig:
     """The settings that a model file recorded. Raises InputError, KeyError or TypeError for what no run wrote."""
-    return find_network(record["name"])[0](**record)
+    config = find_network(record["name"])[0](**record)
+    check_fields(config, "model")
+    config.check()
+    return config
 
 
 class PointNetwork(nn.Module):

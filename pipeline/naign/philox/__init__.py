@@ -21,10 +21,10 @@ from torch import Tensor
 
 log = logging.getLogger("naign.philox")
 
-LATENT, SCALE, IMAGINARY, NOISE, DAMAGE, CLASS, LEARN = 0, 1, 2, 3, 5, 6, 7
+LATENT, SCALE, IMAGINARY, NOISE, ORDER, DAMAGE, CLASS, LEARN = range(8)
 """Streams, 16 at most: independent draws for one (seed, round, id). Latents; the component of a mixture; the imaginary
-part of the prior `fourier`; noise that an objective adds to images; other damage to them; the class of a latent; what a
-prior learns with."""
+part of the latents `fourier`; noise that an objective adds to images; the order of a round's rows; other damage to
+images; the class of a sample; what a prior is fitted with."""
 
 MAX_ID = 2**62
 SAMPLES = 2**32 - 1  # round of latents that training never draws: of samples, pictures and measurements

@@ -17,6 +17,20 @@ from naign.errors import InputError, check_address, printable, require, shown
 MOST = 2**62  # no setting has a use for larger numbers, which overflow
 LISTS = ("data.path", "report.trackers", "train.callbacks")  # settings that a file may also give as a list
 
+RENAMED = {
+    "prior.begin": "f is trained on train.images, and then the prior is fitted to the codes of prior.images",
+    "prior.alone": "f is trained on train.images, and then the prior is fitted to the codes of prior.images",
+    "prior.grid": "it is latents.grid",
+    "objective.third_weight": "the third term weighs as much as objective.imle",
+    "objective.perceptual": "distances are l1, l2 or norm, of pixels",
+    "objective.encoder": "distances are l1, l2 or norm, of pixels",
+    "train.schedule": "the rate falls by a cosine to train.lr_end; equal to train.lr it is constant",
+    "train.channels_last": "the layout is chosen by the device",
+    "quality.patience": "a run trains for its budget",
+    "quality.split": "samples are compared with training images",
+}
+"""Settings of earlier versions, and what there is now instead."""
+
 Named = Mapping[str, tuple[str, Callable[[str], tuple[Any, Any]]]]
 """Sections whose settings class depends on a name: the default name, and the lookup of a name's class."""
 
@@ -38,7 +52,7 @@ def read_yaml(path: str) -> Any:
         # Do not quote the error: it shows the content of the file, which may be a secret.
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
+        raise InputError(f"{path}{where}: not valid YAML ({type(error).__name__}): see configs/mnist.yaml") from None
 
 
 def build(kind: Any, content: Any, where: str, *, named: Named, prefix: str = "") -> Any:
@@ -49,7 +63,7 @@ def build(kind: Any, content: Any, where: str, *, named: Named, prefix: str = ""
     section = prefix.rstrip(".")
     if not isinstance(content, dict):
         raise InputError(f"{where}: '{section or 'the file'}' must hold keys and values")
-    require((all(isinstance(key, str) for key in content), f"{where}: a key of '{section or 'the file'}' is no text"))
+    require((all(isinstance(key, str) for key in content), f"{where}: a key of '{section or 'the file'}' is not text"))
     if section in named:
         default, find = named[section]
         content = {"name": default, **content}
@@ -77,6 +91,8 @@ def build(kind: Any, content: Any, where: str, *, named: Named, prefix: str = ""
 def _refuse_unknown(kind: Any, name: str, where: str, choice: str | None) -> typing.NoReturn:
     section, _, key = name.rpartition(".")
     prefix = f"{section}." if section else ""
+    if name in RENAMED:
+        raise InputError(f"{where}: {name} is a setting of an earlier version: {RENAMED[name]}")
     names = typing.get_type_hints(kind)
     known = [prefix + one for one in names] if section else [key for key, _, _ in leaves(kind())] + list(names)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from naign.errors import SHARED, require
 from naign.settings.registry import listed, lookup
-from naign.training.run import Run
+from naign.training.trainer import Trainer
 
 
 class Callback:
     """Base of callbacks. An entry point is a subclass, or another function without arguments that returns one."""
 
-    def on_round(self, run: Run, values: dict[str, float]) -> None:
+    def on_round(self, run: Trainer, values: dict[str, float]) -> None:
         """Called on every rank after each round, and before its report: what rank 0 adds to `values` is reported."""
 
-    def on_checkpoint(self, run: Run, folder: Path) -> None:
+    def on_checkpoint(self, run: Trainer, folder: Path) -> None:
         """Called on rank 0 once the checkpoint in `folder` is complete, and in the bucket if there is one. It runs in
         the background, so it must leave the network to the next rounds and read the files.
         """
@@ -35,7 +35,7 @@ def find_callbacks(names: str) -> list[Callback]:
     return callbacks
 
 
-def call(run: Run, hook: str, *values: dict[str, float] | Path) -> None:
+def call(run: Trainer, hook: str, *values: dict[str, float] | Path) -> None:
     """Call that method of each callback. What it raises names the callback and its package."""
     for callback in run.callbacks:
         with _blamed(f"{hook} of the callback {type(callback).__qualname__}", type(callback).__module__):

@@ -20,7 +20,8 @@ LAUNCHER = "the launcher's DeepSpeed configuration"
 
 def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
     """The engine that trains `bare` on samples of `shape`; InputError if DeepSpeed is set up otherwise. Collective."""
-    if config.train.channels_last:
+    plain = accelerator.distributed_type != DistributedType.DEEPSPEED and "FSDP_VERSION" not in os.environ
+    if accelerator.device.type == "cuda" and plain and config.train.optimizer != "muon":  # which flattens kernels
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]  # torch 2.15 declares it
     kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
     if "FSDP_VERSION" in os.environ:
@@ -36,11 +37,9 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
         ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
         uneven = f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches"
         raise InputError(f"{uneven}: use {', '.join(ranks)} ranks, or another train.batch in a new run")
-    apart = "train.optimizer=muon takes contiguous kernels: leave out train.channels_last, or choose another optimizer"
-    require((config.train.optimizer != "muon" or not config.train.channels_last, apart))
     is_fsdp, is_deepspeed = "FSDP_VERSION" in os.environ, accelerator.distributed_type == DistributedType.DEEPSPEED
     apart = f"does not go with {'FSDP' if is_fsdp else 'DeepSpeed'}: leave it out, or use DDP"
-    for name, value in (("optimizer", "adamw"), ("compile", False), ("channels_last", False)):
+    for name, value in (("optimizer", "adamw"), ("compile", False)):
         possible = getattr(config.train, name) == value or not (is_fsdp or is_deepspeed)
         require((possible, f"train.{name}={getattr(config.train, name)} {apart}"))
     if is_fsdp:

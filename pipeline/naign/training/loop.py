@@ -1,155 +1,390 @@
-"""The loop: each round takes images, matches them with samples, fits the network, reports and checkpoints.
+"""The training of a run, in two stages: f learns in rounds, then the prior is fitted to the codes of the data.
 
 Everything random is a function of (seed, round, number), so a run that resumes goes on exactly as if it had never
-stopped, also within the fit of a round. In its first stage f is trained, and the prior may learn beside it; in the
-second, of prior.alone, f is frozen and the prior alone learns.
+stopped. A stop ends stage 1 between two rounds; what was begun of a round is repeated.
 """
 
 import gc
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from shlex import quote
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from naign import philox
 from naign.config import Config
+from naign.data.damage import find_damage
+from naign.data.loader import Rows
+from naign.data.order import rank_rows
 from naign.distributed.ranks import gather, together, total
-from naign.errors import InputError, Stopped, Unavailable
+from naign.distributed.signals import StopPoll
+from naign.errors import Diverged, InputError, Stopped, Unavailable
+from naign.match import Match, NotFinite, match_round
+from naign.model.losses import Batch, compute_losses, find_distance
+from naign.model.prior import Codes
+from naign.model.prior.base import KEPT
+from naign.model.scale import scaled
 from naign.observe import at_round
 from naign.training.callbacks import Callback, call
-from naign.training.fit import fit
-from naign.training.learn_prior import learn_prior
-from naign.training.prepare import prepare
-from naign.training.quality import Quality
-from naign.training.report import headline, report
-from naign.training.round import RoundState, find_match, take
-from naign.training.run import Run
-from naign.training.state import PartialRound, snapshot
+from naign.training.report import headline, measure, report_prior, report_round
+from naign.training.setup import count_codes, set_up_run
+from naign.training.state import Snapshot, snapshot
+from naign.training.steps import REMEDY, StepLosses, learning_rate, rows_of_steps
+from naign.training.trainer import Trainer
 
 log = logging.getLogger("naign.train")
 
-MEASURED = 2**40  # first id of the latents that quality measures: no evaluation reports on the same ones
+ENCODED = 512  # images encoded at once
+REPORTED = 5.0  # seconds between two reports of stage 2
+SAVED = 60.0  # seconds between two checkpoints of stage 2
 
 
 def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback] = ()) -> bool:
-    """Train until the budget is spent. Returns False if a signal ended it earlier, after a checkpoint. Collective."""
-    run, partial = prepare(config, accelerator, callbacks)
+    """Train f, then fit the prior. Returns False if a signal ended the run, after a checkpoint. Collective."""
+    run = set_up_run(config, accelerator, callbacks)
     with run.stream, run.monitor, run.watchdog:
         run.monitor.say(headline(run))
         if not gc.isenabled():  # since the program's start
             gc.freeze()  # objects that stay until the end are not searched again
             gc.enable()
-        run_rounds(run, partial)
+        run.phases.start()
+        try:
+            train_network(run)
+            fit_prior(run)
+        except Stopped:
+            stage = f"round {run.state.round + 1} of {run.rounds}"
+            if run.state.round >= run.rounds:
+                stage = f"the fit of the prior, of which {run.state.fitted:.0%} is done"
+            run.monitor.say(f"stopped on request in {stage}; the same command goes on from here")
+        except (InputError, Unavailable):  # raised on all ranks: a checkpoint that is being written can be finished
+            run.writer.join(within=config.stop.within)
+            raise
         finished = finish(run)
         gc.unfreeze()  # else Triton lists what it calls leaks when the program ends
     if run.lock:
         run.lock.release()
     if finished and run.rank == 0:
         place = config.run.remote or config.run.path
-        ended = "" if run.position.round >= run.rounds else " (ended by quality.patience)"
-        print(f"done{ended}: the run lies in {place}; measure it with: naign evaluate {quote(place)}")
+        print(f"done: the run lies in {place}; measure it with: naign evaluate {quote(place)}")
     return finished
 
 
-def run_rounds(run: Run, partial: PartialRound | None) -> None:
-    """Train round by round, from `partial` on, until the run is finished or all ranks agree to stop. Collective."""
-    position = run.position
-    state: RoundState | None = None
-    try:
-        while not run.finished:
-            at_round(position.round)
-            before = position.seen
-            with run.phases.round():
+def train_network(run: Trainer) -> None:
+    """Stage 1: train f round by round, until it has seen train.images. Collective; raises Stopped."""
+    config = run.config
+    state = run.state
+    longest = 0.0  # seconds of a round of this start
+    while state.round < run.rounds:
+        at_round(state.round)
+        kept = None
+        if longest > config.stop.within / 2:  # a stop may not wait for the end of the round
+            kept = take_snapshot(run)
+            kept.copy()
+        with run.phases.round():
+            try:
                 with run.phases.enter("take"):
-                    state, rows = take(run, partial)
-                values = dict(learn_prior(run, state))
-                if not run.prior_only:
-                    with run.phases.enter("match"):
-                        if run.config.objective.needs_match and state.match is None:
-                            state.match = find_match(run, state)
-                    with run.phases.enter("fit"):
-                        values |= fit(run, state)
-            position.round, position.done = position.round + 1, 0
-            better = measure(run, run.quality, state, values) if run.quality else False
-            if run.callbacks:
-                with run.phases.enter("callbacks"), together(run.accelerator):
-                    call(run, "on_round", values)
-            with run.phases.enter("report"), together(run.accelerator):
-                report(run, state, rows, values, images=position.seen - before)
-            state = partial = None
+                    rows = read_round(run, state.round)
+                    images = scaled(rows.images.to(run.accelerator.device))
+                    if state.round == 0:
+                        run.latents.measure(images, run.accelerator.reduce, run.world)
+                match = None
+                with run.phases.enter("match"):
+                    if config.objective.needs_match:
+                        match = find_match(run, images)
+            except Stopped:  # f is as it was when the round began
+                save(run, take_snapshot(run))
+                raise
+            try:
+                with run.phases.enter("fit"):
+                    losses = fit(run, images, match)
+            except Stopped:
+                if kept:
+                    save(run, kept)
+                raise
+        longest = max(longest, sum(run.phases.seconds.values()))
+        state.round += 1
+        if state.round == run.rounds and not run.prior.learns:
+            state.fitted = 1.0  # nothing is left to fit
+        if run.quality and state.round % config.quality.rounds == 0:
+            losses |= measure(run, images)
+        if run.callbacks:
+            with run.phases.enter("callbacks"), together(run.accelerator):
+                call(run, "on_round", losses)
+        with run.phases.enter("report"), together(run.accelerator):
+            report_round(run, rows, images, match, losses)
+        with run.phases.enter("checkpoint"):
+            stopping, _ = run.stop.poll_stop()
+            due = state.round % config.checkpoint.rounds == 0 or state.round == run.rounds
+            if due or stopping:
+                save(run, take_snapshot(run))
+        if stopping and not run.finished:
+            raise Stopped
 
-            with run.phases.enter("checkpoint"):
-                stopping = run.stop.poll_stop()[0] and not run.finished
-                if run.finished or stopping or better or position.round % run.config.checkpoint.rounds == 0:
-                    checkpoint(run, best=better)
-            if stopping:
-                raise Stopped
-    except Stopped:
-        checkpoint(run, gather_partial(run, state) if state and position.done else partial)
-        where = f"round {position.round + 1} of {run.rounds}"
-        run.monitor.say(f"stopped on request in {where}; the same command goes on from here")
-    except (InputError, Unavailable):  # raised on all ranks: a checkpoint that is being written can be finished
-        run.writer.join(within=run.config.stop.within)
-        raise
+
+def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
+    """Train f on each image of the round train.passes times, with its latent. Collective; raises Stopped.
+
+    Returns each loss's mean over steps and ranks, and the last learning rate. Raises Diverged as StepLosses does.
+    """
+    config, engine, state = run.config, run.engine, run.state  # fmt: skip
+    objective = config.objective
+    losses = StepLosses(run)
+    stop_requested = StopPoll(run.stop)
+    first, _ = rank_rows(config.match.round, run.rank, run.world)
+    budget = run.rounds * config.match.round * config.train.passes
+    matched = None if match is None else match.ids.to(images.device)
+    # Uploaded once a round: an upload a step would make the launches wait for the device.
+    steps = rows_of_steps(config, state.round, rank=run.rank, world=run.world).to(images.device)
+    for done, numbers_of_step in enumerate(steps):
+        run.watchdog.beat()
+        if stop_requested() and not fits_in_time(run, stop_requested.elapsed, done / len(steps)):
+            raise Stopped
+        rate = learning_rate(config.train, state.images_seen, budget)
+        engine.set_lr(rate)
+        for numbers in numbers_of_step.split(engine.micro):  # unique within the round, passes included
+            rows = numbers % config.match.round - first
+            latents = damaged = None
+            if objective.needs_latents:
+                ids = numbers if matched is None else matched[rows]
+                latents = run.latents.draw(config.seed, state.round, ids, images.device)
+            if objective.needs_damaged:
+                damaged = damage_images(config, state.round, images[rows], numbers)
+            with engine.micro_batch():
+                batch = Batch(
+                    images=images[rows],
+                    latents=latents,
+                    damaged=damaged,
+                    distance=find_distance(objective),
+                    frozen=engine.bare,
+                    normals=partial(draw_noise, config, state.round, images.shape[1:], images.device, numbers),
+                )
+                terms = compute_losses(objective, engine.forward, batch)
+                engine.backward(terms["total"])
+            losses.add(terms)
+        norm = engine.step()  # clips the gradient, makes the step, moves the average of the weights
+        losses.end_step(norm)
+        state.step += 1
+        state.images_seen += config.train.batch
+        run.monitor.advance(config.train.batch)
+    return losses.means() | {"train/lr": rate}
 
 
-def measure(run: Run, quality: Quality, state: RoundState, values: dict[str, float]) -> bool:
-    """Add quality/* to `values`, if a measurement is due. Returns whether it is the best so far. Collective."""
-    rounds = run.position.round
-    if rounds % run.config.quality.rounds:
-        return False
-    with run.phases.enter("quality"):
-        random = replace(state.random, round=philox.SAMPLES)
+def draw_noise(
+    config: Config,
+    round: int,
+    shape: Sequence[int],
+    device: torch.device,
+    numbers: Tensor,
+    step: int = 0,
+) -> Tensor:
+    """Standard normals (len(numbers), *shape), other ones for each `step`; independent of the latents."""
+    return philox.normal(config.seed, round, numbers + step * 2**40, tuple(shape), device, stream=philox.NOISE)
 
-        def latents(ids: Tensor) -> Tensor:
+
+def damage_images(config: Config, round: int, images: Tensor, numbers: Tensor) -> Tensor:
+    """Images (n, *shape) with objective.damage applied; a function of (seed, round, numbers)."""
+    kind = find_damage(config.objective.damage)
+    shape = images.shape[1:]
+    drawn = philox.uniform(
+        config.seed,
+        round,
+        numbers,
+        (kind.uniforms(shape),),
+        images.device,
+        stream=philox.DAMAGE,
+    )
+    noise = draw_noise(config, round, shape, images.device, numbers)
+    return kind.damage(images, noise, drawn, config.objective.noise)
+
+
+def find_match(run: Trainer, images: Tensor) -> Match:
+    """For each image of this rank the latent whose sample is nearest, out of the pool of all ranks. Collective."""
+    stop_requested = StopPoll(run.stop)
+
+    def poll() -> None:
+        run.watchdog.beat()
+        if stop_requested():
+            raise Stopped
+
+    def sample(ids: Tensor) -> Tensor:
+        return run.engine.sample(run.latents.draw(run.config.seed, run.state.round, ids, images.device))
+
+    try:
+        match = match_round(images, sample, run.config.match, poll)
+    except NotFinite as error:  # on all ranks
+        diverged = f"the network's samples are not finite in round {run.state.round} ({error}): the run has diverged"
+        raise Diverged(f"{diverged}; {REMEDY}") from None
+    if match.described != run.monitor.described:
+        run.monitor.described = match.described
+        run.monitor.say(match.described)
+    return match
+
+
+def fits_in_time(run: Trainer, seconds: float, done: float) -> bool:
+    """Whether the rest of a round, of which the share `done` has taken so many seconds, and a checkpoint end before
+    the run must. Collective.
+    """
+    left = run.stop.left - max(run.writer.seconds, 0.2 * run.config.stop.within)
+    needed = seconds * (1 - done) / max(done, 1e-9)
+    return total([float(needed > left)], run.accelerator)[0] == 0
+
+
+def read_round(run: Trainer, number: int) -> Rows:
+    """This rank's rows of a round, once every rank has read its own. Collective.
+
+    Only rows that arrive, on any rank, count as progress: a store that stalls ends the run after train.timeout.
+    """
+    arrived = math.inf  # rows read by all ranks at the last look
+
+    def all_done(done: bool) -> bool:
+        nonlocal arrived
+        before = arrived
+        arrived, missing = total([run.stream.rows_read, float(not done)], run.accelerator)
+        if arrived > before:
             run.watchdog.beat()
-            return random.latents(ids + MEASURED)
+        return not missing
 
-        measured, better = quality.measure(run.engine, latents, state.images, rounds=rounds)
-    values |= measured
-    if quality.exhausted(rounds) and rounds < run.rounds:
-        since = f"no better than in round {quality.best['round']}"
-        run.monitor.say(f"stopped by quality.patience in round {rounds} of {run.rounds}: {since}")
-    return better
+    problem: Exception | None = None
+    with together(run.accelerator):
+        try:
+            rows = run.stream.take(number, lambda: all_done(False) or run.stop.seen())
+        except (InputError, Unavailable, Stopped) as error:
+            problem = error
+        run.watchdog.beat()
+        while not all_done(True):
+            pass  # it takes as long as the slowest rank is between two looks
+        if problem:
+            raise problem
+    return rows
 
 
-def finish(run: Run) -> bool:
-    """Wait for the last checkpoint and its copy. Returns whether the budget is spent and all is written. Collective."""
-    run.watchdog.enter("finish", run.position.round)
+def fit_prior(run: Trainer) -> None:
+    """Stage 2: fit the prior to the codes of the data, with f as it is. Collective; raises Stopped."""
+    state = run.state
+    if state.fitted >= 1:
+        return
+    at_round(None)
+    stop_requested = StopPoll(run.stop)
+    reported = saved = 0.0
+    with run.phases.enter("prior"):
+        try:
+            for fitted in run.prior.fit(encode_data(run)):
+                run.watchdog.beat()
+                state.step += 1
+                advance_prior(run, fitted)
+                stopping = stop_requested()
+                if stop_requested.elapsed - reported > REPORTED and fitted < 1:
+                    reported = stop_requested.elapsed
+                    report_prior(run)
+                if stopping and fitted < 1:
+                    raise Stopped
+                if stop_requested.elapsed - saved > SAVED:
+                    saved = stop_requested.elapsed
+                    save(run, take_snapshot(run))
+        except Stopped:
+            save(run, take_snapshot(run))
+            raise
+    broadcast(list(run.prior.state_dict().values()))  # the same bits on every rank, whatever its machine
+    state.step += 1  # also for a prior that is fitted without steps
+    advance_prior(run, 1.0)
+    with run.phases.enter("report"):
+        report_prior(run)
+    save(run, take_snapshot(run))
+
+
+def advance_prior(run: Trainer, fitted: float) -> None:
+    """Count the share of stage 2 that is done."""
+    before = run.state.codes_seen
+    run.state.fitted = fitted
+    run.state.codes_seen = round(fitted * run.config.prior.images)
+    run.monitor.advance(run.state.codes_seen - before)
+
+
+def encode_data(run: Trainer) -> Codes:
+    """The codes of prior.images training images, in the rounds after those of stage 1. Collective.
+
+    They are encoded when they are read. All ranks hold them, as many as KEPT values at a time.
+    """
+    size = run.config.match.round
+    rounds = -(-count_codes(run.config, run.stream) // size)
+    held = max(1, KEPT // (size * math.prod(run.prior.shape)))  # rounds of a chunk
+    chunks = [range(first, min(first + held, rounds)) for first in range(0, rounds, held)]
+
+    def read(chunk: int) -> tuple[Tensor, Tensor | None]:
+        codes = []
+        labels = []
+        for number in chunks[chunk]:
+            with run.phases.enter("encode"):
+                rows = read_round(run, run.rounds + number)
+                images = scaled(rows.images.to(run.accelerator.device))
+                codes.append(gather(encode(run, images), run.accelerator))
+                labels.append(gather(read_labels(run, rows), run.accelerator))
+        return torch.cat(codes), torch.cat(labels)
+
+    return Codes(
+        sizes=tuple(len(chunk) * size for chunk in chunks),
+        read=read,
+        rank=run.rank,
+        world=run.world,
+        add=run.accelerator.reduce,
+        autocast=run.accelerator.autocast,
+    )
+
+
+def encode(run: Trainer, images: Tensor) -> Tensor:
+    """What the prior is fitted to: the codes of images, or the images."""
+    if not run.prior.decodes:
+        return images
+    return torch.cat([run.engine.exported("encode", part) for part in images.split(ENCODED)])
+
+
+def read_labels(run: Trainer, rows: Rows) -> Tensor:
+    """The labels (n,) of this rank's rows; InputError on every rank if the prior needs labels and some are missing."""
+    if run.config.prior.classes:
+        missing = (rows.labels < 0).nonzero().flatten().tolist()
+        with together(run.accelerator):
+            if missing:
+                keys = f"{rows.keys[missing[0]]} and {len(missing) - 1} more samples of a round have no label"
+                raise InputError(f"prior.classes is set, but {keys}: repack the data set, or leave it out")
+    return rows.labels.to(run.accelerator.device)
+
+
+def take_snapshot(run: Trainer) -> Snapshot:
+    """A snapshot of the run now. Collective."""
+    run.phases.count()
+    run.state.cpu_seconds += total([run.phases.cpu_seconds], run.accelerator)[0]
+    run.phases.cpu_seconds = 0.0
+    return snapshot(run.config, run.stream, run.engine, run.state, run.latents, run.prior)
+
+
+def save(run: Trainer, taken: Snapshot) -> None:
+    """Begin to write a snapshot as a checkpoint in the background, unless it is there already. Collective."""
+    writer = run.writer
+    if taken.name == writer.newest or taken.name == "step-00000000":  # a new start does the same
+        run.engine.copied.set()
+        return
+    ready = writer.join(share=0.5)  # the one before may still be on its way to the bucket
+    if total([float(not ready)], run.accelerator)[0]:
+        log.warning("%s is not written: the one before it is still being sent, and time is short", taken.name)
+        run.engine.copied.set()
+        return
+    with together(run.accelerator):
+        writer.start(taken.name, taken.copy, taken.files)
+
+
+def finish(run: Trainer) -> bool:
+    """Wait for the last checkpoint and its copy. Returns whether the run is finished and all is written. Collective."""
+    run.watchdog.enter("finish", run.state.round)
     written = run.writer.join()
     if written and run.writer.unsent:  # once more: whoever starts this run again may have only the bucket
         run.writer.resend(run.writer.unsent)
         written = run.writer.join()
-    if not written:
+    complete = written and not run.writer.unsent
+    if not complete:
         log.warning("the newest checkpoint, or its copy, could not be finished in time")
-    return run.finished and not total([float(not written)], run.accelerator)[0]
-
-
-def gather_partial(run: Run, state: RoundState) -> PartialRound:
-    """What has to be kept of the current round, the match of all ranks included. Collective."""
-    match = state.match
-    if match and state.world_size_at_start == run.world:  # else every rank has the whole match
-        ids, distances = (gather(part, run.accelerator).cpu() for part in (match.ids, match.distances))
-        match = replace(match, ids=ids, distances=distances)
-    return PartialRound(world_size_at_start=state.world_size_at_start, match=match, sums=state.sums)
-
-
-def checkpoint(run: Run, kept: PartialRound | None = None, *, best: bool = False) -> None:
-    """Begin to write checkpoints/step-XXXXXXXX in the background, unless it is there already. Collective."""
-    position, writer = run.position, run.writer
-    if (name := f"step-{position.step:08d}") == writer.newest:
-        return
-    if not position.step and run.prior.learns and not position.learned:
-        return  # in the first round, before the prior has learned: a new start does the same
-    ready = writer.join(share=0.5)  # the one before may still be on its way to the bucket
-    late, spent = total([float(not ready), run.phases.cpu_seconds], run.accelerator)
-    if late:
-        log.warning("%s is not written: the one before it is still being sent, and time is short", name)
-        return
-    position.cpu_seconds, run.phases.cpu_seconds = position.cpu_seconds + spent, 0.0
-    copy, files = snapshot(run.config, run.stream, run.engine, position, run.prior, kept)
-    with together(run.accelerator):
-        writer.start(name, copy, files, run.quality.record(name) if best and run.quality else "")
+    return run.finished and total([float(not complete)], run.accelerator)[0] == 0

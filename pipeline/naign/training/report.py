@@ -1,7 +1,6 @@
-"""What a run reports: its headline, and each round's metrics and pictures."""
+"""What a run reports: its headline, the metrics and pictures of each round, and those of the prior's fit."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,104 +10,190 @@ from torch import Tensor
 from naign import philox
 from naign.data.degrade import KINDS, degrade
 from naign.data.loader import Rows
-from naign.distributed.engine import Engine
 from naign.distributed.host import count_ranks
 from naign.distributed.ranks import total
-from naign.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
-from naign.training.round import RoundRandom, RoundState
-from naign.training.run import Run
+from naign.errors import Diverged
+from naign.match import Match
+from naign.observe import fit_flops, grid, peak_memory, rows, scatter
+from naign.training.trainer import Trainer
 
 CLASSES = 20  # whose samples are drawn, at most
+MEASURED = 2**40  # first id of the latents that quality measures: no evaluation reports on the same ones
 
 
-def headline(run: Run) -> str:
+def headline(run: Trainer) -> str:
     """What a run says of itself before the first round."""
-    config, stream, engine, train = run.config, run.stream, run.engine, run.config.train
+    config = run.config
+    stream = run.stream
     if run.finished:
-        return f"nothing left to do: {config.run.path} has seen its {run.position.images_seen} images"
-    weights = sum(math.prod(shape) for shape in engine.shapes.values()) / 1e6
+        return f"nothing left to do: {config.run.path} has seen its {run.state.images_seen} images"
+    weights = sum(math.prod(shape) for shape in run.engine.shapes.values()) / 1e6
     drawn = sum(value.numel() for value in run.prior.state_dict().values()) / 1e6
-    newest = Path(config.run.path) / "checkpoints" / run.writer.newest
-    start = f"resuming from {newest}" if run.writer.newest else "starting anew"
-    alone = f" (f in the first {run.network_rounds}, then the prior alone)" if run.network_rounds < run.rounds else ""
-    local = count_ranks()
+    start = "starting anew"
+    if run.writer.newest:
+        start = f"resuming from {Path(config.run.path) / 'checkpoints' / run.writer.newest}"
+    second = ""
+    if run.prior.learns:
+        second = f", then {config.prior.name} fitted to the codes of {config.prior.images} images"
+    ranks = f"{run.world} x {run.accelerator.device.type} ({run.engine.described}; {count_ranks()} a host, "
+    size = "x".join(map(str, stream.shape))
     return (
-        f"{stream.manifest.name} {'x'.join(map(str, stream.shape))}, {stream.order.describe()}\n"
-        f"{config.objective.name} with {weights:.2f} M parameters in f, {drawn:.2f} M in the prior, on {run.world} x "
-        f"{run.accelerator.device.type} ({engine.described}; {local} a host, {torch.get_num_threads()} threads each)\n"
-        f"batch {train.batch} = {engine.micro} images x {train.accumulate} micro-batches x {run.world} ranks; "
-        f"{run.rounds} rounds of {config.match.round} images x {train.passes} passes for {train.images}{alone}, "
-        f"pool {config.match.pool}; {start} in {config.run.path}"
+        f"{stream.manifest.name} {size}, {stream.order.describe()}\n"
+        f"{config.objective.name} with {weights:.2f} M parameters in f, {drawn:.2f} M in the prior, on {ranks}"
+        f"{torch.get_num_threads()} threads each)\n"
+        f"batch {config.train.batch} = {run.engine.micro} images x {config.train.accumulate} micro-batches x "
+        f"{run.world} ranks; {run.rounds} rounds of {config.match.round} images x {config.train.passes} passes for "
+        f"{config.train.images}, pool {config.match.pool}{second}; {start} in {config.run.path}"
     )
 
 
-def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float], *, images: int) -> None:
-    """Report a round: metrics, with the fit's `values`, and pictures. This start trained on `images`. Collective."""
-    config, position, monitor = run.config, run.position, run.monitor
-    if state.match:
-        values |= state.match.values
-    values |= speed_values(run, images) | {"data/epoch": run.stream.order.epochs(position.round)}
-    tally, names = rows_read.tally, ("megabytes", "cached_megabytes", "reread_megabytes", "retries", "skipped")
-    costs = [tally.bytes / 1e6, tally.cached / 1e6, tally.reread / 1e6, tally.retries, len(rows_read.broken)]
-    values |= {f"data/{name}": value for name, value in zip(names, total(costs, run.accelerator), strict=True)}
-    values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
-    if run.prior.learns:
-        values["train/prior_only"] = float(state.number >= run.network_rounds)
-    values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
-    pictures, drawn = config.report.pictures, {}
-    due = pictures and (run.finished or position.round == 1 or position.round % pictures == 0)
+def measure(run: Trainer, images: Tensor | None) -> dict[str, float]:
+    """quality/* of samples, and of repairs of `images` (n, *shape) where they are given. Collective."""
+    assert run.quality is not None
+    with run.phases.enter("quality"):
+        return run.quality.measure(run.engine, lambda ids: draw_latents(run, ids + MEASURED), images)
+
+
+def draw_latents(run: Trainer, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Latents (n, *shape) of samples that training never draws: from the prior once it is fitted, before from noise."""
+    run.watchdog.beat()
+    device = run.accelerator.device
+    seed = run.config.seed
+    if run.config.prior.name == "none" or (run.prior.learns and not run.state.fitted):
+        return run.latents.draw(seed, philox.SAMPLES, ids, device)
+    prior = run.prior
+    if labels is None:
+        drawn = prior.draw(seed, philox.SAMPLES, ids, device)
+    else:
+        drawn = prior.draw(seed, philox.SAMPLES, ids, device, labels)  # type: ignore[call-arg]
+    if prior.decodes:
+        return run.engine.exported("decode", drawn)
+    return drawn
+
+
+def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, values: dict[str, float]) -> None:
+    """Report a round of stage 1: metrics, with the losses in `values`, and pictures. Collective."""
+    config = run.config
+    state = run.state
+    if match:
+        values |= match.values
+    values |= _speed(run) | _cost_of_reading(run, read)
+    values |= {
+        "data/epoch": run.stream.order.epochs(state.round),
+        "seconds/training": state.seconds,
+        "train/skipped": state.skipped,
+        "train/stage": 1,
+        "checkpoint/seconds": run.writer.seconds,
+        "checkpoint/upload_seconds": run.writer.uploaded,
+    }
+    pictures = {}
+    every = config.report.pictures
+    due = every and (state.round in (1, run.rounds) or state.round % every == 0)
     if due and (run.rank == 0 or run.engine.sharded):
-        drawn = draw(run.engine, state.random, state.images)
-    # From here on rank 0 alone works, and may fail.
-    counts = {"images_seen": position.images_seen, "codes_seen": position.codes_seen}
-    monitor.scalars(values, position.seen, **counts, round=state.number, step=position.step)
-    if monitor.heartbeat:
-        monitor.heartbeat.beat(values, seen=position.seen, phases=run.phases.total, checkpoint=run.writer.completed)
-    if state.match:
-        monitor.histogram("match/distances", state.match.distances, position.seen)
-    for name, picture in drawn.items():
-        monitor.picture(name, picture, position.seen)
+        pictures = _draw(run, images)
+    _send(run, values, pictures)
+    if match:
+        run.monitor.histogram("match/distances", match.distances, state.seen)
 
 
-def speed_values(run: Run, images: int) -> dict[str, float]:
+def report_prior(run: Trainer) -> None:
+    """Report the fit of the prior: its metrics and, at the end, samples and their quality. Collective."""
+    values = run.prior.read_metrics()
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise Diverged(f"{name} is not finite: the prior cannot be fitted; lower prior.lr")
+    values |= {"train/stage": 2, "prior/fitted": run.state.fitted, "seconds/training": run.state.seconds}
+    pictures = {}
+    if run.state.fitted >= 1:
+        if run.quality:
+            values |= measure(run, None)
+        if run.config.report.pictures and (run.rank == 0 or run.engine.sharded):
+            pictures = _draw(run, None)
+    _send(run, values, pictures)
+
+
+def _send(run: Trainer, values: dict[str, float], pictures: dict[str, Image.Image]) -> None:
+    """Give metrics and pictures to the trackers. From here on rank 0 alone works, and may fail."""
+    state = run.state
+    counts = {
+        "images_seen": state.images_seen,
+        "codes_seen": state.codes_seen,
+        "round": max(0, state.round - 1),
+        "step": state.step,
+    }
+    run.monitor.scalars(values, state.seen, **counts)
+    if run.monitor.heartbeat:
+        run.monitor.heartbeat.beat(
+            values,
+            seen=state.seen,
+            phases=run.phases.total,
+            checkpoint=run.writer.completed,
+        )
+    for name, picture in pictures.items():
+        run.monitor.picture(name, picture, state.seen)
+
+
+def _speed(run: Trainer) -> dict[str, float]:
     """Images/s of a round, the share of each phase, and arithmetic done."""
     phases = run.phases.seconds
-    seconds = {phase: phases[phase] for phase in ("take", "learn", "match", "fit") if phase in phases}
-    spent, device = sum(seconds.values()), run.accelerator.device
+    images = run.config.match.round * run.config.train.passes
+    seconds = {phase: phases[phase] for phase in ("take", "match", "fit") if phase in phases}
+    spent = sum(seconds.values())
+    flops = fit_flops(run.flops, run.config.objective.forwards) * images
     values = {
         "speed/images_per_second": images / spent,
         "speed/images_per_second_and_rank": images / spent / run.world,
-        "memory/peak_gb": peak_memory(device),
-        **{f"share/{phase}": value / spent for phase, value in seconds.items()},
+        "speed/fit_tflops": flops / seconds["fit"] / 1e12,
+        "memory/peak_gb": peak_memory(run.accelerator.device),
     }
-    if "fit" in seconds:
-        flops = fit_flops(run.flops, run.config.objective.forwards) * images / seconds["fit"]
-        values["speed/fit_tflops"] = flops / 1e12
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, torch.float32)
-        if peak := peak_flops(device, dtype):  # of the GPUs; fitting used the share MFU of it: arXiv 2204.02311, B
-            values["speed/mfu"] = flops / (run.world * peak)
+    for phase, value in seconds.items():
+        values[f"share/{phase}"] = value / spent
     return values
 
 
-def draw(engine: Engine, random: RoundRandom, images: Tensor) -> dict[str, Image.Image]:
-    """Pictures by name: samples f(z), resamples f(f(z)), restorations of images (m, *shape), and with classes a row of
-    samples for each, in which a column has the same noise; for points a scatter. The latents are the same over the run,
-    so that pictures compare. Collective where the network is sharded.
+def _cost_of_reading(run: Trainer, read: Rows) -> dict[str, float]:
+    """What all ranks have read for a round. Collective."""
+    tally = read.tally
+    costs = {
+        "data/megabytes": tally.bytes / 1e6,
+        "data/cached_megabytes": tally.cached / 1e6,
+        "data/reread_megabytes": tally.reread / 1e6,
+        "data/retries": tally.retries,
+        "data/skipped": len(read.broken),
+    }
+    return dict(zip(costs, total(list(costs.values()), run.accelerator), strict=True))
+
+
+def _draw(run: Trainer, images: Tensor | None) -> dict[str, Image.Image]:
+    """Pictures by name: samples f(z), resamples f(f(z)), restorations of `images` (n, *shape) and, with classes, a row
+    of samples for each, in which a column has the same noise; for points a scatter. The latents are the same over the
+    run, so that pictures compare. Collective where the network is sharded.
     """
-    latents = replace(random, round=philox.SAMPLES).latents(torch.arange(64))
-    once = engine.exported("", latents)
-    once, twice, examples = once.cpu(), engine.exported("", once).cpu(), images.cpu()
+    once = run.engine.exported("", draw_latents(run, torch.arange(64)))
+    twice = run.engine.exported("", once).cpu()
+    once = once.cpu()
     if once.ndim != 4:
-        return {"samples": scatter([("f(z)", once), ("f(f(z))", twice)], behind=examples[:2000])}
-    lines = [("clean", examples[:12])]
+        behind = once if images is None else images[:2000].cpu()
+        return {"samples": scatter([("f(z)", once), ("f(f(z))", twice)], behind=behind)}
+    pictures = {"samples": grid(once, columns=8), "samples-twice": grid(twice, columns=8)}
+    if images is not None:
+        pictures["restorations"] = _draw_repairs(run, images[:12])
+    names = run.prior.labels[:CLASSES]
+    if names and run.state.fitted:
+        labels = torch.arange(len(names), device=run.accelerator.device).repeat_interleave(8)
+        latents = draw_latents(run, torch.arange(8).repeat(len(names)), labels)
+        made = run.engine.exported("", latents).cpu().split(8)
+        pictures["classes"] = rows(list(zip(names, made, strict=True)))
+    return pictures
+
+
+def _draw_repairs(run: Trainer, images: Tensor) -> Image.Image:
+    """Images, each of them damaged in each way, and the repairs."""
+    clean = images.cpu()
+    lines = [("clean", clean)]
     for kind in KINDS:
-        damaged = degrade(examples[:12], kind)
-        repaired = engine.exported("", damaged.to(images.device)).cpu()
-        lines += [(kind.replace("_", " "), damaged), ("repaired", repaired)]
-    grids = {"samples": grid(once, columns=8), "samples-twice": grid(twice, columns=8)}
-    if names := random.prior.labels[:CLASSES]:
-        labels = torch.arange(len(names), device=images.device).repeat_interleave(8)
-        latents = replace(random, round=philox.SAMPLES).latents(torch.arange(8).repeat(len(names)), labels)
-        made = engine.exported("", latents).cpu().split(8)
-        grids["classes"] = rows(list(zip(names, made, strict=True)))
-    return grids | {"restorations": rows(lines)}
+        damaged = degrade(clean, kind)
+        repaired = run.engine.exported("", damaged.to(images.device)).cpu()
+        lines.append((kind.replace("_", " "), damaged))
+        lines.append(("repaired", repaired))
+    return rows(lines)

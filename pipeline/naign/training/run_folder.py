@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from naign.checkpoint import bucket
-from naign.checkpoint.manifest import MANIFEST, read_best, step_of
+from naign.checkpoint.manifest import MANIFEST, step_of
 from naign.checkpoint.writer import is_complete, newest_checkpoint, passed_over
 from naign.config import Config, changeable, differences, flatten, from_dict
 from naign.errors import Damaged, InputError
@@ -162,7 +162,7 @@ def is_done(config: Config) -> bool:
     if not recorded or not name or differences(recorded, config):
         return False
     _refuse_never(config, remote, "choose another --run.remote")
-    return budget.is_done(flatten(config), bucket.round_of(remote, name), read_best(remote))
+    return budget.is_done(flatten(config), bucket.read_trainer(remote, name))
 
 
 def find_claimed(config: Config, name: str, token: str) -> Path | None:

@@ -1,10 +1,10 @@
-"""What a checkpoint of a run holds: weights, the optimizer's state, and the round that it is within."""
+"""What a checkpoint of a run holds: weights, latents and prior, the optimizers' states, and where the run stands."""
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial as bind
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,44 +19,33 @@ from naign.config import Config, to_dict
 from naign.data.loader import Stream
 from naign.distributed.engine import Engine
 from naign.errors import InputError
-from naign.match.matcher import Match
 from naign.model.naign import save_model
-from naign.model.prior import Prior
+from naign.model.prior import Latents, Prior
 from naign.storage.local import write_atomically
 from naign.training.run_folder import damage_named, open_tensors, read_model
 
-PRIOR = "state/prior.safetensors"  # what a prior that learns goes on from
+PRIOR = "state/prior.safetensors"  # what the fit of the prior goes on from
 VERSIONS = {"naign": find_version(), **{name: version(name) for name in ("torch", "accelerate")}}  # in every checkpoint
 
 
 @dataclass(kw_only=True, slots=True)
-class Position:
+class State:
     """Where a run stands, over all resumptions."""
 
-    round: int = 0  # the next round, or the current one
-    done: int = 0  # steps made of the current round
-    images_seen: int = 0  # that f was trained on, over all ranks and passes
-    codes_seen: int = 0  # images whose codes the prior learned from while f was frozen
-    step: int = 0  # optimizer steps of f and of the prior, and one more a round while f is frozen: names checkpoints
-    seconds: float = 0.0  # wall time of the rounds
-    cpu_seconds: float = 0.0  # processor time of the rounds, of all ranks and threads
-    learned: int = 0  # rounds that the prior has learned from
+    round: int = 0  # rounds of stage 1 that are done
+    images_seen: int = 0  # images that f was trained on, over all ranks and passes
+    fitted: float = 0.0  # share of stage 2, the fit of the prior, that is done
+    codes_seen: int = 0  # the same share of prior.images
+    step: int = 0  # steps of f's optimizer and of the prior's fit: names checkpoints
+    seconds: float = 0.0  # wall time of both stages
+    cpu_seconds: float = 0.0  # processor time of both stages, of all ranks and threads
     skipped: int = 0  # optimizer steps not made, since the loss or its gradient was not finite
     bad_steps: int = 0  # the same, in a row up to now
 
     @property
     def seen(self) -> int:
-        """Images learned from, by f or by the prior alone: the axis of what is reported."""
+        """Images learned from, by f or by the prior: the axis of what is reported."""
         return self.images_seen + self.codes_seen
-
-
-@dataclass(kw_only=True, slots=True)
-class PartialRound:
-    """What is kept of a round that stopped between two of its steps, so that it can go on bit for bit."""
-
-    world_size_at_start: int  # which decides the images of each step
-    match: Match | None = None  # of all images of the round; None if the objective needs none
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of each loss over the steps made, on this rank
 
 
 def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.safetensors") -> None:
@@ -68,11 +57,13 @@ def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.saf
     network.load_state_dict(weights)
 
 
-def restore_prior(checkpoint: Path, prior: Prior) -> None:
-    """Let a prior that learns go on from a checkpoint. Raises InputError as `restore` does."""
+def restore_draws(checkpoint: Path, latents: Latents, prior: Prior) -> None:
+    """Load what latents have measured and where the prior's fit stands. Raises InputError as `restore` does."""
+    model = read_model(checkpoint, "model.safetensors")
+    latents.load_state_dict(model.latents.state_dict())
     if not prior.learns:
         return
-    if prior.labels and read_model(checkpoint, "model.safetensors").labels != prior.labels:
+    if prior.labels and model.labels != prior.labels:
         other = f"the classes of the data set are not those of {checkpoint}"
         raise InputError(f"{other}: train on data with the same ones, in the same order, or start another run")
     with damage_named(checkpoint):
@@ -88,111 +79,115 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
 
 
-def restore(checkpoint: Path, engine: Engine, *, size: int) -> tuple[Position, PartialRound | None]:
-    """Load all but the weights, of any engine and world size; `size` is match.round. Collective.
+def restore(checkpoint: Path, engine: Engine) -> State:
+    """Load f's optimizer, of any engine and world size, and return where the run stands. Collective.
 
     Raises InputError for files that are damaged or not of this run. Other failures, as of a device, pass unchanged.
     """
     with damage_named(checkpoint):
         trainer = json.loads((checkpoint / "trainer.json").read_text())
-        position = Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})
-        sound = all(0 <= value < 2**53 for value in (*asdict(position).values(), trainer["adam_steps"]))
-        if not sound or not 1 <= trainer["began"] <= 2**20 or not isinstance(trainer["match"], dict):
+        state = State(**{name: type(default)(trainer[name]) for name, default in asdict(State()).items()})
+        if not all(0 <= value < 2**53 for value in (*asdict(state).values(), trainer["adam_steps"])):
             raise ValueError("trainer.json holds what no run wrote")
         paths = sorted((checkpoint / "state").glob(f"rank-*-of-{trainer['world_size']:05d}.safetensors"))
         if len(paths) != trainer["world_size"]:
             raise ValueError(f"state of {len(paths)} ranks instead of {trainer['world_size']}")
-        files = [open_tensors(path) for path in paths]
-        file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no iterator)
-        rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
-        partial = _restore_round(checkpoint, trainer, files, rank, world, size) if position.done else None
+        file_of: dict[str, Any] = {}
+        for file in map(open_tensors, paths):
+            file_of |= dict.fromkeys(file.keys(), file)
     if trainer["adam_steps"]:
         weights = read_model(checkpoint, "model.safetensors").network.state_dict()
         for name in engine.shapes:
             shapes = engine.state_shapes(name)
+            kept = {"weight": weights[name]}
             with damage_named(checkpoint):
-                keys = {key: f"{key}.{name}" for key in shapes if key != "weight"}
-                state = {key: file_of[full].get_tensor(full) for key, full in keys.items()} | {"weight": weights[name]}
-                if any(value.shape != shapes[key] or not value.is_floating_point() for key, value in state.items()):
+                for key in shapes.keys() - {"weight"}:
+                    kept[key] = file_of[f"{key}.{name}"].get_tensor(f"{key}.{name}")
+                if any(value.shape != shapes[key] or not value.is_floating_point() for key, value in kept.items()):
                     raise ValueError(f"state of {name} has another shape than {shapes}, or type")
-            engine.restore(name, state, trainer["adam_steps"])
+            engine.restore(name, kept, trainer["adam_steps"])
     with damage_named(checkpoint):
         engine.scale = trainer["scale"]
     if engine.ema is not None:
         restore_weights(checkpoint, engine.ema, "ema.safetensors")
-    return position, partial
+    return state
 
 
-def _restore_round(
-    checkpoint: Path, trainer: dict[str, Any], files: Sequence[Any], rank: int, world: int, size: int
-) -> PartialRound:
-    """The current round. Its sums are the rank's own or, where the world size changed, the mean of all ranks'."""
-    terms, sums = trainer["terms"], [file.get_tensor("sums") for file in files]
-    if any(value.shape != (len(terms),) or not value.is_floating_point() for value in sums):
-        raise ValueError(f"the sums of the round are not those of {terms}")
-    values = sums[rank] if len(sums) == world else torch.stack(sums).mean(0)
-    partial = PartialRound(world_size_at_start=int(trainer["began"]), sums=dict(zip(terms, values, strict=True)))
-    if (file := checkpoint / "state/round.safetensors").exists():
-        ids, distances = (open_tensors(file).get_tensor(name) for name in ("ids", "distances"))
-        typed = ids.dtype == torch.int64 and distances.dtype == torch.float32
-        if not typed or ids.shape != (size,) or distances.shape != (size,) or int(ids.min()) < 0:
-            raise ValueError(f"state/round.safetensors is not the match of {size} images")
-        partial.match = Match(ids=ids, distances=distances, values=trainer["match"])
-    return partial
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Snapshot:
+    """A copy of a run: what a checkpoint writes, whatever changes meanwhile."""
+
+    name: str  # of the checkpoint
+    copy: Callable[[], None]  # called once, before `files` are written
+    files: dict[str, Write]  # of this rank
 
 
 def snapshot(
-    config: Config, stream: Stream, engine: Engine, position: Position, prior: Prior, kept: PartialRound | None = None
-) -> tuple[Callable[[], None], dict[str, Write]]:
-    """What copies all that may change, and what writes each of this rank's files of a checkpoint then. Collective.
+    config: Config,
+    stream: Stream,
+    engine: Engine,
+    state: State,
+    latents: Latents,
+    prior: Prior,
+) -> Snapshot:
+    """Take a snapshot. Collective.
 
-    Both are for a background thread: training goes on with the next forward, and the next step waits for the copy.
-    Within a round, `kept` is what it can go on from.
+    Its `copy` is for a background thread: training goes on with the next forward, and the next step waits for it.
     """
-    rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
-    kept = kept or PartialRound(world_size_at_start=world)
+    rank = engine.accelerator.process_index
+    world = engine.accelerator.num_processes
     largest_first = sorted(engine.shapes, key=lambda name: -math.prod(engine.shapes[name]))
     owners = {name: number % world for number, name in enumerate(largest_first)}  # the rank that writes its state
     # Gathered tensors would take room on the device until they are copied.
     take: Callable[[Tensor], Tensor] = _copied if engine.gathers else Tensor.detach
-    state, weights, averaged = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    moments = dict[str, Tensor]()
+    weights = dict[str, Tensor]()
+    averaged = dict[str, Tensor]()
     for name, values in engine.states():
         if owners[name] == rank:
-            state |= {f"{key}.{name}": take(values[key]) for key in values if key != "weight"}
+            for key in values.keys() - {"weight"}:
+                moments[f"{key}.{name}"] = take(values[key])
         if rank == 0:
             weights[name] = take(values["weight"])
+    # Buffers are copied now: the next forward may change them. On all ranks, since FSDP2 drops gathered weights then.
+    for name, value in engine.bare.state_dict().items():
+        if name not in engine.shapes:
+            weights[name] = _copied(value)
+    if engine.ema is not None and rank == 0:
+        averaged |= engine.ema.state_dict()
 
     def copy() -> None:
+        parts = [averaged] if engine.gathers else [moments, weights, averaged]
         try:
-            for part in (averaged,) if engine.gathers else (state, weights, averaged):
-                part |= {name: _copied(value) for name, value in part.items()}
+            for part in parts:
+                for name, value in part.items():
+                    part[name] = _copied(value)
         finally:
             engine.copied.set()
 
     engine.copied.clear()
-    sums = [value.detach().float().cpu() for value in kept.sums.values()]
-    state["sums"] = torch.stack(sums) if sums else torch.zeros(0)
-    files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": bind(save_file, state)}
-    # Buffers are copied now: the next forward may change them. On all ranks, since FSDP2 drops gathered weights then.
-    weights |= {name: _copied(value) for name, value in engine.bare.state_dict().items() if name not in engine.shapes}
-    if rank:
-        return copy, files
-    metadata = describe(config, stream, position)
-    drawn = {name: _copied(value) for name, value in prior.state_dict().items()}
-    if prior.learns:
-        files[PRIOR] = bind(save_file, {name: _copied(value) for name, value in prior.training_state().items()})
-    files["model.safetensors"] = lambda file: save_model(file, weights, metadata, drawn)
-    if engine.ema is not None:
-        averaged |= engine.ema.state_dict()
-        files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, drawn)
-    if match := kept.match:
-        files["state/round.safetensors"] = bind(save_file, {"ids": match.ids, "distances": match.distances})
-    trainer = asdict(position) | {"epoch": stream.order.epochs(position.round), "world_size": world}
-    trainer |= {"began": kept.world_size_at_start, "engine": engine.described, "adam_steps": engine.steps}
-    trainer |= {"scale": engine.scale, "match": match.values if match else {}, "terms": list(kept.sums)}
-    trainer["versions"] = VERSIONS
-    files["trainer.json"] = lambda file: write_atomically(file, json.dumps(trainer, indent=2) + "\n", sync=False)
-    return copy, files
+    files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": partial(save_file, moments)}
+    if rank == 0:
+        metadata = describe(config, stream, state)
+        drawn = {name: _copied(value) for name, value in prior.state_dict().items()}
+        noise = {name: _copied(value) for name, value in latents.state_dict().items()}
+        if prior.learns:
+            fit = {name: _copied(value) for name, value in prior.training_state().items()}
+            files[PRIOR] = partial(save_file, fit)
+        files["model.safetensors"] = lambda file: save_model(file, weights, metadata, drawn, noise)
+        if engine.ema is not None:
+            files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, drawn, noise)
+        trainer = asdict(state) | {
+            "epoch": stream.order.epochs(state.round),
+            "world_size": world,
+            "engine": engine.described,
+            "adam_steps": engine.steps,
+            "scale": engine.scale,
+            "versions": VERSIONS,
+        }
+        text = json.dumps(trainer, indent=2) + "\n"
+        files["trainer.json"] = lambda file: write_atomically(file, text, sync=False)
+    return Snapshot(name=f"step-{state.step:08d}", copy=copy, files=files)
 
 
 def _copied(value: Tensor) -> Tensor:
@@ -200,18 +195,22 @@ def _copied(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
 
 
-def describe(config: Config, stream: Stream, position: Position) -> dict[str, Any]:
+def describe(config: Config, stream: Stream, state: State) -> dict[str, Any]:
     """NAIGN.metadata of the model file."""
-    return {
+    metadata = {
         "model": asdict(config.model) | {"init": ""},
         "shape": list(stream.shape),
+        "latents": asdict(config.latents),
         "prior": asdict(config.prior),
-        **({"labels": list(stream.manifest.labels)} if config.prior.classes else {}),
         "dataset": stream.manifest.name,
         "data": config.data.path,
         "seed": config.seed,
-        "images_seen": position.images_seen,
-        "training_seconds": position.seconds,
-        "cpu_seconds": position.cpu_seconds,
+        "images_seen": state.images_seen,
+        "fitted": state.fitted,
+        "training_seconds": state.seconds,
+        "cpu_seconds": state.cpu_seconds,
         "config": to_dict(config),
     }
+    if config.prior.classes:
+        metadata["labels"] = list(stream.manifest.labels)
+    return metadata

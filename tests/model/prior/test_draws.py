@@ -1,4 +1,4 @@
-"""Priors that draw from noise alone, or from the spectrum of a round; what all priors share; and how one is chosen."""
+"""Latents of noise, or of the spectrum of a round; what all distributions share; and how one is chosen."""
 
 from functools import partial
 
@@ -9,32 +9,43 @@ from scipy import stats
 
 from naign.errors import InputError
 from naign.model.networks import ConvConfig, build_network
-from naign.model.prior import Examples, Prior, PriorConfig, build_prior, find_prior
-from naign.model.prior.flow import FlowConfig
-from naign.model.prior.gmm import GmmConfig
-from naign.model.prior.noise import SmoothConfig
+from naign.model.prior import (
+    Codes,
+    FlowConfig,
+    Latents,
+    LatentsConfig,
+    MixtureConfig,
+    Prior,
+    PriorConfig,
+    SmoothConfig,
+    build_latents,
+    build_prior,
+    find_latents,
+    find_prior,
+)
+from naign.settings.constraints import check_fields
 
-EVERY = [
-    *(PriorConfig(name="gaussian"), PriorConfig(name="halves"), SmoothConfig(), FourierConfig()),
-    *(FlowConfig(width=8, depth=1, passes=1, begin=0.0, steps=3), GmmConfig(components=3, begin=0.0)),
-]
+NOISE = [LatentsConfig(name="gaussian"), LatentsConfig(name="halves"), SmoothConfig(), FourierConfig()]
+PRIORS = [FlowConfig(width=8, depth=1, passes=1, steps=3), MixtureConfig(components=3)]
 NETWORK = build_network(ConvConfig(width=4, code=6), (1, 8, 8)).requires_grad_(False)
 
 
-def build(config: PriorConfig, shape: tuple[int, ...] = (1, 8, 8)) -> Prior:
+def build(config: LatentsConfig | PriorConfig, shape: tuple[int, ...] = (1, 8, 8)) -> Prior:
+    if isinstance(config, LatentsConfig):
+        return build_latents(config, shape)
     return build_prior(config, shape, NETWORK)
 
 
-def learn(prior: Prior, images: torch.Tensor, **settings: object) -> None:
-    for _ in prior.learn(Examples(images=images, encode=NETWORK.encode, **settings)):  # type: ignore[arg-type]
-        pass
-
-
-@pytest.fixture(scope="module", params=EVERY, ids=lambda config: config.name)
+@pytest.fixture(scope="module", params=[*NOISE, *PRIORS], ids=lambda config: config.name)
 def prior(request: pytest.FixtureRequest) -> Prior:
-    """Each of them, once it has learned from a round."""
+    """Each of them, fitted to a round."""
     built = build(request.param)
-    learn(built, torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    images = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    if isinstance(built, Latents):
+        built.measure(images, lambda moments: moments, 1)
+    else:
+        for _ in built.fit(Codes.of(NETWORK.encode(images))):
+            pass
     return built
 
 
@@ -55,25 +66,6 @@ def test_its_state_is_all_that_it_draws_from(prior):
     again.load_state_dict(prior.state_dict(), assign=True)
     ids = torch.arange(5)
     assert torch.equal(again.draw(1, 0, ids, "cpu"), prior.draw(1, 0, ids, "cpu"))
-    assert prior.learns == bool(prior.state_dict())
-
-
-def test_learning_resumes_bit_for_bit(prior):
-    again, images = build(prior.config), torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    saved = {name: value.clone() for name, value in prior.training_state().items()}
-    assert {name: value.shape for name, value in again.training_state().items()} == {
-        name: value.shape for name, value in saved.items()
-    }
-    again.load_training_state(saved)
-    assert again.metrics == prior.metrics
-    other = build(prior.config)
-    other.load_training_state(saved)
-    for one in (again, other):
-        learn(one, images, round=1, progress=0.5)
-    for name, value in again.training_state().items():
-        assert torch.equal(value, other.training_state()[name]), name
-        assert name in ("spectrum", "shape") or name in prior.state_dict() or not torch.equal(value, saved[name]), name
-    assert again.metrics == other.metrics
 
 
 def test_the_ends_of_a_way_are_draws(prior):
@@ -88,13 +80,11 @@ def test_a_draw_waits_for_no_device(prior):
     """Tensors of the meta device have no values to read."""
     with torch.device("meta"):
         there, ids = build(prior.config), torch.arange(5)
-    if prior.config.name == "flow":
-        there.moves = True
     assert there.draw(1, 0, ids, "meta").shape == (5, *prior.shape)
 
 
 def test_half_of_the_halves_are_flat_images_with_noise():
-    drawn = build(PriorConfig(name="halves"), (1, 28, 28)).draw(0, 0, torch.arange(4000), "cpu").flatten(1)
+    drawn = build(LatentsConfig(name="halves"), (1, 28, 28)).draw(0, 0, torch.arange(4000), "cpu").flatten(1)
     flat, noise = drawn[::2], drawn[1::2]
     assert float(noise.std(1).mean()) == pytest.approx(1, abs=0.01)
     assert stats.kstest(flat.std(1).numpy(), stats.uniform(0, 0.5).cdf).pvalue > 1e-3
@@ -112,8 +102,7 @@ def test_fourier_noise_has_the_spectrum_of_the_first_round():
     phase = torch.rand(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     images = torch.cos(3 * grid + 6 * phase) * torch.cos(2 * grid)[:, None] + 0.2
     prior = build(FourierConfig(), (1, 16, 16))
-    learn(prior, images)
-    learn(prior, torch.zeros_like(images), round=1)
+    prior.measure(images, lambda moments: moments, 1)
     drawn = prior.draw(0, 0, torch.arange(4000), "cpu")
     assert float(drawn.mean()) == pytest.approx(float(images.mean()), abs=0.02)
     power = torch.fft.fft2(drawn).abs().square().mean(0)[0]
@@ -125,20 +114,24 @@ def test_the_spectrum_of_all_ranks_is_that_of_the_whole_round():
     images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     halves: list[torch.Tensor] = []
     whole, first, second = (build(FourierConfig(), (3, 8, 8)) for _ in range(3))
-    learn(whole, images)
-    learn(first, images[:32], world=2, add=lambda moments: halves.append(moments) or moments)
-    learn(second, images[32:], world=2, add=lambda moments: moments + halves[0])
+    whole.measure(images, lambda moments: moments, 1)
+    first.measure(images[:32], lambda moments: halves.append(moments) or moments, 2)
+    second.measure(images[32:], lambda moments: moments + halves[0], 2)
     torch.testing.assert_close(second.spectrum, whole.spectrum)
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(InputError, match="prior.name is 'cauchy': choose one of gaussian, smooth, halves, flow, gmm"):
+    with pytest.raises(InputError, match="prior.name is 'cauchy': choose one of none, gmm, flow"):
         find_prior("cauchy")
+    with pytest.raises(InputError, match="latents.name is 'cauchy': choose one of smooth, gaussian, halves"):
+        find_latents("cauchy")
+    with pytest.raises(InputError, match="prior.name=smooth is now latents.name=smooth, with prior.name=none"):
+        find_prior("smooth")
     with pytest.raises(InputError, match="smooth is for images"):
         build(SmoothConfig(), (2,))
-    with pytest.raises(InputError, match="prior.grid is 65"):
-        SmoothConfig(grid=65)
-    for config in EVERY[-2:]:
+    with pytest.raises(InputError, match="latents.grid is 65"):
+        check_fields(SmoothConfig(grid=65), "latents")
+    for config in PRIORS:
         with pytest.raises(InputError, match=f"prior.name={config.name}: this network has no code"):
             build_prior(config, (2,), torch.nn.Linear(2, 2))
 

@@ -1,8 +1,12 @@
-"""Codes drawn by a rectified flow (arXiv 2209.03003) from noise, small beside f.
+"""Codes drawn by a rectified flow (arXiv 2209.03003) from noise, small beside f, and by a student of it in two steps.
 
 Codes are (n, c), of a network with a dense code, or (n, c, h, w), of one with a spatial code. They are whitened over
-their c channels first, so that no direction is lost in the noise, but for those of little spread, which stay small; and
-of many channels only the DIRECTIONS of most spread are modelled: the others stay at their mean.
+their c channels first, so that no direction is lost in the noise; directions of little spread stay small. Of many
+channels only the DIRECTIONS of most spread are modelled: the others stay at their mean.
+
+The student begins as the flow's velocity and learns, once the flow has learned, to follow the flow's paths in two
+steps, by regression: from noise to where the path is at a time of about MIDDLE, and from there to its end. Both are
+smooth functions of where they begin (arXiv 2209.03003, section 2.2).
 """
 
 import math
@@ -14,21 +18,32 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from naign.errors import require
-from naign.model.prior.base import WINDOW, CodesConfig, CodesPrior, Device, Examples, Shape
+from naign.model.prior.base import Codes, CodesConfig, CodesPrior, Device, Shape
 from naign.model.prior.learner import Learner
 from naign.model.prior.noise import Gaussian
-from naign.model.prior.velocity import DenseVelocity, SpatialVelocity, Velocity
+from naign.model.prior.velocity import DenseVelocity, SpatialVelocity
 from naign.philox import LEARN, normal, uniform
-from naign.settings.constraints import POSITIVE, between
+from naign.settings.constraints import AT_LEAST_0, POSITIVE, between
 
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
 DROPPED = 0.1  # share of labels that the flow learns without, for guidance (arXiv 2207.12598)
 GUIDED = 0.6  # time from which guidance by classes acts; before, it costs variety and adds little (arXiv 2404.07724)
 EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
-RIDGE = 0.3  # of the mean variance, added to each: to whiten directions of little spread fully costs the others
+RIDGE = 0.3  # share of the mean variance that is added to each: fully whitening low-variance directions costs the rest
+RATE = 0.5  # the student's learning rate over prior.lr
+MIDDLE = 0.4  # time at which the student's second step begins, rounded to a step of the flow
+SOLVED = 4096  # paths of a chunk that the student learns from
+AT_ONCE = 512  # of them, followed at once
+
+PATHS = 2**30  # "round" of the noise that paths begin at
+ORDER = 2**31  # "round" of the order of rows; below PATHS it is the step
+
+UNFITTED, LEARNS, KEPT, TAUGHT = range(4)
+"""Phases of a flow: before its first step; while it learns; once autoguidance has kept its weights; once the student
+has begun to learn."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,83 +68,69 @@ class FlowConfig(CodesConfig):
     guidance: float = field(default=0.0, metadata=between(0, 10))
     """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity
     over the last two fifths of the path, at one more evaluation a step; 0: none. Samples match their class more."""
-    student: float = field(default=0.0, metadata=between(0, 0.99))
-    """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in two
-    evaluations; 0: no student. A quarter of what the flow has is enough."""
+    student: int = field(default=0, metadata=AT_LEAST_0)
+    """Paths of the flow from which a student learns to reach a code in two evaluations; 0: no student. A quarter of
+    prior.images is enough."""
 
-    def __post_init__(self) -> None:
-        CodesConfig.__post_init__(self)
+    def check(self) -> None:
         blind = f"prior.guidance is {self.guidance:g}, but there are no classes to guide by: set prior.classes"
         require((self.classes or not self.guidance, blind))
-        shares = f"prior.student is {self.student:g}, prior.alone {self.alone:g} and prior.begin {self.begin:g}"
-        fits = not self.student or (1e-6 <= self.student <= self.alone and self.begin + self.student < 1 - 1e-6)
-        order = "the student learns when f is frozen and the flow has learned. Lower prior.student, but not below 1e-6"
-        require((fits, f"{shares}: {order}"))
-
-    def check_rounds(self, rounds: int, images: int) -> None:
-        CodesConfig.check_rounds(self, rounds, images)
-        enough = range(max(rounds, int(1 / self.student)), 2**62) if self.student else ()
-        least = next((n for n in enough if first_round(self.begin, n) < first_round(self.end, n) < n), rounds)
-        short = f"prior.begin={self.begin:g} and prior.student={self.student:g} leave the flow or its student none of"
-        remedy = f"Change them, or raise train.images to {least * images} x train.passes, {least} rounds"
-        require((rounds == least, f"{short} {rounds} rounds. {remedy}"))
-
-    @property
-    def end(self) -> float:
-        """Share of train.images after which the flow learns no more."""
-        return 1 - self.student
 
 
 class Flow(CodesPrior):
-    """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1).
+    """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1), and its student.
 
-    Whitened codes, and noise, are (n, d, ...), of at most DIRECTIONS channels. Its state averages `learner`'s weights.
+    Whitened codes, and noise, are (n, d, ...), of at most DIRECTIONS channels. The state averages `learner`'s weights.
     """
 
     config: FlowConfig
+    phase: Tensor  # () int64, one of the phases above
     mean: Tensor  # (c,) of the channels, over positions
-    covariance: Tensor  # (c, c)
     inward: Tensor  # (d, c): from codes, less their mean, to whitened ones
     outward: Tensor  # (c, d), and back
 
     def __init__(self, config: FlowConfig, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
         super().__init__(config, shape, seed=seed, labels=labels)
-        channels, number = shape[0], min(DIRECTIONS, shape[0])
-        self.noise_shape = (number, *shape[1:])
-        self.moves = self.guides = False  # whether the velocity is not zero, and neither is `early`
+        channels = shape[0]
+        directions = min(DIRECTIONS, channels)
+        self.noise_shape = (directions, *shape[1:])
         kind = DenseVelocity if len(shape) == 1 else SpatialVelocity
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(seed)
             self.velocity = kind(self.noise_shape, config.width, config.depth, classes=len(self.labels))
         if config.autoguidance:
             self.early = deepcopy(self.velocity)
+        if config.student:
+            self.student = deepcopy(self.velocity)
+        self.register_buffer("phase", torch.tensor(UNFITTED))
+        self._phase = UNFITTED  # the same, without waiting for a device
         self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("covariance", torch.eye(channels))
-        self.register_buffer("inward", torch.eye(number, channels))
-        self.register_buffer("outward", torch.eye(channels, number))
+        self.register_buffer("inward", torch.eye(directions, channels))
+        self.register_buffer("outward", torch.eye(channels, directions))
 
-    @property
-    def metric(self) -> str:
-        """The name of its loss."""
-        return "loss/codes"
-
-    @cached_property
-    def learner(self) -> "Learner":
-        return Learner(self.velocity)
+    def _enter(self, phase: int) -> None:
+        self.phase.fill_(phase)
+        self._phase = phase
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         loaded = super().load_state_dict(state, strict, assign)
-        self.begun = self.moves = moving(self.velocity)
-        self.guides = bool(self.config.autoguidance) and moving(self.early)
+        self._phase = int(state["phase"])
         return loaded
 
+    @cached_property
+    def learner(self) -> Learner:
+        """What trains the flow and, later, the student."""
+        return Learner(self.velocity)
+
     def draw(self, seed: int, round: int, ids: Tensor, device: Device, labels: Tensor | None = None) -> Tensor:
-        labels = self.choose(seed, round, ids, device) if labels is None else labels
+        if labels is None:
+            labels = self.choose(seed, round, ids, device)
         return self.solve(normal(seed, round, ids, self.noise_shape, device), labels)
 
     def between(self, seeds: tuple[int, int], round: int, device: Device, *, steps: int) -> Tensor:
         """Codes on paths that begin on an arc between the noise of two draws; half of them have the class of each."""
-        noise, labels = Gaussian(self.config, self.noise_shape).between(seeds, round, device, steps=steps), None
+        noise = Gaussian(self.config, self.noise_shape).between(seeds, round, device, steps=steps)
+        labels = None
         if self.labels:
             ends = [self.choose(seed, round, torch.zeros(1, dtype=torch.int64), device) for seed in seeds]
             labels = torch.cat([end for end in ends if end is not None])[torch.arange(steps) * 2 // steps]
@@ -137,141 +138,194 @@ class Flow(CodesPrior):
 
     def solve(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The codes (n, c, ...) of standard normals (n, d, ...), of the classes (n,) where there are any."""
-        codes = self.ends(noise, labels)
-        return torch.einsum("ij,nj...->ni...", self.outward, codes) + _rows(self.mean, codes)
-
-    def ends(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The whitened codes (n, d, ...) at the ends of the paths that begin at `noise`, (n, d, ...)."""
-        return deque(self.path(noise, labels), maxlen=1).pop()
+        if self._phase == TAUGHT:
+            early = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+            middle = self._leap(self.student, noise, early, labels)
+            codes = self._leap(self.student, middle, ~early, labels)
+        else:
+            codes = deque(self.path(noise, labels), maxlen=1).pop()
+        return torch.einsum("ij,nj...->ni...", self.outward, codes) + _per_channel(self.mean, codes)
 
     def path(self, noise: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
-        """`noise`, and the points (n, d, ...) that the paths reach at times 1 / steps, 2 / steps, ..., 1.
+        """`noise`, and the points (n, d, ...) that the flow's paths reach at times 1 / steps, 2 / steps, ..., 1.
 
         The velocity is v + autoguidance * (v - early) + guidance * (v - that of no class), v and early of the classes;
         the last of these from GUIDED on.
         """
-        codes, before, steps = noise, noise[:0], self.config.steps
+        steps = self.config.steps
+        autoguided = bool(self.config.autoguidance) and self._phase >= KEPT
+        codes = noise
+        before: Tensor | None = None
         yield codes
         for step in range(steps):
-            if self.moves:  # until the flow has learned, paths stand still
-                time = noise.new_full((len(noise),), step / steps)
-                velocity = plain = self.velocity(codes, time, labels)
-                if self.guides:
-                    velocity = velocity + self.config.autoguidance * (plain - self.early(codes, time, labels))
-                if self.config.guidance and labels is not None and step >= GUIDED * steps:
-                    blind = self.velocity(codes, time, torch.full_like(labels, len(self.labels)))
-                    velocity = velocity + self.config.guidance * (plain - blind)
-                codes = codes + (1.5 * velocity - 0.5 * before if step else velocity) / steps  # Euler's step first
-                before = velocity
+            time = noise.new_full((len(noise),), step / steps)
+            plain = self.velocity(codes, time, labels)
+            velocity = plain
+            if autoguided:
+                velocity = velocity + self.config.autoguidance * (plain - self.early(codes, time, labels))
+            if self.config.guidance and labels is not None and step >= GUIDED * steps:
+                no_class = torch.full_like(labels, len(self.labels))
+                velocity = velocity + self.config.guidance * (plain - self.velocity(codes, time, no_class))
+            if before is None:
+                slope = velocity  # Euler's step first
+            else:
+                slope = 1.5 * velocity - 0.5 * before
+            codes = codes + slope / steps
+            before = velocity
             yield codes
 
     def whiten(self, codes: Tensor) -> Tensor:
         """(n, c, ...) -> (n, d, ...)"""
-        return torch.einsum("ij,nj...->ni...", self.inward, codes - _rows(self.mean, codes))
+        return torch.einsum("ij,nj...->ni...", self.inward, codes - _per_channel(self.mean, codes))
 
-    def follow(self, mean: Tensor, covariance: Tensor, keep: float) -> None:
-        """Move the mean and the covariance towards these by the share `keep`, and whiten by them. Of all whitening
-        matrices it takes the one that changes whitened codes least, since the velocity goes on learning.
+    def fit(self, codes: Codes) -> Iterator[float]:
+        """Fit the flow, then the student; metrics are prior/loss, the squared error per value, and prior/student, the
+        absolute one. A function of the state, the codes and the seed, whatever the number of ranks, but for the order
+        in which gradients are added.
         """
-        self.mean.lerp_(mean, keep)
-        self.covariance.lerp_(covariance, keep)
-        values, directions = torch.linalg.eigh(self.covariance.double())
-        directions = directions[:, -len(self.inward) :]
-        spread = (values[-len(self.inward) :].clamp(min=0) + RIDGE * values.mean()).clamp(min=1e-30).sqrt()
-        left, _, right = torch.linalg.svd(self.inward.double() @ (directions * spread))
-        turn = left @ right
-        self.inward.copy_(turn @ (directions / spread).T)
-        self.outward.copy_((directions * spread) @ turn.T)
+        flow_steps = sum(self._count_steps(size) for size in codes.sizes)
+        paths = _chunks(self.config.student, SOLVED)
+        steps = flow_steps + sum(self._count_steps(size) for size in paths)
+        if self._phase < TAUGHT:
+            for made in self._fit_flow(codes, flow_steps):
+                yield made / steps
+        if self.config.student:
+            for made in self._fit_student(codes, paths, steps - flow_steps):
+                yield (flow_steps + made) / steps
 
-    def learn(self, examples: Examples) -> Iterator[float]:
-        """Learn from the codes of a round, step by step; the metric loss/codes is the squared error per value.
-
-        Before `begin` only the mean and the covariance are tracked. A function of the state, the codes and the seed,
-        whatever the number of ranks, but for the order in which gradients are added.
-        """
-        learner, begun = self.learner, examples.progress >= self.config.begin
-        if self.guides and examples.round == 0 and not learner.made:  # they are another run's: `model.init`
-            still(self.early)
-            self.guides = False
-        codes = examples.codes(1 if begun else examples.stride)
-        labels = self.read_labels(examples, count=not learner.done)
-        if not learner.done:
-            keep = max(1 / (examples.round + 1), 1 / (WINDOW + examples.settled))
-            values = codes.transpose(0, 1).flatten(1)
-            self.follow(values.mean(1), values.cov(), keep)
-        if not begun:  # and a round that a shorter run stopped in is not gone on with
-            learner.done, learner.sum = 0, 0.0
-            return
-        wanted = self.whiten(codes)
-        for mine, batch, now in self.batches(examples, len(codes)):
-            share = (now - self.config.begin) / (self.config.end - self.config.begin)
-            if self.config.autoguidance and self.moves and not self.guides and share >= EARLY:
+    def _fit_flow(self, codes: Codes, steps: int) -> Iterator[int]:
+        """Train the velocity; yields the number of steps made."""
+        learner = self.learner
+        present: int | None = None  # chunk
+        whitened: Tensor | None = None
+        labels: Tensor | None = None
+        for chunk, rows in self._batches(codes.sizes, learner.made):
+            if chunk != present:
+                read, labels = codes.read(chunk)
+                self._begin(read, labels)
+                whitened = self.whiten(read)
+                present = chunk
+            assert whitened is not None
+            if self.config.autoguidance and self._phase == LEARNS and learner.made >= EARLY * steps:
                 self.early.load_state_dict(self.velocity.state_dict())
-                self.guides = True
-            rate = self.config.lr * cosine(share)
-            classes = None if labels is None else labels[mine]
-            numbers = mine + (learner.done + 1) * len(codes)
-            loss = self._loss(wanted[mine], numbers, examples, classes)
-            learner.step(loss / (batch * wanted[0].numel()), rate, self.velocity, examples.add)
-            self.moves = True
-            yield now
+                self._enter(KEPT)
+            mine = codes.part(rows.to(whitened.device))
+            numbers = codes.part(torch.arange(len(rows), device=whitened.device))
+            classes = None
+            if self.labels and labels is not None:
+                classes = labels[mine]
+            loss = self._error(whitened[mine], learner.made, numbers, classes, codes)
+            scale = len(rows) * math.prod(self.noise_shape)
+            rate = self.config.lr * cosine(learner.made / steps)
+            learner.step(loss / scale, rate, self.velocity, codes.add)
+            yield learner.made
 
-    def batches(self, examples: Examples, count: int) -> Iterator[tuple[Tensor, int, float]]:
-        """For each step left of a round, in which each of `count` rows occurs `passes` times: this rank's rows of the
-        batch, how many all ranks have, and the run's progress. In the end `metrics` has the mean loss.
-        """
-        drawn = uniform(self.seed, examples.round, torch.arange(count), (self.config.passes,), stream=LEARN)
-        order = drawn.argsort(dim=0).T.flatten().to(examples.images.device)  # an upload a step would wait for a GPU
-        batches, learner = order.split(self.config.batch), self.learner
-        while learner.done < len(batches):
-            rows = batches[learner.done]
-            now = examples.progress + examples.covers * learner.done / len(batches)
-            yield rows[examples.part(len(rows))], len(rows), now
-        self.metrics = {self.metric: float(learner.sum) / len(batches)}
-        learner.done, learner.sum = 0, 0.0
+    def _begin(self, codes: Tensor, labels: Tensor | None) -> None:
+        """Before the first step, measure the whitening and the classes of the first chunk."""
+        if self._phase != UNFITTED:
+            return
+        self.count_classes(labels)
+        values = codes.transpose(0, 1).flatten(1).double()
+        mean = values.mean(1)
+        spread, directions = torch.linalg.eigh((values - mean[:, None]) @ (values - mean[:, None]).T / values.shape[1])
+        kept = len(self.inward)
+        deviations = (spread[-kept:].clamp(min=0) + RIDGE * spread.mean()).clamp(min=1e-30).sqrt()
+        self.mean.copy_(mean)
+        self.inward.copy_((directions[:, -kept:] / deviations).T)
+        self.outward.copy_(directions[:, -kept:] * deviations)
+        self._enter(LEARNS)
 
-    def _loss(self, wanted: Tensor, numbers: Tensor, examples: Examples, labels: Tensor | None) -> Tensor:
+    def _error(self, wanted: Tensor, step: int, numbers: Tensor, labels: Tensor | None, codes: Codes) -> Tensor:
         """Sum of the squared errors of the velocity at random times of straight paths that end at `wanted`."""
         size = math.prod(wanted.shape[1:])
-        drawn = normal(self.seed, examples.round, numbers, (size + 1 + bool(self.labels),), wanted.device, stream=LEARN)
-        noise, time = drawn[:, :size].view_as(wanted), drawn[:, size].sigmoid()
+        drawn = normal(self.seed, step, numbers, (size + 2,), wanted.device, stream=LEARN)
+        noise = drawn[:, :size].view_as(wanted)
+        time = drawn[:, size].sigmoid()
         if labels is not None:
-            labels = labels.masked_fill(torch.special.ndtr(drawn[:, -1]) < DROPPED, len(self.labels))
-        share = time.view(-1, *(1,) * (wanted.ndim - 1))
-        points = share * wanted + (1 - share) * noise
-        with examples.autocast():
-            velocity = self.learner.network(points, time, labels)
+            dropped = torch.special.ndtr(drawn[:, -1]) < DROPPED
+            labels = labels.masked_fill(dropped, len(self.labels))
+        share = _as_rows(time, wanted)
+        with codes.autocast():
+            velocity = self.learner.network(share * wanted + (1 - share) * noise, time, labels)
         return (velocity.float() - (wanted - noise)).square().sum()
 
-    def training_state(self) -> dict[str, Tensor]:
+    def _fit_student(self, codes: Codes, paths: Sequence[int], steps: int) -> Iterator[int]:
+        """Train the student on paths of the flow; yields the number of steps made."""
         learner = self.learner
-        progress = [learner.made, learner.done, float(learner.sum), self.metrics.get(self.metric, math.nan)]
-        return self.state_dict() | learner.tensors() | {"progress": torch.tensor(progress, dtype=torch.float64)}
+        if self._phase != TAUGHT:
+            self.student.load_state_dict(self.velocity.state_dict())
+            learner.restart(self.student)
+            self._enter(TAUGHT)
+        present: int | None = None  # chunk
+        for chunk, rows in self._batches(paths, learner.made):
+            if chunk != present:
+                noise, halves, ends, labels = self._follow(chunk * SOLVED, paths[chunk], codes)
+                present = chunk
+            mine = codes.part(rows.to(noise.device))
+            late = (mine + learner.made) % 2 == 1  # rows that learn the second step
+            chosen = _as_rows(late, noise)
+            points = torch.where(chosen, halves[mine], noise[mine])
+            with codes.autocast():
+                reached = self._leap(learner.network, points, late, None if labels is None else labels[mine])
+            error = (reached.float() - torch.where(chosen, ends[mine], halves[mine])).abs().sum()
+            rate = self.config.lr * RATE * cosine(learner.made / steps)
+            learner.step(error / (len(rows) * noise[0].numel()), rate, self.student, codes.add)
+            yield learner.made
+
+    @torch.no_grad()
+    def _follow(self, first: int, count: int, codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Noise (n, d, ...), the points on the flow's paths where the student's steps end, and the classes. Collective:
+        each rank follows its part.
+        """
+        device = self.mean.device
+        ids = torch.arange(first, first + count)
+        noise = normal(self.seed, PATHS, ids, self.noise_shape, device, stream=LEARN)
+        labels = self.choose(self.seed, PATHS, ids, device)
+        halves = torch.zeros_like(noise)
+        ends = torch.zeros_like(noise)
+        for rows in codes.part(torch.arange(count, device=device)).split(AT_ONCE):
+            path = list(self.path(noise[rows], None if labels is None else labels[rows]))
+            halves[rows] = path[self._half]
+            ends[rows] = path[-1]
+        return noise, codes.add(halves), codes.add(ends), labels
+
+    @property
+    def _half(self) -> int:
+        """The flow's steps that the student's first one takes."""
+        return max(1, round(MIDDLE * self.config.steps))
+
+    def _leap(self, student: nn.Module, points: Tensor, late: Tensor, labels: Tensor | None) -> Tensor:
+        """The first step of the student from points (n, d, ...), or the second of rows that are `late`, (n,) bool."""
+        middle = self._half / self.config.steps
+        length = torch.where(late, 1 - middle, middle)
+        moved: Tensor = student(points, late * middle, labels)
+        return points + _as_rows(length, points) * moved
+
+    def _count_steps(self, size: int) -> int:
+        """Steps on a chunk of so many rows."""
+        return -(-size * self.config.passes // self.config.batch)
+
+    def _batches(self, sizes: Sequence[int], made: int) -> Iterator[tuple[int, Tensor]]:
+        """Chunk and rows of the batch of each step from step `made` on; each row of a chunk occurs `passes` times."""
+        for chunk, size in enumerate(sizes):
+            count = self._count_steps(size)
+            if made < count:
+                drawn = uniform(self.seed, ORDER + chunk, torch.arange(size), (self.config.passes,), stream=LEARN)
+                order = drawn.argsort(dim=0, stable=True).T.flatten()
+                for rows in order.split(self.config.batch)[made:]:
+                    yield chunk, rows
+            made = max(0, made - count)
+
+    def read_metrics(self) -> dict[str, float]:
+        name = "prior/student" if self._phase == TAUGHT else "prior/loss"
+        return {name: self.learner.report()}
+
+    def training_state(self) -> dict[str, Tensor]:
+        return self.state_dict() | self.learner.tensors() | {"made": torch.tensor(self.learner.made)}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_training_state(state)
-        made, done, self.learner.sum, loss = state["progress"].tolist()
-        self.metrics = {} if math.isnan(loss) else {self.metric: loss}
-        self.learner.done = int(done)
-        self.learner.resume_at(int(made))
-        for name, value in self.learner.tensors().items():
-            value.copy_(state[name])
-
-
-def moving(velocity: Velocity) -> bool:
-    """Whether a velocity is not zero, as it is at first."""
-    return any(bool(value.any()) for value in velocity.outer.parameters())
-
-
-def still(velocity: Velocity) -> None:
-    """Make a velocity zero, as it is at first."""
-    for value in velocity.outer.parameters():
-        torch.nn.init.zeros_(value)
-
-
-def first_round(share: float, rounds: int) -> int:
-    """The first of so many rounds that begins when this share of the run, or more, is done."""
-    return math.ceil(share * rounds - 1e-9)
+        self.learner.load(state, int(state["made"]))
 
 
 def cosine(share: float) -> float:
@@ -279,5 +333,16 @@ def cosine(share: float) -> float:
     return (1 + math.cos(math.pi * share)) / 2
 
 
-def _rows(mean: Tensor, codes: Tensor) -> Tensor:
+def _chunks(count: int, most: int) -> list[int]:
+    """Sizes of chunks of at most `most` that make up `count`."""
+    return [min(most, count - first) for first in range(0, count, most)]
+
+
+def _as_rows(values: Tensor, like: Tensor) -> Tensor:
+    """(n,) -> (n, 1, ...), to multiply rows of `like`."""
+    return values.view(-1, *(1,) * (like.ndim - 1))
+
+
+def _per_channel(mean: Tensor, codes: Tensor) -> Tensor:
+    """(c,) -> (1, c, 1, ...), to add to `codes`."""
     return mean.view(1, -1, *(1,) * (codes.ndim - 2))

@@ -1,5 +1,6 @@
-"""Priors of noise: standard normals, flat images among them, and few normals that are enlarged to an image."""
+"""The latents of training: noise that f learns to map to the data. Each kind is chosen by name, as `latents.name`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -7,12 +8,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from naign.errors import require
-from naign.model.prior.base import Device, Prior, PriorConfig, Shape
+from naign.model.prior.base import Device, Prior, Shape
 from naign.philox import SCALE, normal, uniform
 from naign.settings.constraints import between
+from naign.settings.registry import lookup
 
 
-class Gaussian(Prior):
+@dataclass(kw_only=True, slots=True)
+class LatentsConfig:
+    """Base of the settings of all latents."""
+
+    name: str = ""
+    """Noise that f maps to the data: `smooth` (few normals, enlarged to an image), `gaussian` (N(0, I)), `halves`
+    (N(0, I) and flat images), or one that another package registers, such as IGN's `fourier`."""
+
+    def check(self) -> None:
+        """Raise InputError for settings that contradict each other."""
+
+
+class Latents(Prior):
+    """A distribution of noise (n, *shape). Its buffers, if it has any, are measured once before the first round."""
+
+    def measure(self, images: Tensor, add: Callable[[Tensor], Tensor], world: int) -> None:
+        """Adapt to the images (n, *shape) of the first round, equally many on each rank; `add` sums over ranks."""
+
+
+class Gaussian(Latents):
     """N(0, I)."""
 
     arc = True
@@ -21,28 +42,30 @@ class Gaussian(Prior):
         return normal(seed, round, ids, self.shape, device)
 
 
-class Halves(Prior):
+class Halves(Latents):
     """N(0, I) for odd ids; for even ids an offset U(-1, 1) a row plus a scale U(0, 1/2) times N(0, I).
 
-    Flat latents teach f to carry flat images to the data, too: a residual autoencoder leaves black where it is.
+    Flat latents teach f to map flat images to the data as well: a residual autoencoder maps black to black.
     """
 
     def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         noise = normal(seed, round, ids, self.shape, device)
         rows = (len(ids),) + (1,) * len(self.shape)
-        offset, scale = uniform(seed, round, ids, (2,), device, stream=SCALE).unbind(1)
-        flat = (2 * offset - 1).view(rows) + (scale / 2).view(rows) * noise
-        return torch.where((ids.to(noise.device) % 2 == 0).view(rows), flat, noise)
+        drawn = uniform(seed, round, ids, (2,), device, stream=SCALE)
+        offset = (2 * drawn[:, 0] - 1).view(rows)
+        scale = (drawn[:, 1] / 2).view(rows)
+        is_flat = (ids.to(noise.device) % 2 == 0).view(rows)
+        return torch.where(is_flat, offset + scale * noise, noise)
 
 
 @dataclass(kw_only=True, slots=True)
-class SmoothConfig(PriorConfig):
+class SmoothConfig(LatentsConfig):
     name: str = "smooth"
     grid: int = field(default=4, metadata=between(1, 64))
     """Normals per side and channel, which bicubic interpolation enlarges to the image."""
 
 
-class Smooth(Prior):
+class Smooth(Latents):
     """Normals on a grid of each channel, enlarged to the image by bicubic interpolation.
 
     Noise of few dimensions: a pool of some thousand samples is dense enough in it that near images share near latents.
@@ -52,8 +75,29 @@ class Smooth(Prior):
 
     def __init__(self, config: SmoothConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
-        require((len(shape) == 3, "prior.name=smooth is for images, these are points: choose gaussian"))
+        require((len(shape) == 3, "latents.name=smooth is for images, these are points: choose gaussian"))
 
     def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
-        coarse = normal(seed, round, ids, (self.shape[0], self.config.grid, self.config.grid), device)
+        grid = self.config.grid
+        coarse = normal(seed, round, ids, (self.shape[0], grid, grid), device)
         return F.interpolate(coarse, size=self.shape[1:], mode="bicubic")
+
+
+LATENTS: dict[str, tuple[type[LatentsConfig], type[Latents]]] = {
+    "smooth": (SmoothConfig, Smooth),
+    "gaussian": (LatentsConfig, Gaussian),
+    "halves": (LatentsConfig, Halves),
+}
+"""Settings and latents by name; other packages add theirs as entry points of the group `naign.latents`."""
+
+
+def find_latents(name: str) -> tuple[type[LatentsConfig], type[Latents]]:
+    """The settings and the class of the latents of that name; InputError for an unknown one."""
+    remedies = {"fourier": "fourier is IGN's, install it: pip install -e benchmarks/baselines"}
+    return lookup("latents.name", name, LATENTS, "naign.latents", remedies=remedies)
+
+
+def build_latents(config: LatentsConfig, shape: Shape) -> Latents:
+    """The latents (n, *shape) of the settings; InputError where they do not fit such data."""
+    kind = find_latents(config.name)[1]
+    return kind(config, shape).requires_grad_(False)

@@ -1,0 +1,317 @@
+"""Before the first round: refuse what cannot be trained, restore the newest checkpoint, or start from another model."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock
+from torch import Tensor, nn
+
+from naign.checkpoint.bucket import newest_first, take_over
+from naign.checkpoint.writer import Writer, newest_checkpoint
+from naign.config import Config, flatten, to_dict
+from naign.data.damage import find_damage
+from naign.data.dataset import DataConfig, lists_data_sets
+from naign.data.format.writer import pack
+from naign.data.loader import Stream
+from naign.data.sources.catalog import load
+from naign.distributed.host import warn_of_others
+from naign.distributed.ranks import together, total
+from naign.distributed.signals import StopRequest
+from naign.distributed.watchdog import Watchdog
+from naign.errors import InputError, require
+from naign.model.naign import NAIGN
+from naign.model.networks import build_network
+from naign.model.prior import Latents, Prior, build_latents, build_prior
+from naign.observe import Monitor, Profiler, fit_flops, forward_flops, preflight, set_up
+from naign.settings.budget import count_rounds
+from naign.storage.local import write_atomically
+from naign.storage.store import open_store
+from naign.training.callbacks import Callback, call, find_callbacks
+from naign.training.engines import build_engine, check_engine
+from naign.training.quality import Quality
+from naign.training.run_folder import claim, find_claimed
+from naign.training.state import State, restore, restore_draws, restore_weights
+from naign.training.trainer import Phases, Trainer
+
+log = logging.getLogger("naign.train")
+Start = tuple[str, dict[str, Tensor]]  # the name of a network, and its weights
+THREAD = 9e10  # FLOP/s of a thread, which mnist_imle_long reached on two
+
+
+def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback]) -> Trainer:
+    """Refuse what cannot be trained, before anything is written, and restore the newest checkpoint. Collective.
+
+    Raises InputError, or Unavailable for a store.
+    """
+    rank = accelerator.process_index
+    world = accelerator.num_processes
+    set_up(rank, world)
+    stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
+    watchdog = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
+
+    # What can be refused without weights.
+    start = None
+    with together(accelerator):
+        check_engine(config, accelerator)
+        every = (*callbacks, *find_callbacks(config.train.callbacks))
+        if rank == 0:
+            start = read_start(config)
+    (start,) = broadcast_object_list([start])
+    with together(accelerator):
+        stream = open_stream(config, accelerator)
+        network, latents, prior = build_model(config, stream, accelerator.device)
+        check_model(config, stream, prior)
+        if start:
+            warm_start(config, start, network)
+        flops = forward_flops(network, stream.shape)
+        if rank == 0:
+            warn_before(config, network, prior, flops, accelerator)
+    quality = None
+    if config.quality.rounds:
+        quality = Quality(config, stream, accelerator)
+
+    # The run's folder, and the newest checkpoint in it or in the bucket.
+    checkpoint, lock = claim_together(config, accelerator)
+    state = State()
+    with together(accelerator):
+        if checkpoint:  # the weights go into the network before an engine takes it, all else after
+            restore_weights(checkpoint, network)
+            restore_draws(checkpoint, latents, prior)
+    with together(accelerator):
+        engine = build_engine(config, network, accelerator, stream.shape)
+        if checkpoint:
+            state = restore(checkpoint, engine)
+    rounds = count_rounds(flatten(config))
+    if state.round < rounds and state.fitted:  # the budget was raised: the prior is fitted anew
+        state.fitted = 0.0
+        state.codes_seen = 0
+        prior = build_prior_of(config, stream, network).to(accelerator.device)
+
+    # What writes.
+    unfinished = state.round < rounds or state.fitted < 1
+    monitor = open_monitor(config, accelerator, state, write=unfinished)
+    writer = open_writer(config, accelerator, checkpoint, monitor, stop, watchdog, write=unfinished)
+    run = Trainer(
+        config=config,
+        accelerator=accelerator,
+        rounds=rounds,
+        state=state,
+        engine=engine,
+        latents=latents,
+        prior=prior,
+        stream=stream,
+        quality=quality,
+        monitor=monitor,
+        writer=writer,
+        phases=Phases(state, watchdog, Profiler(Path(config.run.path), config.profile.rounds, rank)),
+        stop=stop,
+        watchdog=watchdog,
+        flops=flops,
+        lock=lock,
+        callbacks=every,
+    )
+    writer.done = partial(call, run, "on_checkpoint")
+    return run
+
+
+def open_stream(config: Config, accelerator: Accelerator) -> Stream:
+    """The rounds of the data, as this rank reads them."""
+    workers = config.data.workers
+    if not workers:
+        workers = 2 if accelerator.device.type == "cuda" else 1
+    return Stream(
+        replace(config.data, workers=workers),
+        seed=config.seed,
+        round_size=config.match.round,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+
+
+def build_model(config: Config, stream: Stream, device: torch.device) -> tuple[nn.Module, Latents, Prior]:
+    """The network with its first weights, the latents, and the prior; InputError where they do not go together."""
+    torch.manual_seed(config.seed)  # the same first weights on every rank
+    network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
+    latents = build_latents(config.latents, stream.shape).to(device)
+    prior = build_prior_of(config, stream, network).to(device)
+    return network, latents, prior
+
+
+def build_prior_of(config: Config, stream: Stream, network: nn.Module) -> Prior:
+    """The prior, before it is fitted."""
+    unlabelled = [manifest.name for manifest in stream.sets.manifests if not manifest.labels]
+    labels = () if unlabelled else stream.manifest.labels  # of a list, all must have them
+    return build_prior(config.prior, stream.shape, network, seed=config.seed, labels=labels)
+
+
+def check_model(config: Config, stream: Stream, prior: Prior) -> None:
+    """Raise InputError for settings that do not fit the data."""
+    if config.objective.needs_damaged:
+        find_damage(config.objective.damage).check(stream.shape)
+    if prior.learns:
+        codes = -(-count_codes(config, stream) // config.match.round) * config.match.round
+        config.prior.check_codes(codes, prior.shape)
+
+
+def count_codes(config: Config, stream: Stream) -> int:
+    """How many codes the prior is fitted to: no image twice where its code is the same."""
+    varied = config.data.flip or config.data.crop or config.data.fit == "random"
+    if varied:
+        return config.prior.images
+    return min(config.prior.images, stream.order.total)
+
+
+def warn_before(config: Config, network: nn.Module, prior: Prior, flops: int, accelerator: Accelerator) -> None:
+    """Warn of what the run lacks, or cannot do in sensible time."""
+    copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
+    size = 4 * copies * sum(value.numel() for value in network.parameters())
+    for warning in preflight(config.run.path, config.run.remote, size):
+        log.warning("%s", warning)
+    samples = prior.decodes or config.objective.needs_latents
+    if config.objective.name == "naign" and not samples:
+        untrained = "objective.imle is 0, objective.third none and prior.name none"
+        log.warning("%s: f is not trained on noise, so it has no samples; set one of them", untrained)
+    if accelerator.device.type != "cpu":
+        return
+    warn_of_others()
+    threads = accelerator.num_processes * torch.get_num_threads()
+    images = count_rounds(flatten(config)) * config.match.round * config.train.passes
+    hours = fit_flops(flops, config.objective.forwards) * images / (THREAD * threads * 3600)
+    if hours > 24:
+        instead = "use a GPU, or a recipe for CPUs: --config pictures for 64x64, cifar10_cpu, photos"
+        log.warning("training f alone would take about %.0f hours on %d threads: %s", hours, threads, instead)
+
+
+def open_monitor(config: Config, accelerator: Accelerator, state: State, *, write: bool) -> Monitor:
+    """What reports. config.yaml is written only if something is left to train. Collective."""
+    folder = Path(config.run.path)
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    settings = flatten(config)
+    is_main = accelerator.is_main_process
+    with together(accelerator):
+        if is_main and write:  # a run that has ended keeps its settings
+            write_atomically(folder / "config.yaml", text)
+        monitor = Monitor(
+            folder,
+            active=is_main,
+            images=count_rounds(settings) * config.match.round * config.train.passes + config.prior.images,
+            seen=state.seen,
+            config=text,
+            settings=settings,
+            trackers=config.report.trackers,
+        )
+    return monitor
+
+
+def open_writer(
+    config: Config,
+    accelerator: Accelerator,
+    checkpoint: Path | None,  # that the run resumes from
+    monitor: Monitor,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    write: bool,  # whether something is left to train
+) -> Writer:
+    """What writes checkpoints. The bucket is taken over only if anything will be sent. Collective."""
+    remote = config.run.remote
+    owner = ""
+    unsent = False
+    with together(accelerator):
+        if accelerator.is_main_process and remote:
+            unsent = checkpoint is not None and checkpoint.name not in newest_first(remote)
+            if unsent or write:
+                owner = take_over(remote)
+    writer = Writer(
+        Path(config.run.path),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        keep=config.checkpoint.keep,
+        remote=remote,
+        claim=owner,
+        newest=checkpoint.name if checkpoint else "",
+        beat=watchdog.beat,
+        left=lambda: stop.left if stop.seen() else math.inf,
+        patience=max(3600.0, config.train.timeout),
+        flush=monitor.flush,
+    )
+    if total([float(unsent)], accelerator)[0]:
+        writer.resend(writer.newest)
+    return writer
+
+
+def claim_together(config: Config, accelerator: Accelerator) -> tuple[Path | None, FileLock | None]:
+    """The checkpoint to resume from, on this rank's disk, and rank 0's lock on the folder. Collective."""
+    checkpoint = None
+    token = ""
+    lock = None
+    with together(accelerator):
+        if accelerator.is_main_process:
+            checkpoint, token, lock = claim(config)
+    name, token = broadcast_object_list([checkpoint.name if checkpoint else "", token])
+    with together(accelerator):
+        if not accelerator.is_main_process:
+            checkpoint = find_claimed(config, name, token)
+    return checkpoint, lock
+
+
+def pack_missing(data: DataConfig, arguments: list[str]) -> None:
+    """Fetch and pack data.source if data.path holds no data set; InputError if it is meant for another path."""
+    source = data.source
+    if not source and data.path == DataConfig().path:
+        source = "mnist"
+    if lists_data_sets(data):
+        require((not data.source, "data.source packs one data set, and data.path names several: leave it out"))
+        return
+    if not source or data.index:  # indexed tars are others'
+        return
+    if open_store(data.path).exists("index.json"):
+        return
+    command = f"naign pack {source} --to {data.path}"
+    given = {word.partition("=")[0] for word in arguments}
+    if data.source and "--data.path" in given and "--data.source" not in given:
+        raise InputError(f"{data.path}: no data set here, check --data.path; or pack one there, as with {command}")
+    print(f"no data at {data.path} yet: packing it, as `{command}` does; a minute or more", flush=True)
+    pack(load(source), data.path)
+
+
+def read_start(config: Config) -> Start | None:
+    """The model at model.init; None if there is none, or a checkpoint to resume from. For rank 0, which shares it."""
+    if not config.model.init:
+        return None
+    if newest_checkpoint(Path(config.run.path) / "checkpoints"):
+        return None
+    remote = config.run.remote
+    if remote and next(iter(newest_first(remote)), None):
+        return None
+    model = NAIGN.from_pretrained(config.model.init)
+    return model.metadata["model"]["name"], model.network.state_dict()
+
+
+def warm_start(config: Config, start: Start, network: nn.Module) -> None:
+    """Load the weights whose name and shape agree, with model.blend or without; InputError for a model of another kind,
+    or without any weight that fits.
+    """
+    place = config.model.init
+    name, weights = start
+    if name != config.model.name:
+        raise InputError(f"model.init={place} is a model of model.name={name}, this run's is {config.model.name}")
+    inner = "network."  # under this name a BlendedNetwork has the one without
+    named = {f"{inner}{key}": value for key, value in weights.items()}
+    named |= {key.removeprefix(inner): value for key, value in weights.items()}
+    named |= weights
+    state = network.state_dict()
+    fits = {key: named[key] for key, value in state.items() if key in named and value.shape == named[key].shape}
+    if not fits:
+        raise InputError(f"model.init={place} fits nothing of this network: no weight has its name and its shape")
+    network.load_state_dict(state | fits)
+    others = ", ".join(sorted(state.keys() - fits.keys()))
+    log.info("%d of %d weights are from %s%s", len(fits), len(state), place, f", not {others}" if others else "")

@@ -1,0 +1,122 @@
+"""A run while it trains: what `setup` made once, and the phases of its rounds."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from filelock import FileLock
+
+from naign.checkpoint.writer import Writer
+from naign.config import Config
+from naign.data.loader import Stream
+from naign.distributed.engine import Engine
+from naign.distributed.signals import StopRequest
+from naign.distributed.watchdog import Watchdog
+from naign.errors import InputError, one_line
+from naign.model.prior import Latents, Prior
+from naign.observe import Monitor, Profiler, title
+from naign.training.quality import Quality
+from naign.training.state import State
+
+SMALLER = {  # what halves the memory of a phase
+    "take": "halve match.round",
+    "match": "halve match.block, the samples that are generated at once, then match.round",
+    "fit": "double train.accumulate, which halves what a forward holds, or set train.recompute",
+    "prior": "halve prior.batch",
+    "quality": "halve quality.samples",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainer:
+    """What does not change while a run trains; `state` does, and so do the objects' own states."""
+
+    config: Config
+    accelerator: Accelerator
+    rounds: int  # of stage 1, in which f is trained
+    state: State
+    engine: Engine  # f and its optimizer
+    latents: Latents
+    prior: Prior
+    stream: Stream
+    quality: Quality | None
+    monitor: Monitor
+    writer: Writer
+    phases: "Phases"
+    stop: StopRequest
+    watchdog: Watchdog
+    flops: int  # of f of one image
+    lock: FileLock | None  # on the run's folder, held by rank 0
+    callbacks: tuple[Any, ...] = ()  # of naign.training.callbacks
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def finished(self) -> bool:
+        """Whether f and the prior are trained."""
+        return self.state.round >= self.rounds and self.state.fitted >= 1
+
+
+class Phases:
+    """The phases of a run on this rank: what they tell the watchdog and the profiler, and the time they take."""
+
+    def __init__(self, state: State, watchdog: Watchdog, profiler: Profiler) -> None:
+        self._state = state
+        self._watchdog = watchdog
+        self._profiler = profiler
+        self._wall = time.perf_counter()
+        self._cpu = time.process_time()
+        self.seconds = dict[str, float]()  # that each phase of the current round took
+        self.total = defaultdict[str, float](float)  # the same of all rounds of this start
+        self.cpu_seconds = 0.0  # processor time of this rank since the newest checkpoint
+
+    def start(self) -> None:
+        """Begin to measure time: what was spent before does not count as training."""
+        self._wall = time.perf_counter()
+        self._cpu = time.process_time()
+
+    def count(self) -> None:
+        """Add the wall and processor time since the last call to the run's."""
+        wall = time.perf_counter()
+        cpu = time.process_time()
+        self._state.seconds += wall - self._wall
+        self.cpu_seconds += cpu - self._cpu
+        self._wall = wall
+        self._cpu = cpu
+
+    @contextmanager
+    def round(self) -> Iterator[None]:
+        """A round of stage 1, or the time between two reports of stage 2."""
+        self.seconds.clear()
+        try:
+            with self._profiler.round(self._state.round):
+                yield
+        finally:
+            self.count()
+
+    @contextmanager
+    def enter(self, name: str) -> Iterator[None]:
+        """A phase of the round. Raises InputError, with a remedy, where the GPU's memory is full."""
+        self._watchdog.enter(name, self._state.round)
+        title(name)
+        start = time.perf_counter()
+        try:
+            with self._profiler.phase(name):
+                yield
+        except torch.cuda.OutOfMemoryError as error:
+            remedy = SMALLER.get(name, "take a smaller network, or a larger GPU")
+            full = f"the GPU's memory is full in round {self._state.round}, phase {name}"
+            raise InputError(f"{full}: {remedy}. {one_line(error)}") from None
+        self.seconds[name] = time.perf_counter() - start
+        self.total[name] += self.seconds[name]
