@@ -15,6 +15,7 @@ from naign.config import Config
 from naign.model.losses import OBJECTIVES
 from naign.model.networks import NETWORKS
 from naign.model.prior import PRIORS
+from naign.model.prior.noise import LATENTS
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
@@ -32,7 +33,7 @@ train:
 The last column says whether a resumed run may change the setting: *yes*; *if asked*, with `--resume=changed`; or *no*.
 """
 CHANGE = {"": "no", "free": "yes", "asked": "if asked"}
-NAMED = {"model": NETWORKS, "objective": OBJECTIVES, "prior": PRIORS}
+NAMED = {"model": NETWORKS, "objective": OBJECTIVES, "latents": LATENTS, "prior": PRIORS}
 """Sections whose settings depend on the chosen name."""
 
 
