@@ -136,3 +136,13 @@ def test_octaves_put_waves_beside_the_coordinates():
     assert network(x).shape == x.shape
     waves = [wave(times * x) for times in (1, 2, 4) for wave in (torch.sin, torch.cos)]
     assert torch.equal(seen[0], torch.cat([x, *waves], dim=1))
+
+
+def test_a_code_of_many_positions_has_no_attention():
+    """Sides that are soon odd leave a large code, whatever the grid."""
+    with torch.device("meta"):
+        large = build_network(SpatialConfig(grid=8), (3, 500, 500))
+        small = build_network(SpatialConfig(grid=8), (3, 64, 64))
+    assert large.code[1:] == (125, 125) and small.code[1:] == (8, 8)
+    assert not any(isinstance(part, Attention) for part in large.modules())
+    assert any(isinstance(part, Attention) for part in small.modules())

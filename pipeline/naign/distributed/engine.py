@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from naign.distributed.optimizers import clip_and_step, find_optimizer, whole
-from naign.errors import require
+from naign.errors import InputError
 
 State = dict[str, Tensor]  # `weight` of a parameter and, from the first step on, the optimizer's tensors, each whole
 
@@ -41,21 +41,33 @@ class Engine:
         ahead: bool | None = None,  # whether a step leaves its norm on the device; None: on a GPU
     ) -> None:
         """Collective."""
-        self.accelerator, self.bare, self.accumulate = accelerator, bare, settings.accumulate
+        on_gpu = accelerator.device.type == "cuda"
+        self.accelerator = accelerator
+        self.bare = bare
+        self.accumulate = settings.accumulate
         self.micro = settings.batch // (accelerator.num_processes * self.accumulate)  # images per rank and micro-batch
-        self.ema = deepcopy(bare).requires_grad_(False) if settings.ema else None  # whole, float32, on every rank
-        self._decay, self._clip = settings.ema, settings.clip
-        self._graphs = settings.compile and accelerator.device.type == "cuda"
+        self.ema: nn.Module | None = None  # whole, float32, on every rank
+        if settings.ema:
+            self.ema = deepcopy(bare).requires_grad_(False)
+        self._decay = settings.ema
+        self._clip = settings.clip
+        self._graphs = settings.compile and on_gpu
         self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
         self.copied.set()
         self._shard()
         self._names = dict(bare.named_parameters())
         self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
-        ahead = accelerator.device.type == "cuda" if ahead is None else ahead
+        if ahead is None:
+            ahead = on_gpu
         fused = ahead and accelerator.scaler is None and not self.gathers
-        build, betas = find_optimizer(settings.optimizer), (settings.beta1, settings.beta2)
-        decay = settings.weight_decay
-        made = build(list(bare.parameters()), lr=settings.lr, betas=betas, weight_decay=decay, fused=fused)
+        build = find_optimizer(settings.optimizer)
+        made = build(
+            list(bare.parameters()),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
         self.ahead = fused and bool(made.defaults.get("fused"))
         """Whether a step with a non-finite gradient is skipped on the device, without synchronizing the host."""
         if settings.compile:
@@ -97,10 +109,13 @@ class Engine:
     def _evaluate(self, network: nn.Module, part: str, x: Tensor) -> Tensor:
         network.eval()
         self._replay()
-        out: Tensor = (getattr(network, part) if part else network)(x.to(next(network.parameters()).dtype))
+        evaluate = getattr(network, part) if part else network
+        out: Tensor = evaluate(x.to(next(network.parameters()).dtype))
         self.bare.train()
-        # Later evaluations overwrite the memory of a CUDA graph.
-        return out.float().clone() if self._graphs else out.float()
+        out = out.float()
+        if self._graphs:  # later evaluations overwrite the memory of a CUDA graph
+            out = out.clone()
+        return out
 
     def _replay(self) -> None:
         """Let CUDA graphs overwrite what the network has returned up to now."""
@@ -111,9 +126,11 @@ class Engine:
         """f(x), or its `encode` or `decode`, by the network that is exported: the average, if one is kept. In float32,
         without gradient; codes are also computed in float32. Collective where the network is sharded.
         """
+        network = self.bare if self.ema is None else self.ema
         exact = self.deepspeed or part == "encode"
-        with torch.no_grad(), nullcontext() if exact else self.accelerator.autocast():
-            return self._evaluate(self.bare if self.ema is None else self.ema, part, x)
+        precision = nullcontext() if exact else self.accelerator.autocast()
+        with torch.no_grad(), precision:
+            return self._evaluate(network, part, x)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch; with a step's last they are averaged over ranks and micro-batches."""
@@ -155,14 +172,17 @@ class Engine:
         with self.gathered():
             now = [whole(value.detach()).to(torch.float32) for value in self.bare.parameters()]
             averages: Any = list(self.ema.parameters())
-            if isinstance(norm, Tensor):  # not at all after a step that was none
-                change = torch._foreach_sub(now, averages)
-                torch._foreach_mul_(change, torch.where(norm.isfinite(), 1 - self._decay, 0.0))
-                torch._foreach_add_(averages, change)
-            else:
+            buffers = list(zip(self.ema.buffers(), self.bare.buffers(), strict=True))
+            if not isinstance(norm, Tensor):
                 get_ema_multi_avg_fn(self._decay)(averages, now, None)
-            for average, value in zip(self.ema.buffers(), self.bare.buffers(), strict=True):
-                average.copy_(torch.where(norm.isfinite(), value, average) if isinstance(norm, Tensor) else value)
+                for average, value in buffers:
+                    average.copy_(value)
+                return
+            change = torch._foreach_sub(now, averages)
+            torch._foreach_mul_(change, torch.where(norm.isfinite(), 1 - self._decay, 0.0))  # 0 after a skipped step
+            torch._foreach_add_(averages, change)
+            for average, value in buffers:
+                average.copy_(torch.where(norm.isfinite(), value, average))
 
     def gathered(self) -> AbstractContextManager[Any]:
         """Collective: within this context the bare network's parameters hold the whole weights, for reading."""
@@ -171,11 +191,16 @@ class Engine:
     def states(self) -> Iterator[tuple[str, State]]:
         """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
         for name, parameter in self._names.items():
-            state = self._adam.state.get(parameter, {})
-            odd = [key for key in state if key != "step" and not getattr(state[key], "is_floating_point", bool)()]
-            require((not odd, f"the optimizer keeps {odd} of a weight, no tensors of floats: choose another one"))
-            tensors = {key: whole(state[key]) for key in state if key != "step"}
-            yield name, {"weight": whole(parameter.detach()).float(), **tensors}
+            tensors = {"weight": whole(parameter.detach()).float()}
+            for key, value in self._adam.state.get(parameter, {}).items():
+                if key == "step":
+                    continue
+                if not getattr(value, "is_floating_point", bool)():
+                    raise InputError(
+                        f"the optimizer keeps '{key}' of a weight, which is not a tensor of floats: choose another"
+                    )
+                tensors[key] = whole(value)
+            yield name, tensors
 
     @property
     def steps(self) -> int:

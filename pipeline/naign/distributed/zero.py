@@ -56,22 +56,30 @@ class ZeroEngine(Engine):
         if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # it would step on NaN
             grads = [value.grad for value in self.bare.parameters() if value.grad is not None]
             norm = float(nn.utils.get_total_norm(grads))
-            (self.network.step if math.isfinite(norm) else self.network.zero_grad)()
+            if math.isfinite(norm):
+                self.network.step()
+            else:
+                self.network.zero_grad()
             return norm
         self.network.step()
         if getattr(self.network.optimizer, "overflow", False):
             return math.inf
-        norm = self.network.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        clipped = self.network.get_global_grad_norm()
+        if clipped is None:
+            return math.nan
+        return float(clipped)
 
     def gathered(self) -> ExitStack:
-        stack, parameters = ExitStack(), self.bare.parameters()
-        if self.sharded:
-            from deepspeed.runtime.zero import GatheredParameters
+        stack = ExitStack()
+        if not self.sharded:
+            return stack
+        from deepspeed.runtime.zero import GatheredParameters
 
-            # One at a time on CPUs: when it gathers several, DeepSpeed 0.17 waits for the last one only.
-            for some in parameters if self.accelerator.device.type == "cpu" else [list(parameters)]:
-                stack.enter_context(GatheredParameters(some))
+        parameters: list[Any] = list(self.bare.parameters())
+        if self.accelerator.device.type != "cpu":
+            parameters = [parameters]
+        for some in parameters:  # one at a time on CPUs: of several, DeepSpeed 0.17 waits for the last one only
+            stack.enter_context(GatheredParameters(some))
         return stack
 
     def states(self) -> Iterator[tuple[str, State]]:
@@ -100,18 +108,24 @@ class ZeroEngine(Engine):
         parameter: Any = self._names[name]
         self._allocate(steps)
         for key, whole in state.items():
-            value, part = whole.to(parameter.device), "full"
+            value = whole.to(parameter.device)
+            part = "full"
             if hasattr(parameter, "ds_id"):
                 # safe_set_full_* fails where the world size does not divide the elements: pad and slice here.
-                size, rank, part = parameter.ds_tensor.ds_numel, self.accelerator.process_index, "local"
-                value = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
-                value = value[rank * size : (rank + 1) * size]
-            kind, keys = ("fp32_param", ()) if key == "weight" else ("optimizer_state", (key,))
-            getattr(utils, f"safe_set_{part}_{kind}")(parameter, value, *keys)
+                part = "local"
+                size = parameter.ds_tensor.ds_numel
+                first = self.accelerator.process_index * size
+                missing = size * self.accelerator.num_processes - value.numel()
+                value = nn.functional.pad(value.flatten(), (0, missing))[first : first + size]
+            if key == "weight":
+                getattr(utils, f"safe_set_{part}_fp32_param")(parameter, value)
+            else:
+                getattr(utils, f"safe_set_{part}_optimizer_state")(parameter, value, key)
 
     def _allocate(self, steps: int) -> None:
         """Allocate the moments that AdamW would allocate at its first step, unless they exist."""
-        outer, adam = self.network.optimizer, self._adam
+        outer = self.network.optimizer
+        adam = self._adam
         if adam.state:
             return
         partitions = next((getattr(outer, name) for name in _FLAT if hasattr(outer, name)), None)
@@ -173,7 +187,8 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
             conflict = f"the launcher's DeepSpeed settings say {key}: {configured}, but {setting} makes it {value}"
             raise InputError(f"{conflict}: remove it there, or change the run's setting")
         config[key] = value
-    accelerator.gradient_accumulation_steps, config["steps_per_print"] = accumulate, math.inf
+    accelerator.gradient_accumulation_steps = accumulate
+    config["steps_per_print"] = math.inf
     # DeepSpeed's AdamW for offloaded weights is compiled first, with CUDA's headers; torch's does the same, slower.
     if not torch.cuda.is_available() or shutil.which("g++") is None or CUDA_HOME is None:
         config["zero_force_ds_cpu_optimizer"] = False

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from naign.errors import require
+from naign.errors import InputError, require
 from naign.settings.constraints import between, check_fields
 from naign.settings.registry import lookup
 
 MOST_CHANNELS = 512  # the channels stop doubling here
-ATTENDED = 16  # positions a side, at most, of a spatial code with self-attention
+ATTENDED = 16  # positions a side, at most, of a square code with self-attention
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,7 +62,7 @@ class SpatialConfig(NetworkConfig):
     """Channels of the code at each of its positions."""
     grid: int = field(default=8, metadata=between(1, 2**12))
     """Positions a side of the code, at most: f halves images until they are that small, or odd. For repair of detail, a
-    half or a quarter of data.crop. Above 16 there is no self-attention: its cost grows with the fourth power."""
+    half or a quarter of data.crop. Above 16 x 16 positions there is no self-attention."""
     blend: bool = False
     """For repair: f(x) is x where it is not damaged, and elsewhere what the decoder makes, by a mask that it makes
     besides. Such an f has no code to draw by a flow or a mixture."""
@@ -120,7 +120,8 @@ class PointNetwork(nn.Module):
     def __init__(self, config: PointConfig, shape: tuple[int, ...], *, recompute: bool = False) -> None:
         super().__init__()
         self.octaves = config.octaves
-        dims, width = math.prod(shape), config.width
+        dims = math.prod(shape)
+        width = config.width
         layers: list[nn.Module] = [nn.Linear((1 + 2 * config.octaves) * dims, width), nn.SiLU()]
         for _ in range(config.depth):
             layers += [nn.Linear(width, width), nn.SiLU()]
@@ -167,14 +168,20 @@ class ImageNetwork(nn.Module):
 
     def __init__(self, encoder: nn.Sequential, decoder: nn.Sequential, code: tuple[int, ...], recompute: bool) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.code, self.recompute = encoder, decoder, code, recompute
+        self.encoder = encoder
+        self.decoder = decoder
+        self.code = code  # shape
+        self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            for layer in (*self.encoder, *self.decoder):
-                x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, ResidualBlock) else layer(x)
-            return x
-        return self.decode(self.encode(x))
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.decode(self.encode(x))
+        for layer in (*self.encoder, *self.decoder):
+            if isinstance(layer, ResidualBlock):
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return x
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x)
@@ -199,16 +206,19 @@ class BlendedNetwork(nn.Module):
 def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
     """Halve the image to at most 8 x 8 (or odd), one dense code, and back: each output pixel depends on all inputs."""
     (height, width), widths = _levels(config, shape)
-    inner, halvings = (widths[-1], height, width), list(pairwise([shape[0], *widths]))
-    down, up = list[nn.Module](), list[nn.Module]()
+    inner = (widths[-1], height, width)
+    halvings = list(pairwise([shape[0], *widths]))
+    down = list[nn.Module]()
+    up = list[nn.Module]()
     for before, after in halvings:
         down += [nn.Conv2d(before, after, 4, stride=2, padding=1), *_blocks(after, config.depth)]
     for after, before in reversed(halvings):
         up += [*_blocks(before, config.depth), Norm(before), nn.SiLU()]
         up.append(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1))
-    to_code = Norm(widths[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(math.prod(inner), config.code)
-    from_code = nn.SiLU(), nn.Linear(config.code, math.prod(inner)), nn.Unflatten(1, inner)
-    encoder, decoder = nn.Sequential(*down, *to_code), nn.Sequential(*from_code, *up, nn.Tanh())
+    to_code = [Norm(widths[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(math.prod(inner), config.code)]
+    from_code = [nn.SiLU(), nn.Linear(config.code, math.prod(inner)), nn.Unflatten(1, inner)]
+    encoder = nn.Sequential(*down, *to_code)
+    decoder = nn.Sequential(*from_code, *up, nn.Tanh())
     return ImageNetwork(encoder, decoder, (config.code,), recompute=recompute)
 
 
@@ -219,17 +229,23 @@ def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: 
     both sides of the code lets each output pixel depend on the whole image.
     """
     (height, width), widths = _levels(config, shape, config.grid)
-    attend = Attention if config.grid <= ATTENDED else nn.Identity
+    attend: type[nn.Module] = nn.Identity
+    if height * width <= ATTENDED**2:  # the cost of attention grows with the square of this
+        attend = Attention
     down = list[nn.Module]()
     for before, after in pairwise([shape[0], *widths]):
         down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1), *_blocks(after, config.depth)]
     up: list[nn.Module] = [nn.Conv2d(config.code, widths[-1], 3, padding=1), attend(widths[-1])]
     for after, before in reversed(list(pairwise([shape[0] + config.blend, *widths]))):
         up += [*_blocks(before, config.depth), *norm_act_conv(before, 4 * after), nn.PixelShuffle(2)]
-    to_code = attend(widths[-1]), Norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)
-    encoder, decoder = nn.Sequential(*down, *to_code), nn.Sequential(*up, *(() if config.blend else (nn.Tanh(),)))
-    network = ImageNetwork(encoder, decoder, (config.code, height, width), recompute=recompute)
-    return BlendedNetwork(network) if config.blend else network
+    to_code = [attend(widths[-1]), Norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)]
+    if not config.blend:
+        up.append(nn.Tanh())
+    code = (config.code, height, width)
+    network = ImageNetwork(nn.Sequential(*down, *to_code), nn.Sequential(*up), code, recompute=recompute)
+    if config.blend:
+        return BlendedNetwork(network)
+    return network
 
 
 def _blocks(channels: int, depth: int) -> list[ResidualBlock]:
@@ -243,11 +259,17 @@ def _levels(
     number of channels of each from half the image's down to it. InputError for a shape that cannot be halved.
     """
     fits = len(shape) == 3 and shape[1] % 4 == 0 and shape[2] % 4 == 0
-    unfit = f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, not {tuple(shape)}"
-    require((fits, f"{unfit}: give another --data.size, or for points model.name=mlp and prior.name=gaussian"))
-    height, width, levels = shape[1] // 2, shape[2] // 2, 1
+    if not fits:
+        unfit = f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, not {tuple(shape)}"
+        points = "for points model.name=mlp, latents.name=gaussian and prior.name=none"
+        raise InputError(f"{unfit}: give another --data.size, or {points}")
+    height = shape[1] // 2
+    width = shape[2] // 2
+    levels = 1
     while max(height, width) > grid and height % 2 == 0 and width % 2 == 0:
-        height, width, levels = height // 2, width // 2, levels + 1
+        height //= 2
+        width //= 2
+        levels += 1
     widths = [min(config.width * 2**level, max(MOST_CHANNELS, config.width)) for level in range(levels)]
     return (height, width), widths
 

@@ -47,11 +47,14 @@ def one_of(names: Collection[str]) -> Metadata:
 def check_fields(settings: Any, section: str) -> None:
     """Raise InputError if the value of a field, also of a nested dataclass, violates its metadata."""
     for field in dataclasses.fields(settings):
-        value, key = getattr(settings, field.name), f"{section}.{field.name}".lstrip(".")
+        value = getattr(settings, field.name)
+        key = f"{section}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(value):
             check_fields(value, key)
         elif field.type is int and isinstance(value, float):
             raise InputError(f"{key} is {value}: it must be a whole number")
         elif "holds" in field.metadata and not field.metadata["holds"](value):
-            shown = (f"'{value}'" if value else "empty") if isinstance(value, str) else value
+            shown = value
+            if isinstance(value, str):
+                shown = f"'{value}'" if value else "empty"
             raise InputError(f"{key} is {shown}: {field.metadata['must']}")

@@ -38,7 +38,8 @@ Named = Mapping[str, tuple[str, Callable[[str], tuple[Any, Any]]]]
 def read_yaml(path: str) -> Any:
     """The content of a YAML file, or of a name in configs/. Raises InputError, which never shows the content."""
     check_address(path)
-    file, named = Path(path), shipped(f"configs/{path}.yaml")
+    file = Path(path)
+    named = shipped(f"configs/{path}.yaml")
     try:
         if file.name == path and not file.is_file() and named.is_file():
             file = named
@@ -50,8 +51,10 @@ def read_yaml(path: str) -> Any:
         raise InputError(f"{path or '--config without a file'} cannot be read: {error.strerror}") from None
     except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         # Do not quote the error: it shows the content of the file, which may be a secret.
+        where = ""
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        if mark:
+            where = f", line {mark.line + 1}, column {mark.column + 1}"
         raise InputError(f"{path}{where}: not valid YAML ({type(error).__name__}): see configs/mnist.yaml") from None
 
 
@@ -61,45 +64,54 @@ def build(kind: Any, content: Any, where: str, *, named: Named, prefix: str = ""
     Raises InputError, which names the file `where`, for an unknown key and for a value of another type.
     """
     section = prefix.rstrip(".")
+    what = section or "the file"
     if not isinstance(content, dict):
-        raise InputError(f"{where}: '{section or 'the file'}' must hold keys and values")
-    require((all(isinstance(key, str) for key in content), f"{where}: a key of '{section or 'the file'}' is not text"))
+        raise InputError(f"{where}: '{what}' must hold keys and values")
+    require((all(isinstance(key, str) for key in content), f"{where}: a key of '{what}' is not text"))
+    choice = None
     if section in named:
         default, find = named[section]
         content = {"name": default, **content}
-        name = convert(str, content["name"], f"{where}: {prefix}name")
+        choice = convert(str, content["name"], f"{where}: {prefix}name")
         try:
-            kind = find(name)[0]
+            kind = find(choice)[0]
         except InputError as error:  # the name may be of a package that is not installed here
             raise InputError(f"{where}: {error}") from error
-    hints, values = typing.get_type_hints(kind), {}
+    hints = typing.get_type_hints(kind)
+    values = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            _refuse_unknown(kind, name, where, content.get("name") if section in named else None)
+            _refuse_unknown(kind, name, where, choice)
         if dataclasses.is_dataclass(hints[key]):
-            below = {} if value is None else value
-            values[key] = build(hints[key], below, where, named=named, prefix=f"{name}.")
-        else:
-            if name in LISTS and isinstance(value, list):
-                with suppress(ValueError):  # a number with too many digits, which `convert` refuses
-                    value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
-            values[key] = convert(hints[key], value, f"{where}: {name}")
+            values[key] = build(hints[key], value or {}, where, named=named, prefix=f"{name}.")
+            continue
+        if name in LISTS and isinstance(value, list):
+            with suppress(ValueError):  # a number with too many digits, which `convert` refuses
+                value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
+        values[key] = convert(hints[key], value, f"{where}: {name}")
     return kind(**values)
 
 
 def _refuse_unknown(kind: Any, name: str, where: str, choice: str | None) -> typing.NoReturn:
-    section, _, key = name.rpartition(".")
-    prefix = f"{section}." if section else ""
     if name in RENAMED:
         raise InputError(f"{where}: {name} is a setting of an earlier version: {RENAMED[name]}")
-    names = typing.get_type_hints(kind)
-    known = [prefix + one for one in names] if section else [key for key, _, _ in leaves(kind())] + list(names)
+    section, _, key = name.rpartition(".")
+    names = list(typing.get_type_hints(kind))
+    if not re.fullmatch(r"[\w.]{1,40}", key):
+        key = f"{printable(key, 8)}..."  # it may be a line of secrets
+    if section:
+        known = [f"{section}.{one}" for one in names]
+        unknown = f"unknown key '{section}.{key}'"
+    else:
+        known = [one for one, _, _ in leaves(kind())] + names
+        unknown = f"unknown key '{key}'"
+    if choice:
+        unknown += f" of {section}.name={choice}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    of = f" of {section}.name={choice}" if choice else ""
-    meant = f"; did you mean '{near[0]}'?" if near else f"; known settings{of}: {', '.join(names)}"
-    brief = key if re.fullmatch(r"[\w.]{1,40}", key) else f"{printable(key, 8)}..."  # may be a line of secrets
-    raise InputError(f"{where}: unknown key '{prefix}{brief}'{of if near else ''}{meant}")
+    if near:
+        raise InputError(f"{where}: {unknown}; did you mean '{near[0]}'?")
+    raise InputError(f"{where}: {unknown}; known settings: {', '.join(names)}")
 
 
 def convert(target: Any, value: Any, where: str) -> Any:
@@ -119,7 +131,9 @@ def convert(target: Any, value: Any, where: str) -> Any:
 def leaves(settings: Any, prefix: str = "", change: str = "") -> Iterator[tuple[str, Any, str]]:
     """(section.key, value, whether a resumed run may change it) of every setting below a dataclass."""
     for one in dataclasses.fields(settings):
-        key, value, may = prefix + one.name, getattr(settings, one.name), one.metadata.get("change", change)
+        key = prefix + one.name
+        value = getattr(settings, one.name)
+        may = one.metadata.get("change", change)
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{key}.", may)
         else:

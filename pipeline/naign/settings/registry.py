@@ -25,12 +25,14 @@ def lookup(
     point = _entry_points(group).get(name)
     if point is None:
         there = known(builtin, group)
-        near = difflib.get_close_matches(name, there, n=1)
-        remedy = (remedies or {}).get(name) or (f"did you mean {near[0]}?" if near else "")
         choice = f"choose one of {', '.join(there)}" if there else "none is built in"
-        choice += f", or install a package with entry points of {group}"
-        unknown = f"{setting} is '{printable(name)}': {choice}"
-        raise InputError(unknown + (f"; {remedy}" if remedy else ""))
+        unknown = f"{setting} is '{printable(name)}': {choice}, or install a package with entry points of {group}"
+        near = difflib.get_close_matches(name, there, n=1)
+        if remedies and name in remedies:
+            unknown += f"; {remedies[name]}"
+        elif near:
+            unknown += f"; did you mean {near[0]}?"
+        raise InputError(unknown)
     package = point.dist.name if point.dist else point.module
     named = f"{setting} is '{name}', which the package {package} brings as {point.value}, but"
     try:
@@ -48,12 +50,17 @@ def _alike(entry: object, example: object) -> bool:
     """Whether both are of the same form: a settings class, a function, or a tuple of these."""
     if isinstance(example, tuple):
         return isinstance(entry, tuple) and len(entry) == len(example) and all(map(_alike, entry, example))
-    return entry is example is None or callable(entry) and (is_dataclass(entry) if is_dataclass(example) else True)
+    if entry is example is None:
+        return True
+    if is_dataclass(example):
+        return is_dataclass(entry) and callable(entry)
+    return callable(entry)
 
 
 def listed(names: str) -> list[str]:
     """The names of a setting that holds more than one: with commas between them, also as a list in YAML."""
-    return [name for part in names.strip(" []").split(",") if (name := part.strip(" '\""))]
+    parts = [part.strip(" '\"") for part in names.strip(" []").split(",")]
+    return [part for part in parts if part]
 
 
 def known(builtin: Mapping[str, object], group: str) -> list[str]:

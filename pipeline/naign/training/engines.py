@@ -32,13 +32,17 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shap
 def check_engine(config: Config, accelerator: Accelerator) -> None:
     """Raise InputError where the launcher's engine cannot do what the configuration asks for."""
     find_optimizer(config.train.optimizer)
-    batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
+    batch = config.train.batch
+    world = accelerator.num_processes
+    accumulate = config.train.accumulate
     if batch % (world * accumulate):
         ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
         uneven = f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches"
         raise InputError(f"{uneven}: use {', '.join(ranks)} ranks, or another train.batch in a new run")
-    is_fsdp, is_deepspeed = "FSDP_VERSION" in os.environ, accelerator.distributed_type == DistributedType.DEEPSPEED
-    apart = f"does not go with {'FSDP' if is_fsdp else 'DeepSpeed'}: leave it out, or use DDP"
+    is_fsdp = "FSDP_VERSION" in os.environ
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    engine = "FSDP" if is_fsdp else "DeepSpeed"
+    apart = f"does not go with {engine}: leave it out, or use DDP"
     for name, value in (("optimizer", "adamw"), ("compile", False)):
         possible = getattr(config.train, name) == value or not (is_fsdp or is_deepspeed)
         require((possible, f"train.{name}={getattr(config.train, name)} {apart}"))
@@ -53,12 +57,15 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
             lacking = f"train.compile needs a C++ compiler, and {compiler} is not there"
             require((shutil.which(compiler), f"{lacking}: install it, name another in CXX, or leave train.compile out"))
         return
-    plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision
-    configured, stage = plugin.deepspeed_config, int(plugin.zero_stage)
+    plugin = accelerator.state.deepspeed_plugin
+    precision = accelerator.mixed_precision
+    configured = plugin.deepspeed_config
+    stage = int(plugin.zero_stage)
     for name in sorted({"optimizer", "scheduler"} & configured.keys()):
         raise InputError(f"{LAUNCHER} has a section '{name}', which is the run's: remove it")
     for name in ("bf16", "fp16"):
-        enabled, asked = configured.get(name, {}).get("enabled", "auto"), precision.replace("no", "fp32")
+        enabled = configured.get(name, {}).get("enabled", "auto")
+        asked = precision.replace("no", "fp32")
         conflict = f"{LAUNCHER} says {name}.enabled: {enabled}, but the run's precision is {asked}"
         require((enabled in ("auto", asked == name), f"{conflict}: remove it there, or change train.precision"))
     objective = config.objective
