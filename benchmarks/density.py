@@ -104,7 +104,7 @@ def examples(name: str, data: Data, count: int) -> tuple[Tensor, dict[str, Tenso
     generator = torch.Generator().manual_seed(0)
     test, labels = read_split(place(name), "test")
     order = torch.randperm(len(test), generator=generator)
-    images, out = scaled(test[order]), labels[order] == IDX[name][2].index(data.left_out)
+    images, out = scaled(test[order]), labels[order] == IDX[name].labels.index(data.left_out)
     real, donors = images[~out][: 2 * count].split(count)
     other, _ = read_split(place(data.other), "test", limit=count)
     return real, {

@@ -22,7 +22,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from trained import FAILED, Task, check_place, page, table, write
 
-from naign.data.degrade import degrade
+from naign.data.damage import degrade
 from naign.data.loader import read_split
 from naign.data.sources.published import IDX
 from naign.errors import InputError, exit_on_input_error
@@ -167,7 +167,7 @@ def shuffled(path: str, split: str, *, without: int = -1) -> Tensor:
 
 def rows_of(name: str, data: Data, settings: Settings) -> dict[str, Row]:
     """Of a table, by title."""
-    count, left_out = settings.count, IDX[name][2].index(data.left_out) if data.left_out else -1
+    count, left_out = settings.count, IDX[name].labels.index(data.left_out) if data.left_out else -1
     images, donors, *_ = shuffled(place(name), "test", without=left_out).split(count)
     others, more_others, *_ = shuffled(place(data.other), "test").split(count)
     train = shuffled(place(name, data.left_out), "train")

@@ -33,7 +33,7 @@ from scipy.ndimage import median_filter
 from torch import Tensor
 from trained import check_place, page, write
 
-from naign.data.degrade import KINDS, degrade
+from naign.data.damage import KINDS, degrade
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.restoration import psnr, ssim
 from naign.model import tiles

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from naign.data.format.pages import Pager, table_name
-from naign.data.format.samples import scan
+from naign.data.format.webdataset import scan
 from naign.data.sources.source import Example, Made, Source
 from naign.storage.local import LocalStore
 
@@ -72,7 +72,7 @@ def rehash(path: str, shard: str) -> None:
     for split in content["splits"].values():
         for entry in split["shards"]:
             if entry["name"] == shard:
-                entry |= {"bytes": found.bytes, "sha256": found.sha256, "pages": found.pages}
+                entry |= {"bytes": found.bytes, "pages": found.pages}
     index.write_text(json.dumps(content))
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from naign.data.format.pages import BLOCK, PAGE, ROW, Pager, Table, parse_table
-from naign.data.format.samples import samples, scan
+from naign.data.format.webdataset import samples, scan
 from naign.errors import InputError
 from naign.storage.store import open_store
 

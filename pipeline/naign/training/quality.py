@@ -16,7 +16,7 @@ from torch import Tensor
 
 from naign.checkpoint.manifest import BEST, read_best
 from naign.config import Config, flatten
-from naign.data.degrade import KINDS, degrade
+from naign.data.damage import KINDS, degrade
 from naign.data.loader import Stream, read_split
 from naign.distributed.engine import Engine
 from naign.distributed.ranks import gather, together, total
