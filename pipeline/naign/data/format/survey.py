@@ -75,7 +75,7 @@ class Summary:
             shard = Shard(**fields.pop("shard"))
             table = bytes.fromhex(fields.pop("table"))
             return cls(shard=shard, table=table, survey=survey, **fields)
-        except (ValueError, TypeError, KeyError):  # of another version of naign
+        except (AttributeError, KeyError, TypeError, ValueError):  # cut, or of another version of naign
             return None
 
 
