@@ -111,7 +111,7 @@ def _rows(file: Path, opened: Any, columns: Columns, spool: BinaryIO) -> Iterato
                 return
             cells = batch[columns.image].to_pylist()
             values = batch[columns.label].to_pylist() if columns.label else [None] * len(cells)
-        except (OSError, UnicodeError, pa.ArrowException) as error:
+        except (OSError, KeyError, UnicodeError, pa.ArrowException) as error:
             raise InputError(f"{file}: cannot be read ({one_line(error)}): write or download it again") from None
         for cell, value in zip(cells, values, strict=True):
             data = cell["bytes"] if isinstance(cell, dict) else cell

@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
@@ -203,7 +204,7 @@ def cifar10(root: Path | None) -> Source:
         source = from_tree(root, size=32, channels=3)
         if source.labels != CIFAR_LABELS:
             raise InputError(f"{root}: no CIFAR-10: it needs train/ and test/, each with {', '.join(CIFAR_LABELS)}")
-        return source
+        return replace(source, name="cifar10")
     advice = f"Fetch {CIFAR_FILE} elsewhere and give it, or a folder of pictures, with --root"
     files = obtain("cifar10", CIFAR_SUMS, CIFAR_WAYS, root=root and root.parent, advice=advice)
     return _cifar_binary(files[CIFAR_FILE])
