@@ -323,30 +323,6 @@ def test_nothing_but_broken_pictures(tmp_path: Path) -> None:
         indexed(tmp_path, keep_broken=True)
 
 
-def test_a_bucket_of_others_may_cost_the_reader_or_be_public(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from naign.storage.s3_client import client, forget_clients
-
-    write(f"{bucket}/theirs", TARS[:2])
-    asked = []
-
-    def listen(variable: str, value: str) -> None:
-        monkeypatch.setenv(variable, value)
-        forget_clients()
-        asked.clear()
-        client().meta.events.register("before-send.s3", lambda request, **_: asked.append(request.headers))
-
-    listen("AWS_REQUEST_PAYER", "requester")
-    assert indexed(f"{bucket}/theirs").split("train").samples == 6
-    reads = [headers for headers in asked if "Range" in headers]
-    assert reads and all(headers["x-amz-request-payer"] in ("requester", b"requester") for headers in reads)
-    listen("AWS_NO_SIGN_REQUEST", "YES")
-    with pytest.raises(InputError, match="access denied"):
-        open_store(f"{bucket}/theirs").list()
-    assert asked and not any("Authorization" in headers for headers in asked)
-    monkeypatch.undo()
-    forget_clients()
-
-
 # Interruptions, threads and processes
 
 

@@ -26,9 +26,7 @@ def test_a_billion_images_are_read_from_one_index(tmp_path: Path) -> None:
         digest = hashlib.sha256(name.encode()).hexdigest()
         shards.append(Shard(name=name, samples=EACH, bytes=EACH * 100_000, pages=digest))
     splits = {"train": Split.of(shards)}
-    large = Manifest(
-        name="large", kind="image", shape=(3, 0, 0), dtype="uint8", labels=(), splits=splits, dealt=False
-    )
+    large = Manifest(name="large", kind="image", shape=(3, 0, 0), dtype="uint8", labels=(), splits=splits, dealt=False)
     (tmp_path / INDEX).write_bytes(large.dump())
     assert (tmp_path / INDEX).stat().st_size < 20e6
     begin = time.process_time()

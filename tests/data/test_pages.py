@@ -48,9 +48,7 @@ def expected(data: bytes, starts: list[int], end: int) -> list[tuple[int, int, b
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(0, 3),  # blocks before the first sample
-    st.lists(
-        st.one_of(st.integers(2, 8), st.integers(2, 200), st.just(PAGE // TAR_BLOCK)), min_size=1, max_size=40
-    ),
+    st.lists(st.one_of(st.integers(2, 8), st.integers(2, 200), st.just(PAGE // TAR_BLOCK)), min_size=1, max_size=40),
     st.lists(st.integers(300, 150_000), min_size=1, max_size=20),
     st.sampled_from([0.0, 0.5, 1.0]),  # how often a start is told before bytes
     st.randoms(use_true_random=False),

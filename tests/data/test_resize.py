@@ -18,8 +18,7 @@ from naign.data.decode import decode_image, header_shape
 from naign.data.format.audit import verify
 from naign.data.format.indexing import index
 from naign.data.loader import Stream, read_split
-from naign.data.resize import Resize, channels, resized
-from naign.data.sample import OTHERS, draws
+from naign.data.resize import WINDOW, Resize, channels, resized
 from naign.errors import InputError
 from tests.data.numbered import add
 
@@ -169,7 +168,7 @@ def test_a_turned_jpeg_that_is_decoded_small_is_not_shifted(size: tuple[int, int
 
 def test_random_windows_have_the_areas_and_shapes_of_torchvision() -> None:
     resize = Resize(height=8, width=8, fit="random")
-    drawn = draws(1, 0, 0, 4000, windows=True)[:, OTHERS:]
+    drawn = np.random.default_rng(1).random((4000, WINDOW))
     left, top, right, bottom = np.array([resize.box(300, 300, row) for row in drawn]).T
     assert left.min() == 0 == top.min() and right.max() > 290 and bottom.max() > 290
     share = (right - left) * (bottom - top) / 90_000
@@ -185,7 +184,7 @@ def test_random_windows_have_the_areas_and_shapes_of_torchvision() -> None:
 @pytest.mark.parametrize("fit", ["crop", "random"])
 @pytest.mark.parametrize("size", [16, 32, 64, 100])
 def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(fit: str, size: int) -> None:
-    windows = draws(3, 0, 0, 12, windows=True)[:, OTHERS:]
+    windows = np.random.default_rng(3).random((12, WINDOW))
     resize = Resize(height=size, width=size, fit=fit)
     for path in PHOTOS:
         data = path.read_bytes()
