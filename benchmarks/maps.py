@@ -167,7 +167,7 @@ def shuffled(path: str, split: str, *, without: int = -1) -> Tensor:
 
 def rows_of(name: str, data: Data, settings: Settings) -> dict[str, Row]:
     """Of a table, by title."""
-    count, left_out = settings.count, IDX[name].labels.index(data.left_out) if data.left_out else -1
+    count, left_out = settings.count, IDX[name][2].index(data.left_out) if data.left_out else -1
     images, donors, *_ = shuffled(place(name), "test", without=left_out).split(count)
     others, more_others, *_ = shuffled(place(data.other), "test").split(count)
     train = shuffled(place(name, data.left_out), "train")
