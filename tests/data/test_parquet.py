@@ -136,19 +136,14 @@ def test_a_description_of_columns_by_another_program(tmp_path: Path, features: A
 
 def test_columns_that_are_not_there_or_too_many(tmp_path: Path) -> None:
     bare = write(tmp_path / "bare.parquet", table(range(4), None, image=None))
-    refused(bare, r"bare.parquet: columns of pictures: none among label \(int64\)")
+    refused(bare, r"bare.parquet: 0 columns of pictures: choose one by --image among label \(int64\)")
     picture = table(range(4)).column("image")
     two = write(tmp_path / "two.parquet", table(range(4), None, mask=picture, fine=[0, 1, 2, 3]))
-    refused(two, "two.parquet: columns of pictures: choose one of image, mask by --image")
-    refused(two, "columns of pictures: choose one of image, mask by --image", image="label")
+    refused(two, "two.parquet: 2 columns of pictures: choose one by --image")
+    refused(two, "2 columns of pictures: choose one by --image", image="label")
     assert opened(two, image="mask", label="fine").labels == ("0", "1", "2", "3")
-    refused(two, "columns of labels: choose one of label, fine by --label, or none", image="mask", label="size")
-    features = {"image": IMAGE, "label": {"_type": "ClassLabel"}, "fine": {"_type": "ClassLabel"}}
-    both = write(tmp_path / "both.parquet", table(range(4), features, sound=picture, fine=[0, 1, 2, 3]))
-    refused(both, "columns of labels: choose one of label, fine by --label")  # one column of bytes is called an Image
-    features = {"image": IMAGE, "label": {"names": ["cat", "dog", "cat"], "_type": "ClassLabel"}}
-    twice = write(tmp_path / "twice.parquet", table(range(4), features))
-    refused(twice, "a name of the ClassLabel label stands twice: rename")
+    for label in ("size", "mask", "image"):
+        refused(two, f"no column {label} of labels: choose one by --label, or none", image="mask", label=label)
     for options in ({"root": tmp_path}, {"size": "8"}):
         with pytest.raises(InputError, match="parquet needs pictures and their size: add --root FOLDER --size 64"):
             load("parquet", **options)
@@ -172,10 +167,10 @@ def test_labels_that_cannot_be_used(tmp_path: Path) -> None:
     for value in (2, -1, None):
         column = pa.array([0, 1, 0, value], pa.int64())
         made = write(tmp_path / "b.parquet", table(range(4), label=column))
-        refused(made, f"b.parquet, row 3: {value!r} is no label of label: .* or --label none")
+        refused(made, f"b.parquet, row 3: {value!r} is not a label: .* or --label none")
     for value in (0.5, math.nan, math.inf):
         made = write(tmp_path / "b.parquet", table(range(4), None, label=[1.0, value, 0.0, 1.0]))
-        refused(made, f"b.parquet, row 1: {value} is no label of label: move the file away")
+        refused(made, f"b.parquet, row 1: {value} is not a label: move the file away")
     write(tmp_path / "mixed/a.parquet", table(range(4)))
     write(tmp_path / "mixed/b.parquet", table(range(4), label=None))
     refused(tmp_path / "mixed", "mixed: some files have labels and others have none")
@@ -190,11 +185,10 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff", b"b"]).buffers())
     refused(write(file, table(range(2), label=bad)), "a.parquet: .*can't decode")
     twice = table(range(2)).append_column("label", pa.array([0, 1]))
-    refused(write(file, twice), "a.parquet: columns of labels: choose one of label, label")
-    refused(file, "a.parquet: cannot be read .*label", label="label")
+    refused(write(file, twice), "a.parquet: cannot be read.*label")
     write(file, table(range(100)))
     monkeypatch.setattr("tempfile.TemporaryFile", partial(open, "/dev/full", "wb"))
-    with pytest.raises(Unavailable, match="No space left on device: free some, or set TMPDIR"):
+    with pytest.raises(Unavailable, match="cannot be read, or copied to a temporary file .*No space left on device"):
         opened(file)
 
 

@@ -44,7 +44,7 @@ def pack(
         channels: For folder, parquet: 3 colour, 1 grey.
         broken: For folder, parquet: fail at a file or row of no picture, or skip it with a warning.
         image: For parquet: the column of pictures; default: the only one.
-        label: For parquet: the column of labels, or none; default: the only ClassLabel, or label.
+        label: For parquet: the column of labels, or none; default: label.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
         seed: Seed of the order of samples in shards, and of the choice of training images.
