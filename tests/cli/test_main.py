@@ -83,7 +83,7 @@ def test_damaged_pictures_overwrite_nothing(model, pictures):
 
 def test_what_is_no_picture_is_named(model, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="x.png: no picture"):
+    with pytest.raises(InputError, match="x.png: not a picture"):
         cli.score(model, (tmp_path / "x.png",))
     with pytest.raises(OSError, match="No such file .*nowhere.png"):  # which main() puts into words
         cli.score(model, (tmp_path / "nowhere.png",))

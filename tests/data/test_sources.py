@@ -103,7 +103,7 @@ def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
         ("mnist", {"skip": True}, "mnist does not take --broken: leave it out"),
         ("folder", {}, "add --root"),
         ("folder", {"root": tmp_path / "nowhere", "size": 8}, "no such folder"),
-        ("folder", {"root": Path("s3://bucket/raw"), "size": 8}, "--root s3:/bucket/raw: .* a local folder"),
+        ("folder", {"root": Path("s3://bucket/raw"), "size": 8}, "--root s3://bucket/raw: .* a local folder"),
         ("folder", {"root": tmp_path, "size": 8}, "0 pictures, and at least 2"),
         ("folder", {"root": tmp_path, "size": 8, "channels": 2}, "--channels 1 or 3"),
         ("folder", {"root": tmp_path, "size": 10_000_000}, "--size is '10000000'.* to 8192"),

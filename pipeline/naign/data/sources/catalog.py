@@ -33,9 +33,10 @@ def load(name: str, *, seed: int = 0, **given: Any) -> Source:
     with_argument = f"{base}:<name>"
     if with_argument not in names and argument.isdecimal() and len(argument) < 10:
         return subset(load(base, seed=seed, **given), int(argument), seed=seed)
-    if ":/" in str(options["root"]) and not Path(options["root"]).exists():
+    root = str(options["root"])
+    if ":/" in root and not Path(root).exists():
         local = "download it first, or index tars in the bucket with `naign index`"
-        raise InputError(f"--root {options['root']}: what is packed is a local folder: {local}")
+        raise InputError(f"--root {root.replace(':/', '://', 1)}: what is packed is a local folder: {local}")
     remedies = {}
     if Path(name).is_dir():
         remedies[name] = f"for a tree of pictures: folder --root {name} --size 64"
