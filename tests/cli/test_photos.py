@@ -206,7 +206,7 @@ BAD = {
     "truncated": "truncated",
     "float": "mode F",
     "beyond": "beyond 16",
-    "text": "no pic",
+    "text": "not a pic",
 }
 
 

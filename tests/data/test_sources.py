@@ -263,19 +263,6 @@ def read(image: Image.Image, kind: str, channels: int = 1) -> np.ndarray[Any, An
     return Form.parse(f"{image.height}x{image.width}", channels).read(stream.getvalue(), "here")
 
 
-def test_folder_turns_resizes_and_crops(tmp_path: Path) -> None:
-    wide = np.zeros((10, 40, 3), np.uint8)
-    wide[:, 15:25] = 255  # white in the centre square, black at both sides
-    wide[:5, 15:25, 0] = 0
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    for number in range(2):
-        Image.fromarray(wide).save(tmp_path / f"{number}.png", exif=exif)
-    _, image, _ = folder(tmp_path, size=5).splits["train"][0]
-    assert image[1].min() > 200  # the resampling filter rings at the edges
-    assert image[0, 0].min() > 200 and image[0, -1].max() < 50  # upright, the dark half lies below
-
-
 @pytest.mark.parametrize(
     ("dtype", "kind"), [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<i4", "TIFF")]
 )  # modes I;16, I;16B and I
@@ -296,13 +283,6 @@ def test_sixteen_bits_are_scaled(dtype: str, kind: str) -> None:
 def test_pixels_of_no_known_range(value: float, dtype: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(Image.fromarray(np.full((2, 2), value, dtype)), "TIFF")
-
-
-def test_transparency_is_laid_on_white() -> None:
-    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
-    clear.putpixel((0, 0), (10, 20, 30, 255))
-    assert read(clear, "PNG", channels=3)[:, 0].tolist() == [[10, 255], [20, 255], [30, 255]]
-    assert read(clear.convert("LA"), "PNG")[0, 0, 1] == 255
 
 
 def test_no_other_program_is_started_for_a_picture() -> None:

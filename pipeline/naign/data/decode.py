@@ -175,7 +175,13 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     return 1 if space == "Gray" else 3, height, width, orientation
 
 
-def decode_jpeg(data: bytes, header: JpegHeader, factor: int = 1, *, into: Array | None = None) -> Array | None:
+def decode_jpeg(
+    data: bytes,
+    header: JpegHeader,
+    factor: int = 1,
+    *,
+    into: Array | None = None,
+) -> Array | None:
     """The upright pixels (C, H, W) of a sound JPEG with that header, at 1/factor of its size; None: left to Pillow.
 
     Of an upright picture they are written to `into`, and it is returned, if it has their shape and order in memory.

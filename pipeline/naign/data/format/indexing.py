@@ -100,7 +100,13 @@ def _split_names(files: list[str], path: str, test: str) -> dict[str, list[str]]
     return {"train": trains, "test": tests} if tests else {"train": trains}
 
 
-def _inspect(rule: str, decoded: int | None, sample: dict[str, Any], where: str, number: int) -> Seen:
+def _inspect(
+    rule: str,
+    decoded: int | None,
+    sample: dict[str, Any],
+    where: str,
+    number: int,
+) -> Seen:
     """Kind, shape and label of a sample of any data set; pictures from the number `decoded` on only by their header."""
     where = f"{where}, key {sample['__key__']}"
     suffix = next((suffix for suffix in SUFFIXES["image"] if suffix in sample), "")

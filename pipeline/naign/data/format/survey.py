@@ -108,7 +108,13 @@ def summarize(store: Store, name: str, inspect: Inspect) -> Summary:
         problems.append(str(error))
         shard = Shard(name=name, samples=0, bytes=0, pages="")
         table = b""
-    return Summary(shard=shard, table=table, survey=survey, broken=broken, problems=problems)
+    return Summary(
+        shard=shard,
+        table=table,
+        survey=survey,
+        broken=broken,
+        problems=problems,
+    )
 
 
 def _end_problems(pager: Pager, where: str) -> list[str]:

@@ -57,13 +57,27 @@ def read_tars(
     results = parallel(delayed(_summary)(store.path, name, inspect, to, version) for name in names)
     try:
         with closing(results):
-            return list(tqdm(results, desc=title, total=len(names), unit="tar", disable=None if title else True))
+            return list(
+                tqdm(
+                    results,
+                    desc=title,
+                    total=len(names),
+                    unit="tar",
+                    disable=None if title else True,
+                )
+            )
     except BrokenProcessPool:
         killed = "a process that reads tars was killed, for its memory perhaps, or could not start"
         raise Unavailable(f"{killed}: try again; `naign index` continues with the tars not read yet") from None
 
 
-def _summary(path: str, name: str, inspect: Inspect, to: str, version: str) -> Summary:
+def _summary(
+    path: str,
+    name: str,
+    inspect: Inspect,
+    to: str,
+    version: str,
+) -> Summary:
     """The summary of a tar, read, or else what an interrupted call kept in the folder `to`."""
     store = open_store(path)
     if not to:

@@ -52,28 +52,40 @@ def load(name: str, *, seed: int = 0, **given: Any) -> Source:
     return build(argument, **{option: value for option, value in options.items() if option in taken})
 
 
-def mnist(_: str, root: Path | None) -> Source:
-    return published.idx("mnist", root)
-
-
-def fashion_mnist(_: str, root: Path | None) -> Source:
-    return published.idx("fashion_mnist", root)
-
-
-def cifar10(_: str, root: Path | None) -> Source:
-    return published.cifar10(root)
-
-
-def folder(_: str, root: Path, size: str, channels: int, seed: int, skip: bool) -> Source:
+def folder(
+    _: str,
+    root: Path,
+    size: str,
+    channels: int,
+    seed: int,
+    skip: bool,
+) -> Source:
     return from_tree(root, size=size, channels=channels, seed=seed, skip=skip)
 
 
-def parquet(_: str, root: Path, size: str, channels: int, seed: int, skip: bool, image: str, label: str) -> Source:
+def parquet(
+    _: str,
+    root: Path,
+    size: str,
+    channels: int,
+    seed: int,
+    skip: bool,
+    image: str,
+    label: str,
+) -> Source:
     try:
         from naign.data.sources.parquet import from_tables
     except ImportError as error:
         raise InputError(f"parquet needs pyarrow ({error}): pip install pyarrow") from None
-    return from_tables(root, size=size, channels=channels, seed=seed, skip=skip, image=image, label=label)
+    return from_tables(
+        root,
+        size=size,
+        channels=channels,
+        seed=seed,
+        skip=skip,
+        image=image,
+        label=label,
+    )
 
 
 def digits(_: str) -> Source:
@@ -87,13 +99,19 @@ def digits(_: str) -> Source:
     splits = {}
     for split, rows in (("train", order[count:]), ("test", order[:count])):
         splits[split] = labelled([f"digit-{row:04d}" for row in rows], images[rows], labels[rows])
-    return Source(name="digits", kind="image", shape=(1, 8, 8), labels=tuple("0123456789"), splits=splits)
+    return Source(
+        name="digits",
+        kind="image",
+        shape=(1, 8, 8),
+        labels=tuple("0123456789"),
+        splits=splits,
+    )
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
-    "mnist": mnist,
-    "fashion_mnist": fashion_mnist,
-    "cifar10": cifar10,
+    "mnist": lambda _, root: published.idx("mnist", root),
+    "fashion_mnist": lambda _, root: published.idx("fashion_mnist", root),
+    "cifar10": lambda _, root: published.cifar10(root),
     "digits": digits,
     "toy2d:<name>": toys.toy2d,
     "folder": folder,

@@ -58,7 +58,14 @@ class Form(NamedTuple):
             raise BrokenPicture(f"{where}: {error}") from None
 
 
-def from_tree(root: Path, *, size: str | int, channels: int, seed: int = 0, skip: bool = False) -> Source:
+def from_tree(
+    root: Path,
+    *,
+    size: str | int,
+    channels: int,
+    seed: int = 0,
+    skip: bool = False,
+) -> Source:
     """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside), with
     `size` pixels a side, or height x width as 48x64, and 3 channels (colour) or 1 (grey).
 
@@ -82,10 +89,22 @@ def from_tree(root: Path, *, size: str | int, channels: int, seed: int = 0, skip
     for split, group in splits.items():
         make = partial(_make, group, _keys(group), labels, form)
         made[split] = Made(length=len(group), make=make, skip=skip)
-    return Source(name="folder", kind="image", shape=form.shape, labels=tuple(labels), splits=made)
+    return Source(
+        name="folder",
+        kind="image",
+        shape=form.shape,
+        labels=tuple(labels),
+        splits=made,
+    )
 
 
-def _make(pictures: list[Picture], keys: list[str], labels: list[str], form: Form, index: int) -> Example:
+def _make(
+    pictures: list[Picture],
+    keys: list[str],
+    labels: list[str],
+    form: Form,
+    index: int,
+) -> Example:
     picture = pictures[index]
     where = _printable(str(picture.file))
     try:

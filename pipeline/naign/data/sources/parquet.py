@@ -32,7 +32,16 @@ class Row(NamedTuple):
     label: str  # "": none
 
 
-def from_tables(root: Path, *, size: str | int, channels: int, seed: int, skip: bool, image: str, label: str) -> Source:
+def from_tables(
+    root: Path,
+    *,
+    size: str | int,
+    channels: int,
+    seed: int,
+    skip: bool,
+    image: str,
+    label: str,
+) -> Source:
     """The rows of a .parquet file or of those in a folder; pictures of column `image` ("": the only one of pictures),
     cropped and resized as by `folder.from_tree`, and labels of column `label` ("": `label`, if there is one; "none":
     none). The test split is files whose names, or else nearest folders below root, have the word test or validation, or
@@ -78,10 +87,22 @@ def from_tables(root: Path, *, size: str | int, channels: int, seed: int, skip: 
         return Made(length=len(splits[split]), make=make, skip=skip)
 
     made_splits = {split: made(split) for split in splits}
-    return Source(name="parquet", kind="image", shape=form.shape, labels=tuple(names), splits=made_splits)
+    return Source(
+        name="parquet",
+        kind="image",
+        shape=form.shape,
+        labels=tuple(names),
+        splits=made_splits,
+    )
 
 
-def _rows(file: str, table: Any, columns: list[str], names: list[str], spool: BinaryIO) -> Iterator[Row]:
+def _rows(
+    file: str,
+    table: Any,
+    columns: list[str],
+    names: list[str],
+    spool: BinaryIO,
+) -> Iterator[Row]:
     """The rows of a file, whose pictures are copied to `spool`."""
     number = 0
     for batch in table.iter_batches(BATCH, columns=columns):

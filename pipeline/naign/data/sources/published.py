@@ -172,7 +172,13 @@ def idx(name: str, root: Path | None) -> Source:
     for split, stem in (("train", "train"), ("test", "t10k")):
         images = read_idx(files[f"{stem}-images-idx3-ubyte"])
         splits[split] = numbered(split, images[:, None], read_idx(files[f"{stem}-labels-idx1-ubyte"]))
-    return Source(name=name, kind="image", shape=(1, 28, 28), labels=labels, splits=splits)
+    return Source(
+        name=name,
+        kind="image",
+        shape=(1, 28, 28),
+        labels=labels,
+        splits=splits,
+    )
 
 
 def read_idx(data: bytes) -> Array:
@@ -211,4 +217,10 @@ def _cifar_binary(archive: bytes) -> Source:
             data = b"".join(stream.read() for stream in streams if stream)
             records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3072)
             splits[split] = numbered(split, records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
-    return Source(name="cifar10", kind="image", shape=(3, 32, 32), labels=CIFAR_LABELS, splits=splits)
+    return Source(
+        name="cifar10",
+        kind="image",
+        shape=(3, 32, 32),
+        labels=CIFAR_LABELS,
+        splits=splits,
+    )

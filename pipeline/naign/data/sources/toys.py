@@ -81,4 +81,10 @@ def toy2d(name: str, seed: int = 0) -> Source:
         "test": numbered("test", points[TRAIN:], labels[TRAIN:]),
     }
     names = tuple(f"part {number}" for number in range(DISTRIBUTIONS[name][0]))
-    return Source(name=f"toy2d:{name}", kind="point", shape=(2,), labels=names, splits=splits)
+    return Source(
+        name=f"toy2d:{name}",
+        kind="point",
+        shape=(2,),
+        labels=names,
+        splits=splits,
+    )
