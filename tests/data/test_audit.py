@@ -42,7 +42,7 @@ def test_every_planted_fault_is_found(packed: str) -> None:
         verify(packed, progress=False)
     lines = str(caught.value).splitlines()
     for shard, problem in (
-        ("train-00000.tar", "4 samples, but index.json says 5"),
+        ("train-00000.tar", "its SHA-256 are not those in train-00000.pages.npy"),
         ("train-00000.tar", "bytes, but index.json says"),
         ("train-00001.tar", "label '7' is none of the 2"),
         ("train-00001.tar", "the .png cannot be decoded"),

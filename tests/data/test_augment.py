@@ -2,10 +2,8 @@
 
 import logging
 import tarfile
-from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +12,10 @@ import torch
 from naign.data.dataset import DataConfig
 from naign.data.decode import encode
 from naign.data.format.writer import pack
-from naign.data.loader import Stream, read_split
+from naign.data.loader import read_split
 from naign.data.sample import draws
 from naign.errors import InputError
-from tests.data.numbered import Members, numbered, rewrite
+from tests.data.numbered import Members, numbered, rewrite, take
 
 
 @pytest.fixture
@@ -26,24 +24,6 @@ def larger(tmp_path: Path) -> str:
     path = str(tmp_path / "larger")
     pack(numbered(shape=(3, 8, 10)), path, shards=4, progress=False)
     return path
-
-
-def take(path: str, rounds: int, *, world: int = 1, **settings: Any) -> tuple[torch.Tensor, list[str]]:
-    """All images of rounds 0, 1, ... and their keys, in order."""
-    images = []
-    keys = []
-    config = DataConfig(path=path, **settings)
-    with ExitStack() as stack:
-        streams = []
-        for rank in range(world):
-            stream = Stream(config, seed=5, round_size=12, rank=rank, world=world)
-            streams.append(stack.enter_context(stream))
-        for round in range(rounds):
-            for stream in streams:
-                taken = stream.take(round)
-                images.append(taken.images)
-                keys += taken.keys
-    return torch.cat(images), keys
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])

@@ -3,7 +3,6 @@
 import io
 import tarfile
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from naign.data.format.indexing import index
 from naign.data.loader import Stream, read_split
 from naign.data.resize import WINDOW, Resize, channels, resized
 from naign.errors import InputError
-from tests.data.numbered import add
+from tests.data.numbered import add, take
 
 PHOTOS = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 """Two photographs of 640 x 427."""
@@ -221,27 +220,10 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def take(path: str, rounds: int, world: int, **settings: Any) -> tuple[torch.Tensor, list[str]]:
-    images = []
-    keys = []
-    config = DataConfig(path=path, **settings)
-    with ExitStack() as stack:
-        streams = []
-        for rank in range(world):
-            stream = Stream(config, seed=4, round_size=20, rank=rank, world=world)
-            streams.append(stack.enter_context(stream))
-        for round in range(rounds):
-            for stream in streams:
-                taken = stream.take(round)
-                images.append(taken.images)
-                keys += taken.keys
-    return torch.cat(images), keys
-
-
 @pytest.mark.slow
 def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: str) -> None:
     settings = {"size": "24x32", "fit": "random", "flip": True}
-    plain, keys = take(theirs, 6, 1, **settings)
+    plain, keys = take(theirs, 6, each=20, **settings)
     assert plain.shape == (120, 3, 24, 32) and Counter(keys) == {f"{number:09d}": 2 for number in range(60)}
     same = 0
     for key in set(keys):
@@ -249,7 +231,7 @@ def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: s
         same += torch.equal(first, second)
     assert same < 3  # another window every epoch
     for world, workers in ((1, 3), (2, 0), (4, 2), (5, 1)):
-        images, others = take(theirs, 6, world, workers=workers, **settings)
+        images, others = take(theirs, 6, world, each=20, workers=workers, **settings)
         assert others == keys and torch.equal(images, plain)
 
 
@@ -282,10 +264,10 @@ def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path: Path, mo
     write(tmp_path, "train.tar", range(12))
     index(str(tmp_path), progress=False)
     with pytest.raises(InputError, match=r"train.tar, key 0000000\d\d: .* is less than data.crop=70"):
-        take(str(tmp_path), 1, 1, crop=70)
+        take(str(tmp_path), 1, crop=70)
     monkeypatch.setattr("naign.data.loader.BROKEN", 0.9)
-    images, keys = take(str(tmp_path), 1, 1, crop=70, broken="skip")
-    assert images.shape == (20, 3, 70, 70) and not {int(key) % 6 for key in keys} & {0, 1, 4}
+    images, keys = take(str(tmp_path), 1, crop=70, broken="skip")
+    assert images.shape == (12, 3, 70, 70) and not {int(key) % 6 for key in keys} & {0, 1, 4}
 
 
 @pytest.mark.slow

@@ -113,9 +113,9 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
     plain = decode_jpeg(data, header, into=into) if header else _decode_plain_png(data)
     if plain is not None:
         return plain
-    with decoding(), _open_picture(data) as picture:
-        pixels = to_pixels(in_mode(picture, "L" if picture.mode == "L" else "RGB"))
-        return _turned(pixels, _orientation(picture))
+    picture = decode_picture(data)
+    with decoding():
+        return to_pixels(in_mode(picture, "L" if picture.mode == "L" else "RGB"))
 
 
 def decode_picture(data: bytes) -> Image.Image:

@@ -35,7 +35,7 @@ def members(read: Read, where: str = "the tar", *, hashed: bool = False) -> Iter
     begin = 0
     while True:
         header = read(begin, begin + TAR_BLOCK)
-        is_plain = header[257:262] == b"ustar" and header[156] == 0x30 and not header[345] and header[124] < 0x80
+        is_plain = header[257:262] == b"ustar" and header[156] == 0x30 and not header[345]
         if is_plain:
             if not hashed:
                 _check_sum(header)
@@ -73,7 +73,7 @@ def _extended(read: Read, begin: int, where: str) -> Member | None:
             raise tarfile.ReadError("unexpected end of data")
         _check_sum(header)
         kind = header[156:157]
-        size = _size(header)
+        size = _octal(header[124:136])
         start += TAR_BLOCK
         if kind not in EXTENDED:
             break
@@ -97,12 +97,6 @@ def _check_sum(header: bytes) -> None:
     expected = 1 + _octal(checksum) - 8 * ord(" ") + sum(checksum)  # it counts as blanks in the sum of all bytes
     if expected % 65521 != zlib.adler32(header) & 0xFFFF:  # Adler-32's lower half is that sum plus 1
         raise tarfile.ReadError("bad checksum")
-
-
-def _size(header: bytes) -> int:
-    if header[124] & 0x80:  # in base 256
-        return int.from_bytes(header[125:136])
-    return _octal(header[124:136])
 
 
 def _octal(field: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from dataclasses import replace
 
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
@@ -81,7 +82,7 @@ def _summary(
     """The summary of a tar, read, or else what an interrupted call kept in the folder `to`."""
     store = open_store(path)
     if not to:
-        return summarize(store, name, inspect)
+        return replace(summarize(store, name, inspect), table=b"")  # which nobody needs then
     target = open_store(to)
     kept = f"{name.removesuffix('.tar')}{KEPT}"
     version = f"{name}, {store.version(name)}, {version}"

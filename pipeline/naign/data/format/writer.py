@@ -72,7 +72,11 @@ def pack(
             if name in present:
                 copy = io.BytesIO()
                 shard, table = _write(planned, suffix, copy)
-                if target.read(name) != copy.getvalue():
+                if table_name(name) in present:
+                    same = target.size(name) == shard.bytes and target.read(table_name(name)) == table
+                else:
+                    same = target.read(name) == copy.getvalue()
+                if not same:
                     raise InputError(refusal)
             else:
                 with target.write(name) as stream:
