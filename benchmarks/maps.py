@@ -22,7 +22,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from trained import FAILED, Task, check_place, page, table, write
 
-from naign.data.degrade import degrade
+from naign.data.damage import degrade
 from naign.data.loader import read_split
 from naign.data.sources.published import IDX
 from naign.errors import InputError, exit_on_input_error

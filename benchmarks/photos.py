@@ -11,7 +11,7 @@ plasma-workspace-wallpapers, each unpacked (`dpkg -x`) below UNPACKED: the JPEGs
 drawings (DRAWN), reduced to a shorter side of 600 pixels or more by a factor of at most 4, in squares of 256.
 
 `measure` takes the central 256 x 256 pixels of photographs that scikit-learn and scikit-image ship, unchanged in
-scale. They are damaged as in `naign/data/degrade.py`; in `mixture` by each of the four kinds with probability 1/2
+scale. They are damaged as in `naign/data/damage.py`; in `mixture` by each of the four kinds with probability 1/2
 and a strength that is uniform in [0, 1], at least two of them. f was trained on other damage (`photo` in
 `naign/data/damage.py`) and is not given the kind. BM3D is given the root mean square of what the damage changed,
 which for `noise` suits it better than the 0.5 before clamping. Non-local means estimate the noise.
@@ -33,7 +33,7 @@ from scipy.ndimage import median_filter
 from torch import Tensor
 from trained import check_place, page, write
 
-from naign.data.degrade import KINDS, degrade
+from naign.data.damage import KINDS, degrade
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.restoration import psnr, ssim
 from naign.model import tiles

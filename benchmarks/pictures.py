@@ -15,7 +15,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from naign.cli.files import save
-from naign.data.degrade import KINDS
+from naign.data.damage import KINDS
 from naign.errors import InputError, exit_on_input_error
 from naign.model.naign import NAIGN
 from naign.model.scale import scaled

@@ -20,7 +20,7 @@ from step_processes import first_network, on_ranks, opened, random_images
 
 from naign.config import Config, parse
 from naign.data.dataset import DataConfig
-from naign.data.format.manifest import Manifest, Shard
+from naign.data.format.manifest import Manifest, Shard, Split
 from naign.data.format.pages import Pager, Table, parse_table
 from naign.data.order import BLOCK, Order, Piece, _epoch, _lanes, pieces, rank_rows
 from naign.data.reader import Reader
@@ -133,7 +133,7 @@ def plan(images: int, shard: int, size: int, world: int, share: int, lanes: int,
     record |= {"first": time.process_time() - cpu, "memory": tracemalloc.get_traced_memory()[1]}
     tracemalloc.stop()
     table, entry = page_table(shard, size)
-    manifest = Manifest.of("plan", "image", (3, 256, 256), (), {"train": [entry] * len(order.sizes)})
+    manifest = of_train([entry] * len(order.sizes))
     reader = Planner(
         *[LocalStore(".")] * 2, manifest, manifest.split("train").shards, DataConfig(path="."), lanes=lanes
     )
@@ -150,9 +150,15 @@ def plan(images: int, shard: int, size: int, world: int, share: int, lanes: int,
     return record | dict(zip(("requests", "bytes", "tables"), means, strict=True)) | {"table": table.nbytes}
 
 
+def of_train(shards: list[Shard]) -> Manifest:
+    """A data set of these training shards."""
+    splits = {"train": Split.of(shards)}
+    return Manifest(name="plan", kind="image", shape=(3, 256, 256), dtype="uint8", labels=(), splits=splits)
+
+
 def page_table(shard: int, size: int) -> tuple[Table, Shard]:
     """The page table of a shard of so many equal samples, by `Pager`, and the shard's entry in index.json."""
-    pager = Pager(whole=False)
+    pager = Pager()
     for number in range(BLOCK):
         pager.start(number * size)
         pager.write(bytes(size))
@@ -165,14 +171,14 @@ def page_table(shard: int, size: int) -> tuple[Table, Shard]:
     table["byte"] += numbers * entry.bytes
     table = np.concatenate([table, block[-1:]])
     table["sample"][-1], table["byte"][-1] = shard, shard * size
-    return table, replace(entry, samples=shard, bytes=shard * size, sha256="0" * 64)
+    return table, replace(entry, samples=shard, bytes=shard * size)
 
 
 def index(shards: int) -> Record:
     """Bytes of an index.json of so many shards, and what parsing it takes."""
     _, entry = page_table(10_000, 32_000)
     listed = [replace(entry, name=f"train-{number:07d}.tar") for number in range(shards)]
-    text = Manifest.of("plan", "image", (3, 256, 256), (), {"train": listed}).dump()
+    text = of_train(listed).dump()
     cpu = time.process_time()
     Manifest.parse(text, where="index.json")
     cpu = time.process_time() - cpu

@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
 import torch
 
 from naign import NAIGN
-from naign.data.degrade import KINDS, degrade
+from naign.data.damage import KINDS, degrade
 from naign.data.loader import read_split
 from naign.model.scale import scaled
 from naign.observe.pictures import grid, rows

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from naign.data.degrade import KINDS
+from naign.data.damage import KINDS
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT

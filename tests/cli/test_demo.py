@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from naign.cli.model import demo
-from naign.data.degrade import KINDS, degrade
+from naign.data.damage import KINDS, degrade
 from naign.errors import InputError
 from naign.evaluate.recorded import read_image
 from naign.evaluate.refit import fit_mixture

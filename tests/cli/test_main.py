@@ -83,7 +83,7 @@ def test_damaged_pictures_overwrite_nothing(model, pictures):
 
 def test_what_is_no_picture_is_named(model, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="x.png: no picture"):
+    with pytest.raises(InputError, match="x.png: not a picture"):
         cli.score(model, (tmp_path / "x.png",))
     with pytest.raises(OSError, match="No such file .*nowhere.png"):  # which main() puts into words
         cli.score(model, (tmp_path / "nowhere.png",))
@@ -204,7 +204,7 @@ def test_a_prior_that_has_not_begun_is_warned_of(tmp_path, capsys):
 
 
 EMPTY = ["sample ''", "export RUN --to ''", "restore RUN ''", "score RUN --json ''", "runs ''", "sample RUN --to="]
-EMPTY += ["push RUN user/x --dry_run ''", "evaluate '' --samples 20", "index DATA --labels ''", "train --config ''"]
+EMPTY += ["push RUN user/x --dry_run ''", "evaluate '' --samples 20", "train --config ''"]
 EMPTY += ["render k8s --data s3://abc/d --run ''", "render slurm --data d --run=", "pack folder --root '' --to x"]
 
 
@@ -230,14 +230,6 @@ def test_a_full_disk_is_worth_another_try(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("naign.model.naign.save_file", Mock(side_effect=full))
     code, said = ended(monkeypatch, capsys, "export", model, "--to", tmp_path / "out")
     assert code == 1 and "naign: failed: " in said and "No space left" in said
-
-
-def test_names_of_labels_are_read_whole_or_refused(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "names.txt"
-    for text, problem in (("", f"{file} is empty: write"), ("a\nb\na\n", "names 'a' twice: write each")):
-        file.write_text(text)
-        code, said = ended(monkeypatch, capsys, "index", tmp_path, "--labels", file)
-        assert code == 2 and f"--labels {problem}" in said
 
 
 def test_an_address_without_a_bucket_is_shown_as_given(monkeypatch, capsys):

@@ -86,7 +86,7 @@ def test_score_prints_files_and_lines(
     assert row["file"] == str(tmp_path / "a.png") and row["line"] is None and row["energy"] > 0
     (tmp_path / "b.png").write_bytes(b"no picture")
     code, out, err = command("score", images, str(tmp_path / "b.png"), "--json")
-    assert (code, out) == (2, "") and "b.png: no picture" in err
+    assert (code, out) == (2, "") and "b.png: not a picture" in err
 
 
 def test_verify_prints_what_is_known_and_what_is_wrong(command: Command, tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ BAD = {
     "truncated": "truncated",
     "float": "mode F",
     "beyond": "beyond 16",
-    "text": "no pic",
+    "text": "not a pic",
 }
 
 
@@ -336,7 +336,7 @@ BAD_MASKS = {
     "size": ("mask.png has 25 x 40 pixels, x.png 40 x 25: make them equal", []),
     "none": ("mask.png has no hole: paint what is to be filled white", []),
     "all": ("mask.png is a hole altogether: paint what is to be kept black", []),
-    "text": ("mask.png: no picture that Pillow can read", []),
+    "text": ("mask.png: not a picture that Pillow can read", []),
     "missing": ("mask.png: No such file", []),
     "model": ("--mask is for pictures at their own size: leave out --size model", ["--size", "model"]),
     "noise": ("--mask keeps what is outside holes, --damage changes it: leave out one", ["--damage", "noise"]),

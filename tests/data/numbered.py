@@ -4,12 +4,17 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from naign.data.dataset import DataConfig
 from naign.data.format.pages import Pager, table_name
-from naign.data.format.samples import scan
+from naign.data.format.webdataset import scan
+from naign.data.loader import Stream
 from naign.data.sources.source import Example, Made, Source
 from naign.storage.local import LocalStore
 
@@ -72,7 +77,7 @@ def rehash(path: str, shard: str) -> None:
     for split in content["splits"].values():
         for entry in split["shards"]:
             if entry["name"] == shard:
-                entry |= {"bytes": found.bytes, "sha256": found.sha256, "pages": found.pages}
+                entry |= {"bytes": found.bytes, "pages": found.pages}
     index.write_text(json.dumps(content))
 
 
@@ -80,3 +85,21 @@ def edit_index(path: str, **fields: object) -> None:
     """Replace top fields of index.json."""
     index = Path(path) / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), **fields}))
+
+
+def take(path: str, rounds: int, world: int = 1, *, each: int = 12, **settings: Any) -> tuple[torch.Tensor, list[str]]:
+    """All images of rounds 0, 1, ..., of `each` images, and their keys, in order."""
+    images = []
+    keys = []
+    config = DataConfig(path=path, **settings)
+    with ExitStack() as stack:
+        streams = []
+        for rank in range(world):
+            stream = Stream(config, seed=5, round_size=each, rank=rank, world=world)
+            streams.append(stack.enter_context(stream))
+        for round in range(rounds):
+            for stream in streams:
+                taken = stream.take(round)
+                images.append(taken.images)
+                keys += taken.keys
+    return torch.cat(images), keys

@@ -205,7 +205,7 @@ def block(folder: Path, path: str, name: str) -> Path:
     """The file of a first block that holds some of a shard or table."""
     for shard in Manifest.load(path).split("train").shards:
         if name == shard.name:
-            return folder / f"{shard.sha256}-000003"
+            return folder / f"{shard.pages}-tar-000003"
         if name == table_name(shard.name):
             return folder / f"{shard.pages}-000000"
     raise AssertionError(name)

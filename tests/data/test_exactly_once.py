@@ -15,7 +15,7 @@ from naign.data.dataset import DataConfig
 from naign.data.decode import encode
 from naign.data.format.indexing import index
 from naign.data.format.manifest import Manifest
-from naign.data.format.samples import samples
+from naign.data.format.webdataset import samples
 from naign.data.loader import Stream
 from naign.errors import InputError
 from naign.storage.store import open_store

@@ -1,219 +1,209 @@
-"""Indexing tars in buckets that may only be read, and going on after a kill."""
+"""Indexing tars that others wrote, and what is refused of them."""
 
-import hashlib
+import gzip
 import io
 import json
+import pickle
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from naign.data.dataset import DataConfig
 from naign.data.decode import encode
-from naign.data.format import IndexOptions, indexing, samples
+from naign.data.format import indexing, survey, tars
 from naign.data.format.audit import verify
 from naign.data.format.indexing import index
 from naign.data.format.manifest import Manifest
-from naign.data.format.survey import KEPT, Summary, summarize
-from naign.data.format.writer import pack
 from naign.data.loader import Stream, read_split
 from naign.errors import InputError
 from naign.storage.local import LocalStore
 from naign.storage.store import open_store
-from tests.data.numbered import add, numbered
+from tests.data.numbered import Members, add
 from tests.hosts.test_launch import is_over
+
+TARS = [f"{number:05d}.tar" for number in range(7)]
 
 
 def png(value: int) -> bytes:
     return encode(np.full((1, 4, 4), value % 256, np.uint8), "png")
 
 
-def write(path: str, names: list[str], each: int = 3, **fields: Any) -> None:
+def tar_of(members: Members, format: int = tarfile.PAX_FORMAT) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=format) as tar:
+        for name, data in members:
+            add(tar, name, data)
+    return stream.getvalue()
+
+
+def write(path: str | Path, names: list[str], each: int = 3, **fields: Callable[[int], bytes]) -> None:
     """Tars of so many pictures each, whose value is their number modulo 256; `fields` make further members from it."""
-    number = 0
-    for name in names:
-        stream = io.BytesIO()
-        with tarfile.open(fileobj=stream, mode="w") as tar:
-            for _ in range(each):
-                add(tar, f"{number:05d}.png", png(number))
-                for suffix, make in fields.items():
-                    add(tar, f"{number:05d}.{suffix}", make(number))
-                number += 1
-        open_store(path).put(name, stream.getvalue())
+    for place, name in enumerate(names):
+        members = []
+        for number in range(place * each, (place + 1) * each):
+            members.append((f"{number:05d}.png", png(number)))
+            members += [(f"{number:05d}.{suffix}", make(number)) for suffix, make in fields.items()]
+        open_store(str(path)).put(name, tar_of(members))
 
 
-TARS = [f"{number:05d}.tar" for number in range(7)]
+def indexed(path: Path | str, **options: Any) -> Manifest:
+    return index(str(path), progress=False, **options)
+
+
+def checked(path: Path | str, **options: Any) -> int:
+    return verify(str(path), progress=False, **options).samples
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tars that are read, in order."""
+    read = []
+    scan = survey.scan
+
+    def counted(store: Any, name: str, pager: Any) -> Any:
+        read.append(name)
+        return scan(store, name, pager)
+
+    monkeypatch.setattr(survey, "scan", counted)
+    return read
+
+
+# What is found
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_an_index_lies_elsewhere(bucket: str, tmp_path: Path, remote: bool) -> None:
-    theirs, mine = f"{bucket}/theirs", f"{bucket}/mine" if remote else str(tmp_path / "mine")
+    theirs = f"{bucket}/theirs"
+    mine = f"{bucket}/mine" if remote else str(tmp_path / "mine")
     write(theirs, [*TARS, "val.tar"])
-    manifest = index(theirs, to=mine, progress=False)
+    manifest = indexed(theirs, to=mine)
     assert open_store(theirs).list() == [*TARS, "val.tar"]
     assert len(open_store(mine).list()) == 9 and Manifest.load(mine) == manifest
     config = DataConfig(path=theirs, index=mine)
     assert read_split(config, "train")[0][:, 0, 0, 0].tolist() == list(range(21))
     with Stream(config, seed=0, round_size=21) as stream:
         assert sorted(stream.take(0).images[:, 0, 0, 0].tolist()) == list(range(21))
-    assert verify(theirs, index=mine, progress=False).samples == 24
+    assert checked(theirs, index=mine) == 24
     with pytest.raises(InputError, match=r"no index.json among its 8 files"):
         read_split(theirs, "train")
 
 
 def test_braces_and_patterns_choose_tars(tmp_path: Path) -> None:
-    write(str(tmp_path), TARS)
-    for pattern, count in (("{00001..00003}.tar", 9), ("0000[45].tar", 6), ("00006.tar", 3)):
-        made = index(f"{tmp_path}/{pattern}", to=str(tmp_path / "index"), force=True, progress=False)
+    write(tmp_path, TARS)
+    for pattern, count in (("{00001..00003}.tar", 9), ("0000[45].tar", 6), ("0000{1,[45]}.tar", 9), ("00006.tar", 3)):
+        made = indexed(tmp_path / pattern, to=str(tmp_path / "index"), force=True)
         assert made.split("train").samples == count
     with pytest.raises(InputError, match=r"00007\.tar: no such file"):
-        index(f"{tmp_path}/{{00006..00007}}.tar", to=str(tmp_path / "other"), progress=False)
+        indexed(tmp_path / "{00006..00007}.tar", to=str(tmp_path / "other"))
     with pytest.raises(InputError, match=r"no \.tar there"):
-        index(f"{tmp_path}/x*.tar", progress=False)
+        indexed(tmp_path / "x*.tar")
+    write(tmp_path / "data[1]", TARS[:1])
+    assert indexed(tmp_path / "data[1]").name == "data[1]"  # the name of a folder is not a pattern
 
 
-def test_only_shards_that_were_not_read_yet_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(str(tmp_path), TARS)
-    expected = index(str(tmp_path), to=str(tmp_path / "whole"), progress=False)
-    read, scanned = [], samples.scan
-
-    def counted(store: Any, file: str, *rest: Any) -> Any:
-        read.append(file)
-        if len(read) in (3, 6):
-            raise KeyboardInterrupt
-        return scanned(store, file, *rest)
-
-    monkeypatch.setattr(samples, "scan", counted)
-    monkeypatch.setattr(indexing, "THREADS", 1)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            index(str(tmp_path), to=str(tmp_path / "mine"), progress=False)
-        assert not (tmp_path / "mine/index.json").exists()
-    assert index(str(tmp_path), to=str(tmp_path / "mine"), progress=False) == expected
-    assert sorted(read) == sorted([*TARS, read[2], read[5]])  # those in which it was killed twice
-    assert not list((tmp_path / "mine").glob("*.indexing.json"))
-    assert verify(str(tmp_path), index=str(tmp_path / "mine"), progress=False).samples == 21
+def test_names_say_which_tars_are_for_testing(tmp_path: Path) -> None:
+    write(tmp_path, ["x-train.tar", "x-val.tar"])
+    assert {name: split.samples for name, split in indexed(tmp_path).splits.items()} == {"train": 3, "test": 3}
+    with pytest.raises(InputError, match="index.json is there already: .*--force"):
+        indexed(tmp_path)
+    assert indexed(tmp_path, force=True, test="*train*").split("test").shards[0].name == "x-train.tar"
+    for pattern, split in (("*", "train"), ("y*", "test")):
+        with pytest.raises(InputError, match=rf"none of its 2 tars .* is for {split}: see --test"):
+            indexed(tmp_path, force=True, test=pattern)
 
 
-def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)
-    read, scanned, mine = [], samples.scan, str(tmp_path / "mine")
-
-    def counted(store: Any, file: str, *rest: Any) -> Any:
-        read.append(file)
-        return scanned(store, file, *rest)
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    def reads(**options: Any) -> bool:
-        read.clear()
-        with pytest.raises(KeyboardInterrupt):
-            index(str(tmp_path), progress=False, **{"to": mine, **options})
-        return bool(read)
-
-    monkeypatch.setattr(samples, "scan", counted)
-    monkeypatch.setattr(indexing, "_write", interrupted)
-    assert reads() and not reads() and not reads(keep_broken=True)
-    for options in ({"sample_check": 1}, {"label": "name:(.)$"}, {"to": ""}):
-        assert reads(**options) and not reads(**options)
-    (tmp_path / "mine" / f"{TARS[0][:-4]}{KEPT}").write_bytes(b"cut")
-    assert reads() and not reads()
-    write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)  # at another time
-    assert reads() and not reads()
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_other_writers(tmp_path: Path, format: int) -> None:
+    long = "folder/" + "x" * 90 + "/" + "y" * (40 if format == tarfile.USTAR_FORMAT else 120)
+    members = [
+        ("__meta__/notes.txt", b"not a sample"),
+        ("a/0001.PNG", png(1)),
+        ("a/0001.cls", b"0"),
+        ("a/0002.json", b"{}"),
+        ("a/0002.png", png(1)),
+        ("a/0002.cls", b"0"),
+        ("a/0002.seg.png", b"another member"),
+        (f"{long}.cls", b"1"),
+        (f"{long}.png", png(1)),
+        ("README", b"no suffix: not a sample"),
+    ]
+    (tmp_path / "train.tar").write_bytes(tar_of(members, format))
+    manifest = indexed(tmp_path)
+    assert manifest.shape == (1, 4, 4) and manifest.labels == ("0", "1") and set(manifest.splits) == {"train"}
+    images, labels = read_split(str(tmp_path), "train")
+    assert images.tolist() == [[[[1] * 4] * 4]] * 3 and labels.tolist() == [0, 0, 1]
 
 
-def test_what_was_kept_and_then_changed_is_not_used(tmp_path: Path) -> None:
-    write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)
-    found = summarize(open_store(str(tmp_path)), TARS[0], IndexOptions(), whole=True)
-    kept = found.dump("1")
-    again = Summary.parse(kept, "1")
-    assert again is not None and again.shard == found.shard and again.table == found.table
-    assert again.survey == found.survey and (again.keys == found.keys).all()
-    assert Summary.parse(kept, "2") is None
-    for before, after in {b"00000.tar": b"00001.tar", b"image": b"point", b": [1, 4, 4]": b": [3, 4, 4]"}.items():
-        assert before in kept and Summary.parse(kept.replace(before, after), "1") is None, before
-    damages = [b"", b"[]", b"{}", kept[:-20], b"[" * 100_000, b"5"]
-    for damaged in (*damages, b'{"sha256": "", "record": 5}', b'{"sha256": ""}'):
-        assert Summary.parse(damaged, "1") is None
-    body = json.dumps({**json.loads(json.loads(kept)["record"]), "survey": {"of": "another version"}})
-    changed = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "record": body})
-    assert Summary.parse(changed.encode(), "1") is None
+def grey(mode: str, form: str) -> bytes:
+    """A picture of 4 x 4 pixels of the value 128."""
+    stream = io.BytesIO()
+    Image.new("L", (4, 4), 128).convert(mode).save(stream, form)
+    return stream.getvalue()
 
 
-@pytest.mark.slow
-def test_processes_find_what_threads_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(str(tmp_path), TARS)
-    threads = index(str(tmp_path), to=str(tmp_path / "threads"), progress=False)
-    monkeypatch.setattr(indexing, "MUCH", 0)
-    monkeypatch.setattr(indexing, "cpu_count", lambda: 2)
-    assert index(str(tmp_path), to=str(tmp_path / "processes"), progress=False) == threads
-    for file in (tmp_path / "threads").iterdir():
-        assert file.read_bytes() == (tmp_path / "processes" / file.name).read_bytes()
-    (tmp_path / TARS[2]).write_bytes(b"no tar" * 1000)
-    with pytest.raises(InputError, match=rf"1 problems\n.*{TARS[2]}: truncated or no tar"):
-        index(str(tmp_path), to=str(tmp_path / "broken"), progress=False)
+@pytest.mark.parametrize("decoded", [None, 0])
+def test_what_is_indexed_is_read(tmp_path: Path, decoded: int | None) -> None:
+    """Grey samples beside colour ones, however they are stored."""
+    forms = [("png", grey(mode, "PNG")) for mode in ("L", "RGB", "LA", "P")]
+    forms += [("jpg", grey(mode, "JPEG")) for mode in ("L", "RGB", "CMYK")]
+    forms.append(("webp", grey("RGB", "WEBP")))
+    for array in (np.full((1, 4, 4), 128, np.uint8), np.full((3, 4, 4), 128, np.uint8)):
+        forms += [("npy", encode(array, "npy")), ("npy", encode(np.asfortranarray(array), "npy"))]
+    members = [(f"{number:02d}.{suffix}", data) for number, (suffix, data) in enumerate(forms)]
+    (tmp_path / "train.tar").write_bytes(tar_of(members))
+    assert indexed(tmp_path, sample_check=decoded).shape == (3, 4, 4)
+    assert checked(tmp_path) == len(forms)
+    for size, side in (("", 4), ("8", 8)):
+        images = read_split(DataConfig(path=str(tmp_path), size=size), "train")[0].numpy()
+        assert images.shape == (len(forms), 3, side, side) and (abs(images.astype(int) - 128) < 3).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("much", [1 << 40, 0], ids=["threads", "processes"])
-def test_a_killed_index_goes_on(tmp_path: Path, much: int) -> None:
-    write(str(tmp_path), [f"{number:05d}.tar" for number in range(200)], each=40)
-    code = f"import sys; from naign.data.format import indexing; indexing.MUCH = {much}; "
-    code += "from naign.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "index", str(tmp_path), "--to", str(tmp_path / "mine")]
-    kept = 0
-    kills = 3 if much else 1
-    for _ in range(kills):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while len(list((tmp_path / "mine").glob("*.indexing.json"))) < kept + 20 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        theirs = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        while not all(map(is_over, theirs)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert all(map(is_over, theirs)) and len(theirs) >= (0 if much else 2)
-        assert not (tmp_path / "mine/index.json").exists()
-        assert (kept := len(list((tmp_path / "mine").glob("*.indexing.json")))) >= 20
-    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "mine").glob("*.indexing.json")}
-    assert kept >= 20 * kills and len(before) == kept
-    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
-    assert verify(str(tmp_path), index=str(tmp_path / "mine"), progress=False).samples == 8000
+def test_headers_alone_are_read_beyond_the_pictures_to_check(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of([("0.png", png(0)), ("1.png", png(1)[:45])]))
+    assert indexed(tmp_path, to=str(tmp_path / "1"), sample_check=1).split("train").samples == 2
+    with pytest.raises(InputError, match=r"1 problems\n.*key 1: the \.png cannot be decoded"):
+        indexed(tmp_path, to=str(tmp_path / "2"), sample_check=2)
+    with pytest.raises(InputError, match="--sample-check -1"):
+        indexed(tmp_path, sample_check=-1)
+
+
+def test_points(tmp_path: Path) -> None:
+    points = np.arange(2, dtype=np.float32)
+    (tmp_path / "train.tar").write_bytes(tar_of([("a.npy", encode(points, "npy"))]))
+    assert indexed(tmp_path).shape == (2,)
+    assert (read_split(str(tmp_path), "train")[0][0].numpy() == points).all()
 
 
 @pytest.mark.parametrize(
-    ("label", "fields", "names", "expected"),
+    ("label", "suffix", "make", "names", "expected"),
     [
-        (
-            "json:kind",
-            {"json": lambda n: b'{"kind": "%s"}' % (b"cat", b"dog")[n % 2]},
-            ("cat", "dog"),
-            [0, 1, 0],
-        ),
-        ("json:id", {"json": lambda n: b'{"id": %d}' % (10 - n)}, ("8", "9", "10"), [2, 1, 0]),
-        ("name:(.)$", {}, ("0", "1", "2"), [0, 1, 2]),
-        ("", {"cls": lambda n: b"%d" % (2 * n)}, ("0", "1", "2", "3", "4"), [0, 2, 4]),
-        ("", {"txt": lambda n: b"a caption", "json": lambda n: b"{}"}, (), [-1, -1, -1]),
+        ("json:kind", "json", lambda n: b'{"kind": "%s"}' % (b"cat", b"dog")[n % 2], ("cat", "dog"), [0, 1, 0]),
+        ("json:id", "json", lambda n: b'{"id": "%s"}' % (b"7", b"007", b"10")[n], ("007", "7", "10"), [1, 0, 2]),
+        ("name:(.)$", "txt", lambda n: b"", ("0", "1", "2"), [0, 1, 2]),
+        ("", "cls", lambda n: b"%d" % (2 * n), ("0", "1", "2", "3", "4"), [0, 2, 4]),
+        ("", "txt", lambda n: b"a caption", (), [-1, -1, -1]),
     ],
 )
 def test_labels_are_found_where_they_are(
-    tmp_path: Path, label: str, fields: dict[str, Any], names: tuple[str, ...], expected: list[int]
+    tmp_path: Path, label: str, suffix: str, make: Any, names: tuple[str, ...], expected: list[int]
 ) -> None:
-    write(str(tmp_path), ["train.tar"], **fields)
-    assert index(str(tmp_path), label=label, progress=False).labels == names
+    write(tmp_path, ["train.tar"], **{suffix: make})
+    assert indexed(tmp_path, label=label).labels == names
     assert read_split(str(tmp_path), "train")[1].tolist() == expected
-    assert verify(str(tmp_path), progress=False).samples == 3
+    assert checked(tmp_path) == 3
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(
@@ -221,139 +211,178 @@ def test_labels_are_found_where_they_are(
     [
         ("text", "--label 'text': give json:FIELD"),
         ("json:", "--label 'json:': give json:FIELD"),
-        ("name:(", "no regular expression"),
-        ("name:(a{4294967296})", "no regular expression"),
+        ("name:(", "not a regular expression"),
+        ("name:(a{4294967296})", "not a regular expression"),
         ("name:.", "0 groups in brackets"),
         ("json:kind", "no sample has a label where --label says: json:kind"),
-        ("name:(0)$", r"key 00001: no label \(name:\(0\)\$\), unlike others"),
+        ("name:(0)$", r"key 00001: no label, unlike others"),
     ],
 )
 def test_labels_that_are_nowhere(tmp_path: Path, label: str, message: str) -> None:
-    write(str(tmp_path), ["train.tar"], json=lambda n: b"{}")
+    write(tmp_path, ["train.tar"], json=lambda n: b"{}")
     with pytest.raises(InputError, match=message):
-        index(str(tmp_path), label=label, progress=False)
-    assert not (tmp_path / "index.json").exists() and not list(tmp_path.glob("*.npy"))
+        indexed(tmp_path, label=label)
+    assert not list(tmp_path.glob("index.json")) and not list(tmp_path.glob("*.npy"))
 
 
-def test_headers_tell_what_decoding_would(tmp_path: Path) -> None:
-    write(str(tmp_path), ["a.tar", "b.tar"])
-    whole = index(str(tmp_path), to=str(tmp_path / "1"), progress=False)
-    assert index(str(tmp_path), to=str(tmp_path / "2"), sample_check=0, progress=False) == whole
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for number in range(4):
-            add(tar, f"{number}.png", png(number)[: 45 if number else 999])
-    (tmp_path / "b.tar").write_bytes(stream.getvalue())
-    made = index(str(tmp_path / "b.tar"), to=str(tmp_path / "3"), sample_check=1, progress=False)
-    assert made.split("train").samples == 4
-    with pytest.raises(InputError, match=r"3 problems\n.*key 1: the \.png cannot be decoded"):
-        index(str(tmp_path / "b.tar"), to=str(tmp_path / "4"), progress=False)
+def npy(*shape: int, kind: Any = np.uint8) -> bytes:
+    return encode(np.zeros(shape, kind), "npy")
 
 
-def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
-    write(str(tmp_path / "data[1]"), ["train.tar"])
-    for options, message in (
-        ({"sample_check": -1}, "--sample-check -1"),
-        ({"labels": ("a",)}, "no sample has a label"),
-    ):
-        with pytest.raises(InputError, match=message):
-            index(str(tmp_path / "data[1]"), progress=False, **options)  # type: ignore[arg-type]
-    made = index(str(tmp_path / "data[1]"), progress=False)  # its name is no pattern
-    content = json.loads((tmp_path / "data[1]/index.json").read_text())
-    (tmp_path / "data[1]/index.json").write_text(json.dumps({**content, "label": "name:("}))
-    with pytest.raises(InputError, match=r"index.json: malformed \(label 'name:\('"):
-        Manifest.load(str(tmp_path / "data[1]"))
-    for field, value in (("tables", ""), ("broken", {"train.tar": 5}), ("broken", ["a"])):
-        (tmp_path / "data[1]/index.json").write_text(json.dumps({**content, field: value}))
-        with pytest.raises(InputError, match=r"index.json: malformed"):
-            Manifest.load(str(tmp_path / "data[1]"))
-    assert made.name == "data[1]"
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.npy", npy(4, 4, 4))], "key a: the .npy is uint8 of .4, 4, 4., but images are uint8 .1 or 3"),
+        ([("a.npy", npy(4, 4, kind=np.float32))], "key a: the .npy is float32 of .*points float32"),
+        ([("a.npy", npy(3, 0, 5))], "no values, its shape is .3, 0, 5"),
+        ([("a.npy", npy(1, 4, 4)[:-3])], "key a: the .npy cannot be decoded"),
+        ([("a.txt", b"x")], "train.tar, key a: no member ends in png or"),
+        ([("a.png", png(0)), ("b.cls", b"1")], "train.tar, key b: no member ends in png or"),
+        ([("a.png", png(0)), ("a.png", png(0))], r"train.tar, key a: two members end in \.png"),
+        ([("a.png", png(0)), ("b.png", png(0)), ("a.cls", b"1")], "train.tar, key a: twice, or its members are apart"),
+        ([("a.png", png(0)), ("b.png", png(0)[:40])], r"train.tar, key b: the \.png cannot be decoded"),
+        ([("a.png", png(0)), ("b.npy", npy(4, kind=np.float32))], "key b: point .4,., others are image"),
+        ([("a.png", png(0)), ("a.cls", b"cat")], "label 'cat' is not a number below 1000000"),
+        ([("a.png", png(0)), ("a.cls", b"200000000")], "key a: label '200000000' is not a number below 1000000"),
+        ([("a.png", png(0)), ("a.cls", b"0"), ("b.png", png(0))], "key b: no label, unlike others"),
+        ([("README", b"x")], "train.tar: holds no samples"),
+    ],
+)
+def test_samples_that_no_index_can_name(tmp_path: Path, members: Members, message: str) -> None:
+    refuse(tmp_path, tar_of(members), message)
 
 
-def test_labels_of_equal_value_have_one_order(tmp_path: Path) -> None:
-    write(str(tmp_path), ["train.tar"], each=4, json=lambda n: b'{"l": "%s"}' % (b"7", b"007", b"07", b"10")[n])
-    assert index(str(tmp_path), label="json:l", progress=False).labels == ("007", "07", "7", "10")
+def refuse(folder: Path, data: bytes, message: str) -> None:
+    """Nothing is written but what the next call may use."""
+    (folder / "train.tar").write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        indexed(folder)
+    assert {file.name for file in folder.iterdir()} <= {"train.tar", "train.indexing.json"}
 
 
-@pytest.mark.parametrize("size", [b"-0000001000\0", b"0000001_000\0", b"00000018000\0"])
-def test_a_size_that_is_no_number_is_refused(tmp_path: Path, size: bytes) -> None:
-    write(str(tmp_path), ["train.tar"])
-    data = bytearray((tmp_path / "train.tar").read_bytes())
-    data[124:136] = size
-    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
-    (tmp_path / "train.tar").write_bytes(data)
-    with pytest.raises(InputError, match="truncated or no tar"):
-        index(str(tmp_path), progress=False)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:700], "truncated or no tar"),
+        (lambda data: data[:2048], "ends in the middle: no end-of-archive mark"),
+        (lambda data: data + data, "more data behind the end of the archive"),
+        (lambda data: b"no tar at all" * 100, "truncated or no tar"),
+        (lambda data: b"", "train.tar"),
+        (gzip.compress, "truncated or no tar"),
+    ],
+)
+def test_files_that_are_no_whole_tar(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    refuse(tmp_path, damage(tar_of([("a.png", png(0)), ("b.png", png(1))])), message)
 
 
-def test_page_tables_of_our_own_tars_are_made_anew(tmp_path: Path) -> None:
-    pack(numbered(), str(tmp_path), shards=2, progress=False)
-    before = Manifest.load(str(tmp_path))
-    assert index(str(tmp_path), name="numbered", labels=("even", "odd"), force=True, progress=False) == before
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_refused(tmp_path: Path, kind: bytes) -> None:
+    link = tarfile.TarInfo("b.png")
+    link.type = kind
+    link.linkname = "a.png"
+    data = tar_of([("a.png", png(0))])
+    refuse(tmp_path, data[:1024] + link.tobuf() + data[1024:], r"train.tar: b.png is a link or sparse")
 
 
-def test_a_bucket_of_others_may_be_public_or_cost_the_reader(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from naign.storage.s3_client import client, forget_clients
-
-    write(f"{bucket}/theirs", TARS[:2])
-    asked = []
-    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
-    forget_clients()
-    client().meta.events.register("before-send.s3", lambda request, **_: asked.append(request.headers))
-    assert index(f"{bucket}/theirs", to="", progress=False).split("train").samples == 6
-    reads = [headers for headers in asked if b"Range" in headers or "Range" in headers]
-    assert reads and all(headers["x-amz-request-payer"] in ("requester", b"requester") for headers in reads)
-    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
-    forget_clients()
-    client().meta.events.register("before-send.s3", lambda request, **_: asked.append(request.headers))
-    asked.clear()
-    with pytest.raises(InputError, match="access denied"):
-        open_store(f"{bucket}/theirs").list()
-    assert asked and not any("Authorization" in headers for headers in asked)
-    monkeypatch.undo()
-    forget_clients()
+def test_broken_pictures_may_be_kept(tmp_path: Path, reads: list[str]) -> None:
+    """And are known then; others are not: those that break later, or whose bytes change."""
+    write(tmp_path, TARS[:2])
+    spoil(tmp_path / TARS[0])
+    with pytest.raises(InputError, match=r"1 problems\n.*key 00000: the \.png cannot be decoded"):
+        indexed(tmp_path)
+    reads.clear()
+    manifest = indexed(tmp_path, keep_broken=True)
+    assert not reads and manifest.broken == {TARS[0]: ["00000"]} and Manifest.load(str(tmp_path)) == manifest
+    with pytest.raises(InputError, match=r"key 00000: the \.png cannot be decoded"):
+        read_split(str(tmp_path), "train")
+    assert verify(str(tmp_path), progress=False).broken == [(TARS[0], "00000")]
+    spoil(tmp_path / TARS[1])
+    with pytest.raises(InputError, match=rf"2 problems\n.*{TARS[1]}, key 00003: .*\n.*{TARS[1]}: its SHA-256"):
+        checked(tmp_path)
 
 
-def test_a_broken_tar_costs_no_second_reading_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, scanned = [], samples.scan
+def spoil(file: Path) -> None:
+    """Overwrite the header of the first picture."""
+    data = bytearray(file.read_bytes())
+    start = data.index(b"IDAT") - 20
+    data[start : start + 8] = b"\xff" * 8
+    file.write_bytes(data)
 
-    def counted(store: Any, file: str, *rest: Any) -> Any:
-        read.append(file)
-        return scanned(store, file, *rest)
 
-    monkeypatch.setattr(samples, "scan", counted)
-    write(str(tmp_path), TARS)
+def test_nothing_but_broken_pictures(tmp_path: Path) -> None:
+    (tmp_path / "train.tar").write_bytes(tar_of([("a.png", png(0)[:40])]))
+    with pytest.raises(InputError, match="none of its samples can be decoded"):
+        indexed(tmp_path, keep_broken=True)
+
+
+# Interruptions, threads and processes
+
+
+def test_only_tars_that_were_not_read_yet_are_read(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, TARS)
+    expected = indexed(tmp_path, to=str(tmp_path / "whole"))
+    monkeypatch.setattr(tars, "THREADS", 1)
+    mine = tmp_path / "mine"
+    done = []
+    put = LocalStore.put
+
+    def interrupted(store: LocalStore, name: str, data: bytes) -> None:
+        if name.endswith(tars.KEPT):
+            done.append(name)
+            if len(done) in (3, 6):
+                raise KeyboardInterrupt
+        put(store, name, data)
+
+    monkeypatch.setattr(LocalStore, "put", interrupted)
+    reads.clear()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            indexed(tmp_path, to=str(mine))
+        assert not (mine / "index.json").exists()
+    assert indexed(tmp_path, to=str(mine)) == expected
+    assert sorted(reads) == sorted([*TARS, reads[2], reads[5]])  # those in which it was interrupted twice
+    assert not list(mine.glob(f"*{tars.KEPT}")) and checked(tmp_path, index=str(mine)) == 21
+
+
+def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, TARS[:1], cls=lambda n: b"%d" % n)
+    mine = str(tmp_path / "mine")
+
+    def is_read(**options: Any) -> bool:
+        reads.clear()
+        with pytest.raises(KeyboardInterrupt):
+            indexed(tmp_path, **{"to": mine, **options})
+        return bool(reads)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(indexing, "_write", interrupted)
+    assert is_read() and not is_read() and not is_read(keep_broken=True)
+    for options in ({"sample_check": 1}, {"label": "name:(.)$"}, {"to": ""}):
+        assert is_read(**options) and not is_read(**options)
+    for content in (b"cut", b"{}", b"5"):
+        (tmp_path / "mine" / f"00000{tars.KEPT}").write_bytes(content)
+        assert is_read() and not is_read()
+    write(tmp_path, TARS[:1], cls=lambda n: b"%d" % n)  # at another time
+    assert is_read() and not is_read()
+
+
+def test_a_broken_tar_costs_no_second_reading_of_the_others(tmp_path: Path, reads: list[str]) -> None:
+    write(tmp_path, TARS)
     sound = (tmp_path / TARS[2]).read_bytes()
     (tmp_path / TARS[2]).write_bytes(sound[:2000])
-    for turn in range(2):
-        with pytest.raises(InputError, match=rf"1 problems\n.*{TARS[2]}: .*\n.* 6 sound tars is kept"):
-            index(str(tmp_path), progress=False)
-        assert sorted(read) == (sorted(TARS) if not turn else [TARS[2]])
-        read.clear()
+    for expected in (TARS, [TARS[2]]):
+        reads.clear()
+        with pytest.raises(InputError, match=rf"1 problems\n.*{TARS[2]}: .*\n.* sound tars is kept"):
+            indexed(tmp_path)
+        assert sorted(reads) == expected
     (tmp_path / TARS[2]).write_bytes(sound)
-    manifest = index(str(tmp_path), keep_broken=True, progress=False)  # what they hold is the same with that
-    assert read == [TARS[2]] and verify(str(tmp_path), progress=False).samples == manifest.split("train").samples == 21
-    assert not list(tmp_path.glob("*.indexing.json"))
-
-
-def test_samples_that_were_indexed_as_broken_are_known(tmp_path: Path) -> None:
-    """And others are not: those that break later, or whose bytes change."""
-    write(str(tmp_path), TARS[:2])
-    tar = bytearray((tmp_path / TARS[0]).read_bytes())
-    middle = tar.index(b"IDAT") - 20  # the first picture's header
-    tar[middle : middle + 8] = b"\xff" * 8
-    (tmp_path / TARS[0]).write_bytes(tar)
-    with pytest.raises(InputError, match=r"1 problems\n.*key 00000: the \.png cannot be decoded"):
-        index(str(tmp_path), progress=False)
-    manifest = index(str(tmp_path), keep_broken=True, progress=False)
-    assert manifest.broken == {TARS[0]: ["00000"]} and Manifest.load(str(tmp_path)) == manifest
-    assert verify(str(tmp_path), progress=False).broken == ((TARS[0], "00000"),)
-    other = bytearray((tmp_path / TARS[1]).read_bytes())
-    place = other.index(b"IDAT") - 20
-    other[place : place + 8] = b"\xff" * 8
-    (tmp_path / TARS[1]).write_bytes(other)
-    with pytest.raises(InputError, match=rf"2 problems\n.*{TARS[1]}, key 00003: .*\n.*{TARS[1]}: its SHA-256"):
-        verify(str(tmp_path), progress=False)
+    assert indexed(tmp_path).split("train").samples == 21
 
 
 def test_a_forced_index_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,41 +390,116 @@ def test_a_forced_index_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(indexing, "THREADS", 1)
     old, new, mine = (str(tmp_path / name) for name in ("old", "new", "mine"))
     write(old, TARS[:3])
-    write(new, TARS[1:4], each=5)
-    done, put, delete = [0], LocalStore.put, LocalStore.delete
+    write(new, TARS[:3], each=5)
+    left = [0]  # calls until the interruption
 
     def interrupted(call: Any) -> Any:
         def changed(store: LocalStore, name: str, *rest: bytes) -> None:
-            done[0] -= 1
-            if done[0] < 0 and not name.endswith(KEPT):
+            left[0] -= 1
+            if left[0] < 0:
                 raise KeyboardInterrupt
             call(store, name, *rest)
 
         return changed
 
-    monkeypatch.setattr(LocalStore, "put", interrupted(put))
-    monkeypatch.setattr(LocalStore, "delete", interrupted(delete))
-    which, steps = [], 0
-    while not which or which[-1] != "finished":
-        done[0] = 10_000
-        for file in Path(mine).glob("*"):
-            file.unlink()
-        index(old, to=mine, progress=False)
-        done[0], steps = steps, steps + 1
+    monkeypatch.setattr(LocalStore, "put", interrupted(LocalStore.put))
+    monkeypatch.setattr(LocalStore, "delete", interrupted(LocalStore.delete))
+    states = []
+    while "finished" not in states:
+        left[0] = 10_000
+        indexed(old, to=mine, force=True)
+        left[0] = len(states)
         try:
-            index(new, to=mine, force=True, progress=False)
-            which.append("finished")
+            indexed(new, to=mine, force=True)
+            states.append("finished")
         except KeyboardInterrupt:
-            done[0] = 10_000
-            if not (Path(mine) / "index.json").exists():
-                which.append("none")
-                assert index(new, to=mine, progress=False).split("train").samples == 15
-            else:
-                which.append("old" if Manifest.load(mine).split("train").samples == 9 else "new")
-        done[0] = 10_000
-        assert verify(old if which[-1] == "old" else new, index=mine, progress=False).samples in (9, 15)
-    states = ["old", "none", "new", "finished"]
-    assert set(states) == set(which) and which == sorted(which, key=states.index)
-    assert len(list(Path(mine).iterdir())) == 4
+            left[0] = 10_000
+            state = "none"
+            if (Path(mine) / "index.json").exists():
+                state = "old" if checked_either(old, new, mine) == 9 else "new"
+            states.append(state)
+    order = ["old", "none", "new", "finished"]
+    assert set(states) == set(order) and states == sorted(states, key=order.index)
+    left[0] = 10_000
     config = DataConfig(path=new, index=mine, cache=str(tmp_path / "cache"))
     assert len(read_split(config, "train")[0]) == 15
+
+
+def checked_either(old: str, new: str, mine: str) -> int:
+    """The samples of the data set whose index this is, every byte of which agrees with it."""
+    samples = Manifest.load(mine).split("train").samples
+    assert checked(old if samples == 9 else new, index=mine) == samples
+    return samples
+
+
+def test_a_task_does_not_grow_with_the_number_of_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that reads one tar is not sent what is known of all others."""
+    sizes: list[int] = []
+    delayed = tars.delayed
+
+    def measured(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            sizes.append(len(pickle.dumps(arguments)))
+            return delayed(function)(*arguments)
+
+        return call
+
+    monkeypatch.setattr(tars, "delayed", measured)
+    largest = []
+    for count in (2, 60):
+        folder = tmp_path / f"{count:03d}"
+        write(folder, [f"{number:05d}.tar" for number in range(count)], each=1)
+        sizes.clear()
+        indexed(folder)
+        checked(folder)
+        assert len(sizes) == 2 * count
+        largest.append(max(sizes))
+    assert largest[0] == largest[1]
+
+
+@pytest.mark.slow
+def test_processes_find_what_threads_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, TARS)
+    threads = indexed(tmp_path, to=str(tmp_path / "threads"))
+    monkeypatch.setattr(tars, "MUCH", 0)
+    monkeypatch.setattr(tars, "cpu_count", lambda: 2)
+    assert indexed(tmp_path, to=str(tmp_path / "processes")) == threads
+    for file in (tmp_path / "threads").iterdir():
+        assert file.read_bytes() == (tmp_path / "processes" / file.name).read_bytes()
+    (tmp_path / TARS[2]).write_bytes(b"no tar" * 1000)
+    with pytest.raises(InputError, match=rf"1 problems\n.*{TARS[2]}: truncated or no tar"):
+        indexed(tmp_path, to=str(tmp_path / "broken"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("much", [1 << 40, 0], ids=["threads", "processes"])
+def test_a_killed_index_goes_on(tmp_path: Path, much: int) -> None:
+    write(tmp_path, [f"{number:05d}.tar" for number in range(200)], each=40)
+    mine = tmp_path / "mine"
+    code = f"import sys; from naign.data.format import tars; tars.MUCH = {much}; "
+    code += "from naign.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "index", str(tmp_path), "--to", str(mine)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(mine.glob(f"*{tars.KEPT}"))) < 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    theirs = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while not all(map(is_over, theirs)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(map(is_over, theirs)) and len(theirs) >= (0 if much else 2)
+    assert not (mine / "index.json").exists() and len(list(mine.glob(f"*{tars.KEPT}"))) >= 20
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert checked(tmp_path, index=str(mine)) == 8000
+
+
+def test_an_index_that_was_changed_by_hand_is_checked(tmp_path: Path) -> None:
+    write(tmp_path, ["train.tar"])
+    indexed(tmp_path)
+    content = json.loads((tmp_path / "index.json").read_text())
+    changes = {"label": "name:(", "tables": "", "broken": {"train.tar": 5}, "dealt": 1, "without": {"train.tar": [4]}}
+    for field, value in changes.items():
+        (tmp_path / "index.json").write_text(json.dumps({**content, field: value}))
+        with pytest.raises(InputError, match="index.json: malformed"):
+            Manifest.load(str(tmp_path))

@@ -3,7 +3,6 @@
 import io
 import tarfile
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,14 @@ from naign.data.decode import decode_image, header_shape
 from naign.data.format.audit import verify
 from naign.data.format.indexing import index
 from naign.data.loader import Stream, read_split
-from naign.data.resize import Resize, resized
-from naign.data.sample import OTHERS, draws
+from naign.data.resize import WINDOW, Resize, channels, resized
 from naign.errors import InputError
-from tests.data.numbered import add
+from tests.data.numbered import add, take
 
 PHOTOS = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 """Two photographs of 640 x 427."""
 
-WINDOWS = draws(3, 0, 0, 12, windows=True)[:, OTHERS:]
+SIZES = [(64, 64), (90, 66), (150, 200), (640, 427), (65, 300), (1000, 80)]
 
 
 def stored(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -43,38 +41,49 @@ def photo(number: int, size: tuple[int, int]) -> Image.Image:
     return whole.resize(size, box=(left, top, left + 400, top + 220))
 
 
+def lying(number: int, size: tuple[int, int], form: str = "JPEG", mode: str = "RGB") -> bytes:
+    """A photograph that lies as EXIF's number says."""
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return stored(photo(1, size).convert(mode), form, exif=exif)
+
+
+def upright(data: bytes) -> Image.Image:
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+
+
+def difference(pixels: np.ndarray[Any, Any], picture: Image.Image) -> np.ndarray[Any, Any]:
+    """By how much pixels (C, H, W) differ from a picture, in grey levels."""
+    expected = np.asarray(picture.convert("RGB")).astype(int)
+    return np.abs(channels(pixels, 3).transpose(1, 2, 0) - expected)
+
+
+def cut(picture: Image.Image, resize: Resize, window: np.ndarray[Any, Any] | None = None) -> Image.Image:
+    """What Pillow makes of the window."""
+    box = resize.box(*picture.size, window)
+    return picture.crop(box).resize((resize.width, resize.height), Image.Resampling.BICUBIC)
+
+
+# Decoding
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_pictures_are_turned_upright(form: str, mode: str) -> None:
     for number in range(10):  # 0 and 9 are none of EXIF's
-        exif = Image.Exif()
-        exif[0x0112] = number
-        data = stored(photo(1, (24, 16)).convert(mode), form, exif=exif)
-        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        assert (5 <= number <= 8) == (upright.size == (16, 24))
-        expected = np.asarray(upright.convert("RGB"))
-        decoded, small = decode_image(data), resized(data, Resize(height=7, width=5))
-        assert (decoded.transpose(1, 2, 0) == expected).all()
-        fitted = ImageOps.fit(upright, (5, 7), method=Image.Resampling.BICUBIC)
-        assert (small.transpose(1, 2, 0) == np.asarray(fitted.convert("RGB"))).all()
-        assert len(decoded) == len(small) == (1 if mode == "L" and form != "WEBP" else 3)
-
-
-@pytest.mark.parametrize("size", [(801, 403), (800, 400), (806, 402)])
-def test_a_turned_jpeg_that_is_decoded_small_is_not_shifted(size: tuple[int, int]) -> None:
-    for number in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = number
-        data = stored(photo(1, size), "JPEG", exif=exif)
-        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        expected = np.asarray(ImageOps.fit(upright, (32, 24), method=Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        assert np.abs(resized(data, Resize(height=24, width=32)) - expected.astype(int)).mean() < 0.7
+        data = lying(number, (24, 16), form, mode)
+        expected = upright(data)
+        assert (5 <= number <= 8) == (expected.size == (16, 24))
+        decoded = decode_image(data)
+        assert len(decoded) == (1 if mode == "L" and form != "WEBP" else 3)
+        assert not difference(decoded, expected).any()
+        assert form == "TIFF" or header_shape(data) == decoded.shape
+        resize = Resize(height=8, width=8)
+        assert difference(resized(data, resize), cut(expected, resize)).max() <= 1
 
 
 def test_orientation_is_found_wherever_it_stands() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = stored(photo(1, (24, 16)), "JPEG", exif=exif)
+    data = lying(6, (24, 16))
     plain = stored(photo(1, (24, 16)), "JPEG")
     start = data.index(b"\xff\xe1")
     segment = data[start : start + 2 + int.from_bytes(data[start + 2 : start + 4])]
@@ -88,95 +97,116 @@ def test_orientation_is_found_wherever_it_stands() -> None:
         "XMP": plain[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2) + said + plain[2:],
     }
     for name, turned in cases.items():
-        assert ImageOps.exif_transpose(Image.open(io.BytesIO(turned))).size == (16, 24), name
+        assert upright(turned).size == (16, 24), name
         assert decode_image(turned).shape == (3, 24, 16) == header_shape(turned), name
-
-
-def test_damaged_exif_is_passed_over() -> None:
-    data = stored(photo(1, (24, 16)), "JPEG", exif=b"Exif\0\0no such thing")
-    assert decode_image(data).shape == (3, 16, 24) and resized(data, Resize(height=4, width=4)).shape == (3, 4, 4)
-
-
-@pytest.mark.parametrize("size", [(61, 40), (40, 61), (20, 20), (8, 8), (5, 90), (1, 1)])
-def test_fits(size: tuple[int, int]) -> None:
-    picture, method = photo(2, size), Image.Resampling.BICUBIC
-    data, height, width = stored(picture), 12, 20
-
-    def made(fit: str) -> np.ndarray[Any, Any]:
-        found = resized(data, Resize(height=height, width=width, fit=fit))
-        assert found.shape == (3, height, width)
-        return found.transpose(1, 2, 0)
-
-    assert (made("crop") == np.asarray(ImageOps.fit(picture, (width, height), method))).all()
-    assert (made("random") == made("crop")).all()  # without draws, as in evaluation
-
-
-def test_random_windows_have_the_areas_and_shapes_of_torchvision() -> None:
-    resize = Resize(height=8, width=8, fit="random")
-    drawn = draws(1, 0, 0, 4000, windows=True)[:, OTHERS:]
-    boxes = np.array([resize.box(300, 300, row) for row in drawn])
-    left, top, right, bottom = boxes.T
-    assert left.min() == 0 == top.min() and right.max() == 300 == bottom.max()
-    share, ratio = (right - left) * (bottom - top) / 90_000, (right - left) / (bottom - top)
-    assert 0.07 < share.min() < 0.09 and 0.95 < share.max() <= 1 and 0.48 < share.mean() < 0.54
-    assert 0.7 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.41 and abs(np.log(ratio).mean()) < 0.03
-    data, box = stored(photo(1, (300, 200))), resize.box(300, 200, drawn[0])
-    small = resized(data, resize, drawn[0]).transpose(1, 2, 0)
-    whole = Image.open(io.BytesIO(data)).crop(tuple(map(int, box)))
-    assert np.abs(small.astype(int) - np.asarray(whole.resize((8, 8), Image.Resampling.BICUBIC))).mean() < 0.5
-    assert resize.box(300, 3, drawn[0]) == (148.0, 0.0, 152.0, 3.0)  # nothing fits: the largest that is central
-    assert resize.box(1, 1, drawn[0]) == (0.0, 0.0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize("fit", ["crop", "random"])
-@pytest.mark.parametrize("size", [16, 32, 64, 100])
-def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(fit: str, size: int) -> None:
-    for path in PHOTOS:
-        data, resize = path.read_bytes(), Resize(height=size, width=size, fit=fit)
-        for window in WINDOWS if fit == "random" else WINDOWS[:1]:
-            exact = resized(stored(Image.open(path)), resize, window).astype(int)
-            assert np.abs(resized(data, resize, window) - exact).mean() < 1
+    damaged = stored(photo(1, (24, 16)), "JPEG", exif=b"Exif\0\0no such thing")
+    assert decode_image(damaged).shape == (3, 16, 24)
 
 
 def test_files_of_every_mode_come_as_pillow_shows_them() -> None:
     rgb = photo(0, (40, 30))
     alpha = rgb.copy()
     alpha.putalpha(Image.linear_gradient("L").resize((40, 30)))
-    on_white = Image.alpha_composite(Image.new("RGBA", alpha.size, "white"), alpha).convert("RGB")
+    on_white = Image.alpha_composite(Image.new("RGBA", alpha.size, "white"), alpha)
     deep = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
     frames = {"save_all": True, "append_images": [photo(1, (40, 30))]}
     palette = rgb.convert("P", palette=Image.Palette.ADAPTIVE)
     cmyk = stored(rgb.convert("CMYK"), "JPEG")
     cases = {
-        "grey": (stored(rgb.convert("L")), rgb.convert("L").convert("RGB")),
-        "two-tone": (stored(rgb.convert("1")), rgb.convert("1").convert("RGB")),
-        "palette": (stored(palette), palette.convert("RGB")),
+        "grey": (stored(rgb.convert("L")), rgb.convert("L")),
+        "two-tone": (stored(rgb.convert("1")), rgb.convert("1")),
+        "palette": (stored(palette), palette),
         "transparent": (stored(alpha), on_white),
-        "16 bits": (stored(deep), rgb.convert("L").convert("RGB")),
-        "CMYK": (cmyk, Image.open(io.BytesIO(cmyk)).convert("RGB")),
+        "16 bits": (stored(deep), rgb.convert("L")),
+        "CMYK": (cmyk, Image.open(io.BytesIO(cmyk))),
         "frames": (stored(rgb, "WEBP", lossless=True, **frames), rgb),
-        "GIF": (stored(palette, "GIF", **frames), palette.convert("RGB")),
+        "GIF": (stored(palette, "GIF", **frames), palette),
     }
     for name, (data, expected) in cases.items():
-        small = np.asarray(ImageOps.fit(expected, (16, 12), method=Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        assert np.abs(resized(data, Resize(height=12, width=16)) - small.astype(int)).max() <= 1, name
+        assert not difference(decode_image(data), expected).any(), name
 
 
-SIZES = [(64, 64), (90, 66), (150, 200), (640, 427), (65, 300), (1000, 80)]
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("PNG", lambda data: data[:16] + (60_000).to_bytes(4, "big") * 2 + data[24:], "."),
+        ("PNG", lambda data: data[:16] + bytes(8) + data[24:], "."),
+        ("JPEG", lambda data: data[: len(data) // 2], "."),
+        ("JPEG", lambda data: b"", "not a picture"),
+    ],
+)
+def test_bombs_and_pictures_without_pixels_are_refused(form: str, change: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resized(change(stored(photo(0, (200, 100)), form)), Resize(height=8, width=8))
 
 
-def write(path: Path, name: str, numbers: range, label: bool = False) -> None:
+# Windows
+
+
+@pytest.mark.parametrize("size", [(61, 40), (40, 61), (20, 20), (5, 90), (1, 1), (640, 427)])
+def test_the_largest_central_window_is_taken(size: tuple[int, int]) -> None:
+    picture = photo(2, size)
+    for width, height in ((20, 20), (20, 12)):
+        for fit in ("crop", "random"):  # random without draws, as in evaluation
+            resize = Resize(height=height, width=width, fit=fit)
+            left, top, right, bottom = resize.box(*size)
+            spare = 1 + resize.factor((left, top, right, bottom))  # pixels that a JPEG decoded small may lack
+            assert abs(right - left - min(size[0], size[1] * width / height)) < spare
+            assert abs(bottom - top - min(size[1], size[0] * height / width)) < spare
+            assert abs(left + right - size[0]) <= 2 * spare and abs(top + bottom - size[1]) <= 2 * spare
+            assert difference(resized(stored(picture), resize), cut(picture, resize)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(801, 403), (800, 400), (806, 402)])
+def test_a_turned_jpeg_that_is_decoded_small_is_not_shifted(size: tuple[int, int]) -> None:
+    for number in range(1, 9):
+        data = lying(number, size)
+        resize = Resize(height=24, width=32)
+        assert difference(resized(data, resize), cut(upright(data), resize)).mean() < 0.7
+
+
+def test_random_windows_have_the_areas_and_shapes_of_torchvision() -> None:
+    resize = Resize(height=8, width=8, fit="random")
+    drawn = np.random.default_rng(1).random((4000, WINDOW))
+    left, top, right, bottom = np.array([resize.box(300, 300, row) for row in drawn]).T
+    assert left.min() == 0 == top.min() and right.max() > 290 and bottom.max() > 290
+    share = (right - left) * (bottom - top) / 90_000
+    ratio = (right - left) / (bottom - top)
+    assert 0.06 < share.min() < 0.09 and 0.95 < share.max() <= 1 and 0.48 < share.mean() < 0.54
+    assert 0.7 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.45 and abs(np.log(ratio).mean()) < 0.03
+    picture = photo(1, (300, 200))
+    exact = cut(picture, resize, drawn[0])
+    assert difference(resized(stored(picture), resize, drawn[0]), exact).max() <= 1
+    assert resize.box(300, 3, drawn[0]) == (148, 0, 152, 3)  # nothing fits: the largest that is central
+
+
+@pytest.mark.parametrize("fit", ["crop", "random"])
+@pytest.mark.parametrize("size", [16, 32, 64, 100])
+def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(fit: str, size: int) -> None:
+    windows = np.random.default_rng(3).random((12, WINDOW))
+    resize = Resize(height=size, width=size, fit=fit)
+    for path in PHOTOS:
+        data = path.read_bytes()
+        for window in windows if fit == "random" else windows[:1]:
+            exact = resized(stored(Image.open(path)), resize, window).astype(int)
+            assert np.abs(resized(data, resize, window) - exact).mean() < 1
+
+
+# Data sets
+
+
+def write(path: Path, name: str, numbers: range) -> None:
     """Pictures of many sizes and forms with a caption and facts, as img2dataset writes them."""
     path.mkdir(exist_ok=True)
     with tarfile.open(path / name, "w") as tar:
         for number in numbers:
-            form = ("JPEG", "PNG", "WEBP")[number % 3]
+            form, suffix = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))[number % 3]
             picture = photo(number, SIZES[number % len(SIZES)])
-            data = stored(picture.convert("L") if number % 5 == 0 else picture, form)
-            suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[form]
-            members = [(suffix, data), ("txt", b"a picture"), ("json", b"{}")]
-            for ending, content in members + [("cls", b"%d" % (number % 2))] * label:
-                add(tar, f"{number:09d}.{ending}", content)
+            if number % 5 == 0:
+                picture = picture.convert("L")
+            add(tar, f"{number:09d}.{suffix}", stored(picture, form))
+            add(tar, f"{number:09d}.txt", b"a picture")
+            add(tar, f"{number:09d}.json", b"{}")
 
 
 @pytest.fixture(scope="module")
@@ -190,37 +220,25 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def take(path: str, rounds: int, world: int, **settings: Any) -> tuple[torch.Tensor, list[str]]:
-    images, keys = [], []
-    config = DataConfig(path=path, **settings)
-    with ExitStack() as stack:
-        streams = [
-            stack.enter_context(Stream(config, seed=4, round_size=20, rank=rank, world=world)) for rank in range(world)
-        ]
-        for round in range(rounds):
-            for taken in [stream.take(round) for stream in streams]:
-                images.append(taken.images)
-                keys += taken.keys
-    return torch.cat(images), keys
-
-
 @pytest.mark.slow
 def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: str) -> None:
     settings = {"size": "24x32", "fit": "random", "flip": True}
-    plain, keys = take(theirs, 6, 1, **settings)
+    plain, keys = take(theirs, 6, each=20, **settings)
     assert plain.shape == (120, 3, 24, 32) and Counter(keys) == {f"{number:09d}": 2 for number in range(60)}
-    first, second = ({key: images[keys.index(key)] for key in keys} for images in (plain[:60], plain[60:].flip(0)))
-    assert sum(torch.equal(first[key], second[key]) for key in keys) < 6  # another window every epoch
+    same = 0
+    for key in set(keys):
+        first, second = (plain[row] for row in range(120) if keys[row] == key)
+        same += torch.equal(first, second)
+    assert same < 3  # another window every epoch
     for world, workers in ((1, 3), (2, 0), (4, 2), (5, 1)):
-        images, others = take(theirs, 6, world, workers=workers, **settings)
+        images, others = take(theirs, 6, world, each=20, workers=workers, **settings)
         assert others == keys and torch.equal(images, plain)
 
 
 def test_evaluation_takes_the_central_window(theirs: str) -> None:
     images, labels = read_split(DataConfig(path=theirs, size="16x24", fit="random"), "test")
     assert images.shape == (10, 3, 16, 24) and (labels == -1).all()
-    again, _ = read_split(DataConfig(path=theirs, size="16x24"), "test")
-    assert torch.equal(images, again)
+    assert torch.equal(images, read_split(DataConfig(path=theirs, size="16x24"), "test")[0])
     assert verify(theirs, progress=False).samples == 70
 
 
@@ -246,24 +264,10 @@ def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path: Path, mo
     write(tmp_path, "train.tar", range(12))
     index(str(tmp_path), progress=False)
     with pytest.raises(InputError, match=r"train.tar, key 0000000\d\d: .* is less than data.crop=70"):
-        take(str(tmp_path), 1, 1, crop=70)
+        take(str(tmp_path), 1, crop=70)
     monkeypatch.setattr("naign.data.loader.BROKEN", 0.9)
-    images, keys = take(str(tmp_path), 1, 1, crop=70, broken="skip")
-    assert images.shape == (20, 3, 70, 70) and not {int(key) % 6 for key in keys} & {0, 1, 4}
-
-
-@pytest.mark.parametrize(
-    ("form", "change", "message"),
-    [
-        ("PNG", lambda data: data[:16] + (60_000).to_bytes(4, "big") * 2 + data[24:], "."),
-        ("PNG", lambda data: data[:16] + bytes(8) + data[24:], "."),
-        ("JPEG", lambda data: data[: len(data) // 2], "."),
-        ("JPEG", lambda data: b"", "no picture"),
-    ],
-)
-def test_bombs_and_pictures_without_pixels_are_refused(form: str, change: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        resized(change(stored(photo(0, (200, 100)), form)), Resize(height=8, width=8))
+    images, keys = take(str(tmp_path), 1, crop=70, broken="skip")
+    assert images.shape == (12, 3, 70, 70) and not {int(key) % 6 for key in keys} & {0, 1, 4}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from naign.data.format.pages import Pager, table_name
-from naign.data.format.samples import scan
+from naign.data.format.webdataset import scan
 from naign.errors import BAD_INPUT
 from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command
@@ -57,7 +57,7 @@ def broken(digits: str, folder: Path, damage: str) -> str:
     assert len(list(scan(open_store(str(folder / "data")), shard.name, pager))) == entry["samples"]
     found, table = pager.shard(shard.name)
     (folder / "data" / table_name(shard.name)).write_bytes(table)
-    entry |= {"bytes": found.bytes, "sha256": found.sha256, "pages": found.pages}
+    entry |= {"bytes": found.bytes, "pages": found.pages}
     (folder / "data/index.json").write_text(json.dumps(index))
     return str(folder / "data")
 

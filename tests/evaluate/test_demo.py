@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from naign.data.degrade import KINDS, degrade
+from naign.data.damage import KINDS, degrade
 from naign.errors import InputError
 from naign.evaluate.recorded import read_image
 from naign.evaluate.refit import fit_mixture

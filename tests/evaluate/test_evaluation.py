@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from naign.cli.main import main
+from naign.data.damage import KINDS
 from naign.data.dataset import DataConfig
-from naign.data.degrade import KINDS
 from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
 from naign.data.sources.catalog import load

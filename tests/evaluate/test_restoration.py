@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from naign.data.degrade import KINDS, Kind, blackened_rows, degrade, gaussian_kernel
+from naign.data.damage import KINDS, Kind, blackened_rows, degrade, gaussian_kernel
 from naign.evaluate import density
 from naign.evaluate.restoration import mae, psnr, repair, scores, ssim
 

@@ -2,14 +2,13 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from naign.cli.output import Json, lines_to_stderr, print_json
 from naign.data.format import IndexOptions
-from naign.errors import InputError, require
 from naign.terminal import busy
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ def pack(
     label: str = "",
     shards: int | None = None,
     encoding: Literal["png", "jpg", "webp", "npy"] = "png",
-    without: tuple[str, ...] = (),
     seed: int = 0,
     force: bool = False,
 ) -> None:
@@ -41,47 +39,51 @@ def pack(
         source: mnist, fashion_mnist, cifar10, digits, toy2d:<name>, folder or parquet; mnist:100 keeps 100 of mnist.
         to: Folder, or s3://bucket/prefix (gs://, az://) to write.
         root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels); for
-            parquet, a .parquet file, or a folder of them or of what Hugging Face's datasets saved.
+            parquet, a .parquet file, or a folder of them.
         size: For folder, parquet: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.
         channels: For folder, parquet: 3 colour, 1 grey.
-        broken: For folder, parquet: fail at what is no picture, or skip it with a warning.
+        broken: For folder, parquet: fail at a file or row of no picture, or skip it with a warning.
         image: For parquet: the column of pictures; default: the only one.
-        label: For parquet: the column of labels, or none; default: the only ClassLabel, or label.
+        label: For parquet: the column of labels, or none; default: label.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
-        without: Labels to leave out of the training split.
         seed: Seed of the order of samples in shards, and of the choice of training images.
         force: Replace an existing data set, which is deleted before the new one is written.
     """
     from naign.data.format import writer
     from naign.data.format.manifest import INDEX
     from naign.data.sources.catalog import load
-    from naign.data.sources.source import subset
     from naign.evaluate.coverage import NEIGHBOURS
     from naign.storage.store import check_writable, is_in_bucket, open_store
 
     if is_in_bucket(to) and (force or not open_store(to).exists(INDEX)):  # before reading, which may take hours
         check_writable(open_store(to), "--to")
-    options: dict[str, Any] = {"size": size, "channels": channels, "image": image, "label": label}
     with busy(f"reading {source}", shown=broken == "error"):  # else it has a bar of its own
-        loaded = load(source, root=root, seed=seed, skip=broken == "skip", **options)
-    if without:
-        loaded = subset(loaded, without=without, seed=seed)
+        loaded = load(
+            source,
+            root=root,
+            size=size,
+            channels=channels,
+            skip=broken == "skip",
+            image=image,
+            label=label,
+            seed=seed,
+        )
     manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)
-    print(f"{_contents(to, manifest)}{'' if written else ' (already there)'}")
+    _print_contents(to, manifest, "" if written else " (already there)")
     if source == "folder":
-        path = shlex.quote(f"--data.path={to}")
-        recipe, other = "pictures", "or with a GPU --config folder64"
+        recipe = "--config pictures"
+        other = "or with a GPU --config folder64"
         if max(manifest.shape[1:]) >= LARGE:
-            recipe, other = "photos", "which repairs only; with a GPU --config folder256, which draws samples as well"
-        print(f"train on it: naign train --config {recipe} {path}, {other}")
-    if (tests := manifest.split("test").samples) <= NEIGHBOURS:
+            recipe = "--config photos"
+            other = "which repairs only; with a GPU --config folder256, which draws samples as well"
+        print(f"train on it: naign train {recipe} {shlex.quote(f'--data.path={to}')}, {other}")
+    tests = manifest.split("test").samples
+    if tests <= NEIGHBOURS:
         print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
 
 
-def index(
-    path: Positional[str], /, *, labels: Path | None = None, options: Annotated[IndexOptions, tyro.conf.arg(name="")]
-) -> None:
+def index(path: Positional[str], /, *, options: Annotated[IndexOptions, tyro.conf.arg(name="")]) -> None:
     """Index existing WebDataset tars: write index.json and page tables, without changing a tar.
 
     Every byte is read. After an interruption the same command continues with the tars that are left.
@@ -89,31 +91,28 @@ def index(
     Args:
         path: Folder, s3://bucket/prefix or a pattern such as 's3://bucket/prefix/{00000..01023}.tar' of the tars.
             Samples are pictures of any size, or points of one length.
-        labels: File with one label name a line; default: the numbers or texts in the samples.
     """
     from naign.data.format.indexing import index as read_all
 
-    try:
-        names = tuple(labels.read_text().splitlines()) if labels else ()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--labels {labels}: {error}") from None
-    require((names or not labels, f"--labels {labels} is empty: write one name a line"))
-    manifest = read_all(path, labels=names, **vars(options))
-    print(_contents(options.to or path, manifest))
-    if broken := sum(map(len, manifest.broken.values())):
+    manifest = read_all(path, **vars(options))
+    _print_contents(options.to or path, manifest)
+    broken = sum(map(len, manifest.broken.values()))
+    if broken:
         print(f"note: {broken} samples cannot be decoded, which index.json records: train with --data.broken=skip")
     if "test" not in manifest.splits:
-        print("note: no tar is for testing, so none to measure a network on: name some with test or val, or by --test")
+        print("note: no test split: put 'test' or 'val' in names of tars, or pass --test PATTERN")
 
 
-def _contents(path: str, manifest: "Manifest") -> str:
-    counts = (f"{split.samples} {name} in {len(split.shards)} shards" for name, split in manifest.splits.items())
-    sizes = "x".join(map(str, manifest.shape)) if all(manifest.shape) else f"{manifest.shape[0]} x any size"
-    return f"{path}: {manifest.name} {sizes}, {', '.join(counts)}"
+def _print_contents(path: str, manifest: "Manifest", note: str = "") -> None:
+    counts = [f"{split.samples} {name} in {len(split.shards)} shards" for name, split in manifest.splits.items()]
+    sizes = "x".join(map(str, manifest.shape))
+    if 0 in manifest.shape:
+        sizes = f"{manifest.shape[0]} x any size"
+    print(f"{path}: {manifest.name} {sizes}, {', '.join(counts)}{note}")
 
 
 def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> None:
-    """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels, keys.
+    """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels.
 
     Samples that naign index --keep-broken recorded as broken are listed, and count as no problem.
 
@@ -121,8 +120,8 @@ def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> 
         path: Folder or s3://bucket/prefix of shards.
         index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
     """
-    from naign.data.format.audit import PROBLEMS, Problems
     from naign.data.format.audit import verify as read_all
+    from naign.data.format.tars import PROBLEMS, Problems
 
     try:
         with lines_to_stderr(json):
@@ -138,6 +137,7 @@ def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> 
         return
     print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
     if report.broken:
-        shown = ", ".join(f"{shard} {key}" for shard, key in report.broken[:PROBLEMS])
-        more = ", ..." if len(report.broken) > PROBLEMS else ""
-        print(f"of them {len(report.broken)} are known to be broken: {shown}{more}")
+        listed = [f"{shard} {key}" for shard, key in report.broken[:PROBLEMS]]
+        if len(report.broken) > PROBLEMS:
+            listed.append("...")
+        print(f"of them {len(report.broken)} are known to be broken: {', '.join(listed)}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from naign.data.degrade import KINDS, degrade
+from naign.data.damage import KINDS, degrade
 from naign.errors import InputError, one_line, require
 from naign.evaluate.recorded import read_image
 from naign.evaluate.report import DAMAGE, learned_classes

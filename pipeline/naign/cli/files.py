@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from naign.data.decode import in_mode
-from naign.errors import InputError, printable, require
+from naign.errors import InputError, printable
 from naign.evaluate.recorded import read_image
 from naign.model.naign import NAIGN
 from naign.model.weights import shipped_model
@@ -28,16 +28,19 @@ def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path
     """(path, name) of each input file; of those in folders, which are searched for images or, where `shape` is that of
     points, .csv files, the name is the path below the folder; maps are passed over. InputError if there is none.
     """
-    suffixes, what = (IMAGES, "images") if len(shape) == 3 else ((".csv",), ".csv files of points")
+    suffixes = IMAGES if len(shape) == 3 else (".csv",)
     named = []
     for file in files:
-        if file.is_dir():
-            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-            named += [(path, path.relative_to(file)) for path in inside if not path.name.endswith(MAP)]
-        else:
+        if not file.is_dir():
             named.append((file, Path(file.name)))
-    where = f" in {', '.join(map(str, files))}" if files else ""
-    require((named, f"no {what} given{where}: name files, or folders that hold some"))
+            continue
+        for path in sorted(file.rglob("*")):
+            if path.suffix.lower() in suffixes and path.is_file() and not path.name.endswith(MAP):
+                named.append((path, path.relative_to(file)))
+    if not named:
+        what = "images" if len(shape) == 3 else ".csv files of points"
+        where = f" in {', '.join(map(str, files))}" if files else ""
+        raise InputError(f"no {what} given{where}: name files, or folders that hold some")
     return named
 
 
@@ -46,12 +49,13 @@ def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path], also: Se
     source_of: dict[Path, Path] = {}
     sources = {path.resolve() for path in (*inputs, *also)}
     for source, output in zip(inputs, outputs, strict=True):
+        if output.resolve() in sources:
+            raise InputError(f"the output would overwrite the input {output}: choose another place")
+        if output.is_dir():
+            raise InputError(f"{output} would be written for {source}, but is a folder: choose another place")
         other = source_of.setdefault(output, source)
-        require(
-            (output.resolve() not in sources, f"the output would overwrite the input {output}: choose another place"),
-            (not output.is_dir(), f"{output} would be written for {source}, but is a folder: choose another place"),
-            (other == source, f"{other} and {source} would both be written to {output}: rename one of them"),
-        )
+        if other != source:
+            raise InputError(f"{other} and {source} would both be written to {output}: rename one of them")
 
 
 def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
@@ -85,48 +89,54 @@ def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
         if len(row) != wanted or not row.isfinite().all():
             raise InputError(f"{path}:{number}: '{printable(line, 60)}': {takes}")
         rows.append(row)
-    require((rows, f"{path}: empty; {takes}"))
+    if not rows:
+        raise InputError(f"{path}: empty; {takes}")
     return torch.stack(rows)
 
 
 def check_hidden(to: Path) -> None:
     """InputError if what is written at `to` would hide the model that comes with naign."""
-    named = shipped_model(os.path.relpath(to).partition(os.sep)[0])
-    require((not named, f"--to {to} hides naign's model of that name: choose another place"))
+    if shipped_model(os.path.relpath(to).partition(os.sep)[0]):
+        raise InputError(f"--to {to} hides naign's model of that name: choose another place")
 
 
 def write_samples(samples: Tensor, to: Path) -> str:
     """Write samples to a .png grid, a .csv file, or as one PNG each into a folder. Returns the place, for a message."""
-    require((to != Path(), "--to is the current folder: choose another place"))
+    if to == Path():
+        raise InputError("--to is the current folder: choose another place")
     check_hidden(to)
-    points, suffix = samples.ndim != 4, to.suffix.lower()
-    if points != (suffix == ".csv") or suffix not in (".png", ".csv", ""):
-        wanted = ".csv" if points else ".png, or a folder's name"
+    suffixes = (".png", "") if samples.ndim == 4 else (".csv",)
+    suffix = to.suffix.lower()
+    if suffix not in suffixes:
+        wanted = ".png, or a folder's name" if samples.ndim == 4 else ".csv"
         raise InputError(f"--to {to}: samples of shape {tuple(samples.shape[1:])} go to a file that ends in {wanted}")
-    if suffix == ".png":
-        save(grid(samples, columns=math.ceil(math.sqrt(len(samples)))), to)
-    elif points:
+    if suffix == ".csv":
         write_one(samples, to)
+    elif suffix == ".png":
+        save(grid(samples, columns=math.ceil(math.sqrt(len(samples)))), to)
     else:
         for number, image in enumerate(counted("writing", samples, unit="image")):
             write_one(image[None], to / f"{number:06d}.png")
-    return str(to) if suffix else f"{to}/"
+        return f"{to}/"
+    return str(to)
 
 
 def write_one(samples: Tensor, to: Path) -> None:
     """Write one image (1, C, H, W) as a PNG file, or points (n, D) as a .csv file."""
     if samples.ndim == 4:
         save(to_image(samples[0]), to)
-    else:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(to, "".join(f"{','.join(map(repr, row))}\r\n" for row in samples.tolist()))
+        return
+    to.parent.mkdir(parents=True, exist_ok=True)
+    lines = [",".join(map(repr, row)) for row in samples.tolist()]
+    write_atomically(to, "".join(f"{line}\r\n" for line in lines))
 
 
 def save(picture: Image.Image, to: Path, profile: bytes | None = None) -> None:
     """Write a picture atomically, not synced, in the format of its suffix; as JPEG on white, without alpha."""
-    content, kind = io.BytesIO(), FORMATS[to.suffix.lower()]
+    kind = FORMATS[to.suffix.lower()]
     if kind == "JPEG":
         picture = in_mode(picture, "L" if picture.mode in ("L", "LA") else "RGB")
+    content = io.BytesIO()
     picture.save(content, kind, quality=95, icc_profile=profile)
     to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(to, content.getvalue(), sync=False)

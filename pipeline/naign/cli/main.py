@@ -43,7 +43,7 @@ _OF_RUNS: tuple[Callable[..., None], ...] = (train, launch, render, fetch, runs,
 _OF_MODELS: tuple[Callable[..., None], ...] = (evaluate, copies, sample, restore, score, export, push, demo, doctor)
 COMMANDS = {command.__name__: command for command in (*_OF_DATA, *_OF_RUNS, *_OF_MODELS)}
 # Options of a path.
-PATHS = ("--to", "--root", "--config", "--labels", "--dry-run", "--data", "--run", "--drop", "--mask")
+PATHS = ("--to", "--root", "--config", "--dry-run", "--data", "--run", "--drop", "--mask")
 FLAGS = ("--json", "--map", "--force", "--private", "--keep-broken")  # options without a value, which a path may follow
 FULL = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from naign.cli.files import FORMATS, IMAGES, MAP, find_files, read_samples, refuse_overwriting, save, write_one
+from naign.data.damage import Kind, degrade
 from naign.data.decode import decode_picture, in_mode
-from naign.data.degrade import Kind, degrade
 from naign.errors import InputError, require
 from naign.evaluate.recorded import sees_wholes
 from naign.model import tiles

@@ -36,7 +36,7 @@ class CachedStore:
         self._folder = Path(os.path.expanduser(folder))
         self._hashes: dict[str, tuple[str, int | None]] = {}
         for shard in manifest.shards:
-            self._hashes[shard.name] = shard.sha256 or f"{shard.pages}-tar", shard.bytes
+            self._hashes[shard.name] = f"{shard.pages}-tar", shard.bytes
             self._hashes[table_name(shard.name)] = shard.pages, None
         self._unseen = limit  # bytes that may have been added since the folder was last measured: measure first
         try:

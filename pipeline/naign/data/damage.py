@@ -1,5 +1,6 @@
-"""Damage to learn from: each image its own kinds and strengths, drawn anew every time it is seen.
+"""Damage to learn from, drawn anew every time an image is seen, and damage of known strength to measure repair by.
 
+To learn from (`find_damage`), each image of its own kinds and strengths:
     noise  Gaussian noise of a standard deviation that is uniform in [0, strength].
     mixed  (images only) each of four with probability 1/2, one after another: detail lost (averaged down to between 1/2
            and 1/8 of the height, enlarged, mixed with the original), noise as above, specks (up to 40 % of the pixels
@@ -9,13 +10,20 @@
     photo  as mild, but no image is erased: flat parts of photographs are to stay what they are.
     holes  as mild, and then every second image loses up to two boxes, a stroke of three lines, or both, filled with the
            mean of what is left, as `NAIGN.project` begins with a mask.
-
 Other packages add more as entry points of group naign.damage, each a `Damage`.
+
+To measure by (`degrade`), of images in [-1, 1] (black is -1):
+    blur          9x9 Gaussian kernel, sigma 2, edges reflected
+    noise         Gaussian noise, sigma 0.5, clamped to [-1, 1]
+    salt_pepper   20 % of the pixels replaced, half by white, half by black; all channels of a pixel together
+    rows          five random rows set black
+Images less than 28 pixels high are damaged in proportion: blur has sigma 2 * H / 28, and round(5 * H / 28) rows, at
+least one, are blackened. Sigmas, the share of pixels and the number of rows are multiplied by the strength.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +31,8 @@ from torch import Tensor
 
 from naign.errors import InputError
 from naign.settings.registry import lookup
+
+# Damage to learn from
 
 SCALARS = 16  # uniform numbers that `mixed` and `mild` take for an image besides those of its pixels
 HOLES = 18  # that `holes` takes besides
@@ -43,11 +53,17 @@ def find_damage(name: str) -> Damage:
 
 
 def _noise(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
-    return images + strength * uniform[:, 0].view((-1,) + (1,) * (images.ndim - 1)) * normals
+    deviation = strength * uniform[:, 0].view(-1, *(1,) * (images.ndim - 1))
+    return images + deviation * normals
 
 
 def _count_mixed(shape: tuple[int, ...]) -> int:
-    return SCALARS + 2 * shape[1] * shape[2] + 2 * max(shape[1:])
+    _, height, width = shape
+    return SCALARS + 2 * height * width + 2 * max(height, width)
+
+
+def _count_holes(shape: tuple[int, ...]) -> int:
+    return _count_mixed(shape) + HOLES
 
 
 def _check_mixed(shape: tuple[int, ...]) -> None:
@@ -56,30 +72,37 @@ def _check_mixed(shape: tuple[int, ...]) -> None:
 
 
 def _mixed(
-    images: Tensor, normals: Tensor, uniform: Tensor, strength: float, *, each: float = 1 / 2, erase: float = 1 / 16
+    images: Tensor,
+    normals: Tensor,
+    uniform: Tensor,
+    strength: float,
+    *,
+    each: float = 1 / 2,
+    erase: float = 1 / 16,
 ) -> Tensor:
-    rows = (len(images), 1, 1, 1)
-    _, _, height, width = images.shape
+    count, _, height, width = images.shape
     scalars, pixels, lines = uniform.split([SCALARS, 2 * height * width, 2 * max(height, width)], dim=1)
-    chance, shade, reach, select, colour, side, _, tone = (part.view(rows) for part in scalars.split(1, dim=1)[:8])
-    happens = [(part < each).view(rows) for part in scalars.split(1, dim=1)[8:12]]
+    (
+        weight, spread, octaves, specks, colour, side, _, tone,
+        is_coarse, is_noisy, is_specked, is_striped,
+        stripes, shade, is_erased, level,
+    ) = scalars[..., None, None, None].unbind(1)  # fmt: skip  # each (n, 1, 1, 1)
 
-    erased, level = scalars[:, 14].view(rows), scalars[:, 15].view(rows)
     blank = torch.where(level < 0.5, -1.0, 4 * level - 3)
-    images = torch.where(erased < erase, blank, images)
-    out = torch.where(happens[0], _coarse(images, 1 + 2 * reach, chance.sqrt()), images)
-    out = torch.where(happens[1], (out + strength * shade * normals).clamp(-1, 1), out)
+    out = torch.where(is_erased < erase, blank, images)
+    out = torch.where(is_coarse < each, _coarse(out, 1 + 2 * octaves, weight.sqrt()), out)
+    out = torch.where(is_noisy < each, (out + strength * spread * normals).clamp(-1, 1), out)
 
-    hit, shades = pixels.view(len(images), 2, height, width).split(1, dim=1)
-    flat = torch.where(colour < 0.5, 2 * (shades > 0.5) - 1.0, 2 * shades - 1)  # black and white, or any shade
-    out = torch.where(happens[2] & (hit < 0.4 * select), flat, out)
+    hit, shades = pixels.view(count, 2, height, width).split(1, dim=1)
+    speck = torch.where(colour < 0.5, 2 * (shades > 0.5) - 1.0, 2 * shades - 1)  # black and white, or any shade
+    out = torch.where((is_specked < each) & (hit < 0.4 * specks), speck, out)
 
-    struck = lines.view(len(images), 2, -1) < 0.4 * scalars[:, 12].view(-1, 1, 1)
-    across = struck[:, 0, :height].view(-1, 1, height, 1)
-    along = struck[:, 1, :width].view(-1, 1, 1, width)
-    stripes = torch.where(side < 0.75, across.expand(-1, 1, -1, width), along.expand(-1, 1, height, -1))
-    tint = torch.where(tone < 0.75, -1.0, 2 * scalars[:, 13].view(rows) - 1)
-    return torch.where(happens[3] & stripes, tint, out)
+    struck = lines.view(count, 2, -1) < 0.4 * stripes[:, :, 0]
+    across = struck[:, 0, :height].view(-1, 1, height, 1).expand(-1, 1, -1, width)
+    along = struck[:, 1, :width].view(-1, 1, 1, width).expand(-1, 1, height, -1)
+    striped = torch.where(side < 0.75, across, along)
+    tint = torch.where(tone < 0.75, -1.0, 2 * shade - 1)
+    return torch.where((is_striped < each) & striped, tint, out)
 
 
 def _coarse(images: Tensor, octaves: Tensor, weight: Tensor) -> Tensor:
@@ -89,42 +112,43 @@ def _coarse(images: Tensor, octaves: Tensor, weight: Tensor) -> Tensor:
     for factor in (2, 4, 8):
         small = F.adaptive_avg_pool2d(images, (max(2, round(height / factor)), max(2, round(width / factor))))
         levels.append(F.interpolate(small, size=(height, width), mode="bilinear"))
-    between = octaves.frac()
     low = torch.where(octaves < 2, levels[0], levels[1])
     high = torch.where(octaves < 2, levels[1], levels[2])
-    coarse = torch.where(octaves >= 3, levels[2], low + between * (high - low))
+    coarse = torch.where(octaves >= 3, levels[2], low + octaves.frac() * (high - low))
     mixed: Tensor = images + weight * (coarse - images)
     return mixed
 
 
 def _with_holes(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
     damaged = _mixed(images, normals, uniform[:, :-HOLES], strength, each=1 / 3)
-    chosen = uniform[:, -HOLES:]
-    kind = chosen[:, 0].view(-1, 1, 1, 1)
-    boxed = boxes(chosen[:, 1:9].view(-1, 2, 4), images.shape[2:])
-    struck = stroke(chosen[:, 9:18], images.shape[2:])
-    hole = (boxed & (kind < 1 / 3)) | (struck & (kind > 1 / 6) & (kind < 1 / 2))
+    size = images.shape[2:]
+    kind, box, line = uniform[:, -HOLES:].split([1, 8, 9], dim=1)
+    kind = kind.view(-1, 1, 1, 1)
+    boxed = boxes(box.view(-1, 2, 4), size) & (kind < 1 / 3)
+    struck = stroke(line, size) & (kind > 1 / 6) & (kind < 1 / 2)
+    hole = boxed | struck
     return torch.where(hole, known_mean(damaged, ~hole), damaged)
 
 
 def boxes(numbers: Tensor, size: torch.Size) -> Tensor:
     """Where two boxes are (n, 1, H, W); numbers (n, 2, 4) give centres and sides, of at most 3/4 of the image's."""
-    centre, half = numbers[..., :2], 3 / 8 * numbers[..., 2:]
-    inside = [
-        (_centres(length, numbers) - centre[..., axis, None]).abs() < half[..., axis, None]
-        for axis, length in enumerate(size)
-    ]
-    return (inside[0][..., None] & inside[1][..., None, :]).any(1, keepdim=True)
+    centre = numbers[..., :2, None]
+    half = 3 / 8 * numbers[..., 2:, None]
+    rows = (_centres(size[0], numbers) - centre[..., 0, :]).abs() < half[..., 0, :]
+    columns = (_centres(size[1], numbers) - centre[..., 1, :]).abs() < half[..., 1, :]
+    return (rows[..., None] & columns[..., None, :]).any(1, keepdim=True)
 
 
 def stroke(numbers: Tensor, size: torch.Size) -> Tensor:
     """Where a stroke is (n, 1, H, W); numbers (n, 9) give four points and a radius, of at most 1/10 of the image."""
-    points, radius = numbers[:, :8].view(-1, 4, 2), 0.02 + 0.08 * numbers[:, 8].view(-1, 1, 1, 1)
-    y, x = _centres(size[0], numbers)[:, None], _centres(size[1], numbers)[None]
-    grid = torch.stack(torch.broadcast_tensors(y, x), dim=-1)  # (H, W, 2)
-    first, along = points[:, :-1, None, None], points.diff(dim=1)[:, :, None, None]
-    share = ((grid - first) * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-12)
-    distance = (grid - first - share.clamp(0, 1) * along).square().sum(-1).sqrt()
+    points = numbers[:, :8].view(-1, 4, 2)
+    radius = 0.02 + 0.08 * numbers[:, 8].view(-1, 1, 1, 1)
+    y, x = torch.meshgrid(_centres(size[0], numbers), _centres(size[1], numbers), indexing="ij")
+    place = torch.stack([y, x], dim=-1)  # (H, W, 2)
+    first = points[:, :-1, None, None]
+    along = points.diff(dim=1)[:, :, None, None]
+    share = ((place - first) * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-12)
+    distance = (place - first - share.clamp(0, 1) * along).square().sum(-1).sqrt()
     return (distance < radius).any(1, keepdim=True)
 
 
@@ -144,5 +168,49 @@ DAMAGES: dict[str, Damage] = {
     "mixed": Damage(_mixed, _count_mixed, _check_mixed),
     "mild": Damage(partial(_mixed, each=1 / 3), _count_mixed, _check_mixed),
     "photo": Damage(partial(_mixed, each=1 / 3, erase=0.0), _count_mixed, _check_mixed),
-    "holes": Damage(_with_holes, lambda shape: _count_mixed(shape) + HOLES, _check_mixed),
+    "holes": Damage(_with_holes, _count_holes, _check_mixed),
 }
+
+# Damage to measure by
+
+Kind = Literal["blur", "noise", "salt_pepper", "rows"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+REFERENCE_HEIGHT = 28  # height in pixels for which the damages are defined; lower images get proportionally less
+
+
+def degrade(images: Tensor, kind: Kind, *, seed: int = 0, strength: float = 1.0) -> Tensor:
+    """(n, C, H, W) float32 in [-1, 1] -> damaged images of the same shape and range; a function of the arguments."""
+    if strength == 0:
+        return images
+    count, channels, height, width = images.shape
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "blur":
+        kernel = gaussian_kernel(sigma=2.0 * _shrink(height) * strength).expand(channels, 1, 9, 9)
+        padded = F.pad(images, (4, 4, 4, 4), mode="reflect" if min(height, width) > 4 else "replicate")
+        return F.conv2d(padded, kernel, groups=channels).clamp(-1, 1)
+    if kind == "noise":
+        return (images + 0.5 * strength * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
+    if kind == "salt_pepper":
+        chance = torch.rand(count, 1, height, width, generator=generator)
+        salted = torch.where(chance < 0.1 * strength, 1.0, images)
+        return torch.where(chance >= 1 - 0.1 * strength, -1.0, salted)
+    order = torch.rand(count, height, generator=generator).argsort(1)[:, : blackened_rows(height, strength)]
+    rows = torch.zeros(count, height, dtype=torch.bool).scatter_(1, order, True)
+    return images.masked_fill(rows[:, None, :, None], -1.0)
+
+
+def gaussian_kernel(*, size: int = 9, sigma: float = 2.0) -> Tensor:
+    """(size, size) float32 Gaussian kernel that sums to 1; sigma in pixels."""
+    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    weights = torch.exp(-offsets.square() / (2 * sigma**2))
+    kernel = torch.outer(weights, weights)
+    return (kernel / kernel.sum()).float()
+
+
+def blackened_rows(height: int, strength: float = 1.0) -> int:
+    """How many rows the damage 'rows' takes from an image of that height in pixels."""
+    return max(1, round(5 * _shrink(height) * strength))
+
+
+def _shrink(height: int) -> float:
+    return min(1.0, height / REFERENCE_HEIGHT)

@@ -15,7 +15,7 @@ from naign.data.dataset import DataConfig, parse_resize
 from naign.data.decode import Array
 from naign.data.format.manifest import Manifest, Shard, size_problem
 from naign.data.format.pages import Table, parse_table, table_name
-from naign.data.format.samples import samples
+from naign.data.format.webdataset import samples
 from naign.data.order import Piece
 from naign.data.resize import Numbers
 from naign.data.sample import decode

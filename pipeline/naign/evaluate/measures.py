@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from naign.data.damage import KINDS
 from naign.data.dataset import DataConfig
-from naign.data.degrade import KINDS
 from naign.data.format.manifest import Manifest
 from naign.data.loader import read_split
 from naign.errors import require

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from naign.data.degrade import Kind, degrade
+from naign.data.damage import Kind, degrade
 from naign.evaluate.coverage import nearest
 
 RANGE = 2.0  # images lie in [-1, 1]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from naign.config import Config
-from naign.data.degrade import KINDS, degrade
+from naign.data.damage import KINDS, degrade
 from naign.data.loader import Stream, read_split
 from naign.distributed.engine import Engine
 from naign.distributed.ranks import gather, together, total

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from naign import philox
-from naign.data.degrade import KINDS, degrade
+from naign.data.damage import KINDS, degrade
 from naign.data.loader import Rows
 from naign.distributed.host import count_ranks
 from naign.distributed.ranks import total

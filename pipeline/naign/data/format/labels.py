@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from naign.errors import InputError, require
+from naign.errors import InputError
 
 
 def label_text(sample: dict[str, Any], rule: str, where: str) -> str | None:
@@ -14,22 +14,30 @@ def label_text(sample: dict[str, Any], rule: str, where: str) -> str | None:
     """
     kind, _, argument = rule.partition(":")
     if kind == "json":
-        if "json" not in sample:
-            return None
-        try:
-            value = json.loads(sample["json"]).get(argument)
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise InputError(f"{where}: the .json cannot be read ({error}): repack the data set") from None
-        return None if value is None or isinstance(value, (dict, list)) else str(value)
+        return _json_field(sample.get("json", b"{}"), argument, where)
     if kind == "name":
         match = re.search(argument, sample["__key__"])
-        return match and match.group(1)
-    return sample["cls"].decode("ascii", errors="replace").strip() if "cls" in sample else None
+        return match.group(1) if match else None
+    if "cls" not in sample:
+        return None
+    return str(sample["cls"], "ascii", "replace").strip()
+
+
+def _json_field(data: bytes, field: str, where: str) -> str | None:
+    try:
+        value = json.loads(data).get(field)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where}: the .json cannot be read ({error}): repack the data set") from None
+    if value is None or isinstance(value, (dict, list)):
+        return None
+    return str(value)
 
 
 def parse_number(text: str) -> int:
     """The number that a label is; -1 for another text, and for 19 digits, which may be more than an int64."""
-    return int(text) if text.isdecimal() and len(text) < 19 else -1
+    if text.isdecimal() and len(text) < 19:
+        return int(text)
+    return -1
 
 
 def check_label_rule(rule: str) -> None:
@@ -37,9 +45,11 @@ def check_label_rule(rule: str) -> None:
     kind, _, argument = rule.partition(":")
     if rule and (kind not in ("json", "name") or not argument):
         raise InputError(f"--label {rule!r}: give json:FIELD, or name:REGEX with one group, as in 'name:^([a-z]+)_'")
-    if kind == "name":
-        try:
-            groups = re.compile(argument).groups
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"--label {rule!r}: no regular expression ({error})") from None
-        require((groups == 1, f"--label {rule!r}: {groups} groups in brackets, and one must be the label"))
+    if kind != "name":
+        return
+    try:
+        groups = re.compile(argument).groups
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"--label {rule!r}: not a regular expression ({error})") from None
+    if groups != 1:
+        raise InputError(f"--label {rule!r}: {groups} groups in brackets, and one must be the label")

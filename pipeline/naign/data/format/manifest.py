@@ -4,14 +4,12 @@ import json
 import math
 import re
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from naign.data.format.labels import check_label_rule
-from naign.errors import InputError, require
+from naign.errors import InputError
 from naign.storage.base import Store
 from naign.storage.store import open_store
 
@@ -24,6 +22,7 @@ MOST_SAMPLES = 2**40  # of a split
 
 CHANNELS = (1, 3)  # of an image: grey or colour
 FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}  # type and axes of a sample, by kind
+DEFAULTS: dict[str, Any] = {"dealt": True, "label": "", "broken": {}, "without": {}}  # of fields that may be left out
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -33,15 +32,7 @@ class Shard:
     name: str
     samples: int
     bytes: int
-    sha256: str = ""  # of the whole tar; "" where the index lies elsewhere: page tables have the hashes of what is read
-    pages: str  # SHA-256 of its page table (pages.py)
-
-    @classmethod
-    def parse(cls, fields: dict[str, Any]) -> "Shard":
-        """The shard of an entry. Raises TypeError, or ValueError for an empty hash: an unknown one has no field."""
-        if fields.get("sha256", "unknown") == "":
-            raise ValueError("'' is no SHA-256")
-        return cls(**fields)
+    pages: str  # SHA-256 of its page table (pages.py), which holds the hashes of all samples
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -50,6 +41,11 @@ class Split:
 
     samples: int
     shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, shards: list[Shard]) -> "Split":
+        """The split of these shards."""
+        return cls(samples=sum(shard.samples for shard in shards), shards=tuple(shards))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -74,28 +70,17 @@ class Manifest:
     """By shard, places of samples in its tar that are left out, ascending: `samples` of the shard counts the others."""
 
     @classmethod
-    def of(
-        cls, name: str, kind: str, shape: tuple[int, ...], labels: tuple[str, ...], shards: dict[str, list[Shard]]
-    ) -> "Manifest":
-        """The manifest of shards by split."""
-        splits = {key: Split(samples=sum(s.samples for s in made), shards=tuple(made)) for key, made in shards.items()}
-        return cls(name=name, kind=kind, shape=shape, dtype=FORMS[kind][0], labels=labels, splits=splits)
-
-    @classmethod
     def load(cls, path: str) -> "Manifest":
         """That of a folder or `s3://bucket/prefix`. InputError where it is missing, malformed or of another format."""
         store = open_store(path)
         if store.exists(INDEX):
             return cls.parse(store.read(INDEX), where=store.url(INDEX))
-        if names := store.list():
+        names = store.list()
+        if names:
             remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
             raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
-        from naign.data.sources.catalog import SOURCES, TREES  # not needed otherwise
-
-        name = path.rstrip("/").rpartition("/")[2]
-        named = name in SOURCES and name not in TREES
-        pack = f"naign pack {name if named else 'folder --root PICTURES --size 64'} --to {path}"
-        raise InputError(f"{path}: no data set here, it is missing or empty: check the path, or make one: `{pack}`")
+        pack = f"`naign pack mnist --to {path}`, or of your own pictures `naign pack folder --root DIR --size 64 ...`"
+        raise InputError(f"{path}: no data set here, it is missing or empty: check the path, or make one: {pack}")
 
     @classmethod
     def parse(cls, text: bytes, *, where: str) -> "Manifest":
@@ -103,24 +88,15 @@ class Manifest:
         try:
             fields: dict[str, Any] = json.loads(text)
             version = fields.pop("format")
-            if version != FORMAT:
-                remedy = "write it anew with `naign index --force`, or pack the data set again with --force"
-                raise InputError(f"{where}: format {version!r}, but this program reads format {FORMAT}: {remedy}")
-            splits = {
-                name: Split(samples=split["samples"], shards=tuple(map(Shard.parse, split["shards"])))
-                for name, split in fields.pop("splits").items()
-            }
-            shape, labels = fields.pop("shape"), fields.pop("labels")
-            if other := [value for value in (shape, labels) if not isinstance(value, list)]:
-                raise TypeError(f"{other[0]!r} is no list, as shape and labels are")
-            manifest = cls(shape=tuple(shape), labels=tuple(labels), splits=splits, **fields)
-            problem = next(_problems(manifest), "")
-        except InputError:
-            raise
+            if version == FORMAT:
+                manifest = cls(**_converted(fields))
+                _check(manifest)
+                return manifest
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"
-        require((not problem, f"{where}: malformed ({problem}): pack or index the data set again with --force"))
-        return manifest
+            raise InputError(f"{where}: malformed ({problem}): pack or index the data set again with --force") from None
+        remedy = "write it anew with `naign index --force`, or pack the data set again with --force"
+        raise InputError(f"{where}: format {version!r}, but this program reads format {FORMAT}: {remedy}")
 
     @property
     def shards(self) -> list[Shard]:
@@ -147,79 +123,80 @@ class Manifest:
     def dump(self) -> bytes:
         """The bytes of index.json."""
         fields = {"format": FORMAT, **asdict(self)}
-        for name, usual in (("dealt", True), ("label", ""), ("broken", {}), ("without", {})):
-            if fields[name] == usual:
+        for name, default in DEFAULTS.items():
+            if fields[name] == default:
                 del fields[name]
-        for shard in (shard for split in fields["splits"].values() for shard in split["shards"]):
-            if not shard["sha256"]:  # not known
-                del shard["sha256"]
         return (json.dumps(fields, indent=1) + "\n").encode()
 
 
 def size_problem(store: Store, shard: Shard) -> str:
     """How a shard's size in the store differs from that in index.json, or ''. Raises InputError where it is missing."""
-    if (size := store.size(shard.name)) == shard.bytes:
+    size = store.size(shard.name)
+    if size == shard.bytes:
         return ""
     remedy = "truncated or replaced: copy it again, or repack the data set"
     return f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: {remedy}"
 
 
-def _problems(manifest: Manifest) -> Iterator[str]:
-    """Wrong types, values out of range, contradictions. Checks after a first problem may raise."""
-    shape, labels = manifest.shape, manifest.labels
-    if FORMS.get(manifest.kind) != (manifest.dtype, len(shape)):
-        yield f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"
-    varies = manifest.kind == "image" and shape[1:] == (0, 0)
-    lengths = shape[:1] if varies else shape
-    if not all(is_count(length, 1) for length in lengths) or math.prod(lengths) > VALUES:
-        yield f"shape {shape} is not of positive integers with at most {VALUES} values together"
-    if manifest.kind == "image" and shape[0] not in CHANNELS:
-        yield f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"
-    if not all(isinstance(text, str) for text in (manifest.name, *labels)) or len(set(labels)) < len(labels):
-        yield "the name and the labels are not strings, or one label stands twice"
-    if type(manifest.dealt) is not bool or type(manifest.label) is not str:
-        yield f"dealt is {manifest.dealt!r} and label {manifest.label!r}, not true or false, and text"
-    try:
-        check_label_rule(manifest.label)
-    except InputError as error:
-        yield str(error).replace("--label", "label")
-    if not all(type(keys) is list and {*map(type, keys)} <= {str} for keys in manifest.broken.values()):
-        yield "broken does not list keys by shard"
-    if not manifest.splits:
-        yield "no splits"
-    for name, split in manifest.splits.items():
-        if not split.shards:
-            yield f"split {name} has no shards"
-        for shard in split.shards:
-            yield from (f"split {name}, shard {shard.name!r}: {problem}" for problem in shard_problems(shard))
-        total = sum(split.sizes)
-        if not is_count(split.samples) or total != split.samples or total >= MOST_SAMPLES:
-            yield f"the samples of the shards of split {name} do not add up to {split.samples!r}"
-    if twice := [name for name, count in Counter(shard.name for shard in manifest.shards).items() if count > 1]:
-        yield f"shard {twice[0]} is listed twice"
-    sizes = {shard.name: shard.samples for shard in manifest.shards}
-    for name, places in manifest.without.items():
-        ascend = type(places) is list and all(map(is_count, places)) and sorted({*places}) == places
-        if not (ascend and places and places[-1] < sizes.get(name, -len(places)) + len(places)):
-            yield f"without does not list places of shard {name!r}, ascending"
-
-
 def is_count(value: object, least: int = 0) -> bool:
-    """Whether it is an integer from `least` up; JSON's true, 1.0 and "1" are none."""
+    """Whether it is an integer from `least` up; JSON's true, 1.0 and "1" are not."""
     return type(value) is int and value >= least
 
 
-def shard_problems(shard: Shard) -> Iterator[str]:
-    """The same of a shard."""
+def _converted(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Manifest from those of index.json, not checked. Raises TypeError and more for other fields."""
+    splits = {}
+    for name, split in fields["splits"].items():
+        for shard in split["shards"]:
+            shard.pop("sha256", None)  # of the whole tar, which older programs wrote
+        shards = tuple(Shard(**shard) for shard in split["shards"])
+        splits[name] = Split(samples=split["samples"], shards=shards)
+    for name in ("shape", "labels"):
+        if not isinstance(fields[name], list):
+            raise TypeError(f"{name} is {fields[name]!r}, not a list")
+    return {**fields, "shape": tuple(fields["shape"]), "labels": tuple(fields["labels"]), "splits": splits}
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError or TypeError for wrong types, values out of range, and contradictions."""
+    shape = manifest.shape
+    texts = (manifest.name, manifest.label, *manifest.labels)
+    _demand(FORMS.get(manifest.kind) == (manifest.dtype, len(shape)), "kind, shape and dtype do not go together")
+    _demand(manifest.kind != "image" or shape[0] in CHANNELS, "an image has 1 or 3 channels")
+    lengths = shape[:1] if manifest.kind == "image" and shape[1:] == (0, 0) else shape
+    _demand(all(is_count(length, 1) for length in lengths), "shape is not of positive integers")
+    _demand(math.prod(lengths) <= VALUES, f"a sample has more than {VALUES} values")
+    _demand(all(isinstance(text, str) for text in texts), "name, label and labels are not text")
+    _demand(len(set(manifest.labels)) == len(manifest.labels), "one label stands twice")
+    check_label_rule(manifest.label)
+    _demand(type(manifest.dealt) is bool, "dealt is not true or false")
+    for keys in manifest.broken.values():
+        _demand(type(keys) is list and all(isinstance(key, str) for key in keys), "broken does not list keys by shard")
+    sizes: dict[str, int] = {}
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            check_shard(shard)
+            _demand(shard.name not in sizes, f"shard {shard.name} is listed twice")
+            sizes[shard.name] = shard.samples
+        total = sum(split.sizes)
+        adds_up = is_count(split.samples, 1) and total == split.samples and total < MOST_SAMPLES
+        _demand(adds_up, f"the samples of the shards of split {name} do not add up to {split.samples!r}")
+    _demand(sizes, "no shards")
+    for name, places in manifest.without.items():
+        ascend = type(places) is list and all(map(is_count, places)) and sorted({*places}) == places != []
+        _demand(ascend and places[-1] < sizes[name] + len(places), f"without does not list places of shard {name!r}")
+
+
+def check_shard(shard: Shard) -> None:
+    """Raise ValueError or TypeError for an entry that no shard can have."""
     name = shard.name
-    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) < 256:
-        yield "its name is not that of a file"
-    if name.startswith(".") or set(name) & {"/", "\\"}:
-        yield "its name is hidden, or leads out of the folder"
-    if not is_count(shard.samples, 1) or not is_count(shard.bytes):
-        yield f"{shard.samples!r} samples in {shard.bytes!r} bytes: a shard has at least one, and whole numbers of both"
-    if shard.bytes < SAMPLE_BYTES * shard.samples:
-        yield f"{shard.bytes} bytes cannot hold {shard.samples} samples"
-    for digest in (shard.pages, shard.sha256)[: 1 if shard.sha256 == "" else 2]:
-        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            yield f"{digest!r} is no SHA-256 of 64 hexadecimal digits"
+    _demand(name.isprintable() and 0 < len(name.encode()) < 256, f"{name!r} is not the name of a file")
+    _demand(not name.startswith(".") and "/" not in name and "\\" not in name, f"{name!r} leads out of the folder")
+    _demand(is_count(shard.samples, 1) and is_count(shard.bytes), f"{name}: samples and bytes are not whole numbers")
+    _demand(shard.bytes >= SAMPLE_BYTES * shard.samples, f"{name}: its bytes cannot hold its samples")
+    _demand(re.fullmatch("[0-9a-f]{64}", shard.pages), f"{name}: pages is not a SHA-256 of 64 hexadecimal digits")
+
+
+def _demand(holds: object, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from naign.data import order
 from naign.data.decode import encode, npy_header
 from naign.data.format.manifest import Shard
-from naign.data.format.tar import BLOCK
+from naign.data.format.tar import TAR_BLOCK
 from naign.storage.base import Writer
 
 PAGE = 256 << 10
@@ -35,14 +35,15 @@ def table_name(shard: str) -> str:
 class Pager:
     """Measures a tar from its bytes and the offsets at which its samples start; either may come first."""
 
-    def __init__(self, target: Writer | None = None, *, whole: bool = True) -> None:
-        """Bytes are passed on to the target; with `whole` the tar is also hashed as a whole."""
-        self._target, self._hash = target, hashlib.sha256() if whole else None
-        self._bytes = bytearray()  # of the tar, from _start on: not hashed yet
-        self._start = 0
+    def __init__(self, target: Writer | None = None) -> None:
+        """Bytes are passed on to the target."""
         self.size = 0  # bytes of the tar written so far
         self.samples = 0  # started so far
-        self.end = self.after = 0  # byte behind the last sample, behind the last member of the tar
+        self.end = 0  # byte behind the last sample
+        self.after = 0  # byte behind the last member of the tar
+        self._target = target
+        self._bytes = bytearray()  # of the tar, from _start on: not hashed yet
+        self._start = 0
         self._pages: list[tuple[int, int]] = []  # first sample and byte of each that is not hashed yet
         self._rows: list[tuple[int, int, bytes]] = []
 
@@ -50,18 +51,16 @@ class Pager:
         """Add the tar's next bytes."""
         if self._target:
             self._target.write(data)
-        if self._hash:
-            self._hash.update(data)
         self.size += len(data)
         self._bytes += data
-        self._settle()
+        self._hash_pages()
         return len(data)
 
     def start(self, offset: int) -> None:
         """Start a sample at this byte of the tar."""
-        if not self._pages or offset - self._pages[-1][1] >= PAGE or self.samples % order.BLOCK == 0:
+        if self.samples % order.BLOCK == 0 or offset - self._pages[-1][1] >= PAGE:
             self._pages.append((self.samples, offset))
-            self._settle()
+            self._hash_pages()
         self.samples += 1
 
     def skip(self, end: int) -> None:
@@ -77,21 +76,22 @@ class Pager:
     def shard(self, name: str) -> tuple[Shard, bytes]:
         """The entry of the tar, written whole, in the manifest, and the file of its page table; `end` must be set."""
         self._pages.append((self.samples, self.end))
-        self._settle()
+        self._hash_pages()
         assert len(self._pages) == 1
-        table = encode(np.array([*self._rows, (self.samples, self.end, bytes(32))], ROW), "npy")
-        pages, digest = hashlib.sha256(table).hexdigest(), self._hash.hexdigest() if self._hash else ""
-        return Shard(name=name, samples=self.samples, bytes=self.size, sha256=digest, pages=pages), table
+        end = (self.samples, self.end, bytes(32))
+        table = encode(np.array([*self._rows, end], ROW), "npy")
+        digest = hashlib.sha256(table).hexdigest()
+        return Shard(name=name, samples=self.samples, bytes=self.size, pages=digest), table
 
-    def _settle(self) -> None:
-        """Hash the pages all of whose bytes are known, and free these."""
+    def _hash_pages(self) -> None:
+        """Hash the pages whose bytes are all known, and free these."""
         while len(self._pages) > 1 and self._pages[1][1] <= self._start + len(self._bytes):
-            (sample, first), (_, last) = self._pages[:2]
+            sample, first = self._pages.pop(0)
+            last = self._pages[0][1]
             with memoryview(self._bytes) as known:
                 digest = hashlib.sha256(known[first - self._start : last - self._start]).digest()
             self._rows.append((sample, first, digest))
-            del self._pages[0], self._bytes[: last - self._start]
-            self._start = last
+            self.skip(last)
 
 
 def parse_table(data: bytes | memoryview, *, samples: int, size: int) -> Table:
@@ -99,12 +99,15 @@ def parse_table(data: bytes | memoryview, *, samples: int, size: int) -> Table:
     rows = (len(data) - len(npy_header((0,), ROW))) // ROW.itemsize  # a header's length is a multiple of 64
     header = npy_header((max(rows, 0),), ROW)
     if rows < 2 or data[: len(header)] != header or len(data) != len(header) + rows * ROW.itemsize:
-        raise ValueError("no page table")
+        raise ValueError("not a page table")
     table: Table = np.frombuffer(data, ROW, offset=len(header))
-    columns = ((table["sample"], samples), (table["byte"], size))
-    outside = any((column < 0).any() or (column > most).any() for column, most in columns)
-    if outside or table["sample"][0] != 0 or table["sample"][-1] != samples:
-        raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
-    if (np.diff(table["sample"]) < 1).any() or (np.diff(table["byte"]) < BLOCK).any():
+    number = table["sample"]
+    byte = table["byte"]
+    for column, most in ((number, samples), (byte, size)):
+        if column.min() < 0 or column.max() > most:
+            raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
+    if number[0] != 0 or number[-1] != samples:
+        raise ValueError(f"it is of another shard than one of {samples} samples")
+    if np.diff(number).min() < 1 or np.diff(byte).min() < TAR_BLOCK:
         raise ValueError("its pages are not in order")
     return table

@@ -1,37 +1,29 @@
-"""What indexing learns of tars by others, of one and of all: shards, page tables, kind, shape and labels."""
+"""What is learned of one tar by reading every byte of it: its page table, and what its samples are."""
 
-import hashlib
 import json
-import logging
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from naign.data.decode import decode_array, decode_image, decoding, header_shape, parse_npy
-from naign.data.format import IndexOptions
-from naign.data.format.labels import label_text, parse_number
-from naign.data.format.manifest import CHANNELS, FORMS, Manifest, Shard
-from naign.data.format.samples import examine
-from naign.data.sample import SUFFIXES
-from naign.errors import InputError, require
+from naign.data.format.manifest import Shard
+from naign.data.format.pages import Pager
+from naign.data.format.tar import TAR_BLOCK
+from naign.data.format.webdataset import scan
+from naign.errors import InputError
 from naign.storage.base import Store
 
-log = logging.getLogger("naign.data")
+MOST_LABELS = 1_000_000  # a larger number in .cls is not a label, and more texts are not classes
+ALIKE = "all samples must be alike; `naign pack folder` makes them so"
 
-KEPT = ".indexing.json"  # ends the names of summaries' files, which exist until index.json does
-
-MOST_LABELS = 1_000_000  # a larger number in .cls is no label, and more texts are no classes
-_BROKEN = "repack the data set, or index it with --keep-broken and train with --data.broken=skip"
-_ALIKE = "all samples must be alike; `naign pack folder` makes them so"
+Seen = tuple[str, tuple[int, ...], set[str]]  # kind, shape and, if there is one, label of a sample
+Inspect = Callable[[dict[str, Any], str, int], Seen]
+"""Inspects a sample, given with its shard's URL and its number there. Raises InputError if it cannot be used."""
 
 
 @dataclass(kw_only=True)
 class Survey:
     """Kind, shape and labels of the samples seen so far; all must be of one kind, and all labelled or none."""
 
-    label: str
     kind: str = ""
     shape: tuple[int, ...] = ()  # (C, 0, 0) of pictures that differ in size
     labels: set[str] = field(default_factory=set)  # as they are written; empty where no sample has one
@@ -39,42 +31,20 @@ class Survey:
     def add(self, kind: str, shape: tuple[int, ...], labels: set[str], where: str) -> None:
         """Add a sample and its label, or samples that are alike. Raises InputError where they are unlike the others."""
         if not self.kind:
-            self.kind, self.shape, self.labels = kind, shape, set(labels)
+            self.kind = kind
+            self.shape = shape
+            self.labels = set(labels)
         if kind != self.kind or (kind == "point" and shape != self.shape):
-            raise InputError(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {_ALIKE}")
-        if kind == "image":  # grey pictures are read as colour where others have it
+            raise InputError(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {ALIKE}")
+        if bool(labels) != bool(self.labels):
+            what = "a label" if labels else "no label"
+            raise InputError(f"{where}: {what}, unlike others: {ALIKE}")
+        if shape != self.shape:  # grey pictures are read as colour where others have it
             sides = shape[1:] if shape[1:] == self.shape[1:] else (0, 0)
             self.shape = (max(shape[0], self.shape[0]), *sides)
-        if bool(labels) != bool(self.labels):
-            what = f"label ({self.label})" if self.label else ".cls"
-            raise InputError(f"{where}: {'a' if labels else 'no'} {what}, unlike others: {_ALIKE}")
         self.labels |= labels
-
-    def manifest(
-        self, name: str, labels: tuple[str, ...], shards: dict[str, list[Shard]], old: Manifest | None
-    ) -> Manifest:
-        """The manifest of shards by split; `old` is the one that it replaces. Raises InputError for unfit `labels`."""
-        manifest = Manifest.of(name, self.kind, self.shape, self._label_names(name, labels), shards)
-        shapes = {(shard.name, shard.bytes, shard.samples) for shard in manifest.shards}
-        before = {(shard.name, shard.bytes, shard.samples) for shard in (old.shards if old else ())}
-        dealt = bool(old and old.dealt and before == shapes)  # tars of `naign pack` stay what they are
-        return replace(manifest, dealt=dealt, label=self.label)
-
-    def _label_names(self, name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
-        """The given names of labels, or those in the samples, in order. Raises InputError for names that do not fit."""
-        numbers = {text: parse_number(text) for text in self.labels}
-        classes = range(0 if self.label else max(numbers.values(), default=-1) + 1)
-        unknown = sorted(self.labels - set(labels)) if self.label and labels else []
-        but = f"{name}: {len(labels)} label names, but"
-        require(
-            (self.labels or not labels, f"{but} no sample has a label: leave them out, or --label"),
-            (len(labels) >= len(classes) or not labels, f"{but} labels up to {len(classes) - 1}: name them all"),
-            (not unknown, f"{but} none of the labels {unknown[:3]}: name them all"),
-            (self.labels or not self.label, f"{name}: no sample has a label where --label says: {self.label}"),
-        )
-        numeric = min(numbers.values(), default=0) >= 0
-        texts = sorted(self.labels, key=lambda text: (numbers[text] if numeric else 0, text))
-        return labels or tuple(map(str, classes or texts))
+        if len(self.labels) > MOST_LABELS:
+            raise InputError(f"{where}: more than {MOST_LABELS} labels are not classes: choose others with --label")
 
 
 @dataclass(kw_only=True)
@@ -84,84 +54,76 @@ class Summary:
     shard: Shard
     table: bytes  # the file of its page table
     survey: Survey
-    keys: npt.NDArray[np.uint64] = field(repr=False)  # hashes of its samples' keys, sorted
-    broken: list[str]  # keys of samples that cannot be decoded
+    broken: dict[str, str]  # keys of samples that cannot be used, and why
     problems: list[str]
 
     def dump(self, version: str) -> bytes:
         """The bytes of its file; `version` says what was read, and how."""
-        facts = {"shard": asdict(self.shard), "survey": asdict(self.survey), "broken": self.broken}
-        packed = {"table": self.table.hex(), "keys": self.keys.astype("<u8").tobytes().hex()}
-        body = json.dumps({"version": version, **facts, **packed}, default=sorted)  # sets, as lists
-        return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "record": body}).encode()
+        fields = {"version": version, **asdict(self), "table": self.table.hex()}
+        return json.dumps(fields, default=sorted).encode()  # sets, as lists
 
     @classmethod
     def parse(cls, data: bytes, version: str) -> "Summary | None":
-        """The summary in a file, None unless it is whole and of that version."""
+        """The summary in a file, None unless it is of that version."""
         try:
-            kept = json.loads(data)
-            record = json.loads(kept["record"])
-            if kept["sha256"] != hashlib.sha256(kept["record"].encode()).hexdigest() or record["version"] != version:
+            fields = json.loads(data)
+            if fields.pop("version") != version:
                 return None
-            shard, facts = Shard(**record["shard"]), record["survey"]
-            survey = Survey(**{**facts, "shape": tuple(facts["shape"]), "labels": set(facts["labels"])})
-            table, keys = bytes.fromhex(record["table"]), np.frombuffer(bytes.fromhex(record["keys"]), "<u8")
-            return cls(shard=shard, table=table, survey=survey, keys=keys, broken=record["broken"], problems=[])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # cut, or of another version of naign
+            survey = Survey(**fields.pop("survey"))
+            survey.shape = tuple(survey.shape)
+            survey.labels = set(survey.labels)
+            shard = Shard(**fields.pop("shard"))
+            table = bytes.fromhex(fields.pop("table"))
+            return cls(shard=shard, table=table, survey=survey, **fields)
+        except (AttributeError, KeyError, TypeError, ValueError):  # cut, or of another version of naign
             return None
 
 
-def summarize(store: Store, name: str, settings: IndexOptions, *, whole: bool = False) -> Summary:
-    """Read every byte of a tar; with `whole` it is also hashed as a whole."""
-    survey, broken, seen = Survey(label=settings.label), list[str](), dict[str, str]()
-
-    def see(sample: dict[str, Any]) -> None:
-        place = f"{store.url(name)}, key {sample['__key__']}"
-        try:
-            check = settings.sample_check
-            kind, shape = _form(sample, place, whole=check is None or len(seen) <= check)
-        except InputError as error:
-            if not settings.keep_broken:
-                raise
-            log.warning("kept: %s", error)
-            broken.append(sample["__key__"])
-            return
-        text = label_text(sample, settings.label, place)
-        if text is not None and not settings.label and not 0 <= parse_number(text) < MOST_LABELS:
-            what = f"label {text[:20]!r} is none that .cls can hold, a number below {MOST_LABELS}"
-            raise InputError(f"{place}: {what}: say where labels are with --label, or repack the data set")
-        survey.add(kind, shape, set() if text is None else {text}, place)
-        if len(survey.labels) > MOST_LABELS:
-            raise InputError(f"{place}: the {MOST_LABELS + 1}th label: --label {settings.label} gives no classes")
-
-    problems, shard, table = examine(store, name, see, seen, whole=whole)
-    keys = np.array(sorted(map(key_hash, seen)) if shard else (), np.uint64)
-    shard = shard or Shard(name=name, samples=0, bytes=0, pages="")
-    return Summary(shard=shard, table=table, survey=survey, keys=keys, broken=broken, problems=problems)
-
-
-def key_hash(key: str) -> int:
-    """64 bits of a key."""
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
-
-
-def _form(sample: dict[str, Any], where: str, *, whole: bool) -> tuple[str, tuple[int, ...]]:
-    """Kind and shape of a sample, decoded if `whole`."""
-    suffix = next((suffix for suffix in SUFFIXES["image"] if suffix in sample), None)
-    if suffix is None:
-        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
+def summarize(store: Store, name: str, inspect: Inspect) -> Summary:
+    """Read every byte of a tar. What is wrong with it, or with single samples, is in `problems` and `broken`."""
+    where = store.url(name)
+    survey = Survey()
+    pager = Pager()
+    keys: set[str] = set()
+    broken: dict[str, str] = {}
+    problems: list[str] = []
     try:
-        if suffix != "npy":
-            return "image", decode_image(sample[suffix]).shape if whole else header_shape(sample[suffix])
-        with decoding():
-            shape, _, dtype, _ = parse_npy(sample[suffix])
-        kind = next((kind for kind, form in FORMS.items() if form == (str(dtype), len(shape))), "")
-        if kind:
-            decode_array(sample[suffix], shape, str(dtype))
-    except InputError as error:
-        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {_BROKEN}") from None
-    if not kind:
-        raise InputError(f"{where}: the .npy is {dtype} of {shape}: images are uint8 (C, H, W), points float32 (D,)")
-    if kind == "image" and shape[0] not in CHANNELS:
-        raise InputError(f"{where}: the .npy has {shape[0]} channels, not 1 or 3: repack the data set")
-    return kind, shape
+        for number, sample in enumerate(scan(store, name, pager)):
+            key = sample["__key__"]
+            if key in keys:
+                problems.append(f"{where}, key {key}: twice, or its members are apart: repack the data set")
+            keys.add(key)
+            try:
+                kind, shape, labels = inspect(sample, where, number)
+            except InputError as error:
+                broken[key] = str(error)
+                continue
+            try:
+                survey.add(kind, shape, labels, f"{where}, key {key}")
+            except InputError as error:
+                problems.append(str(error))
+        problems += _end_problems(pager, where)
+        shard, table = pager.shard(name)
+    except InputError as error:  # missing, or not a tar from some byte on
+        problems.append(str(error))
+        shard = Shard(name=name, samples=0, bytes=0, pages="")
+        table = b""
+    return Summary(
+        shard=shard,
+        table=table,
+        survey=survey,
+        broken=broken,
+        problems=problems,
+    )
+
+
+def _end_problems(pager: Pager, where: str) -> list[str]:
+    """What is wrong with the end of a tar."""
+    if not pager.samples:
+        return [f"{where}: holds no samples: remove it"]
+    rest = pager.get(pager.after, pager.size)
+    if len(rest) < 2 * TAR_BLOCK:  # cut between two samples it reads as if whole
+        return [f"{where}: ends in the middle: no end-of-archive mark: copy it again"]
+    if rest.strip(b"\0"):
+        return [f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them"]
+    return []

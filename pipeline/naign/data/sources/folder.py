@@ -2,25 +2,20 @@
 
 import logging
 import os
-from itertools import chain, count
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
-from tqdm.contrib.concurrent import thread_map
 
-from naign.data.decode import decoding, in_mode, open_picture
-from naign.data.order import shuffled
-from naign.data.resize import parse_size
-from naign.data.sources.source import Example, Made, Source
-from naign.errors import InputError, require
+from naign.data.decode import Array
+from naign.data.resize import Resize, channels, parse_size, resized
+from naign.data.sources.source import BrokenPicture, Example, Made, Source, draw_test
+from naign.errors import InputError
 
 log = logging.getLogger(__name__)
 
 WINDOWS = ("Thumbs.db", "desktop.ini")  # files that Windows leaves in folders of pictures
-NAMED = 20  # skipped files that are named; of more only the number is logged
-TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/
 
 
 class Picture(NamedTuple):
@@ -28,135 +23,152 @@ class Picture(NamedTuple):
 
     file: Path
     path: PurePosixPath  # relative to the tree, or to its train/ or test/
-    where: str  # for messages
 
     @property
     def top(self) -> str:
         """The name of its first folder, or ""."""
-        return self.path.parts[0] if len(self.path.parts) > 1 else ""
+        if len(self.path.parts) > 1:
+            return self.path.parts[0]
+        return ""
 
 
-def from_tree(name: str, root: Path, *, size: str | int, channels: int, seed: int = 0, skip: bool = False) -> Source:
+class Form(NamedTuple):
+    """What pictures become."""
+
+    resize: Resize
+    channels: int
+
+    @classmethod
+    def parse(cls, size: str | int, count: int) -> "Form":
+        """Of --size, such as 64 or 48x64, and --channels."""
+        if count not in (1, 3):
+            raise InputError(f"no {count} channels: use --channels 1 or 3")
+        height, width = parse_size(str(size), "--size")
+        return cls(Resize(height=height, width=width), count)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.channels, self.resize.height, self.resize.width
+
+    def read(self, data: bytes, where: str) -> Array:
+        """The largest central window of an upright picture, resized, (C, height, width) uint8. Raises BrokenPicture."""
+        try:
+            return np.ascontiguousarray(channels(resized(data, self.resize), self.channels))
+        except InputError as error:
+            raise BrokenPicture(f"{where}: {error}") from None
+
+
+def from_tree(
+    root: Path,
+    *,
+    size: str | int,
+    channels: int,
+    seed: int = 0,
+    skip: bool = False,
+) -> Source:
     """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside), with
     `size` pixels a side, or height x width as 48x64, and 3 channels (colour) or 1 (grey).
 
     The splits are the top folders train/ and test/ where both are there, else a tenth, drawn by the seed, is the test
-    split. Names that start with a dot and WINDOWS are passed over, and with `skip`, which decodes every picture once
-    more, files that are no picture. Raises InputError, naming the file, for other such files and for broken links.
+    split. Names that start with a dot and WINDOWS are passed over, and with `skip` files of no picture are left out
+    when they are packed. Raises InputError, naming the file, for broken links and folders that cannot be read.
     """
-    require((channels in (1, 3), f"no {channels} channels: use --channels 1 or 3"))
-    height, width = parse_size(str(size), "--size")
-    pictures = _pictures(root)
-    if skip:
-        pictures = _decodable(pictures, root, (width, height), channels)
-    require((len(pictures) > 1, f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path"))
-    empty = {"train", "test"} - {picture.path.parts[0] for picture in pictures}
-    if empty and (root / "train").is_dir() and (root / "test").is_dir():
-        raise InputError(f"{root}: {min(empty)}/ holds no pictures: put some there, or remove it")
-    splits = _split(pictures, seed)
-    names = {picture.top for group in splits.values() for picture in group}
-    labels = () if "" in names else tuple(sorted(names))
-    if "" in names and len(names) > 1:
-        inside = ", ".join(sorted(names - {""}))
-        log.warning("no labels: pictures lie in %s, but others in no folder; move these into one for labels", inside)
-    made = {split: _examples(group, labels, (width, height), channels) for split, group in splits.items()}
-    return Source(name=name or "folder", kind="image", shape=(channels, height, width), labels=labels, splits=made)
+    form = Form.parse(size, channels)
+    pictures = _find_pictures(root)
+    if len(pictures) < 2:
+        raise InputError(f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path")
+    splits = _split(pictures, root, seed)
+    names = {picture.top for split in splits.values() for picture in split}
+    labels = sorted(names)
+    if "" in names:
+        labels = []
+        if len(names) > 1:
+            inside = ", ".join(sorted(names - {""}))
+            log.warning("no labels: pictures lie in %s, others in no folder; move these into one for labels", inside)
+    made = {}
+    for split, group in splits.items():
+        make = partial(_make, group, _keys(group), labels, form)
+        made[split] = Made(length=len(group), make=make, skip=skip)
+    return Source(
+        name="folder",
+        kind="image",
+        shape=form.shape,
+        labels=tuple(labels),
+        splits=made,
+    )
 
 
-def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
-    """The largest central window of an upright picture at (width, height). InputError says why there is none."""
-    with decoding(), open_picture(data) as opened:
-        upright = in_mode(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
-        return ImageOps.fit(upright, size, method=Image.Resampling.LANCZOS)
+def _make(
+    pictures: list[Picture],
+    keys: list[str],
+    labels: list[str],
+    form: Form,
+    index: int,
+) -> Example:
+    picture = pictures[index]
+    where = _printable(str(picture.file))
+    try:
+        data = picture.file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({error.strerror}): check its owner and mode") from None
+    return keys[index], form.read(data, where), labels.index(picture.top) if labels else -1
 
 
-def _pictures(root: Path) -> list[Picture]:
-    """The files of the tree, in order."""
-    require((root.is_dir(), f"{root}: no such folder: give a folder of pictures with --root; unpack an archive first"))
+def _find_pictures(root: Path) -> list[Picture]:
+    """The files of the tree, in order. Links to folders are followed."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder: give a folder of pictures with --root; unpack an archive first")
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}): check the owner and mode of the folder")
 
-    pictures, paths = list[Picture](), list[Path]()
-    for folder, inner, files in os.walk(root, onerror=refuse):
+    pictures = []
+    for name, inner, files in os.walk(root, onerror=refuse, followlinks=True):
+        folder = Path(name)
         inner[:] = [name for name in inner if not name.startswith(".")]
-        paths += [Path(folder, name) for name in (*inner, *files) if not name.startswith((".", *WINDOWS))]
-    for path in sorted(paths):
-        if path.is_file():
-            pictures.append(Picture(path, PurePosixPath(path.relative_to(root)), _printable(str(path))))
-        elif path.is_symlink() or not path.is_dir():
-            what = "neither file nor folder, or a link that leads to no file"
-            raise InputError(f"{path}: {what}: remove it, or put the file itself there")
-    return pictures
+        for link in map(folder.joinpath, inner):
+            if link.is_symlink() and link.resolve() in [above.resolve() for above in (folder, *folder.parents)]:
+                raise InputError(f"{link}: a link that leads back to a folder above it: remove it")
+        for file in map(folder.joinpath, files):
+            if file.name.startswith((".", *WINDOWS)):
+                continue
+            if not file.is_file():
+                what = "neither file nor folder, or a link that leads to none"
+                raise InputError(f"{file}: {what}: remove it, or put the file itself there")
+            pictures.append(Picture(file, PurePosixPath(file.relative_to(root))))
+    return sorted(pictures)
 
 
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
-def _decodable(pictures: list[Picture], root: Path, size: tuple[int, int], channels: int) -> list[Picture]:
-    from joblib import cpu_count  # of the cores that this process may use
-
-    def problem(picture: Picture) -> str:
-        """Why its bytes are no picture, or ''. InputError where they cannot be read or decoded for another reason."""
-        try:
-            fitted(picture.file.read_bytes(), size, channels)
-        except OSError as error:
-            raise InputError(f"{picture.where}: cannot be read ({error.strerror}): check its owner and mode") from None
-        except InputError as error:
-            if not isinstance(error.__context__, MemoryError):
-                return str(error)
-            raise InputError(f"{picture.where}: not enough memory to decode it: free some, or remove it") from None
-        return ""
-
-    # Threads, as decoding releases the interpreter's lock.
-    reasons = thread_map(problem, pictures, max_workers=cpu_count(), desc="decode folder", unit="picture")
-    checked = list(zip(pictures, reasons, strict=True))
-    broken = [f"{picture.where}: {reason}" for picture, reason in checked if reason]
-    for what in broken[:NAMED]:
-        log.warning("%s: passed over", what)
-    if len(broken) > NAMED:
-        log.warning("%s: %d more files that are no picture: passed over", root, len(broken) - NAMED)
-    return [picture for picture, reason in checked if not reason]
+def _split(pictures: list[Picture], root: Path, seed: int) -> dict[str, list[Picture]]:
+    """The pictures of each split."""
+    if not ((root / "train").is_dir() and (root / "test").is_dir()):
+        train, test = draw_test(len(pictures), seed)
+        return {"train": [pictures[index] for index in train], "test": [pictures[index] for index in test]}
+    splits: dict[str, list[Picture]] = {"train": [], "test": []}
+    for picture in pictures:
+        if picture.top not in splits:
+            raise InputError(f"{_printable(str(picture.file))}: lies beside train/ and test/: move it into one of them")
+        splits[picture.top].append(Picture(picture.file, picture.path.relative_to(picture.top)))
+    for split, group in splits.items():
+        if not group:
+            raise InputError(f"{root}: {split}/ holds no pictures: put some there, or remove it")
+    return splits
 
 
-def _split(pictures: list[Picture], seed: int) -> dict[str, list[Picture]]:
-    tops = {picture.top for picture in pictures}
-    if {"train", "test"} <= tops:
-        if odd := next((picture for picture in pictures if picture.top not in ("train", "test")), None):
-            raise InputError(f"{odd.where}: lies beside train/ and test/: move it into one of them")
-        inside = [(picture.top, picture._replace(path=PurePosixPath(*picture.path.parts[1:]))) for picture in pictures]
-    else:
-        test = set(shuffled(len(pictures), seed)[: max(1, round(TEST_SHARE * len(pictures)))])
-        inside = [("test" if index in test else "train", picture) for index, picture in enumerate(pictures)]
-    return {split: [picture for top, picture in inside if top == split] for split in ("train", "test")}
-
-
-def _examples(pictures: list[Picture], labels: tuple[str, ...], size: tuple[int, int], channels: int) -> Made:
-    numbers = {label: number for number, label in enumerate(labels)}
-    keys = _keys([picture.path for picture in pictures])
-
-    def make(index: int) -> Example:
-        picture = pictures[index]
-        try:
-            pixels = np.asarray(fitted(picture.file.read_bytes(), size, channels))
-        except OSError as error:
-            raise InputError(f"{picture.where}: cannot be read ({error.strerror}): check its owner and mode") from None
-        except InputError as error:
-            remedy = "remove it, repair it, or pass over all such files with --broken skip"
-            raise InputError(f"{picture.where}: {error}: {remedy}") from None
-        array = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return keys[index], array, numbers[picture.path.parts[0]] if labels else -1
-
-    return Made(length=len(pictures), make=make)
-
-
-def _keys(paths: list[PurePosixPath]) -> list[str]:
+def _keys(pictures: list[Picture]) -> list[str]:
     """WebDataset keys like the paths: no dots (they start a suffix), no leading __ (metadata), printable, each once."""
     keys: dict[str, None] = {}
-    for path in paths:
-        shown = _printable(str(path.with_suffix("")))
+    for picture in pictures:
+        shown = _printable(str(picture.path.with_suffix("")))
         base = "/".join(part.replace(".", "_").lstrip("_") or "_" for part in shown.split("/"))
-        variants = chain([base], (f"{base}_{number}" for number in count(2)))
-        keys[next(key for key in variants if key not in keys)] = None
+        key = base
+        number = 1
+        while key in keys:
+            number += 1
+            key = f"{base}_{number}"
+        keys[key] = None
     return list(keys)

@@ -1,13 +1,23 @@
 """What every source gives: keys, arrays and labels, by split."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from naign.data.decode import Array
 from naign.data.order import shuffled
 from naign.errors import InputError
 
+log = logging.getLogger("naign.data")
+
+TEST_SHARE = 0.1  # of the examples, where a source has no test split of its own
+SUBSET = 2  # stream of random numbers that neither packing nor toys have: with theirs it would be an order, not chance
+
 Example = tuple[str, Array, int]  # key, array, label (-1 for none)
+
+
+class BrokenPicture(InputError):
+    """The bytes of an example are not those of a picture."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -16,6 +26,7 @@ class Made:
 
     length: int
     make: Callable[[int], Example]
+    skip: bool = False  # leave out examples for which `make` raises BrokenPicture
 
     def __len__(self) -> int:
         return self.length
@@ -25,16 +36,16 @@ class Made:
             raise IndexError(index)
         return self.make(index)
 
-
-def labelled(keys: Sequence[str], arrays: Array, labels: Array) -> Made:
-    """The examples of an array, with their keys and labels."""
-    return Made(length=len(keys), make=lambda row: (keys[row], arrays[row], int(labels[row])))
-
-
-def train_and_test(train: tuple[Array, Array], test: tuple[Array, Array]) -> dict[str, Made]:
-    """The splits of arrays of examples and of labels; the keys are numbered."""
-    splits = {"train": train, "test": test}
-    return {name: labelled([f"{name}-{row:05d}" for row in range(len(of[0]))], *of) for name, of in splits.items()}
+    def sound(self, rows: list[int]) -> Iterator[Example]:
+        """The examples of these rows, but those to be left out, of which it warns."""
+        for row in rows:
+            try:
+                yield self.make(row)
+            except BrokenPicture as error:
+                if not self.skip:
+                    remedy = "remove it, repair it, or leave out all such pictures with --broken skip"
+                    raise InputError(f"{error}: {remedy}") from None
+                log.warning("%s: left out", error)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -48,20 +59,28 @@ class Source:
     splits: dict[str, Made]
 
 
-def subset(source: Source, *, train: int | None = None, without: tuple[str, ...] = (), seed: int = 0) -> Source:
-    """The source with `train` training examples (None: all), drawn by the seed, and none of the labels `without`; its
-    test split is whole. Raises InputError where too few are left.
-    """
-    if unknown := [label for label in without if label not in source.labels]:
-        raise InputError(f"{source.name} has no label {unknown[0]!r}: --without takes {', '.join(source.labels)}")
-    if train is not None and train < 1:
-        raise InputError(f"{source.name}:{train}: give at least 1, the number of training examples to keep")
+def labelled(keys: Sequence[str], arrays: Array, labels: Array) -> Made:
+    """The examples of an array, with their keys and labels."""
+    return Made(length=len(keys), make=lambda row: (keys[row], arrays[row], int(labels[row])))
+
+
+def numbered(split: str, arrays: Array, labels: Array) -> Made:
+    """The examples of an array, whose keys are the split and a number."""
+    return labelled([f"{split}-{row:05d}" for row in range(len(arrays))], arrays, labels)
+
+
+def draw_test(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers below `count` for training and, drawn by the seed, a tenth of them for testing; each ascending."""
+    order = shuffled(count, seed)
+    few = max(1, round(TEST_SHARE * count))
+    return sorted(order[few:]), sorted(order[:few])
+
+
+def subset(source: Source, count: int, *, seed: int = 0) -> Source:
+    """The source with `count` training examples, drawn by the seed; its test split is whole. InputError for too few."""
     whole = source.splits["train"]
-    left_out = {source.labels.index(label) for label in without}
-    # Of a stream that neither packing nor toys have: the same numbers twice would be an order, not chance.
-    kept = [row for row in shuffled(len(whole), seed, 2) if not left_out or whole[row][2] not in left_out]
-    if len(kept) < (train or 1):
-        raise InputError(f"{source.name} has {len(kept)} such training examples, fewer than the {train or 1} asked for")
-    kept = sorted(kept[:train])
-    few = Made(length=len(kept), make=lambda index: whole[kept[index]])
+    if not 1 <= count <= len(whole):
+        raise InputError(f"{source.name} has {len(whole)} training examples: ask for 1 to so many, not for {count}")
+    rows = sorted(shuffled(len(whole), seed, SUBSET)[:count])
+    few = replace(whole, length=count, make=lambda index: whole[rows[index]])
     return replace(source, splits={**source.splits, "train": few})

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from naign.data.sources.source import Source, train_and_test
+from naign.data.sources.source import Source, numbered
 from naign.errors import InputError
 
-TRAIN, TEST = 50_000, 10_000  # points a split
+TRAIN = 50_000  # points
+TEST = 10_000
 STREAM = 1  # second word of the key: packing deals with 0 there, and would sort what was drawn by the same numbers
 
 Points = npt.NDArray[Any]  # (count, 2) float64
@@ -18,23 +19,20 @@ Labels = npt.NDArray[np.int64]  # (count,)
 
 def moons(label: Labels, random: np.random.Generator) -> Points:
     """Two interleaving half circles of radius 0.6, angle uniform."""
-    angle = random.uniform(0, np.pi, len(label))
     sign = 1 - 2 * label  # +1 upper arc, -1 lower
-    return np.stack([sign * (0.6 * np.cos(angle) - 0.3), sign * (0.6 * np.sin(angle) - 0.15)], axis=1)
+    points: Points = sign[:, None] * (_circle(0.6, random.uniform(0, np.pi, len(label))) - [0.3, 0.15])
+    return points
 
 
 def spirals(label: Labels, random: np.random.Generator) -> Points:
     """Two arms, r = 0.9 sqrt(u), angle 3 pi sqrt(u) (+ pi), u uniform."""
     root = np.sqrt(random.uniform(0, 1, len(label)))
-    angle = 3 * np.pi * root + np.pi * label
-    points: Points = 0.9 * root[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return points
+    return _circle(0.9 * root[:, None], 3 * np.pi * root + np.pi * label)
 
 
 def gaussians(label: Labels, random: np.random.Generator) -> Points:
     """Eight centres evenly on the circle of radius 0.8."""
-    angle = 2 * np.pi * label / 8
-    return 0.8 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return _circle(0.8, 2 * np.pi * label / 8)
 
 
 def gaussians25(label: Labels, random: np.random.Generator) -> Points:
@@ -44,8 +42,12 @@ def gaussians25(label: Labels, random: np.random.Generator) -> Points:
 
 def ring(label: Labels, random: np.random.Generator) -> Points:
     """The circle of radius 0.7 itself, angle uniform: a manifold whose distance is known everywhere."""
-    angle = random.uniform(0, 2 * np.pi, len(label))
-    return 0.7 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return _circle(0.7, random.uniform(0, 2 * np.pi, len(label)))
+
+
+def _circle(radius: float | Points, angle: Points) -> Points:
+    points: Points = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return points
 
 
 DISTRIBUTIONS: dict[str, tuple[int, float, Callable[[Labels, np.random.Generator], Points]]] = {
@@ -64,15 +66,25 @@ def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], 
         names = ", ".join(f"toy2d:{known}" for known in DISTRIBUTIONS)
         raise InputError(f"no toy data set {name!r}: choose one of {names}")
     parts, deviation, place = DISTRIBUTIONS[name]
-    random = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, STREAM], np.uint64)))
+    key = np.array([seed % 2**64, STREAM], np.uint64)
+    random = np.random.Generator(np.random.Philox(key=key))
     labels = random.integers(parts, size=count)
     points = place(labels, random) + random.normal(0, deviation, (count, 2))
     return points.astype(np.float32), labels
 
 
-def toy2d(name: str, *, seed: int = 0) -> Source:
+def toy2d(name: str, seed: int = 0) -> Source:
     """A distribution as a source, 50,000 points to train and 10,000 to test, drawn together. Raises InputError."""
     points, labels = draw(name, TRAIN + TEST, seed=seed)
+    splits = {
+        "train": numbered("train", points[:TRAIN], labels[:TRAIN]),
+        "test": numbered("test", points[TRAIN:], labels[TRAIN:]),
+    }
     names = tuple(f"part {number}" for number in range(DISTRIBUTIONS[name][0]))
-    splits = train_and_test((points[:TRAIN], labels[:TRAIN]), (points[TRAIN:], labels[TRAIN:]))
-    return Source(name=f"toy2d:{name}", kind="point", shape=(2,), labels=names, splits=splits)
+    return Source(
+        name=f"toy2d:{name}",
+        kind="point",
+        shape=(2,),
+        labels=names,
+        splits=splits,
+    )
