@@ -45,7 +45,7 @@ def test_what_earlier_processes_left_is_pruned_too(bucket):
 
 
 def test_a_bucket_keeps_the_best_that_it_names_until_it_holds_a_better_one(bucket, tmp_path, monkeypatch):
-    remote, sent = f"{bucket}/best", module._copy
+    remote, sent = f"{bucket}/best", module.send_file
 
     def send(file, url):
         if file.name == "model.bin" and file.parent.name in unsent:
@@ -55,7 +55,7 @@ def test_a_bucket_keeps_the_best_that_it_names_until_it_holds_a_better_one(bucke
             assert open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST) and before[-1] <= set(steps(remote))
         sent(file, url)
 
-    monkeypatch.setattr(module, "_copy", send)
+    monkeypatch.setattr(module, "send_file", send)
     writer, unsent = Writer(tmp_path, rank=0, world=1, keep=1, remote=remote), {"step-00000002"}
     before = list[set[int]]()
     for step, best, kept, named in ((1, True, [1], 1), (2, True, [1], 1), (3, False, [1, 3], 1), (4, True, [4], 4)):
@@ -83,7 +83,7 @@ def test_the_process_that_started_last_has_the_bucket(bucket, caplog):
 
 
 def test_a_checkpoint_sent_while_another_process_takes_the_bucket_over_does_not_count(bucket, tmp_path, monkeypatch):
-    remote, copy = f"{bucket}/run", module._copy
+    remote, copy = f"{bucket}/run", module.send_file
     writer = Writer(tmp_path, rank=0, world=1, keep=0, remote=remote, claim=take_over(remote))
 
     def send(file, url):
@@ -91,7 +91,7 @@ def test_a_checkpoint_sent_while_another_process_takes_the_bucket_over_does_not_
         if file.name == "model.bin":
             take_over(remote)
 
-    monkeypatch.setattr(module, "_copy", send)
+    monkeypatch.setattr(module, "send_file", send)
     writer.start("step-00000001", lambda: None, {"model.bin": lambda file: file.write_bytes(b"m")})
     with pytest.raises(InputError, match="taken over by a run that started later"):
         writer.join()
@@ -134,6 +134,6 @@ class Stranger:
 @pytest.mark.parametrize("name", ["../../out", "/tmp/out", "..", ".", "a/b", "a\x1b[2J"])
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "locate", lambda url: (Stranger(name), url.rpartition("/")[2]))
-    with pytest.raises(InputError, match="is no name of a file in a run"):
+    with pytest.raises(InputError, match="is not a name that a file of a run can have"):
         fetch_shown("s3://there", tmp_path / "run")
     assert not list(tmp_path.rglob("*"))

@@ -292,28 +292,6 @@ def test_page_tables_of_our_own_tars_are_made_anew(tmp_path: Path) -> None:
     assert index(str(tmp_path), name="numbered", labels=("even", "odd"), force=True, progress=False) == before
 
 
-def test_a_bucket_of_others_may_be_public_or_cost_the_reader(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from naign.storage.s3_client import client, forget_clients
-
-    write(f"{bucket}/theirs", TARS[:2])
-    asked = []
-    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
-    forget_clients()
-    client().meta.events.register("before-send.s3", lambda request, **_: asked.append(request.headers))
-    assert index(f"{bucket}/theirs", to="", progress=False).split("train").samples == 6
-    reads = [headers for headers in asked if b"Range" in headers or "Range" in headers]
-    assert reads and all(headers["x-amz-request-payer"] in ("requester", b"requester") for headers in reads)
-    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
-    forget_clients()
-    client().meta.events.register("before-send.s3", lambda request, **_: asked.append(request.headers))
-    asked.clear()
-    with pytest.raises(InputError, match="access denied"):
-        open_store(f"{bucket}/theirs").list()
-    assert asked and not any("Authorization" in headers for headers in asked)
-    monkeypatch.undo()
-    forget_clients()
-
-
 def test_a_broken_tar_costs_no_second_reading_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, scanned = [], samples.scan
 

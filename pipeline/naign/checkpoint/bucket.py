@@ -1,15 +1,15 @@
 """The copy of a run in a bucket: checkpoints, each with its manifest written last, and the files of its reports."""
 
-import contextlib
 import fnmatch
 import json
 import logging
 import re
-import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,28 @@ from naign.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_wh
 from naign.errors import Conflict, Damaged, InputError
 from naign.storage.base import Store
 from naign.storage.local import sync_file, write_atomically
+from naign.storage.prefetch import in_order
 from naign.storage.store import locate, open_store
 
 RECORDS = ("config.yaml", "metrics.jsonl")
 PICTURES = ("tensorboard/*", "samples/*", "trackers/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest; BEST and PICTURES after it."""
 CHANGING = ("config.yaml", BEST)
+OWNER = "owner.json"  # names the only process that may write to the bucket: the one that started last
+AT_ONCE = 16  # requests
 
 log = logging.getLogger("naign.bucket")
-
-OWNER = "owner.json"  # names the only process that may write to the bucket: the one that started last
 
 
 def upload(folder: Path, remote: str, names: list[str]) -> None:
     """Copy `names` of a checkpoint's folder (.../checkpoints/step-00001234). Raises InputError or Unavailable."""
     for name in names:
-        _copy(folder / name, f"{remote}/checkpoints/{folder.name}/{name}")
+        send_file(folder / name, f"{remote}/checkpoints/{folder.name}/{name}")
+
+
+def send_file(file: Path, url: str) -> None:
+    store, name = locate(url)
+    store.put_file(name, file)
 
 
 def newest_first(remote: str) -> Iterator[str]:
@@ -45,21 +51,29 @@ def newest_first(remote: str) -> Iterator[str]:
 def round_of(remote: str, name: str) -> int:
     """The round of a checkpoint; -1 if trainer.json does not say, or a file is missing or of another size."""
     where = f"{remote}/checkpoints/{name}"
+    store = open_store(where)
     try:
-        for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
-            store, base = locate(f"{where}/{file}")
-            if not store.exists(base) or store.size(base) != entry["bytes"]:
+        entries = read_manifest(store.read(MANIFEST))
+        calls = (partial(_has_size, f"{where}/{file}", entry["bytes"]) for file, entry in entries.items())
+        with closing(in_order(calls, AT_ONCE)) as checked:
+            if not all(checked):
                 return -1
-        return int(json.loads(open_store(where).read("trainer.json"))["round"])
+        return int(json.loads(store.read("trainer.json"))["round"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return -1
+
+
+def _has_size(url: str, size: int) -> bool:
+    store, name = locate(url)
+    return store.size(name) == size
 
 
 def download(remote: str, name: str, checkpoints: Path) -> Path:
     """Download a checkpoint, its manifest last; intact local files are kept. Returns its folder. Raises Damaged if a
     file does not match the manifest, or the manifest names a file outside the folder.
     """
-    where, folder = f"{remote}/checkpoints/{name}", checkpoints / name
+    where = f"{remote}/checkpoints/{name}"
+    folder = checkpoints / name
     text = open_store(where).read(MANIFEST)
     try:
         files = read_manifest(text)
@@ -69,7 +83,7 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
             if not is_whole(folder / file, entry):  # else left by an interrupted download
                 _download_file(where, file, entry, folder)
     except (ValueError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise Damaged(f"{where} is damaged ({error}): remove it") from None
+        raise _damaged(where, error) from None
     (folder / MANIFEST).write_bytes(text)
     return folder
 
@@ -79,12 +93,17 @@ def fetch_file(remote: str, name: str, files: Iterable[str], folder: Path) -> Pa
     where = f"{remote}/checkpoints/{name}"
     try:
         entries = read_manifest(open_store(where).read(MANIFEST))
-        if not (there := [file for file in files if file in entries]):
-            raise ValueError("its manifest names no weights")
-        _download_file(where, there[0], entries[there[0]], folder)
-    except (ValueError, KeyError) as error:
-        raise Damaged(f"{where} is damaged ({error}): remove it") from None
-    return folder / there[0]
+        for file in files:
+            if file in entries:
+                _download_file(where, file, entries[file], folder)
+                return folder / file
+    except ValueError as error:
+        raise _damaged(where, error) from None
+    raise _damaged(where, "its manifest names no weights")
+
+
+def _damaged(where: str, problem: object) -> Damaged:
+    return Damaged(f"{where} is damaged ({problem}): remove it")
 
 
 def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -> None:
@@ -93,7 +112,7 @@ def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -
     store, base = locate(f"{where}/{file}")
     if store.size(base) != entry["bytes"]:  # before it fills the disk
         raise ValueError(f"{file} has another size")
-    with contextlib.closing(store.pieces(base)) as pieces, (folder / file).open("wb") as target:
+    with closing(store.pieces(base)) as pieces, (folder / file).open("wb") as target:
         target.writelines(pieces)
     sync_file(folder / file)
     if not is_whole(folder / file, entry):
@@ -102,14 +121,15 @@ def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -
 
 def fetch_shown(remote: str, run: Path) -> int:
     """Download records, TensorBoard's files and pictures that are missing here or differ. Returns their number."""
-    fetched, remote = 0, remote.rstrip("/")
+    remote = remote.rstrip("/")
+    fetched = 0
     for pattern in (*RECORDS, BEST, *PICTURES):
         store, wanted = locate(f"{remote}/{pattern}")
         for name in fnmatch.filter(store.list(), wanted):
             if name in (".", "..") or Path(name).name != name or not name.isprintable():  # untrusted
-                raise InputError(f"{store.url(name)!r} is no name of a file in a run: remove that object")
+                raise InputError(f"{store.url(name)!r} is not a name that a file of a run can have: remove that object")
             file = (run / pattern).with_name(name)
-            if not file.exists() or not _is_same(file, store, name):
+            if not file.exists() or not _is_same(file, store):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, store.read(name), sync=False)
                 fetched += 1
@@ -122,8 +142,8 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
         store, _ = locate(f"{remote}/{pattern}")
         uploaded = set(store.list())
         for file in sorted(run.glob(pattern)):
-            if file.name not in uploaded or not _is_same(file, store, file.name):
-                _copy(file, store.url(file.name))
+            if file.name not in uploaded or not _is_same(file, store):
+                send_file(file, store.url(file.name))
 
 
 def send_best(run: Path, remote: str) -> str:
@@ -135,41 +155,45 @@ def send_best(run: Path, remote: str) -> str:
     return name
 
 
-def _is_same(file: Path, store: Store, name: str) -> bool:
+def _is_same(file: Path, store: Store) -> bool:
     """Whether an object equals the file: by content where that is replaced, by size where the file only grows."""
-    with contextlib.suppress(InputError):
-        if name in CHANGING or file.parent.name == "trackers":
-            return store.read(name) == file.read_bytes()
-        return store.size(name) == file.stat().st_size
-    return False
+    try:
+        if file.name in CHANGING or file.parent.name == "trackers":
+            return store.read(file.name) == file.read_bytes()
+        return store.size(file.name) == file.stat().st_size
+    except InputError:
+        return False
 
 
 def take_over(remote: str) -> str:
     """Become the only process that may write to the bucket, and log who was. Returns the claim for `check_claim`."""
-    if before := _owner(remote):
+    before = _owner(remote)
+    if before:
         former = f"the earlier start of this run on {before['host']} at {before['since']}"
         log.info("%s: %s can no longer upload", remote, former)
-    claim = uuid.uuid4().hex
-    owner = {"claim": claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    owner = {
+        "claim": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     open_store(remote).put(OWNER, json.dumps(owner).encode())
-    return claim
+    return owner["claim"]
 
 
 def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if another process has called `take_over` since."""
     owner = _owner(remote)
-    if owner.get("claim", "") not in ("", claim):
+    if owner and owner["claim"] not in ("", claim):
         later = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
         raise Conflict(f"{later}: this one exits and writes no more to it; give each run its own --run.remote")
 
 
 def _owner(remote: str) -> dict[str, str]:
     """The claim, host and start of the process that may write to the bucket; {} if it is missing or unreadable."""
-    owner = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in read_object(remote, OWNER).items()}
-    return {"claim": "", "host": "?", "since": "?"} | owner if owner else {}
-
-
-def _copy(file: Path, url: str) -> None:
-    store, name = locate(url)
-    with file.open("rb") as source, store.write(name) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
+    found = read_object(remote, OWNER)
+    if not found:
+        return {}
+    owner = {"claim": "", "host": "?", "since": "?"}
+    for key, value in found.items():
+        owner[key] = re.sub(r"[^\w.:+-]", "?", str(value))
+    return owner

@@ -119,10 +119,7 @@ def measure(run: Run, quality: Quality, state: RoundState, values: dict[str, flo
 def finish(run: Run) -> bool:
     """Wait for the last checkpoint and its copy. Returns whether the budget is spent and all is written. Collective."""
     run.watchdog.enter("finish", run.position.round)
-    written = run.writer.join()
-    if written and run.writer.unsent:  # once more: whoever starts this run again may have only the bucket
-        run.writer.resend(run.writer.unsent)
-        written = run.writer.join()
+    written = run.writer.finish()
     if not written:
         log.warning("the newest checkpoint, or its copy, could not be finished in time")
     return run.finished and not total([float(not written)], run.accelerator)[0]
