@@ -1,6 +1,5 @@
-"""Stores for the tests of this folder: S3, Google's and Azure's kind, each empty and found through the environment."""
+"""Stores for the tests of this folder: buckets of S3 and of Google's kind, found through the environment."""
 
-import secrets
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,9 +16,6 @@ from naign.storage.base import Store
 from naign.storage.others import OtherStore
 from naign.storage.store import open_store
 from tests.servers import S3Server
-from tests.storage.azurite import PROGRAM, Azurite
-
-needs_azurite = pytest.mark.skipif(PROGRAM is None, reason="needs azurite-blob: npm install -g azurite")
 
 
 @pytest.fixture(autouse=True)
@@ -35,20 +31,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     OtherStore.forget_client()
     yield
     OtherStore.forget_client()
-
-
-@pytest.fixture(scope="module")
-def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
-    with Azurite(tmp_path_factory.mktemp("azurite")) as server:
-        yield server
-
-
-@pytest.fixture
-def container(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A new container, as "az://name"."""
-    for name, value in azurite.environment.items():
-        monkeypatch.setenv(name, value)
-    return azurite.container(f"c{secrets.token_hex(8)}")
 
 
 class Signing(BaseHTTPRequestHandler):
@@ -103,7 +85,7 @@ def google(bucket: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterat
     server.shutdown()
 
 
-@pytest.fixture(params=["bucket", pytest.param("container", marks=needs_azurite), "google"])
+@pytest.fixture(params=["bucket", "google"])
 def place(request: pytest.FixtureRequest) -> str:
     """A new bucket of each kind."""
     address: str = request.getfixturevalue(request.param)

@@ -14,17 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-import webdataset
 
-from naign.data.format.writer import pack
 from naign.errors import InputError, Unavailable
 from naign.storage.base import Store
 from naign.storage.s3_client import client, forget_clients
 from naign.storage.store import open_store
-from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
-from tests.streams import gopen
 
 MIB = 1 << 20
 DATA = random.Random(0).randbytes(3 * MIB + 12_345)
@@ -45,9 +41,12 @@ def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part:
     assert store.read("a") == data
     for first, last in [(0, 1), (0, size), (999, 1001), (1000, 2000), (size - 1, size), (5, 5), (size, size)]:
         assert store.read("a", first, last) == data[first:last]
-    assert store.read("a", 1234) == data[1234:] and store.read("a", size) == b""
+    assert store.read("a", 1234) == data[1234:]
+    assert store.read("a", size) == b""
     taken = store.tally.take()
-    assert taken.bytes >= 2 * size and not taken.cached and not taken.reread
+    assert taken.bytes >= 2 * size
+    assert not taken.cached
+    assert not taken.reread
     assert b"".join(store.pieces("a")) == data
     with pytest.raises(InputError, match=f"where/a: {size} bytes where {size + 1} were expected: truncated: copy it"):
         store.read("a", 0, size + 1)
@@ -106,7 +105,8 @@ def test_an_upload_that_fails_leaves_nothing_behind(
     client().meta.events.register("before-parameter-build.s3.UploadPart", fail)
     with pytest.raises(KeyError):
         store.put("a", bytes(12 * MIB))
-    assert store.list() == [] and unfinished(s3, bucket) == []
+    assert store.list() == []
+    assert unfinished(s3, bucket) == []
 
 
 Params = dict[str, Any]
@@ -124,9 +124,11 @@ def test_one_file_is_asked_for_alone(store: Store, bucket: str, requests: list[s
     store.put("a", b"1")
     open_store(f"{store.path}/deeper").put("below", b"")
     requests.clear()
-    assert store.exists("a") and set(requests) == {"HeadObject"}
+    assert store.exists("a")
+    assert set(requests) == {"HeadObject"}
     assert not any(store.exists(name) for name in ("b", "deeper", "a/b"))
-    assert not open_store(f"{bucket}/nowhere").exists("a") and "ListObjectsV2" not in requests
+    assert not open_store(f"{bucket}/nowhere").exists("a")
+    assert "ListObjectsV2" not in requests
 
 
 @pytest.mark.parametrize("size", [10, 12 * MIB])
@@ -152,27 +154,13 @@ def test_etags_that_are_not_a_quoted_md5(store: Store, monkeypatch: pytest.Monke
     assert store.read("a") == b"".join(store.pieces("a")) == data
 
 
-def test_webdataset_reads_streams(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("naign.storage.network.RANGE", 1000)
-    pack(numbered(), store.path, shards=2, progress=False)
-    monkeypatch.setitem(webdataset.gopen_schemes, "s3", gopen)
-    urls = [store.url(f"train-{number:05d}.tar") for number in range(2)]
-    images = list(webdataset.WebDataset(urls, shardshuffle=False).decode("l8").to_tuple("png"))
-    assert sorted(int(image[0, 0]) for (image,) in images) == list(range(23))
-    with gopen(urls[0]) as stream:
-        data = store.read("train-00000.tar")
-        assert stream.read(5) + stream.read(0) + stream.read() == data and stream.read(1) == b""
-    with pytest.raises(InputError, match="where/none: no such object"):
-        gopen(store.url("none"))
-    with pytest.raises(InputError, match="streams are only read"):
-        gopen(urls[0], "wb")
-
-
 def test_pickling(store: Store) -> None:
     store.put("a", DATA[:5000])
     store.size("a")
     copy: Store = pickle.loads(pickle.dumps(store))
-    assert copy.read("a") == DATA[:5000] and copy.list() == ["a"] and copy.path == store.path
+    assert copy.read("a") == DATA[:5000]
+    assert copy.list() == ["a"]
+    assert copy.path == store.path
 
 
 # --- what a user can put right
@@ -197,7 +185,8 @@ def refusal(s3: S3Server, action: str, path: str) -> str:
         ACTIONS[action](open_store(path))
     message = str(caught.value)
     assert message.startswith(f"{path}/" if action == "list" else f"{path}/a")
-    assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in message and "not-the-secret" not in message
+    assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in message
+    assert "not-the-secret" not in message
     return message
 
 
@@ -209,11 +198,6 @@ def test_a_missing_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(InputError, match="x/a: there is no bucket no-such"):
         open_store("s3://no-such/x").put("a", bytes(11 * MIB))
     assert not open_store("s3://no-such/x").exists("a")
-
-
-def test_names_that_no_bucket_can_have(s3: S3Server) -> None:
-    for action in ACTIONS:
-        assert "Bad!" in refusal(s3, action, "s3://Bad!/x")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +261,8 @@ def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch, 
         server.shutdown()
     for message in messages:
         assert f"the server redirects ({status}) to https://elsewhere/bucket" in message
-        assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message and "\n" not in message
+        assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message
+        assert "\n" not in message
 
 
 def test_a_public_bucket_needs_no_account(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +280,8 @@ def test_a_public_bucket_needs_no_account(s3: S3Server, bucket: str, monkeypatch
         monkeypatch.delenv(variable)
     forget_clients()
     store = open_store(f"{bucket}/x")
-    assert store.list() == ["a"] and store.read("a") == b"".join(store.pieces("a")) == DATA
+    assert store.list() == ["a"]
+    assert store.read("a") == b"".join(store.pieces("a")) == DATA
     assert "no credentials were found" in refusal(s3, "put", f"{bucket}/x")
 
 
@@ -331,35 +317,35 @@ def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypa
     back = threading.Timer(0.1, lambda: setattr(proxy, "faults", Faults()))
     back.start()
     fresh = flaky(store)
-    assert fresh.read("a") == DATA and fresh.tally.retries
+    assert fresh.read("a") == DATA
+    assert fresh.tally.retries
     back.join()
 
 
-@pytest.mark.parametrize("part", [200_000, 8 * MIB])
 @pytest.mark.parametrize(
-    ("faults", "kinds"),
+    "faults",
     [
-        (Faults(errors=0.3), ["error"]),
-        (Faults(reset_every=(MIB + 100_000, 3 * MIB)), ["reset"]),
-        (Faults(refuse=0.3, reset_every=(MIB + 100_000, 3 * MIB)), ["refuse", "reset"]),
-        (Faults(stall=0.3), ["stall"]),
-        (Faults(refuse=0.1, errors=0.1, stall=0.03, reset_every=(MIB + 100_000, 3 * MIB)), ["error", "reset"]),
+        Faults(errors=0.3),
+        Faults(stall=0.3),
+        Faults(refuse=0.3, reset_every=(MIB + 100_000, 3 * MIB)),
+        Faults(refuse=0.1, errors=0.1, stall=0.03, reset_every=(MIB + 100_000, 3 * MIB)),
     ],
-    ids=["errors", "resets", "refusals", "stalls", "all"],
+    ids=["errors", "stalls", "refusals and resets", "all"],
 )
 @pytest.mark.slow
 def test_reading_through_faults(
-    store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, faults: Faults, kinds: list[str], part: int
+    store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, faults: Faults
 ) -> None:
-    monkeypatch.setattr("naign.storage.network.RANGE", part)
+    monkeypatch.setattr("naign.storage.network.RANGE", 200_000)
     monkeypatch.setattr("naign.storage.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
     store.put("a", DATA)
     forget_clients()
     proxy.faults = faults
     fresh = flaky(store)
-    while not all(proxy.counts[kind] for kind in kinds):
-        assert fresh.list() == ["a"] and fresh.size("a") == len(DATA)
+    for _ in range(3):
+        assert fresh.list() == ["a"]
+        assert fresh.size("a") == len(DATA)
         assert fresh.read("a", 7) == DATA[7:]
         assert b"".join(fresh.pieces("a")) == DATA
     assert fresh.tally.retries > 0
@@ -369,7 +355,8 @@ def test_reading_through_faults(
 def test_bodies_that_break_off_early(store: Store, proxy: FaultProxy) -> None:
     store.put("a", DATA)
     proxy.faults = Faults(reset_every=(100_000, 300_000))
-    assert flaky(store).read("a") == DATA and proxy.counts["reset"] >= 10
+    assert flaky(store).read("a") == DATA
+    assert proxy.counts["reset"] >= 10
 
 
 @pytest.mark.slow
@@ -403,7 +390,8 @@ def test_writing_through_faults(
         over.set()
         thread.join()
         proxy.faults = Faults()
-    assert store.tally.retries > 5 and proxy.counts["error"] > 0
+    assert store.tally.retries > 5
+    assert proxy.counts["error"] > 0
     fresh = flaky(store)
     assert [hashlib.sha256(fresh.read(name)).digest() for name in "ab"] == [hashlib.sha256(data).digest()] * 2
     assert all(fresh.read(f"small-{number}") == DATA[: 1000 * number] for number in range(20))
@@ -430,8 +418,10 @@ def test_an_upload_is_done_even_if_the_answer_is_lost(
         target.write((DATA * 4)[: 12 * MIB])
         client().meta.events.register("before-call.s3.CompleteMultipartUpload", lambda **_: lose_answers())
     healed.set()
-    assert proxy.counts["reset"] and store.tally.retries
-    assert flaky(store).read("a") == (DATA * 4)[: 12 * MIB] and unfinished(s3, bucket) == []
+    assert proxy.counts["reset"]
+    assert store.tally.retries
+    assert flaky(store).read("a") == (DATA * 4)[: 12 * MIB]
+    assert unfinished(s3, bucket) == []
 
 
 # --- processes
@@ -453,7 +443,8 @@ def test_processes_that_a_program_starts(store: Store, monkeypatch: pytest.Monke
         running = pool.map_async(digest, [store] * 6)
         assert digest(store) == expected
         assert running.get(60) == [expected] * 6
-    assert start + b"".join(pieces) == DATA and digest(store) == expected
+    assert start + b"".join(pieces) == DATA
+    assert digest(store) == expected
 
 
 def test_bodies_that_end_early_are_asked_for_after_a_pause(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import fnmatch
 import json
 import logging
-import re
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from naign.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, read_manifest, read_object
-from naign.errors import Conflict, Damaged, InputError
+from naign.errors import Conflict, Damaged, InputError, printable
 from naign.storage.base import Store
 from naign.storage.local import sync_file, write_atomically
 from naign.storage.prefetch import in_order
@@ -183,7 +182,7 @@ def take_over(remote: str) -> str:
 def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if another process has called `take_over` since."""
     owner = _owner(remote)
-    if owner and owner["claim"] not in ("", claim):
+    if owner and owner["claim"] != claim:
         later = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
         raise Conflict(f"{later}: this one exits and writes no more to it; give each run its own --run.remote")
 
@@ -191,9 +190,6 @@ def check_claim(remote: str, claim: str) -> None:
 def _owner(remote: str) -> dict[str, str]:
     """The claim, host and start of the process that may write to the bucket; {} if it is missing or unreadable."""
     found = read_object(remote, OWNER)
-    if not found:
-        return {}
-    owner = {"claim": "", "host": "?", "since": "?"}
-    for key, value in found.items():
-        owner[key] = re.sub(r"[^\w.:+-]", "?", str(value))
-    return owner
+    if found.keys() >= {"claim", "host", "since"}:
+        return {key: printable(str(value)) for key, value in found.items()}
+    return {}

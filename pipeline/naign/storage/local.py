@@ -89,8 +89,6 @@ class LocalStore(Store):
         with self._explained(name, writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
             target = partial.open("xb")
-            with contextlib.suppress(OSError):  # where a file system has no locks
-                fcntl.flock(target, fcntl.LOCK_EX)
         try:
             with target:
                 yield target
@@ -106,7 +104,7 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Context: locks the folder; other callers get InputError. Deletes temporary files of killed writers."""
+        """Context: locks the folder; other callers get InputError. Deletes what killed ones have left."""
         with self._explained("", writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
             folder = os.open(self._folder, os.O_RDONLY)
@@ -118,9 +116,7 @@ class LocalStore(Store):
             except OSError:  # a file system without locks
                 pass
             for file in self._folder.glob(f"{PARTIAL}*"):
-                with contextlib.suppress(OSError), file.open("r+b") as left:
-                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a writer that is alive
-                    file.unlink()
+                file.unlink(missing_ok=True)
             yield
         finally:
             os.close(folder)

@@ -33,14 +33,17 @@ class S3Store(NetworkStore):
     def names(self) -> Names:
         folders = []
         files = []
-        more: dict[str, str] = {}
+        options = {"Prefix": self._prefix, "Delimiter": "/"}
         while True:
-            page = self._ask("list_objects_v2", Prefix=self._prefix, Delimiter="/", **more)
-            folders += [entry["Prefix"].removeprefix(self._prefix)[:-1] for entry in page.get("CommonPrefixes", [])]
-            files += [entry["Key"].removeprefix(self._prefix) for entry in page.get("Contents", [])]
+            page = self._ask("list_objects_v2", **options)
+            for entry in page.get("CommonPrefixes", []):
+                folders.append(entry["Prefix"].removeprefix(self._prefix).rstrip("/"))
+            for entry in page.get("Contents", []):
+                if entry["Key"] != self._prefix:
+                    files.append(entry["Key"].removeprefix(self._prefix))
             if not page.get("IsTruncated"):
-                return Names(sorted(folders), sorted(filter(None, files)))
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+                return Names(sorted(folders), sorted(files))
+            options["ContinuationToken"] = page["NextContinuationToken"]
 
     def _ask_stat(self, name: str) -> Stat:
         answer = self._ask("head_object", name)
@@ -60,7 +63,7 @@ class S3Store(NetworkStore):
             if again == data:
                 break
             data = again
-            patience.wait(f"bytes that are not those of its ETag {md5}, others at each read")
+            patience.wait(f"bytes that are not those of its ETag {md5}, others at each read", known=False)
         return data
 
     def delete(self, name: str) -> None:
@@ -89,19 +92,26 @@ class S3Store(NetworkStore):
         file.seek(0)
         if size > PART:
             return Stat(size, self._upload_parts(name, file, size))
-        return Stat(size, _etag(self._put("put_object", name, file.read())))
+        answer = self._put("put_object", name, file.read())
+        return Stat(size, _etag(answer))
 
     def _upload_parts(self, name: str, file: BinaryIO, size: int) -> str:
-        upload = {"UploadId": self._ask("create_multipart_upload", name, ChecksumAlgorithm="CRC32")["UploadId"]}
+        begun = self._ask("create_multipart_upload", name, ChecksumAlgorithm="CRC32")
+        upload = {"UploadId": begun["UploadId"]}
 
         def put(number: int, data: bytes) -> dict[str, Any]:
             answer = self._put("upload_part", name, data, PartNumber=number, **upload)
-            return {key: answer[key] for key in ("ETag", "ChecksumCRC32") if key in answer} | {"PartNumber": number}
+            part = {"PartNumber": number, "ETag": answer["ETag"]}
+            if "ChecksumCRC32" in answer:
+                part["ChecksumCRC32"] = answer["ChecksumCRC32"]
+            return part
 
         count = -(-size // PART)
         try:
-            parts = list(in_order(partial(put, number, file.read(PART)) for number in range(1, count + 1)))
-            return _etag(self._ask("complete_multipart_upload", name, MultipartUpload={"Parts": parts}, **upload))
+            calls = (partial(put, number, file.read(PART)) for number in range(1, count + 1))
+            parts = list(in_order(calls))
+            done = self._ask("complete_multipart_upload", name, MultipartUpload={"Parts": parts}, **upload)
+            return _etag(done)
         except BaseException as error:
             # Where the answer to the completion was lost, the next request finds no upload, but the whole object.
             if isinstance(error, Missing) and self.exists(name) and self.size(name) == size:
@@ -130,8 +140,10 @@ class S3Store(NetworkStore):
         transient = is_transient(error)
         if isinstance(error, ClientError):
             code = str(error.response["Error"].get("Code"))
-            reason = one_line(f"{code}: {error.response['Error'].get('Message')}")
-            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            message = error.response["Error"].get("Message")
+            reason = one_line(f"{code}: {message}")
+            metadata = error.response.get("ResponseMetadata", {})
+            status = int(metadata.get("HTTPStatusCode", 0))
             if "Expired" in code:
                 status = 403
             if status == 403 and client().meta.config.signature_version is UNSIGNED:

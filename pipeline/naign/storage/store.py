@@ -1,13 +1,13 @@
 """Where files lie, behind one protocol over str paths: a local folder, a bucket, or a web server."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from naign.errors import Gone, InputError, Unavailable, check_address, require
 from naign.storage.base import Missing, Store
 from naign.storage.local import LocalStore
+from naign.storage.retry import give_up_after
 
 BUCKETS = ("s3", "gs", "az", "abfs", "abfss")  # schemes of what can be written
 READ_ONLY = ("http", "https", "hf")
@@ -48,9 +48,8 @@ def check_writable(store: Store, what: str) -> None:
     except InputError as error:
         raise InputError(f"{what} cannot be written: {error}") from error
     finally:  # it may be written, and only not be readable
-        if not isinstance(sys.exception(), Unavailable):
-            with suppress(InputError):  # permission to delete is not required
-                store.delete(PROBE)
+        with suppress(InputError, Unavailable), give_up_after(0):  # permission to delete is not required
+            store.delete(PROBE)
 
 
 def use_endpoint(address: str) -> None:
