@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NoReturn
 FAILED = 1  # exit code: a failure that is worth a retry
 BAD_INPUT = 2  # exit code: bad configuration or input, which an orchestrator must not retry
 INTERRUPTED = 75  # exit code: stopped on request after writing a checkpoint, which an orchestrator should retry
-PEER_LOST = 76  # exit code: another rank is gone, which an orchestrator should retry, and not count
+PEER_LOST = 76  # exit code: another rank, or a store, is gone, which an orchestrator should retry, and not count
 
 # Requests to end, which a launcher forwards to its ranks; Slurm's is USR1.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)

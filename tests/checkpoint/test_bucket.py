@@ -7,12 +7,22 @@ import threading
 import pytest
 
 from naign.checkpoint import bucket as module
-from naign.checkpoint.bucket import OWNER, PICTURES, check_claim, fetch_shown, mirror, newest_first, round_of, take_over
+from naign.checkpoint.bucket import (
+    OWNER,
+    PICTURES,
+    check_claim,
+    fetch_shown,
+    mirror,
+    newest_first,
+    round_of,
+    take_over,
+)
 from naign.checkpoint.manifest import BEST, MANIFEST, best_named, prune
 from naign.checkpoint.writer import Writer
 from naign.errors import Conflict, InputError, StoreLost, Unavailable
 from naign.storage.s3_client import client
 from naign.storage.store import open_store
+from tests.checkpoint.written import start_model
 
 
 def put(remote: str, step: int, *, done: bool = True) -> None:
@@ -60,14 +70,19 @@ def test_a_bucket_keeps_the_best_that_it_names_until_it_holds_a_better_one(bucke
         sent(file, url)
 
     monkeypatch.setattr(module, "send_file", send)
-    writer = Writer(tmp_path, rank=0, world=1, keep=1, remote=remote)
+    writer = Writer(tmp_path, keep=1, remote=remote)
     unsent = {"step-00000002"}
     before = list[set[int]]()
-    for step, best, kept, named in ((1, True, [1], 1), (2, True, [1], 1), (3, False, [1, 3], 1), (4, True, [4], 4)):
+    for step, best, kept, named in (
+        (1, True, [1], 1),
+        (2, True, [1], 1),
+        (3, False, [1, 3], 1),
+        (4, True, [4], 4),
+    ):
         before.append(set(steps(remote)))
         name = f"step-{step:08d}"
         text = json.dumps({"checkpoint": name}) if best else ""
-        writer.start(name, lambda: None, {"model.bin": lambda file: file.write_bytes(b"m")}, text)
+        start_model(writer, name, text)
         writer.join()
         assert (steps(remote), best_named(remote)) == (kept, f"step-{named:08d}")
 
@@ -90,7 +105,7 @@ def test_the_process_that_started_last_has_the_bucket(bucket, caplog):
 def test_a_checkpoint_sent_while_another_process_takes_the_bucket_over_does_not_count(bucket, tmp_path, monkeypatch):
     remote = f"{bucket}/run"
     copy = module.send_file
-    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote=remote, claim=take_over(remote))
+    writer = Writer(tmp_path, remote=remote, claim=take_over(remote))
 
     def send(file, url):
         copy(file, url)
@@ -98,7 +113,7 @@ def test_a_checkpoint_sent_while_another_process_takes_the_bucket_over_does_not_
             take_over(remote)
 
     monkeypatch.setattr(module, "send_file", send)
-    writer.start("step-00000001", lambda: None, {"model.bin": lambda file: file.write_bytes(b"m")})
+    start_model(writer, "step-00000001")
     with pytest.raises(InputError, match="taken over by a run that started later"):
         writer.join()
     assert open_store(f"{remote}/checkpoints/step-00000001").list() == ["model.bin"]
@@ -139,8 +154,8 @@ def test_nothing_is_done_before_the_last_checkpoint_is_in_the_bucket(failures, b
         upload(folder, place, names)
 
     monkeypatch.setattr(module, "upload", fail_at_first)
-    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote=remote)
-    writer.start("step-00000001", lambda: None, {"model.bin": lambda file: file.write_bytes(b"m")})
+    writer = Writer(tmp_path, remote=remote)
+    start_model(writer, "step-00000001")
     if failures == 2:
         with pytest.raises(StoreLost, match=f"step-00000001 could not be sent to {remote}: start again"):
             writer.finish()

@@ -103,7 +103,7 @@ def test_the_best_is_named_once_it_is_complete_and_the_former_best_goes_after_th
 
     monkeypatch.setattr(writer, "write_atomically", record)
     seen = list[tuple[str, bool]]()
-    one = Writer(tmp_path, rank=0, world=1, keep=1, remote="")
+    one = Writer(tmp_path, keep=1)
     for step, text in ((1, best(1)), (2, best(2)), (3, "")):
         written.clear()
         one.start(f"step-{step:08d}", lambda: None, {"model.bin": look}, text)
@@ -149,7 +149,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpo
     if not child:
         try:
             writer.write_atomically = finish
-            one = Writer(tmp_path, rank=0, world=1, keep=1, remote="")
+            one = Writer(tmp_path, keep=1)
             best = '{"checkpoint": "step-00000002"}'
             one.start("step-00000002", lambda: None, {"a.bin": write_a, "b.bin": write_b}, best)
             one.join()
@@ -185,7 +185,7 @@ def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoin
 )
 def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, checkpoints, error, kind):
     write_checkpoint(checkpoints / "step-00000001", fill)
-    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote="")
+    writer = Writer(tmp_path)
 
     def copy():
         raise error
@@ -199,7 +199,7 @@ def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, check
 
 def test_what_a_failed_write_left_is_removed(tmp_path, checkpoints):
     write_checkpoint(checkpoints / "step-00000001", fill)
-    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote="")
+    writer = Writer(tmp_path)
 
     def fail(file):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -24,8 +24,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    for name, seconds in (("PATIENCE", 300), ("FIRST_PATIENCE", 30), ("FIRST_PAUSE", 0.2), ("LONGEST_PAUSE", 10)):
-        monkeypatch.setattr(f"naign.storage.retry.{name}", seconds)
+    monkeypatch.setattr("naign.storage.retry.PATIENCE", 300)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PATIENCE", 30)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.2)
+    monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 10)
     monkeypatch.setattr("naign.storage.retry.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     yield now
 

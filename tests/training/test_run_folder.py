@@ -54,7 +54,7 @@ def make(folder, digits, seed=0):
 
 
 def write(config, stream, engine, position=POSITION, partial=None):
-    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
+    writer = Writer(Path(config.run.path), keep=2)
     files = snapshot(config, stream, engine, position, PRIOR, partial)
     writer.start(f"step-{position.step:08d}", *files)
     assert writer.join()
@@ -81,7 +81,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
     step.start()
     step.join(0.5)
     assert step.is_alive()
-    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
+    writer = Writer(Path(config.run.path), keep=2)
     writer.start("step-00000031", copy, files)
     step.join(30)
     assert not step.is_alive()
@@ -97,7 +97,7 @@ def test_a_step_goes_on_where_copying_fails(run):
     config, stream, engine = run
     engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
     copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), PRIOR)
-    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
+    writer = Writer(Path(config.run.path), keep=2)
     writer.start("step-00000031", copy, files)
     assert engine.copied.wait(30)
     with pytest.raises(RuntimeError, match="could not be written .*AttributeError"):
@@ -267,7 +267,11 @@ def test_a_device_that_fails_is_no_damage_of_the_checkpoint(fault, run, monkeypa
     def fail(*_, **__):
         raise fault
 
-    for owner, name in ((engine.bare, "load_state_dict"), (engine, "restore"), (engine.ema, "load_state_dict")):
+    for owner, name in (
+        (engine.bare, "load_state_dict"),
+        (engine, "restore"),
+        (engine.ema, "load_state_dict"),
+    ):
         with monkeypatch.context() as patched, pytest.raises(type(fault)) as caught:
             patched.setattr(owner, name, fail)
             resume(checkpoint, engine)

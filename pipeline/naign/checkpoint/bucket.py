@@ -6,7 +6,7 @@ import logging
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -55,9 +55,9 @@ def round_of(remote: str, name: str) -> int:
         entries = read_manifest(store.read(MANIFEST))
         calls = (partial(_has_size, f"{where}/{file}", entry["bytes"]) for file, entry in entries.items())
         with closing(in_order(calls, AT_ONCE)) as checked:
-            if not all(checked):
-                return -1
-        return int(json.loads(store.read("trainer.json"))["round"])
+            whole = all(checked)
+        trainer = json.loads(store.read("trainer.json"))
+        return int(trainer["round"]) if whole else -1
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return -1
 
@@ -74,15 +74,13 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
     where = f"{remote}/checkpoints/{name}"
     folder = checkpoints / name
     text = open_store(where).read(MANIFEST)
-    try:
+    with _damage_named(where):
         files = read_manifest(text)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         for file, entry in files.items():
             if not is_whole(folder / file, entry):  # else left by an interrupted download
                 _download_file(where, file, entry, folder)
-    except (ValueError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise _damaged(where, error) from None
     (folder / MANIFEST).write_bytes(text)
     return folder
 
@@ -90,19 +88,21 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
 def fetch_file(remote: str, name: str, files: Iterable[str], folder: Path) -> Path:
     """Download the first of `files` that a checkpoint has. Raises Damaged if it has none, or other bytes."""
     where = f"{remote}/checkpoints/{name}"
-    try:
+    with _damage_named(where):
         entries = read_manifest(open_store(where).read(MANIFEST))
         for file in files:
             if file in entries:
                 _download_file(where, file, entries[file], folder)
                 return folder / file
-    except ValueError as error:
-        raise _damaged(where, error) from None
-    raise _damaged(where, "its manifest names no weights")
+        raise ValueError("its manifest names no weights")
 
 
-def _damaged(where: str, problem: object) -> Damaged:
-    return Damaged(f"{where} is damaged ({problem}): remove it")
+@contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        raise Damaged(f"{where} is damaged ({error}): remove it") from None
 
 
 def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -> None:
@@ -125,7 +125,8 @@ def fetch_shown(remote: str, run: Path) -> int:
     for pattern in (*RECORDS, BEST, *PICTURES):
         store, wanted = locate(f"{remote}/{pattern}")
         for name in fnmatch.filter(store.list(), wanted):
-            if name in (".", "..") or Path(name).name != name or not name.isprintable():  # untrusted
+            is_plain = Path(name).name == name and name not in (".", "..") and name.isprintable()
+            if not is_plain:  # a server may answer anything
                 raise InputError(f"{store.url(name)!r} is not a name that a file of a run can have: remove that object")
             file = (run / pattern).with_name(name)
             if not file.exists() or not _is_same(file, store):
@@ -168,8 +169,12 @@ def take_over(remote: str) -> str:
     """Become the only process that may write to the bucket, and log who was. Returns the claim for `check_claim`."""
     before = _owner(remote)
     if before:
-        former = f"the earlier start of this run on {before['host']} at {before['since']}"
-        log.info("%s: %s can no longer upload", remote, former)
+        log.info(
+            "%s: the earlier start of this run on %s at %s can no longer upload",
+            remote,
+            before["host"],
+            before["since"],
+        )
     owner = {
         "claim": uuid.uuid4().hex,
         "host": socket.gethostname(),

@@ -84,7 +84,9 @@ def best_named(root: str) -> str:
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:
     """Whether a file is a regular one with the size and hash of its manifest entry."""
-    if not file.is_file() or file.is_symlink() or file.stat().st_size != entry["bytes"]:
+    if not file.is_file() or file.is_symlink():
+        return False
+    if file.stat().st_size != entry["bytes"]:
         return False
     return sha256(file) == str(entry["sha256"])
 
@@ -95,7 +97,8 @@ def read_manifest(text: bytes) -> Entries:
         files = dict(json.loads(text)["files"])
         for name, entry in files.items():
             path = Path(name)
-            if not path.parts or ".." in path.parts or path.is_absolute() or name == MANIFEST or "\0" in name:
+            leads_out = not path.parts or ".." in path.parts or path.is_absolute()
+            if leads_out or name == MANIFEST or "\0" in name:
                 raise ValueError(f"a file named {name!r}")
             if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
                 raise ValueError(f"no size and hash of {name!r}")

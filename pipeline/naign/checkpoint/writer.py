@@ -92,9 +92,9 @@ class Writer:
         self,
         run: Path,
         *,
-        rank: int,
-        world: int,
-        keep: int,  # as `prune` takes it
+        rank: int = 0,
+        world: int = 1,
+        keep: int = 0,  # as `prune` takes it
         remote: str = "",  # s3://bucket/prefix, or '': none
         claim: str = "",  # rank 0's claim on it, from bucket.take_over
         timeout: float = 3600,  # seconds that one rank may take longer than another

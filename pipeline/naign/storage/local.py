@@ -89,6 +89,8 @@ class LocalStore(Store):
         with self._explained(name, writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
             target = partial.open("xb")
+            with contextlib.suppress(OSError):  # where a file system has no locks
+                fcntl.flock(target, fcntl.LOCK_EX)
         try:
             with target:
                 yield target
@@ -104,7 +106,7 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Context: locks the folder; other callers get InputError. Deletes what killed ones have left."""
+        """Context: locks the folder; other callers get InputError. Deletes temporary files of killed writers."""
         with self._explained("", writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
             folder = os.open(self._folder, os.O_RDONLY)
@@ -116,7 +118,9 @@ class LocalStore(Store):
             except OSError:  # a file system without locks
                 pass
             for file in self._folder.glob(f"{PARTIAL}*"):
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError), file.open("r+b") as left:
+                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a writer at work
+                    file.unlink()
             yield
         finally:
             os.close(folder)

@@ -100,7 +100,7 @@ class OtherStore(NetworkStore):
                 reason += f" ({lasting[0]})"
             return Failure(reason, transient="HTTP error" in text and not lasting)
         status = int(answer[1])
-        reason = answer[1] + answer[2]
+        reason = answer[1] + answer[2]  # "403 Forbidden"
         code = re.search("<Code>(.*?)</Code>", text)
         if code:
             reason += f", {code[1]}"

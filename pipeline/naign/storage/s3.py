@@ -144,7 +144,7 @@ class S3Store(NetworkStore):
             reason = one_line(f"{code}: {message}")
             metadata = error.response.get("ResponseMetadata", {})
             status = int(metadata.get("HTTPStatusCode", 0))
-            if "Expired" in code:
+            if "Expired" in code or code == "400":  # what a HEAD says of an expired token
                 status = 403
             if status == 403 and client().meta.config.signature_version is UNSIGNED:
                 reason += f"; no credentials were found, so it was asked for without: {CREDENTIALS}"

@@ -158,10 +158,11 @@ def is_done(config: Config) -> bool:
     recorded = recorded_at(remote)
     if not recorded or differences(recorded, config):
         return False
-    for name in bucket.newest_first(remote):
-        _refuse_never(config, remote, "choose another --run.remote")
-        return budget.is_done(flatten(config), bucket.round_of(remote, name), read_best(remote))
-    return False
+    newest = next(bucket.newest_first(remote), None)
+    if newest is None:
+        return False
+    _refuse_never(config, remote, "choose another --run.remote")
+    return budget.is_done(flatten(config), bucket.round_of(remote, newest), read_best(remote))
 
 
 def recorded_at(place: str) -> Config | None:
