@@ -37,6 +37,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 0.05)
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 20.0)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PATIENCE", 2.0)
     monkeypatch.setattr("naign.data.reader.PART", 300_000)
 
 
@@ -158,7 +159,7 @@ def test_a_server_that_is_away_for_a_while(
             "train-00003.pages.npy",
             0,
             (Unavailable, InputError),
-            "given up after 20 s; .* not those of its ETag|its SHA-256 is not the one in",
+            "given up after 2 s; .* not those of its ETag|its SHA-256 is not the one in",
         ),
     ],
 )
