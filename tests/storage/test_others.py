@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 import pytest
 from huggingface_hub import constants
@@ -17,7 +16,6 @@ from naign.data.format.indexing import index
 from naign.data.format.writer import pack
 from naign.data.loader import Stream, read_split
 from naign.errors import InputError, Unavailable
-from naign.storage.others import OtherStore
 from naign.storage.store import open_store
 from tests.data.numbered import numbered
 
@@ -51,9 +49,6 @@ class Web(http.server.SimpleHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
             if fault == "cut":
                 self.connection.close()
-
-    def translate_path(self, path: str) -> str:
-        return super().translate_path(urlsplit(path).path)  # a proxy is asked for whole addresses
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -154,14 +149,3 @@ def test_schemes_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "naign.storage.others")
     with pytest.raises(InputError, match=r"gs://bucket: cannot open gs:// paths \(.*\): pip install obstore"):
         open_store("gs://bucket")
-
-
-def test_the_proxy_of_the_environment_is_used(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = open_store("http://nowhere.invalid/mnist")
-    monkeypatch.setenv("http_proxy", web.removesuffix("/mnist"))
-    monkeypatch.delenv("no_proxy", raising=False)
-    assert elsewhere.read("train-00000.tar", 0, 5) == open_store(web).read("train-00000.tar", 0, 5)
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    OtherStore.forget_client()
-    with pytest.raises(Unavailable, match="given up after"):
-        elsewhere.read("train-00001.tar", 0, 5)
