@@ -68,7 +68,8 @@ class S3Server:
         self.folder = Path(folder)
         self.log = self.folder / "weed.log"
         self.timeout = timeout  # seconds until the first object must have been written and read
-        self._key, self._secret = f"key{secrets.token_hex(8)}", secrets.token_hex(20)
+        self._key = f"key{secrets.token_hex(8)}"
+        self._secret = secrets.token_hex(20)
         nobody: dict[str, Any] = {"profile": (None,) * 4, "config_file": (None, None, os.devnull, None)}
         self._session = boto3.session.Session(botocore_session=botocore.session.Session(session_vars=nobody))
         self._process: subprocess.Popen[bytes] | None = None
@@ -129,9 +130,10 @@ class S3Server:
 
     def close(self) -> None:
         """End the server for certain; its files stay. Nothing happens if it has ended already."""
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return
+        self._process = None
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5)  # its own way out takes over a second, for the sake of clusters
@@ -139,10 +141,9 @@ class S3Server:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for port in self._ports.values():  # weed leaves some of its sockets behind
-            for path in Path("/tmp").glob(f"seaweedfs-*[!0-9]{port}.sock"):
-                path.unlink(missing_ok=True)
-            for path in Path("/tmp").glob(f"seaweedfs-*[!0-9]{port + GRPC}.sock"):
-                path.unlink(missing_ok=True)
+            for number in (port, port + GRPC):
+                for path in Path("/tmp").glob(f"seaweedfs-*[!0-9]{number}.sock"):
+                    path.unlink(missing_ok=True)
 
     def _launch(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

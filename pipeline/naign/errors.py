@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NoReturn
 FAILED = 1  # exit code: a failure that is worth a retry
 BAD_INPUT = 2  # exit code: bad configuration or input, which an orchestrator must not retry
 INTERRUPTED = 75  # exit code: stopped on request after writing a checkpoint, which an orchestrator should retry
-PEER_LOST = 76  # exit code: another rank is gone, which an orchestrator should retry, and not count
+PEER_LOST = 76  # exit code: another rank, or a store, is gone, which an orchestrator should retry, and not count
 
 # Requests to end, which a launcher forwards to its ranks; Slurm's is USR1.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
@@ -48,6 +48,12 @@ class Unavailable(Exception):
     code: ClassVar[int] = FAILED
 
 
+class StoreLost(Unavailable):
+    """A store that has answered before stayed out of reach, or refuses what it granted: a loss, as of another rank."""
+
+    code: ClassVar[int] = PEER_LOST
+
+
 class PeerLost(Exception):
     """Another rank is gone, so all have to start again."""
 
@@ -66,7 +72,7 @@ class Stopped(Exception):
 
 # The errors that one rank raises on behalf of all (`together` raises them on every rank), and the exit codes, the most
 # specific first: where ranks raise different errors, the first of these wins.
-SHARED = (InputError, Damaged, Conflict, Diverged, Stopped, PeerLost, Gone, Unavailable)
+SHARED = (InputError, Damaged, Conflict, Diverged, Stopped, PeerLost, Gone, Unavailable, StoreLost)
 BY_WEIGHT = (BAD_INPUT, INTERRUPTED, PEER_LOST, FAILED)
 
 

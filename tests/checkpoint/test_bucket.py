@@ -2,15 +2,27 @@
 
 import json
 import re
+import threading
 
 import pytest
 
 from naign.checkpoint import bucket as module
-from naign.checkpoint.bucket import OWNER, PICTURES, check_claim, fetch_shown, mirror, take_over
+from naign.checkpoint.bucket import (
+    OWNER,
+    PICTURES,
+    check_claim,
+    fetch_shown,
+    mirror,
+    newest_first,
+    round_of,
+    take_over,
+)
 from naign.checkpoint.manifest import BEST, MANIFEST, best_named, prune
 from naign.checkpoint.writer import Writer
-from naign.errors import Conflict, InputError, Unavailable
+from naign.errors import Conflict, InputError, StoreLost, Unavailable
+from naign.storage.s3_client import client
 from naign.storage.store import open_store
+from tests.checkpoint.written import start_model
 
 
 def put(remote: str, step: int, *, done: bool = True) -> None:
@@ -45,24 +57,32 @@ def test_what_earlier_processes_left_is_pruned_too(bucket):
 
 
 def test_a_bucket_keeps_the_best_that_it_names_until_it_holds_a_better_one(bucket, tmp_path, monkeypatch):
-    remote, sent = f"{bucket}/best", module._copy
+    remote = f"{bucket}/best"
+    sent = module.send_file
 
     def send(file, url):
         if file.name == "model.bin" and file.parent.name in unsent:
             raise Unavailable("the network is down")
         if file.name == BEST:
             name = json.loads(file.read_text())["checkpoint"]
-            assert open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST) and before[-1] <= set(steps(remote))
+            assert open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST)
+            assert before[-1] <= set(steps(remote))
         sent(file, url)
 
-    monkeypatch.setattr(module, "_copy", send)
-    writer, unsent = Writer(tmp_path, rank=0, world=1, keep=1, remote=remote), {"step-00000002"}
+    monkeypatch.setattr(module, "send_file", send)
+    writer = Writer(tmp_path, keep=1, remote=remote)
+    unsent = {"step-00000002"}
     before = list[set[int]]()
-    for step, best, kept, named in ((1, True, [1], 1), (2, True, [1], 1), (3, False, [1, 3], 1), (4, True, [4], 4)):
+    for step, best, kept, named in (
+        (1, True, [1], 1),
+        (2, True, [1], 1),
+        (3, False, [1, 3], 1),
+        (4, True, [4], 4),
+    ):
         before.append(set(steps(remote)))
         name = f"step-{step:08d}"
         text = json.dumps({"checkpoint": name}) if best else ""
-        writer.start(name, lambda: None, {"model.bin": lambda file: file.write_bytes(b"m")}, text)
+        start_model(writer, name, text)
         writer.join()
         assert (steps(remote), best_named(remote)) == (kept, f"step-{named:08d}")
 
@@ -83,16 +103,17 @@ def test_the_process_that_started_last_has_the_bucket(bucket, caplog):
 
 
 def test_a_checkpoint_sent_while_another_process_takes_the_bucket_over_does_not_count(bucket, tmp_path, monkeypatch):
-    remote, copy = f"{bucket}/run", module._copy
-    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote=remote, claim=take_over(remote))
+    remote = f"{bucket}/run"
+    copy = module.send_file
+    writer = Writer(tmp_path, remote=remote, claim=take_over(remote))
 
     def send(file, url):
         copy(file, url)
         if file.name == "model.bin":
             take_over(remote)
 
-    monkeypatch.setattr(module, "_copy", send)
-    writer.start("step-00000001", lambda: None, {"model.bin": lambda file: file.write_bytes(b"m")})
+    monkeypatch.setattr(module, "send_file", send)
+    start_model(writer, "step-00000001")
     with pytest.raises(InputError, match="taken over by a run that started later"):
         writer.join()
     assert open_store(f"{remote}/checkpoints/step-00000001").list() == ["model.bin"]
@@ -111,8 +132,57 @@ def test_a_record_that_changes_is_sent_and_fetched_whatever_its_size(bucket, tmp
     for name in ("aaaa", "bbbb"):  # the file was deleted to begin a new run there
         (run / "trackers/mlflow.txt").write_text(name)
         mirror(run, bucket, PICTURES)
-        assert fetch_shown(bucket, copy) == 1 and (copy / "trackers/mlflow.txt").read_text() == name
+        assert fetch_shown(bucket, copy) == 1
+        assert (copy / "trackers/mlflow.txt").read_text() == name
     assert fetch_shown(bucket, tmp_path / "anew") == 2
+
+
+def unreachable(*_):
+    raise Unavailable("the network is down")
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_nothing_is_done_before_the_last_checkpoint_is_in_the_bucket(failures, bucket, tmp_path, monkeypatch):
+    remote = f"{bucket}/run"
+    upload = module.upload
+    asked = []
+
+    def fail_at_first(folder, place, names):
+        asked.append(names)
+        if len(asked) <= failures:
+            unreachable()
+        upload(folder, place, names)
+
+    monkeypatch.setattr(module, "upload", fail_at_first)
+    writer = Writer(tmp_path, remote=remote)
+    start_model(writer, "step-00000001")
+    if failures == 2:
+        with pytest.raises(StoreLost, match=f"step-00000001 could not be sent to {remote}: start again"):
+            writer.finish()
+    else:
+        assert writer.finish()
+    assert list(newest_first(remote)) == ["step-00000001"] * (failures < 2)
+
+
+def test_the_round_of_a_checkpoint_costs_one_request_a_file(bucket, monkeypatch):
+    remote = f"{bucket}/run"
+    folder = f"{remote}/checkpoints/step-00000007"
+    entries = {}
+    for rank in range(20):
+        name = f"state/rank-{rank:05d}-of-00020.safetensors"
+        open_store(f"{folder}/state").put(name.removeprefix("state/"), b"state")
+        entries[name] = {"bytes": 5, "sha256": ""}
+    open_store(folder).put("trainer.json", b'{"round": 7}')
+    open_store(folder).put(MANIFEST, json.dumps({"files": entries}).encode())
+    asked = []
+    client().meta.events.register("before-call.s3.HeadObject", lambda **_: asked.append(threading.current_thread()))
+    assert round_of(remote, "step-00000007") == 7
+    assert len(asked) == len(entries) + 2  # the manifest and trainer.json
+    assert len(set(asked)) > 8
+    open_store(f"{folder}/state").put("rank-00003-of-00020.safetensors", b"longer")
+    assert round_of(remote, "step-00000007") == -1
+    open_store(f"{folder}/state").delete("rank-00003-of-00020.safetensors")
+    assert round_of(remote, "step-00000007") == -1
 
 
 class Stranger:
@@ -134,6 +204,6 @@ class Stranger:
 @pytest.mark.parametrize("name", ["../../out", "/tmp/out", "..", ".", "a/b", "a\x1b[2J"])
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "locate", lambda url: (Stranger(name), url.rpartition("/")[2]))
-    with pytest.raises(InputError, match="is no name of a file in a run"):
+    with pytest.raises(InputError, match="is not a name that a file of a run can have"):
         fetch_shown("s3://there", tmp_path / "run")
     assert not list(tmp_path.rglob("*"))

@@ -102,14 +102,16 @@ def test_the_best_is_named_once_it_is_complete_and_the_former_best_goes_after_th
         file.write_bytes(b"m")
 
     monkeypatch.setattr(writer, "write_atomically", record)
-    seen, one = list[tuple[str, bool]](), Writer(tmp_path, rank=0, world=1, keep=1, remote="")
+    seen = list[tuple[str, bool]]()
+    one = Writer(tmp_path, keep=1)
     for step, text in ((1, best(1)), (2, best(2)), (3, "")):
         written.clear()
         one.start(f"step-{step:08d}", lambda: None, {"model.bin": look}, text)
         one.join()
         assert written == [MANIFEST, *[BEST] * bool(text)]
     assert seen == [("", False), ("step-00000001", False), ("step-00000002", False)]
-    assert names(checkpoints) == ["step-00000002", "step-00000003"] and best_named(str(tmp_path)) == "step-00000002"
+    assert names(checkpoints) == ["step-00000002", "step-00000003"]
+    assert best_named(str(tmp_path)) == "step-00000002"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"checkpoint": 7}', '{"checkpoint": "../../step-1"}', '{"fd": 1}'])
@@ -147,7 +149,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpo
     if not child:
         try:
             writer.write_atomically = finish
-            one = Writer(tmp_path, rank=0, world=1, keep=1, remote="")
+            one = Writer(tmp_path, keep=1)
             best = '{"checkpoint": "step-00000002"}'
             one.start("step-00000002", lambda: None, {"a.bin": write_a, "b.bin": write_b}, best)
             one.join()
@@ -156,7 +158,8 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpo
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     newest = "step-00000002" if moment == "before best.json" else "step-00000001"
     assert newest_checkpoint(checkpoints) == checkpoints / newest
-    assert names(checkpoints) == ["step-00000001", "step-00000002"] and best_named(str(tmp_path)) == "step-00000001"
+    assert names(checkpoints) == ["step-00000001", "step-00000002"]
+    assert best_named(str(tmp_path)) == "step-00000001"
 
 
 def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoints, monkeypatch):
@@ -182,7 +185,7 @@ def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoin
 )
 def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, checkpoints, error, kind):
     write_checkpoint(checkpoints / "step-00000001", fill)
-    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote="")
+    writer = Writer(tmp_path)
 
     def copy():
         raise error
@@ -190,12 +193,13 @@ def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, check
     writer.start("step-00000002", copy, {})
     with pytest.raises((InputError, Unavailable, RuntimeError), match="step-00000002 could not be written") as raised:
         writer.join()
-    assert type(raised.value) is kind and names(checkpoints) == ["step-00000001"]
+    assert type(raised.value) is kind
+    assert names(checkpoints) == ["step-00000001"]
 
 
 def test_what_a_failed_write_left_is_removed(tmp_path, checkpoints):
     write_checkpoint(checkpoints / "step-00000001", fill)
-    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote="")
+    writer = Writer(tmp_path)
 
     def fail(file):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from naign.checkpoint.writer import Writer
@@ -17,10 +18,16 @@ def write_checkpoint(
         source = Path(made)
         fill(source)
         names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-        writer = Writer(folder.parent.parent, rank=0, world=1, keep=0, remote="")
-        writer.start(
-            folder.name,
-            lambda: None,
-            {name: lambda file, name=name: shutil.copyfile(source / name, file) for name in names},
-        )
+        writer = Writer(folder.parent.parent)
+        files = {name: partial(shutil.copyfile, source / name) for name in names}
+        writer.start(folder.name, lambda: None, files)
         assert writer.join()
+
+
+def start_model(writer: Writer, name: str, best: str = "") -> None:
+    """Start to write a checkpoint of one small file."""
+
+    def write(file: Path) -> None:
+        file.write_bytes(b"m")
+
+    writer.start(name, lambda: None, {"model.bin": write}, best)

@@ -17,7 +17,7 @@ from naign.data.format.writer import pack
 from naign.data.loader import Stream
 from naign.data.sources.source import Example, Made
 from naign.errors import Gone, InputError, Unavailable
-from naign.storage.retry import Tally, at_most
+from naign.storage.retry import Tally, give_up_after
 from naign.storage.store import open_store
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
@@ -36,7 +36,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("naign.storage.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr("naign.storage.retry.ATTEMPTS", 20)
+    monkeypatch.setattr("naign.storage.retry.PATIENCE", 20.0)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PATIENCE", 2.0)
     monkeypatch.setattr("naign.data.reader.PART", 300_000)
 
 
@@ -132,15 +133,15 @@ def test_each_fault_alone(
 def test_a_server_that_is_away_for_a_while(
     remote: str, proxy: FaultProxy, expected: Rows, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr("naign.storage.retry.ATTEMPTS", 6)
+    monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.5)
     config = DataConfig(path=remote, workers=workers)
     with Stream(config, seed=3, round_size=ROUND, prefetch=False) as stream:
         first = stream.take(0).keys
         proxy.faults = Faults(refusing=True)
-        with pytest.raises(Unavailable, match=r"noise/train-\d+.*given up after 6 attempts; the last failed with"):
+        with pytest.raises(Unavailable, match=r"noise/train-\d+.*given up after [01] s; the last attempt failed with"):
             while True:  # the workers may have read some rounds ahead
                 first += stream.take(len(first) // ROUND).keys
-        with at_most(2), pytest.raises(Unavailable, match="given up after 2 attempts"):
+        with give_up_after(0), pytest.raises(Unavailable, match="given up after 0 s"):
             open_store(remote).list()
         proxy.faults = Faults()
         while len(first) < IMAGES:
@@ -158,7 +159,7 @@ def test_a_server_that_is_away_for_a_while(
             "train-00003.pages.npy",
             0,
             (Unavailable, InputError),
-            "given up after 20 attempts; .* not those of its ETag|its SHA-256 is not the one in",
+            "given up after 2 s; .* not those of its ETag|its SHA-256 is not the one in",
         ),
     ],
 )

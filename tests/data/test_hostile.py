@@ -170,7 +170,7 @@ def test_a_directory_or_a_pipe_in_place_of_a_shard(packed: str, make: Callable[[
     file.unlink()
     make(file)
     for use in (lambda: read_split(packed, "train"), lambda: verify(packed, progress=False)):
-        with pytest.raises(InputError, match=r"00003\.tar: no regular file: remove it"):
+        with pytest.raises(InputError, match=r"00003\.tar: not a regular file: remove it"):
             use()
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from naign.checkpoint.bucket import newest_first
 from naign.checkpoint.writer import newest_checkpoint
-from naign.errors import BAD_INPUT, FAILED
+from naign.errors import BAD_INPUT, FAILED, PEER_LOST
 from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, Program, forked, start
 from tests.e2e.ranks import Job
@@ -109,7 +109,7 @@ def test_a_bucket_that_is_taken_away_leaves_local_checkpoints_and_a_warning(
     with Job(tmp_path, 2, ("--run.path=run", f"--run.remote={bucket}/run", *options)) as job:
         job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
         s3.client().delete_bucket(Bucket=bucket.removeprefix("s3://"))
-        assert job.ended(120) == [0, 0], job.said()
+        assert job.ended(120) == [PEER_LOST, PEER_LOST], job.said()
         assert "stays local" in job.said() and "there is no bucket" in job.said()
     newest = newest_checkpoint(tmp_path / "run/checkpoints")
     assert newest and newest.name == "step-00000800"
@@ -193,7 +193,9 @@ def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(
     with Job(tmp_path, 2, tuple(options)) as job:
         job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
         s3.client().delete_bucket(Bucket=bucket.removeprefix("s3://"))
-        assert job.ended(120) == [0, 0] and "stays local" in job.said(), job.said()
+        assert job.ended(120) == [PEER_LOST, PEER_LOST], job.said()
+        assert "stays local" in job.said()
+        assert "done: the run lies in" not in job.said()
     s3.client().create_bucket(Bucket=bucket.removeprefix("s3://"))
     with Job(tmp_path, 2, tuple(options)) as job:
         assert job.ended(120) == [0, 0] and "nothing left to do" in job.said(), job.said()

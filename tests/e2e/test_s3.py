@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,12 +21,31 @@ IMAGES = 1438  # training images of the digits
 
 def listed(folder: Path) -> Counter[tuple[int, int, str]]:
     """(epoch, round, key) in the trace files of all ranks."""
-    lines = [line.split() for file in folder.iterdir() for line in file.read_text().splitlines()]
-    return Counter((int(epoch), int(round), key) for epoch, round, key in lines)
+    found = Counter[tuple[int, int, str]]()
+    for file in folder.iterdir():
+        for line in file.read_text().splitlines():
+            epoch, round, key = line.split()
+            found[int(epoch), int(round), key] += 1
+    return found
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss/total"] for line in lines]
+
+
+def wait_for_rounds(job: subprocess.Popen[str], run: Path, count: int) -> None:
+    """Wait until a training has reported so many rounds, or has ended."""
+    metrics = run / "metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        time.sleep(0.01)
+
+
+def pack(naign: Program, to: str, shards: int = 4) -> str:
+    """Pack the digits; what was said."""
+    done = naign("pack", "digits", "--to", to, "--shards", str(shards))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -33,18 +53,15 @@ def test_a_killed_run_goes_on_with_two_ranks_and_sees_each_image_once(
     naign: Program, train: Program, bucket: str, tmp_path: Path
 ) -> None:
     data = f"{bucket}/deep/digits"
-    packed = naign("pack", "digits", "--to", data, "--shards", "5")
-    assert packed.returncode == 0 and "1438 train in 5 shards" in packed.stdout, packed.stderr
-    assert "already there" in naign("pack", "digits", "--to", data, "--shards", "5").stdout
+    assert "1438 train in 5 shards" in pack(naign, data, 5)
+    assert "already there" in pack(naign, data, 5)
     checked = naign("verify", data)
     assert checked.returncode == 0 and "sound" in checked.stdout, checked.stderr
 
     # 12 rounds of 256 are two epochs of 1,438 and a bit.
     options = [f"--data.path={data}", *SMALL, "--train.images=3072", "--checkpoint.rounds=2", "--data.trace=trace"]
     job = start(tmp_path, "--run.path=run", "--data.workers=2", *options)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while job.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
-        time.sleep(0.01)
+    wait_for_rounds(job, tmp_path / "run", 5)
     job.send_signal(signal.SIGKILL)
     job.communicate(timeout=60)
     assert job.returncode == -signal.SIGKILL
@@ -55,15 +72,18 @@ def test_a_killed_run_goes_on_with_two_ranks_and_sees_each_image_once(
 
     # A round that the kill undid is listed again, alike; nothing else is.
     seen = listed(tmp_path / "trace")
-    assert set(before) < set(seen) and max(seen.values()) == 2
+    assert set(before) < set(seen)
+    assert max(seen.values()) == 2
     rounds = Counter(round for _, round, _ in seen)
     assert rounds == Counter({round: 256 for round in range(12)})
     for epoch in (0, 1):
         keys = Counter(key for e, _, key in seen if e == epoch)
-        assert len(keys) == IMAGES and set(keys.values()) == {1}
+        assert len(keys) == IMAGES
+        assert set(keys.values()) == {1}
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     trainer = json.loads((max((tmp_path / "run/checkpoints").iterdir()) / "trainer.json").read_text())
-    assert trainer["round"] == 12 and trainer["epoch"] == pytest.approx(12 * 256 / IMAGES)
+    assert trainer["round"] == 12
+    assert trainer["epoch"] == pytest.approx(12 * 256 / IMAGES)
 
 
 @pytest.mark.slow
@@ -73,8 +93,7 @@ def test_a_run_through_faults_gives_the_same_losses(
     options = ["--train.images=5120", *SMALL]  # of half as many, one run in twenty would meet no flip
     plain = train("--run.path=plain", f"--data.path={digits}", *options)
     assert plain.returncode == 0, plain.stderr
-    packed = naign("pack", "digits", "--to", f"{bucket}/digits", "--shards", "4")
-    assert packed.returncode == 0, packed.stderr
+    pack(naign, f"{bucket}/digits")
     # Flips are rare: with resets a page takes some three answers, and four reads of it that are wrong end a run.
     proxy.faults = Faults(reset_every=(50_000, 200_000), refuse=0.1, errors=0.2, flip=0.03)
     faulty = train("--run.path=faulty", f"--data.path={bucket}/digits", *options)
@@ -90,26 +109,27 @@ def test_a_shard_that_stays_wrong_stops_every_rank_with_its_name(
     train: Program, naign: Program, bucket: str, proxy: FaultProxy, tmp_path: Path
 ) -> None:
     data = f"{bucket}/digits"
-    assert naign("pack", "digits", "--to", data, "--shards", "4").returncode == 0
+    pack(naign, data)
     proxy.faults = Faults(flip_always="train-00002.tar")
     done = train(f"--data.path={data}", *SMALL, "--train.images=2560", "--run.path=run", ranks=2)
-    assert done.returncode != 0 and ended_as_bad_input(done.stderr)
+    assert done.returncode != 0
+    assert ended_as_bad_input(done.stderr)
     assert f"{data}/train-00002.tar: the SHA-256 of bytes" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_store_that_is_emptied_under_a_run_is_a_loss(naign: Program, bucket: str, tmp_path: Path) -> None:
-    data, metrics = f"{bucket}/digits", tmp_path / "run/metrics.jsonl"
-    assert naign("pack", "digits", "--to", data).returncode == 0
+    data = f"{bucket}/digits"
+    pack(naign, data)
     job = start(tmp_path, f"--data.path={data}", "--run.path=run", *SMALL, "--train.images=307200")
-    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        time.sleep(0.01)
+    wait_for_rounds(job, tmp_path / "run", 3)
     store = open_store(data)
     for name in store.list():
         store.delete(name)
     errors = job.communicate(timeout=60)[1]
     assert job.returncode == PEER_LOST and "Traceback" not in errors, errors
-    assert "no such object" in errors.splitlines()[-1] and "all ranks start again" in errors.splitlines()[-1]
+    assert "no such object" in errors.splitlines()[-1]
+    assert "all ranks start again" in errors.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -144,9 +164,7 @@ def test_mistakes_with_buckets_end_with_code_2(
 
 @pytest.mark.slow
 def test_indexing_tars_of_others(naign: Program, train: Program, bucket: str, tmp_path: Path) -> None:
-    from naign.storage.store import open_store
-
-    assert naign("pack", "digits", "--to", "packed", "--shards", "4").returncode == 0
+    pack(naign, "packed")
     store = open_store(bucket)
     for file in sorted((tmp_path / "packed").glob("*.tar")):
         store.put(file.name.replace("test", "val"), file.read_bytes())

@@ -123,8 +123,7 @@ def test_a_bucket_that_may_only_be_read(tmp_path, s3, bucket, monkeypatch):
 def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
     from naign.storage.s3_client import forget_clients
 
-    monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PATIENCE", 0.1)
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     forget_clients()
@@ -136,9 +135,9 @@ def test_what_is_no_remote(tmp_path):
     with pytest.raises(InputError, match="cannot read ftpx:// paths"):
         check(tmp_path, remote="ftpx://bucket/run")
     with pytest.raises(
-        InputError, match=r"run.remote cannot be written: .*memory:// is only read: write to a local folder"
+        InputError, match=r"run.remote cannot be written: .*web servers are only read: write to a local folder"
     ):
-        check(tmp_path, remote="memory://bucket/run")
+        check(tmp_path, remote="https://server/run")
 
 
 @pytest.mark.parametrize("readable", [True, False])

@@ -16,13 +16,18 @@ def test_a_local_file_there_and_back(tmp_path: Path) -> None:
     local.put("b", b"12345")
     local.put("a", b"1")
     local.put("a", b"123")
-    assert local.list() == ["a", "b"] and local.size("a") == 3 and local.read("b") == b"12345"
+    assert local.list() == ["a", "b"]
+    assert local.size("a") == 3
+    assert local.read("b") == b"12345"
     assert Path(local.url("a")).read_bytes() == b"123"
-    assert local.read("b", 1, 3) == b"23" and local.read("b", 3) == b"45" and local.read("b", 5, 5) == b""
+    assert local.read("b", 1, 3) == b"23"
+    assert local.read("b", 3) == b"45"
+    assert local.read("b", 5, 5) == b""
     with pytest.raises(InputError, match="folder/b: 5 bytes where 6 were expected: truncated"):
         local.read("b", 2, 6)
     (tmp_path / "new/folder/deeper").mkdir()
-    assert local.exists("a") and not any(local.exists(name) for name in ("c", "deeper", "deeper/c"))
+    assert local.exists("a")
+    assert not any(local.exists(name) for name in ("c", "deeper", "deeper/c"))
     assert not open_store(str(tmp_path / "nowhere")).exists("a")
     with pytest.raises(InputError, match="give a folder"):
         open_store(str(tmp_path / "new/folder/a")).exists("c")
@@ -43,7 +48,8 @@ def test_a_broken_put_leaves_the_old_file_and_nothing_else(tmp_path: Path, monke
     monkeypatch.setattr("os.replace", broken)
     with pytest.raises(Unavailable, match="/a: No space left on device: free some, or choose another folder"):
         local.put("a", b"new")
-    assert [file.name for file in tmp_path.iterdir()] == ["a"] and local.read("a") == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    assert local.read("a") == b"old"
 
 
 def test_a_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -39,8 +39,11 @@ POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 def make(folder, digits, seed=0):
     """A configuration, its stream and its engine after one step."""
     config = Config(prior=PriorConfig(name="gaussian"))
-    config.run.path, config.data.path = str(folder), digits
-    config.model.width, config.model.code, config.train.ema = 8, 8, 0.5
+    config.run.path = str(folder)
+    config.data.path = digits
+    config.model.width = 8
+    config.model.code = 8
+    config.train.ema = 0.5
     with Stream(config.data, seed=0, round_size=config.match.round) as stream:
         torch.manual_seed(seed)
         engine = build_engine(config, build_network(config.model, stream.shape), Accelerator(cpu=True))
@@ -51,7 +54,7 @@ def make(folder, digits, seed=0):
 
 
 def write(config, stream, engine, position=POSITION, partial=None):
-    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
+    writer = Writer(Path(config.run.path), keep=2)
     files = snapshot(config, stream, engine, position, PRIOR, partial)
     writer.start(f"step-{position.step:08d}", *files)
     assert writer.join()
@@ -78,10 +81,11 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
     step.start()
     step.join(0.5)
     assert step.is_alive()
-    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
+    writer = Writer(Path(config.run.path), keep=2)
     writer.start("step-00000031", copy, files)
     step.join(30)
-    assert not step.is_alive() and writer.join()
+    assert not step.is_alive()
+    assert writer.join()
     newest = Path(config.run.path) / "checkpoints/step-00000031"
     for file, weights, now in (("model", before, engine.bare), ("ema", averaged, engine.ema)):
         kept = load_file(newest / f"{file}.safetensors")
@@ -93,7 +97,7 @@ def test_a_step_goes_on_where_copying_fails(run):
     config, stream, engine = run
     engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
     copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), PRIOR)
-    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
+    writer = Writer(Path(config.run.path), keep=2)
     writer.start("step-00000031", copy, files)
     assert engine.copied.wait(30)
     with pytest.raises(RuntimeError, match="could not be written .*AttributeError"):
@@ -135,15 +139,19 @@ def test_what_is_saved_comes_back(run, digits):
 
 def test_a_partial_round_comes_back(run, digits):
     config, stream, engine = run
-    ids, distances = torch.arange(2048), torch.rand(2048)
+    ids = torch.arange(2048)
+    distances = torch.rand(2048)
     sums = {"total": torch.tensor(1.25), "steps": torch.tensor(3.0)}
     match = Match(ids=ids, distances=distances, values={"match/used": 0.5})
     kept = PartialRound(world_size_at_start=2, match=match, sums=sums)
     write(config, stream, engine, replace(POSITION, done=3, step=33), kept)
     position, partial = resume(newest_checkpoint(Path(config.run.path) / "checkpoints"), engine)
-    assert partial.world_size_at_start == 2 and position.done == 3
-    assert torch.equal(partial.match.ids, ids) and torch.equal(partial.match.distances, distances)
-    assert partial.sums == sums and partial.match.values == match.values
+    assert partial.world_size_at_start == 2
+    assert position.done == 3
+    assert torch.equal(partial.match.ids, ids)
+    assert torch.equal(partial.match.distances, distances)
+    assert partial.sums == sums
+    assert partial.match.values == match.values
 
 
 def test_state_that_another_world_size_left_is_passed_over(run):
@@ -153,10 +161,31 @@ def test_state_that_another_world_size_left_is_passed_over(run):
     assert resume(newest, engine) == (POSITION, None)
 
 
-def test_a_folder_in_use_is_refused(run):
+def test_a_folder_in_use_is_refused(run, monkeypatch):
     config, _, _ = run
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.1)
     with FileLock(f"{config.run.path}/.lock"), pytest.raises(InputError, match="in use by another process"):
         claim(config)
+
+
+def test_a_listing_that_holds_the_lock_for_an_instant_stops_no_start(run):
+    config, _, _ = run
+    lock = FileLock(f"{config.run.path}/.lock", thread_local=False)
+    lock.acquire()
+    Timer(0.3, lock.release).start()
+    claim(config)[2].release()
+
+
+def test_a_model_that_cannot_be_built_here_is_not_called_damaged(run, monkeypatch):
+    config, _, _ = run
+
+    def build(*_):
+        raise ValueError("there is no network 'theirs': install the package that has it")
+
+    monkeypatch.setattr("naign.model.naign.build_network", build)
+    with pytest.raises(InputError, match="install the package that has it") as refused:
+        claim(config)
+    assert "remove that folder" not in str(refused.value)
 
 
 def test_another_configuration_is_refused_even_without_config_yaml(run):
@@ -164,14 +193,17 @@ def test_another_configuration_is_refused_even_without_config_yaml(run):
     config.train.lr = 0.5
     with pytest.raises(InputError, match="train.lr: 0.002 there, 0.5 now"):
         claim(config)
-    config.train.lr, config.model.width = 2e-3, 16
+    config.train.lr = 2e-3
+    config.model.width = 16
     with pytest.raises(InputError, match="model.width: 8 there, 16 now"):
         claim(config)
 
 
 def test_what_only_rounds_otherwise_may_change(run):
     config, _, _ = run
-    config.train.accumulate, config.train.precision, config.checkpoint.keep = 2, "bf16", 5
+    config.train.accumulate = 2
+    config.train.precision = "bf16"
+    config.checkpoint.keep = 5
     newest, _, lock = claim(config)
     assert newest
     lock.release()
@@ -235,7 +267,11 @@ def test_a_device_that_fails_is_no_damage_of_the_checkpoint(fault, run, monkeypa
     def fail(*_, **__):
         raise fault
 
-    for owner, name in ((engine.bare, "load_state_dict"), (engine, "restore"), (engine.ema, "load_state_dict")):
+    for owner, name in (
+        (engine.bare, "load_state_dict"),
+        (engine, "restore"),
+        (engine.ema, "load_state_dict"),
+    ):
         with monkeypatch.context() as patched, pytest.raises(type(fault)) as caught:
             patched.setattr(owner, name, fail)
             resume(checkpoint, engine)
@@ -294,7 +330,8 @@ def test_a_run_goes_on_with_more_images_only_if_told_so(run):
 
 def test_a_checkpoint_that_is_lost_after_rank_0_has_claimed_it_is_worth_another_start(bucket, tmp_path):
     config = Config()
-    config.run.path, config.run.remote = str(tmp_path / "run"), f"{bucket}/run"
+    config.run.path = str(tmp_path / "run")
+    config.run.remote = f"{bucket}/run"
     with pytest.raises(Gone, match="checkpoints/step-00000001/manifest.json: no such object"):
         find_claimed(config, "step-00000001", token="of rank 0")
 
@@ -312,8 +349,10 @@ def test_a_checkout_that_was_never_installed_trains(monkeypatch):
 
 
 def test_a_checkpoint_whose_other_files_are_in_the_bucket_raises_no_alarm(tmp_path, monkeypatch, caplog):
-    config, name = Config(), "step-00000002"
-    config.run.path, config.run.remote = str(tmp_path), "s3://bucket/run"
+    config = Config()
+    name = "step-00000002"
+    config.run.path = str(tmp_path)
+    config.run.remote = "s3://bucket/run"
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / name / MANIFEST).write_text("{}")
     monkeypatch.setattr(run_folder, "recorded_at", lambda _: {})

@@ -1,38 +1,43 @@
 """The copy of a run in a bucket: checkpoints, each with its manifest written last, and the files of its reports."""
 
-import contextlib
 import fnmatch
 import json
 import logging
-import re
-import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from naign.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, read_manifest, read_object
-from naign.errors import Conflict, Damaged, InputError
+from naign.errors import Conflict, Damaged, InputError, printable
 from naign.storage.base import Store
 from naign.storage.local import sync_file, write_atomically
+from naign.storage.prefetch import in_order
 from naign.storage.store import locate, open_store
 
 RECORDS = ("config.yaml", "metrics.jsonl")
 PICTURES = ("tensorboard/*", "samples/*", "trackers/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest; BEST and PICTURES after it."""
 CHANGING = ("config.yaml", BEST)
+OWNER = "owner.json"  # names the only process that may write to the bucket: the one that started last
+AT_ONCE = 16  # requests
 
 log = logging.getLogger("naign.bucket")
-
-OWNER = "owner.json"  # names the only process that may write to the bucket: the one that started last
 
 
 def upload(folder: Path, remote: str, names: list[str]) -> None:
     """Copy `names` of a checkpoint's folder (.../checkpoints/step-00001234). Raises InputError or Unavailable."""
     for name in names:
-        _copy(folder / name, f"{remote}/checkpoints/{folder.name}/{name}")
+        send_file(folder / name, f"{remote}/checkpoints/{folder.name}/{name}")
+
+
+def send_file(file: Path, url: str) -> None:
+    store, name = locate(url)
+    store.put_file(name, file)
 
 
 def newest_first(remote: str) -> Iterator[str]:
@@ -45,31 +50,37 @@ def newest_first(remote: str) -> Iterator[str]:
 def read_trainer(remote: str, name: str) -> dict[str, Any]:
     """The content of a checkpoint's trainer.json; {} if a file is missing or of another size."""
     where = f"{remote}/checkpoints/{name}"
+    store = open_store(where)
     try:
-        for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
-            store, base = locate(f"{where}/{file}")
-            if not store.exists(base) or store.size(base) != entry["bytes"]:
-                return {}
-        return dict(json.loads(open_store(where).read("trainer.json")))
+        entries = read_manifest(store.read(MANIFEST))
+        calls = (partial(_has_size, f"{where}/{file}", entry["bytes"]) for file, entry in entries.items())
+        with closing(in_order(calls, AT_ONCE)) as checked:
+            whole = all(checked)
+        trainer = json.loads(store.read("trainer.json"))
+        return dict(trainer) if whole else {}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {}
+
+
+def _has_size(url: str, size: int) -> bool:
+    store, name = locate(url)
+    return store.size(name) == size
 
 
 def download(remote: str, name: str, checkpoints: Path) -> Path:
     """Download a checkpoint, its manifest last; intact local files are kept. Returns its folder. Raises Damaged if a
     file does not match the manifest, or the manifest names a file outside the folder.
     """
-    where, folder = f"{remote}/checkpoints/{name}", checkpoints / name
+    where = f"{remote}/checkpoints/{name}"
+    folder = checkpoints / name
     text = open_store(where).read(MANIFEST)
-    try:
+    with _damage_named(where):
         files = read_manifest(text)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         for file, entry in files.items():
             if not is_whole(folder / file, entry):  # else left by an interrupted download
                 _download_file(where, file, entry, folder)
-    except (ValueError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise Damaged(f"{where} is damaged ({error}): remove it") from None
     (folder / MANIFEST).write_bytes(text)
     return folder
 
@@ -77,14 +88,21 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
 def fetch_file(remote: str, name: str, files: Iterable[str], folder: Path) -> Path:
     """Download the first of `files` that a checkpoint has. Raises Damaged if it has none, or other bytes."""
     where = f"{remote}/checkpoints/{name}"
-    try:
+    with _damage_named(where):
         entries = read_manifest(open_store(where).read(MANIFEST))
-        if not (there := [file for file in files if file in entries]):
-            raise ValueError("its manifest names no weights")
-        _download_file(where, there[0], entries[there[0]], folder)
-    except (ValueError, KeyError) as error:
+        for file in files:
+            if file in entries:
+                _download_file(where, file, entries[file], folder)
+                return folder / file
+        raise ValueError("its manifest names no weights")
+
+
+@contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         raise Damaged(f"{where} is damaged ({error}): remove it") from None
-    return folder / there[0]
 
 
 def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -> None:
@@ -93,7 +111,7 @@ def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -
     store, base = locate(f"{where}/{file}")
     if store.size(base) != entry["bytes"]:  # before it fills the disk
         raise ValueError(f"{file} has another size")
-    with contextlib.closing(store.pieces(base)) as pieces, (folder / file).open("wb") as target:
+    with closing(store.pieces(base)) as pieces, (folder / file).open("wb") as target:
         target.writelines(pieces)
     sync_file(folder / file)
     if not is_whole(folder / file, entry):
@@ -102,14 +120,16 @@ def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -
 
 def fetch_shown(remote: str, run: Path) -> int:
     """Download records, TensorBoard's files and pictures that are missing here or differ. Returns their number."""
-    fetched, remote = 0, remote.rstrip("/")
+    remote = remote.rstrip("/")
+    fetched = 0
     for pattern in (*RECORDS, BEST, *PICTURES):
         store, wanted = locate(f"{remote}/{pattern}")
         for name in fnmatch.filter(store.list(), wanted):
-            if name in (".", "..") or Path(name).name != name or not name.isprintable():  # untrusted
-                raise InputError(f"{store.url(name)!r} is no name of a file in a run: remove that object")
+            is_plain = Path(name).name == name and name not in (".", "..") and name.isprintable()
+            if not is_plain:  # a server may answer anything
+                raise InputError(f"{store.url(name)!r} is not a name that a file of a run can have: remove that object")
             file = (run / pattern).with_name(name)
-            if not file.exists() or not _is_same(file, store, name):
+            if not file.exists() or not _is_same(file, store):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, store.read(name), sync=False)
                 fetched += 1
@@ -122,8 +142,8 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
         store, _ = locate(f"{remote}/{pattern}")
         uploaded = set(store.list())
         for file in sorted(run.glob(pattern)):
-            if file.name not in uploaded or not _is_same(file, store, file.name):
-                _copy(file, store.url(file.name))
+            if file.name not in uploaded or not _is_same(file, store):
+                send_file(file, store.url(file.name))
 
 
 def send_best(run: Path, remote: str) -> str:
@@ -135,41 +155,46 @@ def send_best(run: Path, remote: str) -> str:
     return name
 
 
-def _is_same(file: Path, store: Store, name: str) -> bool:
+def _is_same(file: Path, store: Store) -> bool:
     """Whether an object equals the file: by content where that is replaced, by size where the file only grows."""
-    with contextlib.suppress(InputError):
-        if name in CHANGING or file.parent.name == "trackers":
-            return store.read(name) == file.read_bytes()
-        return store.size(name) == file.stat().st_size
-    return False
+    try:
+        if file.name in CHANGING or file.parent.name == "trackers":
+            return store.read(file.name) == file.read_bytes()
+        return store.size(file.name) == file.stat().st_size
+    except InputError:
+        return False
 
 
 def take_over(remote: str) -> str:
     """Become the only process that may write to the bucket, and log who was. Returns the claim for `check_claim`."""
-    if before := _owner(remote):
-        former = f"the earlier start of this run on {before['host']} at {before['since']}"
-        log.info("%s: %s can no longer upload", remote, former)
-    claim = uuid.uuid4().hex
-    owner = {"claim": claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    before = _owner(remote)
+    if before:
+        log.info(
+            "%s: the earlier start of this run on %s at %s can no longer upload",
+            remote,
+            before["host"],
+            before["since"],
+        )
+    owner = {
+        "claim": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     open_store(remote).put(OWNER, json.dumps(owner).encode())
-    return claim
+    return owner["claim"]
 
 
 def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if another process has called `take_over` since."""
     owner = _owner(remote)
-    if owner.get("claim", "") not in ("", claim):
+    if owner and owner["claim"] != claim:
         later = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
         raise Conflict(f"{later}: this one exits and writes no more to it; give each run its own --run.remote")
 
 
 def _owner(remote: str) -> dict[str, str]:
     """The claim, host and start of the process that may write to the bucket; {} if it is missing or unreadable."""
-    owner = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in read_object(remote, OWNER).items()}
-    return {"claim": "", "host": "?", "since": "?"} | owner if owner else {}
-
-
-def _copy(file: Path, url: str) -> None:
-    store, name = locate(url)
-    with file.open("rb") as source, store.write(name) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
+    found = read_object(remote, OWNER)
+    if found.keys() >= {"claim", "host", "since"}:
+        return {key: printable(str(value)) for key, value in found.items()}
+    return {}

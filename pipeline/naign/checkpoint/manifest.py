@@ -19,7 +19,8 @@ Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "
 
 def by_step(names: Iterable[str]) -> list[str]:
     """The names of checkpoints (step-00001234) among `names`, newest first. Others, such as a copy, are ignored."""
-    return sorted((name for name in names if re.fullmatch(r"step-\d+", name)), key=step_of, reverse=True)
+    checkpoints = [name for name in names if re.fullmatch(r"step-\d+", name)]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
 def step_of(name: str) -> int:
@@ -31,29 +32,40 @@ def prune(root: str, keep: int, *, newest: str = "", spare: str = "") -> None:
     """Remove checkpoints in a folder or bucket, manifests first, that are incomplete or not among the newest `keep`
     (0: all). `newest`, just written, is kept and counted, later ones are left alone; `spare` is kept and not counted.
     """
-    complete = int(bool(newest))
+    complete = 1 if newest else 0
     for name in by_step(open_store(root).folders()):
         if name == spare or (newest and step_of(name) >= step_of(newest)):
             continue
-        store = open_store(f"{root}/{name}")
-        if store.exists(MANIFEST):
+        if open_store(f"{root}/{name}").exists(MANIFEST):
             complete += 1
             if not keep or complete <= keep:
                 continue
-        store.delete(MANIFEST)
-        if isinstance(store, LocalStore):
-            shutil.rmtree(f"{root}/{name}", ignore_errors=True)
-            continue
-        for part in (store, *(open_store(f"{root}/{name}/{sub}") for sub in store.folders())):
-            for file in part.list():
-                part.delete(file)
+        remove(f"{root}/{name}")
+
+
+def remove(checkpoint: str) -> None:
+    """Remove a checkpoint, its manifest first."""
+    store = open_store(checkpoint)
+    store.delete(MANIFEST)
+    if isinstance(store, LocalStore):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return
+    names = store.names()
+    for file in names.files:
+        store.delete(file)
+    for folder in names.folders:
+        below = open_store(f"{checkpoint}/{folder}")
+        for file in below.list():
+            below.delete(file)
 
 
 def read_object(root: str, name: str) -> dict[str, Any]:
     """The JSON object in a file of a run's folder or bucket; {} if it is missing or damaged."""
     store = open_store(root)
+    if not store.exists(name):
+        return {}
     try:
-        content = json.loads(store.read(name)) if store.exists(name) else {}
+        content = json.loads(store.read(name))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -72,17 +84,21 @@ def best_named(root: str) -> str:
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:
     """Whether a file is a regular one with the size and hash of its manifest entry."""
-    regular = file.is_file() and not file.is_symlink()
-    return bool(regular and file.stat().st_size == entry["bytes"] and sha256(file) == entry["sha256"])
+    if not file.is_file() or file.is_symlink():
+        return False
+    if file.stat().st_size != entry["bytes"]:
+        return False
+    return sha256(file) == str(entry["sha256"])
 
 
 def read_manifest(text: bytes) -> Entries:
     """The entries of a manifest. Raises ValueError if it is malformed or names a file outside its folder."""
     try:
-        files = json.loads(text)["files"]
+        files = dict(json.loads(text)["files"])
         for name, entry in files.items():
-            parts = Path(name).parts
-            if not parts or ".." in parts or Path(name).is_absolute() or name == MANIFEST or "\0" in name:
+            path = Path(name)
+            leads_out = not path.parts or ".." in path.parts or path.is_absolute()
+            if leads_out or name == MANIFEST or "\0" in name:
                 raise ValueError(f"a file named {name!r}")
             if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
                 raise ValueError(f"no size and hash of {name!r}")
@@ -90,7 +106,7 @@ def read_manifest(text: bytes) -> Entries:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if not files:
         raise ValueError("no files")
-    return dict(files)
+    return files
 
 
 def sha256(file: Path) -> str:

@@ -12,7 +12,6 @@ step-00001234/
 Each rank writes its part from copies in memory, in a background thread, and uploads it if there is a bucket.
 """
 
-import itertools
 import json
 import logging
 import math
@@ -31,7 +30,7 @@ from safetensors import SafetensorError
 from naign.checkpoint import bucket
 from naign.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, prune, read_manifest, sha256
 from naign.distributed.ranks import SideGroup
-from naign.errors import Conflict, InputError, Unavailable, unwritten
+from naign.errors import Conflict, InputError, StoreLost, Unavailable, unwritten
 from naign.observe.logs import title
 from naign.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 from naign.storage.prefetch import in_background
@@ -43,13 +42,21 @@ Write = Callable[[Path], None]  # writes one file
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint in the folder `checkpoints`, or None."""
-    return next((folder for folder in _newest_first(checkpoints) if is_complete(folder)), None)
+    for folder in _newest_first(checkpoints):
+        if is_complete(folder):
+            return folder
+    return None
 
 
 def passed_over(checkpoints: Path, newest: Path | None) -> list[Path]:
     """Damaged checkpoints newer than `newest`, the newest complete one. One without manifest is being written."""
-    newer = itertools.takewhile(lambda folder: folder != newest, _newest_first(checkpoints))
-    return [folder for folder in newer if (folder / MANIFEST).is_file()]
+    damaged = []
+    for folder in _newest_first(checkpoints):
+        if folder == newest:
+            break
+        if (folder / MANIFEST).is_file():
+            damaged.append(folder)
+    return damaged
 
 
 def is_complete(folder: Path) -> bool:
@@ -57,47 +64,59 @@ def is_complete(folder: Path) -> bool:
     try:
         files = read_manifest((folder / MANIFEST).read_bytes())
         return all(is_whole(folder / name, entry) for name, entry in files.items())
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in TRANSIENT:
+    except OSError as error:
+        if error.errno in TRANSIENT:
             raise
+        return False
+    except ValueError:
         return False
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
-    return [checkpoints / name for name in by_step(path.name for path in checkpoints.glob("step-*"))]
+    names = by_step(path.name for path in checkpoints.glob("step-*"))
+    return [checkpoints / name for name in names]
 
 
 class Writer:
-    """Writes one checkpoint after another in the background. Every rank has a writer; its methods are collective."""
+    """Writes one checkpoint after another in the background. Every rank has a writer; its methods are collective.
+
+    Assign before the first checkpoint what is not the default:
+      newest    name of the newest checkpoint, complete or being written; of a run that resumes, the one it resumes from
+      beat      called about once a second while waiting
+      left      returns the seconds until the run must end; infinite without a stop request
+      flush     flushes metrics and pictures before they are uploaded
+      done      called with the folder of each checkpoint, on rank 0
+    """
 
     def __init__(
         self,
         run: Path,
         *,
-        rank: int,
-        world: int,
-        keep: int,  # as `prune` takes it
-        remote: str,  # s3://bucket/prefix, or ''
+        rank: int = 0,
+        world: int = 1,
+        keep: int = 0,  # as `prune` takes it
+        remote: str = "",  # s3://bucket/prefix, or '': none
         claim: str = "",  # rank 0's claim on it, from bucket.take_over
-        newest: str = "",  # name of the checkpoint that the run resumes from
-        beat: Callable[[], None] = lambda: None,  # called about once a second while waiting
-        left: Callable[[], float] = lambda: math.inf,  # seconds until the run must end; infinite without a stop request
-        patience: float = 3600,  # seconds that one rank may take longer than another
-        flush: Callable[[], None] = lambda: None,  # flushes metrics and pictures before they are uploaded
+        timeout: float = 3600,  # seconds that one rank may take longer than another
     ) -> None:
-        self._run, self._rank, self._world = run, rank, world
-        self._keep, self._remote, self._claim = keep, remote, claim
-        self.newest = newest  # name of the newest checkpoint, complete or being written
-        self._names = list[str]()  # this rank's files of the newest checkpoint
-        # A separate group: the background threads communicate by it while the main threads train.
-        self._group = SideGroup(world, timeout=patience)
-        self._beat, self._flush, self._left = beat, flush, left
-        self._done: Future[str] | None = None  # of the pending checkpoint: why the run must end, or ""
+        self.newest = ""
+        self.beat: Callable[[], None] = lambda: None
+        self.left: Callable[[], float] = lambda: math.inf
+        self.flush: Callable[[], None] = lambda: None
+        self.done: Callable[[Path], object] = lambda folder: None
         self.completed = time.monotonic()  # when the newest checkpoint was there and sent, or when this start began
-        self.done: Callable[[Path], object] = lambda folder: None  # called after a checkpoint, on rank 0
         self.seconds = 0.0  # background seconds of the last checkpoint, uploading included
         self.uploaded = 0.0  # seconds of uploading
         self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
+        self._run = run
+        self._rank = rank
+        self._keep = keep
+        self._remote = remote
+        self._claim = claim
+        self._names = list[str]()  # this rank's files of the newest checkpoint
+        # A separate group: the background threads communicate by it while the main threads train.
+        self._group = SideGroup(world, timeout=timeout)
+        self._pending: Future[str] | None = None  # a checkpoint: why the run must end, or ""
 
     def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write], best: str = "") -> None:
         """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background.
@@ -111,7 +130,7 @@ class Writer:
             shutil.rmtree(folder, ignore_errors=True)
         self._group.gather(None)  # no rank writes before the folder is empty
         self.newest = name
-        self._done = in_background(partial(self._work, folder, copy, files, best), f"write {name}")
+        self._pending = in_background(partial(self._work, folder, copy, files, best), f"write {name}")
 
     def resend(self, name: str) -> None:
         """Start to upload a checkpoint again: this run's newest one, or one that an earlier start left."""
@@ -119,31 +138,54 @@ class Writer:
         names = self._names
         if not names and self._rank == 0:
             names = list(read_manifest((folder / MANIFEST).read_bytes()))
-        self._done = in_background(partial(self._upload, folder, names), f"send {name}")
+        self._pending = in_background(partial(self._upload, folder, names), f"send {name}")
 
     def join(self, *, within: float = math.inf, share: float = 1.0) -> bool:
-        """Wait for the checkpoint that is being written. Returns False if that takes longer than `within` seconds or,
-        once a stop was requested, longer than `share` of the time left. Raises `unwritten` on every rank if any rank
-        could not write its files, what `done` raises, and what a collective raises when another rank is gone.
+        """Wait for the checkpoint that is being written; it may still be `unsent` then. Returns False if that takes
+        longer than `within` seconds or, once a stop was requested, longer than `share` of the time left. Raises
+        `unwritten` on every rank if any rank could not write its files, what `done` raises, and what a collective
+        raises when another rank is gone.
         """
-        if self._done is None:
+        if self._pending is None:
             return True
-        end, stopping = time.monotonic() + within, False
-        while not wait([self._done], max(0.0, min(1.0, end - time.monotonic()))).done and time.monotonic() < end:
-            self._beat()  # a slow upload is not a hang
-            if not stopping and not math.isinf(left := self._left()):
-                end, stopping = min(end, time.monotonic() + max(1.0, share * left)), True
-        if not self._done.done():
+        end = time.monotonic() + within
+        stopping = False
+        while not self._pending.done():
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            wait([self._pending], min(1.0, left))
+            self.beat()  # a slow upload is not a hang
+            if not stopping and not math.isinf(self.left()):
+                stopping = True
+                end = min(end, time.monotonic() + max(1.0, share * self.left()))
+        problem = self._pending.result()
+        self._pending = None
+        if problem:
+            raise unwritten(problem)
+        return True
+
+    def finish(self) -> bool:
+        """Wait for the last checkpoint and its copy, which is sent once more where that failed: whoever starts this run
+        again may have only the bucket. Returns False where a stop request leaves too little time. Raises StoreLost on
+        every rank if the bucket does not hold the checkpoint in the end, and as `join` does.
+        """
+        if not self.join():
             return False
-        done, self._done = self._done, None
-        if failed := done.result():
-            raise unwritten(failed)
+        if self.unsent:
+            self.resend(self.unsent)
+            if not self.join():
+                return False
+        if self.unsent:
+            folder = self._run / "checkpoints" / self.unsent
+            raise StoreLost(f"{folder} could not be sent to {self._remote}: start again to send it once more")
         return True
 
     def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
         title("write")
         start = time.perf_counter()
-        if problem := self._write(folder, copy, files, best):
+        problem = self._write(folder, copy, files, best)
+        if problem:
             remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
             return f"{folder} could not be written ({problem}): {remedy}"
         self._names = list(files)
@@ -159,46 +201,45 @@ class Writer:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks, which
         raise RuntimeError if it was something other than the disk, such as a device.
         """
-        entries, failed, fault = dict[str, Any](), "", False
+        entries = dict[str, dict[str, Any]]()
+        problem = ""
+        fault = False
         try:
             copy()  # first: the next step waits for it
             for name, write in files.items():
-                file = folder / name
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write(file)
-                file.chmod(0o666 & ~UMASK)  # safetensors writes mode 0600
-                sync_file(file)
-                entries[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                entries[name] = _write_file(folder / name, write)
         except Exception as error:
-            failed = f"rank {self._rank}: {type(error).__name__}: {error}"
+            problem = f"rank {self._rank}: {type(error).__name__}: {error}"
             fault = not isinstance(error, OSError | SafetensorError)
-        gathered = self._group.gather((entries, failed, fault))
-        problem = next((failed for _, failed, _ in gathered if failed), "")
-        names = set[str]()
-        if self._rank == 0:
-            if not problem:
-                listed = dict(sorted((name, entry) for part, *_ in gathered for name, entry in part.items()))
-                try:
-                    write_atomically(folder / MANIFEST, json.dumps({"files": listed}, indent=2) + "\n")
-                except OSError as error:
-                    problem = f"{type(error).__name__}: {error}"
-            if problem:
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                with _may_fail(f"old checkpoints stay in {folder.parent}"):
-                    if best:
-                        write_atomically(self._run / BEST, best)
-                    root = self._run.absolute()
-                    prune(f"{root}/checkpoints", self._keep, newest=folder.name, spare=best_named(str(root)))
-            names = {path.name for path in _newest_first(folder.parent)}
-        if any(fault for *_, fault in gathered):
+        listed = dict[str, dict[str, Any]]()
+        for theirs, failed, is_fault in self._group.gather((entries, problem, fault)):
+            listed |= theirs
+            problem = problem or failed
+            fault = fault or is_fault
+        if self._rank == 0 and not problem:
+            problem = self._complete(folder, listed, best)
+        problem = self._group.gather(problem)[0]
+        if problem and self._rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        if fault:
             raise RuntimeError(f"{folder} could not be written ({problem}); the checkpoint before it is untouched")
-        problem, names = self._group.gather((problem, names))[0]
-        if not problem and os.environ.get("LOCAL_RANK") == "0":  # a machine may have a folder of its own
-            for path in _newest_first(folder.parent):
-                if path.name not in names:
-                    shutil.rmtree(path, ignore_errors=True)
+        if not problem and os.environ.get("LOCAL_RANK", "0") == "0":  # a machine may have a folder of its own
+            root = str(self._run.absolute())
+            with _may_fail(f"old checkpoints stay in {folder.parent}"):
+                prune(f"{root}/checkpoints", self._keep, newest=folder.name, spare=best_named(root))
         return problem
+
+    def _complete(self, folder: Path, entries: dict[str, dict[str, Any]], best: str) -> str:
+        """Write the manifest, then best.json. Returns why the checkpoint does not count, or ""."""
+        try:
+            text = json.dumps({"files": dict(sorted(entries.items()))}, indent=2)
+            write_atomically(folder / MANIFEST, text + "\n")
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        if best:
+            with _may_fail(f"{self._run / BEST} names the best checkpoint before this one"):
+                write_atomically(self._run / BEST, best)
+        return ""
 
     def _upload(self, folder: Path, names: list[str]) -> str:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
@@ -206,21 +247,24 @@ class Writer:
         """
         title("upload")
         start = time.perf_counter()
-        failed, conflict = self._agreed(lambda: bucket.check_claim(self._remote, self._claim))
-        if not failed:
-            failed, conflict = self._agreed(lambda: bucket.upload(folder, self._remote, names), everyone=True)
-        if not failed:
-            failed, conflict = self._agreed(lambda: self._finish_remote(folder))
+        is_first = self._rank == 0
+        error = self._agreed(is_first, lambda: bucket.check_claim(self._remote, self._claim))
+        if not error:
+            error = self._agreed(True, lambda: bucket.upload(folder, self._remote, names))
+        if not error:
+            error = self._agreed(is_first, lambda: self._finish_remote(folder))
         self.uploaded = time.perf_counter() - start
-        if conflict:
-            return f"{failed}; its newest checkpoint is {folder}"
-        self.unsent = folder.name if failed else ""
-        if failed and self._rank == 0:
-            log.warning("%s stays local: %s: %s", folder, self._remote, failed)
+        if isinstance(error, Conflict):
+            return f"{error}; its newest checkpoint is {folder}"
+        self.unsent = ""
+        if error:
+            self.unsent = folder.name
+            if is_first:
+                log.warning("%s stays local: %s: %s", folder, self._remote, error)
         return ""
 
     def _finish_remote(self, folder: Path) -> None:
-        self._flush()
+        self.flush()
         bucket.mirror(self._run, self._remote, bucket.RECORDS)
         bucket.check_claim(self._remote, self._claim)  # uploading may have taken long
         bucket.upload(folder, self._remote, [MANIFEST])
@@ -230,15 +274,26 @@ class Writer:
         with _may_fail(f"pictures and TensorBoard's files in {self._remote} are old"):
             bucket.mirror(self._run, self._remote, bucket.PICTURES)
 
-    def _agreed(self, act: Callable[[], None], *, everyone: bool = False) -> tuple[str, bool]:
-        """Collective: call `act` on rank 0 or on all. Returns the first error, or "", and whether it is a Conflict."""
-        mine = "", False
+    def _agreed(self, active: bool, act: Callable[[], None]) -> Exception | None:
+        """Collective: call `act` on the ranks that are active. Returns the first rank's error on all of them."""
+        mine: Exception | None = None
         try:
-            if everyone or self._rank == 0:
+            if active:
                 act()
         except Exception as error:
-            mine = str(error) or type(error).__name__, isinstance(error, Conflict)
-        return next((one for one in self._group.gather(mine) if one[0]), ("", False))
+            kind = Conflict if isinstance(error, Conflict) else Unavailable
+            mine = kind(str(error) or type(error).__name__)
+        failed = [theirs for theirs in self._group.gather(mine) if theirs]
+        return failed[0] if failed else None
+
+
+def _write_file(file: Path, write: Write) -> dict[str, Any]:
+    """Write a file to the disk; its entry in the manifest."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file)
+    file.chmod(0o666 & ~UMASK)  # safetensors writes mode 0600
+    sync_file(file)
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from naign.config import Config, check, load, to_dict
 from naign.data.mixing import DataSets
 from naign.errors import InputError, Unavailable, printable, require
 from naign.settings.read import read_yaml
-from naign.storage.retry import at_most
+from naign.storage.retry import give_up_after
 from naign.storage.store import use_endpoint
 
 _HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
@@ -166,7 +166,7 @@ def predict(job: Job) -> str:
     labels: tuple[str, ...] = ("unknown",)
     use_endpoint(job.endpoint)
     try:
-        with at_most(1):  # a cluster's bucket is often out of reach from here
+        with give_up_after(0):  # a cluster's bucket is often out of reach from here
             sets = DataSets(replace(settings.data, path=job.data))
         shape, labels = sets.shape, sets.manifest.labels
         stored = sum(shard.bytes for split in sets.manifest.splits.values() for shard in split.shards)

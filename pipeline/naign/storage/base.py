@@ -1,8 +1,12 @@
 """The protocol of a store: a flat folder of files, behind `str` paths."""
 
+import builtins
+import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from naign.errors import InputError
 from naign.storage.retry import Tally
@@ -19,49 +23,97 @@ class Missing(InputError):
         self.seen = seen
 
 
+class Denied(InputError):
+    """The server refuses access."""
+
+    def __init__(self, message: str, *, expired: bool = False) -> None:
+        """`expired`: the token was good until some time ago."""
+        super().__init__(message)
+        self.expired = expired
+
+
+class Stat(NamedTuple):
+    """What a store reports about a file."""
+
+    size: int  # bytes
+    version: str  # changes whenever the file does, such as its ETag, or its time and size
+
+
+class Names(NamedTuple):
+    """What lies directly in a folder, sorted."""
+
+    folders: list[str]
+    files: list[str]  # complete ones
+
+
 class Writer(Protocol):
     """A file being written."""
 
     def write(self, data: bytes | bytearray | memoryview, /) -> int: ...
 
 
-class Store(Protocol):
+class Store(ABC):
     """A flat folder of files. Methods raise InputError for missing or forbidden ones, Unavailable if retries fail."""
 
     path: str
     tally: Tally
 
-    def folders(self) -> list[str]:
-        """Names of the folders in it, sorted."""
+    @abstractmethod
+    def names(self) -> Names:
+        """Names of the folders and files in it; none for a folder that is empty or does not exist."""
 
-    def list(self) -> list[str]:
-        """Names of the complete files, sorted; [] for a folder that is empty or does not exist."""
+    @abstractmethod
+    def stat(self, name: str) -> Stat:
+        """Ask for the size and version of a file."""
+
+    @abstractmethod
+    def pieces(self, name: str, first: int = 0, last: int | None = None) -> Generator[bytes]:
+        """Bytes [first, last), to the end by default, in pieces of at most a megabyte, read ahead in bounded memory;
+        never silently cut.
+        """
+
+    @abstractmethod
+    def write(self, name: str) -> AbstractContextManager[Writer]:
+        """Write or replace a file while its bytes are produced: it appears whole at the end, or not at all."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+
+    @abstractmethod
+    def url(self, name: str) -> str:
+        """The address of the file, for messages and for other programs."""
+
+    def folders(self) -> builtins.list[str]:
+        return self.names().folders
+
+    def list(self) -> builtins.list[str]:
+        return self.names().files
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name; asks for it alone, however many files the folder holds."""
+        try:
+            self.stat(name)
+        except Missing:
+            return False
+        return True
 
     def size(self, name: str) -> int:
-        """Length in bytes."""
+        return self.stat(name).size
 
     def version(self, name: str) -> str:
-        """A text that changes whenever the file does, such as its ETag, or its time and size."""
+        return self.stat(name).version
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
-        """Bytes [first, last); None: to the end. InputError if it is shorter. `fresh` bypasses and renews any cache."""
+        """Bytes [first, last). InputError if the file is shorter. `fresh` bypasses and renews any cache."""
+        return b"".join(self.pieces(name, first, last))
 
-    def pieces(self, name: str) -> Generator[bytes]:
-        """The bytes of a file in pieces of at most a megabyte, read ahead in bounded memory; never silently cut."""
-
-    def write(self, name: str) -> AbstractContextManager[Writer]:
-        """Write or replace a file while its bytes are produced: it appears whole at the end, or not at all."""
+    def put_file(self, name: str, file: Path) -> None:
+        """Copy a local file to the store."""
+        with file.open("rb") as source, self.write(name) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
 
     def put(self, name: str, data: bytes) -> None:
         """Write or replace a file: readers see the old one or the new one, never a part."""
         with self.write(name) as target:
             target.write(data)
-
-    def delete(self, name: str) -> None:
-        """Remove a file; nothing happens if there is none."""
-
-    def url(self, name: str) -> str:
-        """The address of the file, for messages and for other programs."""

@@ -1,23 +1,25 @@
 """Files in a local folder, and writing one file whole or not at all."""
 
-import builtins
 import contextlib
 import errno
 import fcntl
 import os
 import stat
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from naign.errors import InputError, Unavailable, require
-from naign.storage.base import PARTIAL, Missing, Store, Writer
+from naign.errors import InputError, Unavailable
+from naign.storage.base import PARTIAL, Missing, Names, Stat, Store, Writer
 from naign.storage.retry import Tally
 
-_REMEDIES = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "check the owner and mode of the folder"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "give a folder"),
-    **dict.fromkeys((errno.EROFS, errno.ELOOP), "choose another folder"),
+REMEDIES = {
+    errno.EACCES: "check the owner and mode of the folder",
+    errno.EPERM: "check the owner and mode of the folder",
+    errno.ENOTDIR: "give a folder",
+    errno.EEXIST: "give a folder",
+    errno.EROFS: "choose another folder",
+    errno.ELOOP: "choose another folder",
     errno.ENOENT: "check the path, or pack the data set again",
     errno.EISDIR: "remove it, and copy the shard or pack the data set again",
     errno.ENAMETOOLONG: "choose a shorter path",
@@ -34,39 +36,29 @@ class LocalStore(Store):
     def __init__(self, path: str) -> None:
         self.path = path
         self.tally = Tally()
-        self._seen = dict[str, int]()  # sizes of files when `size` asked
+        self._seen = dict[str, int]()  # sizes of files when `stat` asked
         self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
-    def folders(self) -> list[str]:
-        return self._names(os.DirEntry.is_dir)
-
-    def list(self) -> list[str]:
-        """Names of the files, and of links that lead nowhere, which raise an error when they are read."""
-        names = self._names(lambda entry: entry.is_file() or (entry.is_symlink() and not os.path.exists(entry)))
-        return [name for name in names if not name.startswith(PARTIAL)]
-
-    def _names(self, kind: Callable[["os.DirEntry[str]"], bool]) -> builtins.list[str]:
+    def names(self) -> Names:
+        """As in the protocol. Links that lead nowhere are listed: reading them raises an error that names them."""
+        folders = []
+        files = []
         with self._explained(""):
-            entries = os.scandir(self._folder) if self._folder.exists() else ()
-            return sorted(entry.name for entry in entries if kind(entry))
+            if self._folder.exists():
+                for entry in os.scandir(self._folder):
+                    if entry.is_dir():
+                        folders.append(entry.name)
+                    elif (entry.is_file() or entry.is_symlink()) and not entry.name.startswith(PARTIAL):
+                        files.append(entry.name)
+        return Names(sorted(folders), sorted(files))
 
-    def exists(self, name: str) -> bool:
-        with self._explained(name), contextlib.suppress(FileNotFoundError):
-            return stat.S_ISREG((self._folder / name).stat().st_mode)
-        return False
-
-    def size(self, name: str) -> int:
+    def stat(self, name: str) -> Stat:
         with self._explained(name):
             status = (self._folder / name).stat()
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
-                raise IsADirectoryError(errno.EISDIR, "no regular file")
-            self._seen[name] = status.st_size
-            return status.st_size
-
-    def version(self, name: str) -> str:
-        with self._explained(name):
-            status = (self._folder / name).stat()
-            return f"{status.st_mtime_ns}-{status.st_size}"
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
+            raise Missing(f"{self.url(name)}: not a regular file: {REMEDIES[errno.EISDIR]}")
+        self._seen[name] = status.st_size
+        return Stat(status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
         with self._explained(name), (self._folder / name).open("rb", buffering=0) as stream:
@@ -78,16 +70,24 @@ class LocalStore(Store):
         self.tally.add(bytes=len(data))
         return data
 
-    def pieces(self, name: str) -> Generator[bytes]:
-        self.size(name)
+    def pieces(self, name: str, first: int = 0, last: int | None = None) -> Generator[bytes]:
+        end = self.size(name) if last is None else last
         with self._explained(name), (self._folder / name).open("rb") as stream:
-            yield from iter(lambda: stream.read(1 << 20), b"")
+            stream.seek(first)
+            while first < end:
+                data = stream.read(min(1 << 20, end - first))
+                if not data:
+                    raise Missing(
+                        f"{self.url(name)}: {first} bytes where {end} were expected: truncated: copy it again"
+                    )
+                yield data
+                first += len(data)
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[Writer]:
+        partial = self._folder / f"{PARTIAL}{uuid.uuid4().hex}"
         with self._explained(name, writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = self._folder / f"{PARTIAL}{uuid.uuid4().hex}"
             target = partial.open("xb")
             with contextlib.suppress(OSError):  # where a file system has no locks
                 fcntl.flock(target, fcntl.LOCK_EX)
@@ -101,27 +101,29 @@ class LocalStore(Store):
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
-                with self._explained(name):
-                    raise
+                raise self._full(name, error) from None
             raise
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Context: others that ask for it get InputError. What killed writers left goes; one at work holds a lock."""
+        """Context: locks the folder; other callers get InputError. Deletes temporary files of killed writers."""
         with self._explained("", writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
             folder = os.open(self._folder, os.O_RDONLY)
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, folder)
+        try:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:  # another one where a file system has no locks
-                require((error.errno != errno.EWOULDBLOCK, f"{self.path}: another program packs there: wait for it"))
+            except BlockingIOError:
+                raise InputError(f"{self.path}: another program packs there: wait for it") from None
+            except OSError:  # a file system without locks
+                pass
             for file in self._folder.glob(f"{PARTIAL}*"):
                 with contextlib.suppress(OSError), file.open("r+b") as left:
-                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a writer at work
                     file.unlink()
             yield
+        finally:
+            os.close(folder)
 
     def delete(self, name: str) -> None:
         with self._explained(name, writing=True):
@@ -130,22 +132,30 @@ class LocalStore(Store):
     def url(self, name: str) -> str:
         return str(self._folder / name)
 
+    def _full(self, name: str, error: OSError) -> Unavailable:
+        return Unavailable(f"{self.url(name)}: {error.strerror}: free some, or choose another folder")
+
     @contextlib.contextmanager
     def _explained(self, name: str, *, writing: bool = False) -> Iterator[None]:
+        """Context: turns an OSError that the user can mend into InputError."""
         try:
             yield
         except OSError as error:
-            if error.errno in FULL:
-                raise Unavailable(f"{self.url(name)}: {error.strerror}: free some, or choose another folder") from None
-            if error.errno not in _REMEDIES:
+            number = error.errno
+            if number in FULL:
+                raise self._full(name, error) from None
+            if number not in REMEDIES:
                 raise
-            what, remedy = str(error.strerror).lower(), _REMEDIES[error.errno]
+            what = str(error.strerror).lower()
+            remedy = REMEDIES[number]
             if writing:
-                what = f"cannot be written ({what})"
-                remedy = "choose another folder" if error.errno == errno.ENOENT else remedy
-            elif error.errno == errno.ENOENT:
-                raise Missing(f"{self.url(name)}: {what}: {remedy}", seen=name in self._seen) from None
-            raise InputError(f"{self.url(name)}: {what}: {remedy}") from None
+                if number == errno.ENOENT:
+                    remedy = "choose another folder"
+                raise InputError(f"{self.url(name)}: cannot be written ({what}): {remedy}") from None
+            problem = f"{self.url(name)}: {what}: {remedy}"
+            if number == errno.ENOENT:
+                raise Missing(problem, seen=name in self._seen) from None
+            raise InputError(problem) from None
 
 
 UMASK = os.umask(0)
@@ -157,8 +167,10 @@ def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> 
     holds for a loss of power, too, and takes some milliseconds. OSError names the file; no temporary file stays.
     """
     partial = file.with_name(f"{PARTIAL}{file.name[:50]}.{uuid.uuid4().hex}")
+    if isinstance(content, str):
+        content = content.encode()
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content)
         if sync:
             sync_file(partial)
         os.replace(partial, file)

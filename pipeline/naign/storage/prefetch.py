@@ -1,5 +1,6 @@
 """Calls made by daemon threads ahead of need, in bounded memory."""
 
+import contextvars
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -10,12 +11,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PART = 16 << 20  # bytes asked for at once: half as many would cost a third of the speed of a fast server
-PARALLEL = 3  # parts on their way at once: with those that wait, a reader holds (PARALLEL + 1) * PART bytes at most
+PARALLEL = 3  # ranges on their way at once: with those that wait, a reader holds (PARALLEL + 1) of them at most
 
 
 def in_background(call: Callable[[], T], name: str) -> Future[T]:
-    """The result of a call by a daemon thread, which does not keep a program alive while it waits for a store."""
+    """The result of a call by a daemon thread, which does not keep a program alive while it waits for a store. Context
+    variables, such as the limit of `give_up_after`, are those of the caller.
+    """
     future: Future[T] = Future()
 
     def run() -> None:
@@ -27,7 +29,7 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
         except BaseException as error:  # re-raised where the result is asked for
             future.set_exception(error)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name=name, daemon=True).start()
     return future
 
 
@@ -36,19 +38,21 @@ def in_order(calls: Iterable[Callable[[], T]], width: int = PARALLEL) -> Generat
     exception of a call, or of their iterator, is raised in its turn. Once this is closed, no further call begins.
     """
     todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = SimpleQueue()
-    ahead, made, threads = deque[Future[T]](), iter(calls), 0
+    ahead = deque[Future[T]]()
+    made = iter(calls)
+    threads = 0
     try:
         while True:
             if len(ahead) == width:
                 yield ahead.popleft().result()
-            ahead.append(Future())
+            future: Future[T] = Future()
             try:
-                todo.put((ahead[-1], next(made)))
+                todo.put((future, next(made)))
             except StopIteration:
-                ahead.pop()
                 break
             except Exception as error:
-                ahead[-1].set_exception(error)
+                future.set_exception(error)
+            ahead.append(future)
             if threads < width:  # few threads that last: glibc keeps memory for each that there was
                 threads += 1
                 in_background(partial(_work, todo), "fetch")

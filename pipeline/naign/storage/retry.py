@@ -1,4 +1,4 @@
-"""Retries of requests to a store: the pause before the next attempt, and the number of attempts."""
+"""Retries of requests to a store: the pause before the next attempt, and the time after which a store is given up."""
 
 import contextlib
 import logging
@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 
-from naign.errors import Unavailable, one_line
+from naign.errors import StoreLost, Unavailable
 
 log = logging.getLogger("naign.store")
 
-ATTEMPTS = 10  # failures in a row, without a byte of progress between, before a store counts as out of reach
+# Seconds since the first failure, without a byte of progress, after which a store is given up. Not a number of
+# attempts: the more ranks ask a store that throttles, the more of their requests fail.
+PATIENCE = 300.0
+FIRST_PATIENCE = 30.0  # the same for a server that has never answered this process: its address may be wrong
 FIRST_PAUSE = 0.2  # seconds: the longest pause after the first failure; it doubles with each that follows
 LONGEST_PAUSE = 10.0  # seconds
-_chance = random.Random()  # not the global one, which belongs to the program
+REMEDY = "Check the network, the server and its address, then run the same command again: it continues"
+_random = random.Random()  # not the global one, which belongs to the program
 
 
 @dataclass(slots=True)
@@ -48,35 +52,47 @@ class Tally:
 _LOCK = [threading.Lock()]
 os.register_at_fork(after_in_child=lambda: _LOCK.__setitem__(0, threading.Lock()))  # a thread may have held it
 
-allowed: ContextVar[int] = ContextVar("allowed")  # attempts in this thread; unset: ATTEMPTS
+limit: ContextVar[float | None] = ContextVar("limit", default=None)  # seconds, by `give_up_after`
 
 
 @contextlib.contextmanager
-def at_most(attempts: int) -> Iterator[None]:
-    """Context: give up after so many attempts in this thread, for callers that can do without the answer."""
-    before = allowed.set(attempts)
+def give_up_after(seconds: float) -> Iterator[None]:
+    """Context: give up so many seconds after the first failure (0: at once), for callers that can do without."""
+    before = limit.set(seconds)
     try:
         yield
     finally:
-        allowed.reset(before)
+        limit.reset(before)
 
 
 class Patience:
     """Pauses between attempts: exponential back-off with full jitter, so that ranks do not retry together."""
 
     def __init__(self, what: str, tally: Tally) -> None:
-        self._what, self._tally, self._failures, self._most = what, tally, 0, allowed.get(ATTEMPTS)
+        self._what = what
+        self._tally = tally
+        self._failures = 0
+        self._since = 0.0  # the first failure without progress after it, by the monotonic clock
 
-    def wait(self, error: BaseException, *, at: str = "", progress: bool = False) -> None:
-        """Pause after a failure. Raises Unavailable after ATTEMPTS of them in a row, or as many as `at_most` allows."""
-        self._failures = 1 if progress else self._failures + 1
-        error = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error  # fsspec's
-        where, cause = f"{self._what}{at}", f"{type(error).__name__}: {one_line(error)}"
-        if self._failures >= self._most:
-            remedy = "Check the network, the server and its address, then run the same command again: it continues"
-            failed = f"given up after {self._failures} attempts; the last failed with {cause}"
-            raise Unavailable(f"{where}: {failed}. {remedy}") from None
-        pause = _chance.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failures - 1)))
-        log.warning("%s: %s; attempt %d of %d in %.1f s", where, cause, self._failures + 1, self._most, pause)
+    def wait(self, reason: str, *, known: bool = True, at: str = "", progress: bool = False) -> None:
+        """Pause after a failure; `known`: the server has answered before. Once time is up, raises StoreLost for such a
+        server, else Unavailable.
+        """
+        now = time.monotonic()
+        if progress or not self._failures:
+            self._failures = 0
+            self._since = now
+        self._failures += 1
+        most = limit.get()
+        if most is None:
+            most = PATIENCE if known else FIRST_PATIENCE
+        left = self._since + most - now
+        where = f"{self._what}{at}"
+        if left <= 0:
+            kind = StoreLost if known else Unavailable
+            failed = f"given up after {now - self._since:.0f} s; the last attempt failed with {reason}"
+            raise kind(f"{where}: {failed}. {REMEDY}")
+        pause = min(left, _random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures - 1, 9))))
+        log.warning("%s: %s; again in %.1f s, given up in %.0f s", where, reason, pause, left)
         self._tally.add(retries=1)
         time.sleep(pause)

@@ -11,26 +11,40 @@ from urllib3.exceptions import HTTPError
 
 from naign.errors import printable
 from naign.storage.prefetch import PARALLEL
-from naign.storage.retry import allowed
 
 SILENCE = 20.0  # seconds without a byte, or without a connection, before a request counts as failed
 
 # Error codes of requests worth retrying, whatever their HTTP status.
-_TRANSIENT = ("BadDigest", "XAmzContentChecksumMismatch", "RequestTimeout", "SlowDown")
+TRANSIENT_CODES = ("BadDigest", "XAmzContentChecksumMismatch", "RequestTimeout", "SlowDown")
+TRANSIENT = (
+    exceptions.ConnectionError,
+    exceptions.HTTPClientError,
+    exceptions.IncompleteReadError,
+    exceptions.CredentialRetrievalError,
+    exceptions.MetadataRetrievalError,
+    HTTPError,
+    ConnectionError,
+    TimeoutError,
+)
+
+
+class BadSettings(Exception):
+    """boto3 cannot be set up so."""
 
 
 def is_transient(error: Exception) -> bool:
     """Whether the failure is transient: the same request may succeed a moment later."""
     if isinstance(error, exceptions.ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        code = str(error.response["Error"].get("Code"))
-        # 501 is a header or operation that the server will never know.
-        return (status >= 500 and status != 501) or status in (408, 429) or code in _TRANSIENT
+        return is_transient_status(status) or error.response["Error"].get("Code") in TRANSIENT_CODES
     if isinstance(error, exceptions.SSLError) and re.search("WRONG_VERSION_NUMBER|CERTIFICATE_VERIFY", str(error)):
         return False
-    network = (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError)
-    credentials = (exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)
-    return isinstance(error, (*network, *credentials, HTTPError, ConnectionError, TimeoutError))
+    return isinstance(error, TRANSIENT)
+
+
+def is_transient_status(status: int) -> bool:
+    """501 is a header or operation that the server will never know."""
+    return (status >= 500 and status != 501) or status in (408, 429)
 
 
 _MAKING = threading.Lock()  # held across a fork, too, after which the child has none of the parent's connections
@@ -38,35 +52,35 @@ _MAKING = threading.Lock()  # held across a fork, too, after which the child has
 
 def client() -> Any:
     """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
-    Where it finds nothing, or AWS_NO_SIGN_REQUEST=YES, requests are not signed: a public bucket needs no account. With
-    AWS_REQUEST_PAYER=requester this account pays for them, which some buckets demand. Both variables are GDAL's.
+    Where it finds nothing, requests are not signed: a public bucket needs no account.
     """
     with _MAKING:
-        return _make_client(SILENCE if allowed.get(2) > 1 else SILENCE / 5)  # less for who can do without the answer
+        return _make_client()
 
 
 @cache
-def _make_client(silence: float) -> Any:
+def _make_client() -> Any:
     import boto3
     from botocore.config import Config
 
     session = boto3.session.Session()
     credentials = session.get_credentials()
-    if os.environ.get("AWS_NO_SIGN_REQUEST", "").upper() in ("YES", "TRUE", "1"):
-        credentials = None
-    unsigned = {"signature_version": UNSIGNED} if credentials is None else {}
-    if credentials is not None and not all(part.isprintable() for part in credentials.get_frozen_credentials() if part):
-        # Such a header is refused with an error that prints it.
-        raise BadSettings("the credentials hold a line break or another character that is not printable")
+    if credentials is None:
+        signature = UNSIGNED
+    else:
+        signature = None
+        if not all(part.isprintable() for part in credentials.get_frozen_credentials() if part):
+            # Such a header is refused with an error that prints it.
+            raise BadSettings("the credentials hold a line break or another character that is not printable")
     config = Config(
         retries={"total_max_attempts": 1},
-        connect_timeout=silence,
-        read_timeout=silence,
+        connect_timeout=SILENCE,
+        read_timeout=SILENCE,
         max_pool_connections=8 * PARALLEL,
         tcp_keepalive=True,
         request_checksum_calculation="when_required",  # s3.py gives checksums itself, where the server knows them
         response_checksum_validation="when_required",
-        **unsigned,
+        signature_version=signature,
     )
     try:
         made = session.client("s3", config=config)
@@ -75,10 +89,6 @@ def _make_client(silence: float) -> Any:
     if "@" in made.meta.endpoint_url:  # every error would print it
         raise BadSettings("the server's address holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
     made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
-    if payer := os.environ.get("AWS_REQUEST_PAYER"):
-        for operation in ("GetObject", "HeadObject", "ListObjectsV2"):
-            event = f"provide-client-params.s3.{operation}"
-            made.meta.events.register(event, lambda params, **_: {**params, "RequestPayer": payer})
     return made
 
 
@@ -89,12 +99,11 @@ os.register_at_fork(after_in_child=forget_clients)
 
 def _refuse_redirect(response: Any, **_: Any) -> None:
     """Else botocore asks that server for the bucket's region, is redirected again, and so on without end."""
-    status, answer = (response[0].status_code, response[1]) if response else (0, {})
+    if response is None:
+        return
+    http, answer = response
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    if status in (301, 302, 307, 308) and not ("x-amz-bucket-region" in headers or "Region" in answer.get("Error", {})):
+    region_is_told = "x-amz-bucket-region" in headers or "Region" in answer.get("Error", {})
+    if http.status_code in (301, 302, 307, 308) and not region_is_told:
         place = printable(headers.get("location", "").partition("?")[0]) or "nowhere"
-        raise BadSettings(f"the server redirects ({status}) to {place} (http or https? another region?)")
-
-
-class BadSettings(Exception):
-    """boto3 cannot be set up so."""
+        raise BadSettings(f"the server redirects ({http.status_code}) to {place} (http or https? another region?)")

@@ -1,4 +1,4 @@
-"""Where files lie, behind one protocol over str paths: a local folder, a bucket, or what fsspec reads."""
+"""Where files lie, behind one protocol over str paths: a local folder, a bucket, or a web server."""
 
 import os
 from collections.abc import Iterator
@@ -7,9 +7,10 @@ from contextlib import contextmanager, suppress
 from naign.errors import Gone, InputError, Unavailable, check_address, require
 from naign.storage.base import Missing, Store
 from naign.storage.local import LocalStore
-from naign.storage.retry import at_most
+from naign.storage.retry import give_up_after
 
-CLOUDS = ("gs", "az", "abfs", "abfss")  # schemes of buckets besides s3, which obstore reads and writes
+BUCKETS = ("s3", "gs", "az", "abfs", "abfss")  # schemes of what can be written
+READ_ONLY = ("http", "https", "hf")
 PROBE = "preflight"  # the file that is written to test whether a store is writable
 
 
@@ -25,20 +26,19 @@ def open_store(path: str) -> Store:
         from naign.storage.s3 import S3Store
 
         return S3Store(path)
-    if scheme in CLOUDS:
-        try:
-            from naign.storage.clouds import CloudStore
-        except ImportError as error:
-            raise InputError(f"{path}: cannot open {scheme}:// paths ({error}): pip install obstore") from None
-        return CloudStore(path)
-    from naign.storage.remote import RemoteStore
-
-    return RemoteStore(path)
+    if scheme not in (*BUCKETS, *READ_ONLY):
+        known = "give a local folder, a bucket (s3://, gs://, az://), or https:// or hf:// to read from"
+        raise InputError(f"{path}: cannot read {scheme}:// paths: {known}")
+    try:
+        from naign.storage.others import OtherStore
+    except ImportError as error:
+        raise InputError(f"{path}: cannot open {scheme}:// paths ({error}): pip install obstore") from None
+    return OtherStore(path)
 
 
 def is_in_bucket(place: object) -> bool:
     """Whether this is a path in a bucket, which can be written; a Path has lost one of its two slashes."""
-    return str(place).startswith(tuple(f"{scheme}:" for scheme in ("s3", *CLOUDS)))
+    return str(place).partition(":")[0] in BUCKETS and ":" in str(place)
 
 
 def check_writable(store: Store, what: str) -> None:
@@ -48,7 +48,7 @@ def check_writable(store: Store, what: str) -> None:
     except InputError as error:
         raise InputError(f"{what} cannot be written: {error}") from error
     finally:  # it may be written, and only not be readable
-        with suppress(InputError, Unavailable), at_most(3):  # permission to delete is not required
+        with suppress(InputError, Unavailable), give_up_after(0):  # permission to delete is not required
             store.delete(PROBE)
 
 
@@ -70,10 +70,15 @@ def was_there(*urls: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        there = False
-        with suppress(InputError):  # the bucket is missing, too
-            there = all(store.exists(name) for store, name in map(locate, urls))
-        if isinstance(error, Missing) and error.seen or not there:
+        if (isinstance(error, Missing) and error.seen) or not _are_there(urls):
             lost = "stored data that this run has read before is gone, as when a store loses its disk"
             raise Gone(f"{error}; {lost}: all ranks start again from what is left") from None
         raise
+
+
+def _are_there(urls: tuple[str, ...]) -> bool:
+    for url in urls:
+        store, name = locate(url)
+        if not store.exists(name):
+            return False
+    return True

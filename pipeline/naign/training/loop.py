@@ -380,11 +380,7 @@ def save(run: Trainer, taken: Snapshot) -> None:
 def finish(run: Trainer) -> bool:
     """Wait for the last checkpoint and its copy. Returns whether the run is finished and all is written. Collective."""
     run.watchdog.enter("finish", run.state.round)
-    written = run.writer.join()
-    if written and run.writer.unsent:  # once more: whoever starts this run again may have only the bucket
-        run.writer.resend(run.writer.unsent)
-        written = run.writer.join()
-    complete = written and not run.writer.unsent
-    if not complete:
+    written = run.writer.finish()
+    if not written:
         log.warning("the newest checkpoint, or its copy, could not be finished in time")
-    return run.finished and total([float(not complete)], run.accelerator)[0] == 0
+    return run.finished and total([float(not written)], run.accelerator)[0] == 0

@@ -237,12 +237,12 @@ def open_writer(
         keep=config.checkpoint.keep,
         remote=remote,
         claim=owner,
-        newest=checkpoint.name if checkpoint else "",
-        beat=watchdog.beat,
-        left=lambda: stop.left if stop.seen() else math.inf,
-        patience=max(3600.0, config.train.timeout),
-        flush=monitor.flush,
+        timeout=max(3600.0, config.train.timeout),
     )
+    writer.newest = checkpoint.name if checkpoint else ""
+    writer.beat = watchdog.beat
+    writer.left = lambda: stop.left if stop.seen() else math.inf
+    writer.flush = monitor.flush
     if total([float(unsent)], accelerator)[0]:
         writer.resend(writer.newest)
     return writer
