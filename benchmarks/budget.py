@@ -72,10 +72,12 @@ def main(settings: Settings) -> None:
     found: dict[str, Record] = {}
     for name in settings.configs:
         config = load(str(ROOT / f"configs/{name}.yaml"))
-        found[name] = arithmetic(config, SHAPES[name]) | {"gigabytes": memory(config, SHAPES[name], device)}
+        found[name] = arithmetic(config, SHAPES[name])
+        found[name]["gigabytes"] = memory(config, SHAPES[name], device)
         if name == "folder256":
             config.train.recompute = True
-            found[f"{name} --train.recompute"] = {"gigabytes": memory(config, SHAPES[name], device)}
+            again = memory(config, SHAPES[name], device)
+            found[f"{name} --train.recompute"] = {"gigabytes": again}
     text = page_of(found, settings.rates)
     write(settings.to, text, found)
     print(text)
@@ -98,9 +100,19 @@ def arithmetic(config: Config, shape: tuple[int, ...]) -> Record:
         flow = Flow(prior, network.code)
         parts.append(flow.velocity)
         codes = prior.passes * images * (1 - prior.begin)
-        flop.append(3 * codes * count(flow.velocity, torch.zeros(1, *flow.noise_shape), torch.zeros(1)))
-    sizes = [sum(value.numel() for value in part.parameters()) for part in parts]
-    return {"parameters": sizes, "forwards": forwards, "images": fitted, "flop": flop}
+        noise = torch.zeros(1, *flow.noise_shape)
+        flop.append(3 * codes * count(flow.velocity, noise, torch.zeros(1)))
+    return {
+        "parameters": [size_of(part) for part in parts],
+        "forwards": forwards,
+        "images": fitted,
+        "flop": flop,
+    }
+
+
+def size_of(network: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(value.numel() for value in network.parameters())
 
 
 def count(network: nn.Module, *inputs: Tensor) -> int:
@@ -110,12 +122,20 @@ def count(network: nn.Module, *inputs: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def memory(config: Config, shape: tuple[int, ...], device: torch.device) -> list[float]:
+def memory(
+    config: Config,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> list[float]:
     """GB of a step, in parts as MEMORY names them."""
     micro = config.train.batch // config.train.accumulate
     with FakeTensorMode():
         with device:
-            network: nn.Module = build_network(config.model, shape, recompute=config.train.recompute)
+            network = build_network(
+                config.model,
+                shape,
+                recompute=config.train.recompute,
+            )
             images = torch.empty(micro, *shape)
         adam = torch.optim.AdamW(network.parameters(), foreach=True)
         tracker = MemTracker()
@@ -126,20 +146,32 @@ def memory(config: Config, shape: tuple[int, ...], device: torch.device) -> list
                 adam.step()
                 adam.zero_grad()
     total = tracker.get_tracker_snapshot("peak")[device]["Total"]
-    weights = 4 * sum(value.numel() for value in network.parameters())
+    weights = 4 * size_of(network)
     average = weights if config.train.ema else 0
     of_round = 4 * config.match.round * math.prod(shape)
-    parts = [4 * weights, total - 4 * weights, average, of_round, total + average + of_round]
+    parts = [
+        4 * weights,
+        total - 4 * weights,
+        average,
+        of_round,
+        total + average + of_round,
+    ]
     return [value / 1e9 for value in parts]
 
 
-def step(network: nn.Module, images: Tensor, forwards: int, tracker: MemTracker) -> None:
+def step(
+    network: nn.Module,
+    images: Tensor,
+    forwards: int,
+    tracker: MemTracker,
+) -> None:
     """Forward and backward of as many inputs an image as the objective has terms."""
     inputs = torch.cat([images] * forwards)
     targets = inputs.clone()
     tracker.reset_mod_stats()  # of a module it follows one call, unless it is told to begin again
     with torch.autocast(images.device.type, dtype=torch.bfloat16):
-        loss = (network(inputs).float() - targets).abs().mean()
+        made = network(inputs).float()
+        loss = (made - targets).abs().mean()
     loss.backward()
 
 
@@ -166,7 +198,9 @@ def page_of(found: dict[str, Record], rates: tuple[float, ...]) -> str:
         *(f"hours at {rate:g} TFLOP/s" for rate in rates),
     ]
     text = page("Arithmetic of a training", titles, rows)
-    sizes = [[name, *(f"{value:.2f}" for value in row["gigabytes"])] for name, row in found.items()]
+    sizes = []
+    for name, row in found.items():
+        sizes.append([name, *(f"{value:.2f}" for value in row["gigabytes"])])
     return f"{text}\nMemory of a step on one GPU, GB\n\n{table(['', *MEMORY], sizes)}\n"
 
 

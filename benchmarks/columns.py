@@ -81,11 +81,25 @@ for name in ("precision", "recall", "density", "coverage"):
     COLUMNS[name] = Column(name, at(f"coverage.{name}"), 2)
     COLUMNS[f"latents_{name}"] = Column(f"{name} of z", at(f"coverage.latents.{name}"), 2)
 for name in KINDS:
-    COLUMNS[name] = Column(name.replace("_", " "), at(f"restoration.{name}.once"), 3)
+    get_error = at(f"restoration.{name}.once")
+    COLUMNS[name] = Column(name.replace("_", " "), get_error, 3)
 
 KEPT = (
-    *("fd", "second", "modes", "asked", "coverage", "restoration", "density", "idempotence", "reconstruction"),
-    *("nearest", "encoder", "images_seen", "training_seconds", "cpu_seconds", "sampling"),
+    "fd",
+    "second",
+    "modes",
+    "asked",
+    "coverage",
+    "restoration",
+    "density",
+    "idempotence",
+    "reconstruction",
+    "nearest",
+    "encoder",
+    "images_seen",
+    "training_seconds",
+    "cpu_seconds",
+    "sampling",
 )
 """What tables keep of the numbers of `naign evaluate`."""
 

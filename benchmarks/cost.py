@@ -107,7 +107,10 @@ def method_of(row: str) -> str:
 
 def with_classes(name: str, row: str) -> str:
     """The same for a row of classes.json."""
-    if row.startswith(f"{name}, ") and row.split(", ")[1].startswith(("with", "guidance", "the flow")):
+    if not row.startswith(f"{name}, "):
+        return ""
+    what = row.split(", ")[1]
+    if what.startswith(("with", "guidance", "the flow")):
         return "NAIGN with classes"
     return ""
 
@@ -115,7 +118,8 @@ def with_classes(name: str, row: str) -> str:
 def across(seconds: float) -> float:
     low = math.log(COST[0])
     high = math.log(COST[1])
-    return LEFT + (math.log(seconds) - low) / (high - low) * (WIDTH - LEFT - 14)
+    share = (math.log(seconds) - low) / (high - low)
+    return LEFT + share * (WIDTH - LEFT - 14)
 
 
 def down(ratio: float) -> float:
@@ -124,7 +128,13 @@ def down(ratio: float) -> float:
     return PANEL * (high - math.log(ratio)) / (high - low)
 
 
-def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+def line(
+    x1: float,
+    y1: float,
+    x2: float,
+    y2: float,
+    style: str,
+) -> str:
     ends = f'x1="{number(x1)}" y1="{number(y1)}" x2="{number(x2)}" y2="{number(y2)}"'
     return f'<line {ends} class="{style}"/>'
 
@@ -134,7 +144,13 @@ def number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
-def text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
+def text(
+    x: float,
+    y: float,
+    words: str,
+    style: str = "",
+    anchor: str = "start",
+) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}" text-anchor="{anchor}">{words}</text>'
 
 
@@ -147,16 +163,21 @@ def panel(name: str, top: int) -> Iterator[str]:
     """A set's axes and points."""
     for ratio in (1, 10, 100, 1000):
         y = top + down(ratio)
-        yield line(LEFT, y, WIDTH - 14, y, "floor" if ratio == 1 else "grid")
+        style = "floor" if ratio == 1 else "grid"
+        yield line(LEFT, y, WIDTH - 14, y, style)
         yield text(LEFT - 8, y + 5, f"{ratio:,}", "", "end")
     yield text(WIDTH - 14, top + PANEL - 6, "real images", "", "end")
     for seconds in TICKS:
         x = across(seconds)
         yield line(x, top, x, top + PANEL, "grid")
     yield text(LEFT + 8, top + PANEL - 8, name, "name")
-    runs = sorted(points(name), key=lambda run: "open" in SHAPES[run[0]][0])  # open marks hide nothing
-    for method, cost, ratio in runs:
+    for method, cost, ratio in sorted(points(name), key=is_open):  # open marks hide nothing
         yield mark(method, across(cost), top + down(ratio))
+
+
+def is_open(run: tuple[str, float, float]) -> bool:
+    style, _ = SHAPES[run[0]]
+    return "open" in style
 
 
 def picture() -> str:
@@ -172,14 +193,31 @@ def picture() -> str:
     for place, method in enumerate(SHAPES):
         x = 16 + 190 * (place % 3)
         y = 14 + 22 * (place // 3)
-        parts += [mark(method, x, y), text(x + 14, y + 5, method)]
+        parts.append(mark(method, x, y))
+        parts.append(text(x + 14, y + 5, method))
     parts.append(text(8, TOP - 12, "distance of samples to test images, × floor"))
     for place, name in enumerate(SETS):
         parts += panel(name, TOP + place * (PANEL + GAP))
     bottom = TOP + len(SETS) * (PANEL + GAP) - GAP
     for seconds in TICKS:
-        parts.append(text(across(seconds), bottom + 18, f"{seconds:,}", "", "middle"))
-    parts.append(text((LEFT + WIDTH) / 2, bottom + 40, "training, processor seconds", "", "middle"))
+        parts.append(
+            text(
+                across(seconds),
+                bottom + 18,
+                f"{seconds:,}",
+                "",
+                "middle",
+            )
+        )
+    parts.append(
+        text(
+            (LEFT + WIDTH) / 2,
+            bottom + 40,
+            "training, processor seconds",
+            "",
+            "middle",
+        )
+    )
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -46,6 +46,8 @@ ROWS = (
     ("S3", MOSAIC),
 )
 """From where, and the reader."""
+Runs = dict[tuple[str, str], list[Record]]
+"""What each row measured."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +73,9 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    results = stored(settings.to, dict) or {"machine": machine(), "sets": {}}
+    results = stored(settings.to, dict)
+    if not results:
+        results = {"machine": machine(), "sets": {}}
     if results["machine"] != machine():
         raise InputError(f"{settings.to}.json was measured on another machine: write --to another place")
     from tests.servers import S3Server
@@ -84,34 +88,62 @@ def main(settings: Settings) -> None:
     print(page(results))
 
 
-def measure(name: str, settings: Settings, server: Any) -> Record:
+def measure(
+    name: str,
+    settings: Settings,
+    server: Any,
+) -> Record:
     """One data set by all readers."""
-    given = {"grey28": settings.mnist, "colour32": settings.cifar}.get(name)
-    local = prepare(name, settings.scratch, quick=settings.quick, given=given)
+    packed = {"grey28": settings.mnist, "colour32": settings.cifar}
+    local = prepare(
+        name,
+        settings.scratch,
+        quick=settings.quick,
+        given=packed.get(name),
+    )
     say(f"{name}: {local.images:,} images in {len(local.shards)} shards")
     missing = not_installed(settings)
-    environment = {**server.environment, "OMP_NUM_THREADS": "1", "S3_ENDPOINT_URL": server.endpoint}
+    environment = dict(server.environment)
+    environment["OMP_NUM_THREADS"] = "1"
+    environment["S3_ENDPOINT_URL"] = server.endpoint
 
-    places = {"": (local.path, upload(server, Path(local.path)))}
+    remote = upload(server, Path(local.path))
+    places = {"": (local.path, remote)}
     if ("folder", MOSAIC) not in missing:
         copy = Path(f"{local.path}-mds")
         shutil.rmtree(copy, ignore_errors=True)
-        run(f"write {MOSAIC}", replace(local, path=str(copy)), settings.peers, environment)
+        write_copy = replace(local, path=str(copy))
+        run(f"write {MOSAIC}", write_copy, settings.peers, environment)
         places[MOSAIC] = (str(copy), upload(server, copy))
 
-    runs: dict[tuple[str, str], list[Record]] = {row: [] for row in ROWS if row not in missing}
+    runs: Runs = {row: [] for row in ROWS if row not in missing}
     for turn in range(2 if settings.quick else 1 + settings.runs):
         for where, reader in runs:
             path = places.get(reader, places[""])[where == "S3"]
             python = settings.peers if reader == MOSAIC else sys.executable
-            job = replace(local, path=path, aws=aws(), summed=turn == 0)
+            job = replace(
+                local,
+                path=path,
+                aws=aws(),
+                summed=turn == 0,
+            )
             found = run(reader, job, python, environment)
             say(f"  {where}, {reader}: {local.images / found['seconds']:,.0f} images/s")
             runs[where, reader].append(found)
         if turn == 0:
             check_sums(name, local, runs)
-    rows = [summary(row, runs.get(row, [])[1:], missing.get(row, "")) for row in ROWS]
-    return {"title": SETS[name].title, "images": local.images, "rows": rows}
+    rows = []
+    for row in ROWS:
+        if row in missing:
+            where, reader = row
+            rows.append({"where": where, "title": reader, "missing": missing[row]})
+        else:
+            rows.append(summary(row, runs[row][1:]))
+    return {
+        "title": SETS[name].title,
+        "images": local.images,
+        "rows": rows,
+    }
 
 
 def aws() -> str:
@@ -127,7 +159,11 @@ def not_installed(settings: Settings) -> dict[tuple[str, str], str]:
         missing["S3", "WebDataset"] = "`pip install awscli`"
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('streaming') is None)"
     python = shutil.which(settings.peers)
-    if python is None or subprocess.run([python, "-c", probe], check=False).returncode:
+    found = False
+    if python:
+        done = subprocess.run([python, "-c", probe], check=False)
+        found = done.returncode == 0
+    if not found:
         missing["folder", MOSAIC] = f"`pip install {MOSAIC}`"
         missing["S3", MOSAIC] = f"`pip install {MOSAIC}`"
     return missing
@@ -135,15 +171,17 @@ def not_installed(settings: Settings) -> dict[tuple[str, str], str]:
 
 def upload(server: Any, folder: Path) -> str:
     """The bucket that has the folder's files."""
-    bucket: str = server.bucket(folder.name.lower().replace("_", "-"))
+    name = folder.name.lower().replace("_", "-")
+    bucket: str = server.bucket(name)
     client = server.client()
     for file in sorted(folder.rglob("*")):
         if file.is_file():
-            client.upload_file(str(file), bucket.removeprefix("s3://"), file.relative_to(folder).as_posix())
+            key = file.relative_to(folder).as_posix()
+            client.upload_file(str(file), bucket.removeprefix("s3://"), key)
     return bucket
 
 
-def check_sums(name: str, job: Job, runs: dict[tuple[str, str], list[Record]]) -> None:
+def check_sums(name: str, job: Job, runs: Runs) -> None:
     """Raises RuntimeError unless all readers returned the same pixels; decoders of JPEG may round differently."""
     if job.crop:
         return
@@ -153,14 +191,16 @@ def check_sums(name: str, job: Job, runs: dict[tuple[str, str], list[Record]]) -
         raise RuntimeError(f"{name}: readers do not return the same pixels: {dict(zip(runs, sums, strict=True))}")
 
 
-def summary(row: tuple[str, str], runs: list[Record], missing: str) -> Record:
+def summary(row: tuple[str, str], runs: list[Record]) -> Record:
     """The best run and the median of all."""
-    named = {"where": row[0], "title": row[1]}
-    if not runs:
-        return {**named, "missing": missing}
-    seconds = [found["seconds"] for found in runs]
     best = min(runs, key=lambda found: float(found["seconds"]))
-    return {**named, "seconds": best["seconds"], "cpu": best["cpu"], "median": statistics.median(seconds)}
+    return {
+        "where": row[0],
+        "title": row[1],
+        "seconds": best["seconds"],
+        "cpu": best["cpu"],
+        "median": statistics.median(found["seconds"] for found in runs),
+    }
 
 
 def page(results: Record) -> str:
@@ -174,9 +214,11 @@ def page(results: Record) -> str:
             if "missing" in row:
                 cells.append(row["missing"])
                 continue
-            best = number(found["images"] / row["seconds"])
-            median = number(found["images"] / row["median"])
-            cells.append(f"{best}/s ({median}), {number(1e6 * row['cpu'] / found['images'])} µs")
+            images = found["images"]
+            best = number(images / row["seconds"])
+            median = number(images / row["median"])
+            cpu = number(1e6 * row["cpu"] / images)
+            cells.append(f"{best}/s ({median}), {cpu} µs")
         lines.append([where, reader, *cells])
     titles = ["from", "reader", *(f"{found['title']}, {found['images']:,}" for found in sets)]
     return f"""Images a second, read and decoded by one process: best run (median), processor time an image.

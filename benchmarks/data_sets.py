@@ -41,14 +41,44 @@ class Kind:
 
 
 SETS = {
-    "grey28": Kind(title="28x28 grey PNG", shape=(1, 28, 28), encoding="png", images=60_000, round=2_000),
-    "colour32": Kind(title="32x32 colour JPEG", shape=(3, 32, 32), encoding="jpg", images=50_000, round=2_000),
-    "photos256": Kind(title="256x256 colour JPEG", shape=(3, 256, 256), encoding="jpg", images=6_000, round=500),
-    "photos500": Kind(title="JPEG of about 500x400, to 64x64", shape=None, encoding="jpg", images=16_000, round=500),
+    "grey28": Kind(
+        title="28x28 grey PNG",
+        shape=(1, 28, 28),
+        encoding="png",
+        images=60_000,
+        round=2_000,
+    ),
+    "colour32": Kind(
+        title="32x32 colour JPEG",
+        shape=(3, 32, 32),
+        encoding="jpg",
+        images=50_000,
+        round=2_000,
+    ),
+    "photos256": Kind(
+        title="256x256 colour JPEG",
+        shape=(3, 256, 256),
+        encoding="jpg",
+        images=6_000,
+        round=500,
+    ),
+    "photos500": Kind(
+        title="JPEG of about 500x400, to 64x64",
+        shape=None,
+        encoding="jpg",
+        images=16_000,
+        round=500,
+    ),
 }
 
 
-def prepare(name: str, scratch: Path, *, quick: bool, given: Path | None) -> Job:
+def prepare(
+    name: str,
+    scratch: Path,
+    *,
+    quick: bool,
+    given: Path | None,
+) -> Job:
     """A job that reads the set in a folder of `scratch`; of `given`, a packed set, instead of made images."""
     kind = SETS[name]
     count = kind.images // 10 if quick else kind.images
@@ -60,7 +90,13 @@ def prepare(name: str, scratch: Path, *, quick: bool, given: Path | None) -> Job
         else:
             make = first_images(given, count, kind) if given else made_images(kind)
             images = Made(length=count, make=make)
-            source = Source(name=name, kind="image", shape=kind.shape, labels=(), splits={"train": images})
+            source = Source(
+                name=name,
+                kind="image",
+                shape=kind.shape,
+                labels=(),
+                splits={"train": images},
+            )
             pack(source, str(folder), shards=SHARDS, encoding=kind.encoding)
     split = Manifest.load(str(folder)).split("train")
     return Job(
@@ -75,14 +111,23 @@ def prepare(name: str, scratch: Path, *, quick: bool, given: Path | None) -> Job
     )
 
 
-def first_images(packed: Path, count: int, kind: Kind) -> Callable[[int], Example]:
+def first_images(
+    packed: Path,
+    count: int,
+    kind: Kind,
+) -> Callable[[int], Example]:
     """The first training images of a packed set. Raises InputError if it has too few or others."""
     found = Manifest.load(str(packed))
     samples = found.split("train").samples
     if found.shape != kind.shape or samples < count:
         raise InputError(f"{packed}: {samples} images of {found.shape}: {count} of {kind.shape} are needed")
     images, labels = read_split(str(packed), "train", limit=count)
-    return lambda number: (f"{number:06d}", images[number].numpy(), max(0, int(labels[number])))
+
+    def make(number: int) -> Example:
+        label = max(0, int(labels[number]))
+        return f"{number:06d}", images[number].numpy(), label
+
+    return make
 
 
 def made_images(kind: Kind) -> Callable[[int], Example]:
@@ -95,19 +140,29 @@ def made_images(kind: Kind) -> Callable[[int], Example]:
 @lru_cache(maxsize=1)
 def _digits() -> tuple[Any, Any]:
     digits = load_digits()
-    return (digits.images * (255 / 16)).astype(np.uint8), digits.target
+    images = (digits.images * (255 / 16)).astype(np.uint8)
+    return images, digits.target
+
+
+def draws_of(key: int, number: int) -> Any:
+    """Five numbers in [0, 1) that belong to an image."""
+    philox = np.random.Philox(key=key, counter=number)
+    return np.random.Generator(philox).random(5)
 
 
 def digit(number: int) -> Example:
     """A digit of 28x28, about as large as a PNG as MNIST's are."""
     images, labels = _digits()
-    draws = np.random.Generator(np.random.Philox(key=0, counter=number)).random(4)
+    draws = draws_of(key=0, number=number)
     row = int(draws[0] * len(images))
-    glyph = Image.fromarray(images[row]).resize((20, 20), Image.Resampling.BICUBIC)
+    glyph = Image.fromarray(images[row])
+    glyph = glyph.resize((20, 20), Image.Resampling.BICUBIC)
     glyph = glyph.rotate(30 * draws[1] - 15, Image.Resampling.BILINEAR)
     glyph = glyph.point(lambda value: 2.2 * (value - 90))
     canvas = Image.new("L", (28, 28))
-    canvas.paste(glyph, (2 + int(5 * draws[2]), 2 + int(5 * draws[3])))
+    left = 2 + int(5 * draws[2])
+    top = 2 + int(5 * draws[3])
+    canvas.paste(glyph, (left, top))
     return f"{number:06d}", np.asarray(canvas)[None], int(labels[row])
 
 
@@ -116,7 +171,7 @@ def window(side: int) -> Callable[[int], Example]:
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
     def make(number: int) -> Example:
-        draws = np.random.Generator(np.random.Philox(key=side, counter=number)).random(5)
+        draws = draws_of(key=side, number=number)
         label = int(draws[0] * len(photographs))
         picture = photographs[label]
         least = min(side, 160)
@@ -124,7 +179,12 @@ def window(side: int) -> Callable[[int], Example]:
         left = draws[2] * (picture.width - extent)
         top = draws[3] * (picture.height - extent)
         box = (left, top, left + extent, top + extent)
-        patch = picture.resize((side, side), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        patch = picture.resize(
+            (side, side),
+            Image.Resampling.LANCZOS,
+            box=box,
+            reducing_gap=3.0,
+        )
         pixels = np.asarray(patch).transpose(2, 0, 1)
         if draws[4] < 0.5:
             pixels = pixels[:, :, ::-1]
@@ -145,7 +205,8 @@ def jpegs() -> list[bytes]:
             left = int(draw.integers(641 - width))
             top = int(draw.integers(428 - height))
             stream = io.BytesIO()
-            picture = Image.fromarray(pixels[top : top + height, left : left + width])
+            window = pixels[top : top + height, left : left + width]
+            picture = Image.fromarray(window)
             picture.save(stream, "JPEG", quality=80)
             found.append(stream.getvalue())
     return found
@@ -153,7 +214,8 @@ def jpegs() -> list[bytes]:
 
 def add_sample(tar: tarfile.TarFile, key: str, data: bytes) -> None:
     """A JPEG with a caption and JSON, as img2dataset writes them."""
-    for suffix, member in (("jpg", data), ("txt", b"a photograph"), ("json", b'{"url": "https://"}')):
+    members = {"jpg": data, "txt": b"a photograph", "json": b'{"url": "https://"}'}
+    for suffix, member in members.items():
         info = tarfile.TarInfo(f"{key}.{suffix}")
         info.size = len(member)
         tar.addfile(info, io.BytesIO(member))

@@ -100,16 +100,24 @@ def place(name: str, left_out: str = "") -> str:
     return packed(f"data/{name}_without_{left_out.lower()}", name, "--without", left_out)
 
 
-def examples(name: str, data: Data, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+def examples(
+    name: str,
+    data: Data,
+    count: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Test images (count, C, H, W) in [-1, 1] of the classes that were not left out, and outliers by name."""
     generator = torch.Generator().manual_seed(0)
     test, labels = read_split(place(name), "test")
     order = torch.randperm(len(test), generator=generator)
     images = scaled(test[order])
-    out = labels[order] == IDX[name][2].index(data.left_out)
-    real, donors = images[~out][: 2 * count].split(count)
+    classes = IDX[name][2]
+    out = labels[order] == classes.index(data.left_out)
+    kept = images[~out]
+    real = kept[:count]
+    donors = kept[count : 2 * count]
     other, _ = read_split(place(data.other), "test", limit=count)
-    shades = torch.linspace(-1, 1, 256)[1:].view(-1, 1, 1, 1)
+    shades = torch.linspace(-1, 1, 256)[1:]
+    shades = shades.view(-1, 1, 1, 1)
     return real, {
         SETS[data.other].title: scaled(other),
         "black": torch.full_like(real[:1], -1.0),
@@ -121,27 +129,33 @@ def examples(name: str, data: Data, count: int) -> tuple[Tensor, dict[str, Tenso
     }
 
 
-def pasted(images: Tensor, donors: Tensor, generator: torch.Generator) -> Tensor:
+def pasted(
+    images: Tensor,
+    donors: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
     """Images (n, C, H, W), each with the middle PATCH x PATCH pixels of its donor pasted at a random place."""
     side = images.shape[-1]
     first = (side - PATCH) // 2
     patches = donors[..., first : first + PATCH, first : first + PATCH]
-    corners = torch.randint(side - PATCH + 1, (len(images), 2), generator=generator).tolist()
+    corners = torch.randint(side - PATCH + 1, (len(images), 2), generator=generator)
     made = images.clone()
-    for image, patch, (row, column) in zip(made, patches, corners, strict=True):
-        image[:, row : row + PATCH, column : column + PATCH] = patch
+    for number, (row, column) in enumerate(corners.tolist()):
+        made[number, :, row : row + PATCH, column : column + PATCH] = patches[number]
     return made
 
 
 def codes_of(model: NAIGN, images: Tensor) -> Tensor:
-    return torch.cat([model.network.encode(part) for part in images.split(BATCH)])
+    parts = images.split(BATCH)
+    return torch.cat([model.network.encode(part) for part in parts])
 
 
 def code_distance(model: NAIGN, train: Tensor) -> Score:
     """From an image's code to the nearest code of the images `train`, by angle."""
 
     def directions(batch: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(codes_of(model, batch).flatten(1))
+        codes = codes_of(model, batch).flatten(1)
+        return torch.nn.functional.normalize(codes)
 
     reference = directions(train)
     return lambda batch: nearest(directions(batch), reference)[0]
@@ -151,10 +165,14 @@ def code_density(prior: Prior, codes: Tensor) -> Tensor:
     """Minus the log-density (n,), in nats up to a constant, of codes (n, ...) under a mixture or a flow."""
     if isinstance(prior, Gmm):
         components = MultivariateNormal(prior.means, scale_tril=prior.factors)
-        return -MixtureSameFamily(Categorical(prior.weights), components).log_prob(codes.flatten(1))
+        mixture = MixtureSameFamily(Categorical(prior.weights), components)
+        return -mixture.log_prob(codes.flatten(1))
     assert isinstance(prior, Flow)
     generator = torch.Generator().manual_seed(0)
-    return torch.cat([_flow_density(prior, part, generator) for part in codes.split(BATCH)])
+    parts = []
+    for part in codes.split(BATCH):
+        parts.append(_flow_density(prior, part, generator))
+    return torch.cat(parts)
 
 
 def _flow_density(flow: Flow, codes: Tensor, generator: torch.Generator) -> Tensor:
@@ -168,14 +186,17 @@ def _flow_density(flow: Flow, codes: Tensor, generator: torch.Generator) -> Tens
     for step in reversed(range(steps)):
         time = codes.new_full((len(codes),), (step + 1) / steps)
         middle = at - flow.velocity(at, time) / (2 * steps)
-        signs = torch.randint(2, at.shape, generator=generator) * 2.0 - 1
+        bits = torch.randint(2, at.shape, generator=generator)
+        signs = bits * 2.0 - 1
         with torch.enable_grad():
             middle.requires_grad_(True)
             velocity = flow.velocity(middle, time - 1 / (2 * steps))
-            (slope,) = torch.autograd.grad((velocity * signs).sum(), middle)
+            along = (velocity * signs).sum()
+            (slope,) = torch.autograd.grad(along, middle)
         trace += (slope * signs).flatten(1).sum(1) / steps
         at = at - velocity.detach() / steps
-    return at.square().flatten(1).sum(1) / 2 + trace
+    squares = at.square().flatten(1).sum(1)
+    return squares / 2 + trace
 
 
 def bound(model: NAIGN, train: Tensor) -> Score:
@@ -193,11 +214,14 @@ def bound(model: NAIGN, train: Tensor) -> Score:
         for _ in range(DRAWS):
             noise = torch.randn(len(batch), width, generator=generator)
             made = model.network(torch.cat([flat, noise], 1))
-            drawn, mean, log_variance = made.split([flat.shape[1], width, width], 1)
+            sizes = [flat.shape[1], width, width]
+            drawn, mean, log_variance = made.split(sizes, 1)
             errors += (drawn - flat).square().sum(1) / DRAWS
-        return errors, (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
+        divergences = mean.square() + log_variance.exp() - 1 - log_variance
+        return errors, divergences.sum(1) / 2
 
-    variance = terms(train[:1000])[0].mean() / train[0].numel()
+    errors, _ = terms(train[:1000])
+    variance = errors.mean() / train[0].numel()
 
     def score(batch: Tensor) -> Tensor:
         errors, divergences = terms(batch)
@@ -214,8 +238,11 @@ def scores_of(model: NAIGN, train: Tensor) -> dict[str, Score]:
     scores["nearest training code"] = code_distance(model, train)
     if isinstance(model.prior, (Gmm, Flow)):
         scores[f"energy, f applied {TIMES} times"] = partial(model.energy, times=TIMES)
-        name = f"density of the code ({model.prior.config.name})"
-        scores[name] = lambda images: code_density(model.prior, codes_of(model, images))
+
+        def density(images: Tensor) -> Tensor:
+            return code_density(model.prior, codes_of(model, images))
+
+        scores[f"density of the code ({model.prior.config.name})"] = density
     return scores
 
 
@@ -224,24 +251,42 @@ def image_distance(train: Tensor) -> Score:
     return lambda batch: nearest(batch, train)[0]
 
 
-def measured(score: Score, real: Tensor, others: dict[str, Tensor]) -> Row:
+def measured(
+    score: Score,
+    real: Tensor,
+    others: dict[str, Tensor],
+) -> Row:
     inside = score(real)
-    return {title: auroc(inside, score(outliers)) for title, outliers in others.items()}
+    row = {}
+    for title, outliers in others.items():
+        row[title] = auroc(inside, score(outliers))
+    return row
 
 
-def networks(name: str, data: Data, seeds: int) -> list[tuple[str, str, list[str], int]]:
+def networks(
+    name: str,
+    data: Data,
+    seeds: int,
+) -> list[tuple[str, str, list[str], int]]:
     """Title, configuration, options and seed of every network."""
     asked = [(WHOLE, data.recipe, [f"--data.path={place(name)}"], 0)]
+    path = f"--data.path={place(name, data.left_out)}"
     for title, (config, options) in NETWORKS.items():
-        for seed in range(seeds if title.startswith("NAIGN") else 1):
-            asked.append((title, config, [*options, f"--data.path={place(name, data.left_out)}"], seed))
+        count = seeds if title.startswith("NAIGN") else 1
+        for seed in range(count):
+            asked.append((title, config, [*options, path], seed))
     return asked
 
 
-def rows_of(name: str, data: Data, settings: Settings) -> dict[str, list[Row]]:
+def rows_of(
+    name: str,
+    data: Data,
+    settings: Settings,
+) -> dict[str, list[Row]]:
     """The rows of a table by title, each with the numbers of every seed."""
     real, others = examples(name, data, settings.count)
-    train = scaled(read_split(place(name, data.left_out), "train")[0])
+    images, _ = read_split(place(name, data.left_out), "train")
+    train = scaled(images)
     rows: dict[str, list[Row]] = {}
     for title, config, options, seed in networks(name, data, settings.seeds):
         task = Task.of(settings.runs, config, options, seed)
@@ -254,7 +299,8 @@ def rows_of(name: str, data: Data, settings: Settings) -> dict[str, list[Row]]:
             continue
         model = NAIGN.from_pretrained(task.folder)
         for score_name, score in scores_of(model, train).items():
-            row = measured(score, real, others) | {COST: model.metadata["cpu_seconds"]}
+            row = measured(score, real, others)
+            row[COST] = model.metadata["cpu_seconds"]
             if title == WHOLE:
                 del row[f"{data.left_out}, left out"]  # it has learned that class
             rows.setdefault(f"{title}: {score_name}", []).append(row)
@@ -266,8 +312,13 @@ def table_of(rows: dict[str, list[Row]]) -> str:
     titles = [*rows[NEAREST][0], COST]
     lines = []
     for title, seeds in rows.items():
-        cells = [spread([row.get(key) for row in seeds], 0 if key == COST else 3) for key in titles]
-        lines.append([title if title == NEAREST else title + seeds_of(len(seeds)), *cells])
+        cells = []
+        for key in titles:
+            digits = 0 if key == COST else 3
+            cells.append(spread([row.get(key) for row in seeds], digits))
+        if title != NEAREST:
+            title += seeds_of(len(seeds))
+        lines.append([title, *cells])
     return table(["", *titles], lines)
 
 

@@ -101,9 +101,22 @@ class Report:
         """Seconds until `minutes` are over."""
         return self._end - time.monotonic()
 
-    def say(self, what: str, value: object, must: str = "", holds: bool = True) -> None:
+    def say(
+        self,
+        what: str,
+        value: object,
+        must: str = "",
+        holds: bool = True,
+    ) -> None:
         """Print a line and keep it."""
-        self.lines.append({"part": self.part, "what": what, "value": str(value), "must": must, "holds": holds})
+        line = {
+            "part": self.part,
+            "what": what,
+            "value": str(value),
+            "must": must,
+            "holds": holds,
+        }
+        self.lines.append(line)
         text = f"{self.part:12} {what}: {value}"
         if must:
             text += f" (must: {must})"
@@ -119,8 +132,10 @@ class Report:
         rows = []
         for line in self.lines:
             verdict = "yes" if line["holds"] else "**no**"
-            rows.append([line["part"], line["what"], line["value"], line["must"] or "-", verdict])
-        text = page(f"On {card}", ["part", "", "found", "must be", "holds"], rows)
+            cells = [line[key] for key in ("part", "what", "value", "must")]
+            rows.append([*cells, verdict])
+        titles = ["part", "", "found", "must be", "holds"]
+        text = page(f"On {card}", titles, rows)
         write(to, text, {"card": card, "lines": self.lines})
 
     def seconds(self, call: Callable[[], Any], repeats: int = 10) -> float:
@@ -142,17 +157,33 @@ class Report:
 
 
 def random(report: Report) -> None:
-    ids = torch.tensor([0, 1, 2, 5, 2**40 + 3, 2**61 + 7])
+    few = [0, 1, 2, 5, 2**40 + 3, 2**61 + 7]
+    ids = torch.tensor(few)
     for shape in ((7,), (3, 32, 32)):
         here = philox.uniform(3, 2, ids, shape, "cpu")
-        there = philox.uniform(3, 2, ids, shape, report.device).cpu()
+        there = philox.uniform(3, 2, ids, shape, report.device)
+        there = there.cpu()
         report.none(f"uniform numbers {shape} other than the CPU's", int((here != there).sum()))
         here = philox.normal(3, 2, ids, shape, "cpu")
-        there = philox.normal(3, 2, ids, shape, report.device).cpu()
-        most = float((here - there).abs().max())
-        report.say(f"normals {shape}, largest difference from the CPU's", f"{most:.1e}", "below 1e-5", most < 1e-5)
-    rows = torch.arange(64 if report.small else 512, device=report.device)
-    spent = report.seconds(lambda: philox.normal(0, 0, rows, (3, 64, 64), report.device))
+        there = philox.normal(3, 2, ids, shape, report.device)
+        most = float((here - there.cpu()).abs().max())
+        report.say(
+            f"normals {shape}, largest difference from the CPU's",
+            f"{most:.1e}",
+            "below 1e-5",
+            most < 1e-5,
+        )
+    count = 64 if report.small else 512
+    rows = torch.arange(count, device=report.device)
+    draw = partial(
+        philox.normal,
+        0,
+        0,
+        rows,
+        (3, 64, 64),
+        report.device,
+    )
+    spent = report.seconds(draw)
     report.say(f"normals of {len(rows)} x 3 x 64 x 64", f"{1e6 * spent:.0f} us")
 
 
@@ -161,22 +192,38 @@ def searches(report: Report) -> None:
 
     done = 0
     wrong = []
-    for name, (queries, candidates) in list(CASES.items())[:: 16 if report.small else 1]:
+    stride = 16 if report.small else 1
+    for name, (queries, candidates) in list(CASES.items())[::stride]:
         _, rows = oracle(queries, candidates, 3)
-        there = candidates.to(report.device)
+        asked = queries.to(report.device)
+        pool = candidates.to(report.device)
         for size in (64, 1000):
-            found = search(queries.to(report.device), blocks_of(there, size), 0, neighbours=3).ids.cpu()
+            found = search(asked, blocks_of(pool, size), 0, neighbours=3)
             done += 1
-            if found[:, : rows.shape[1]].tolist() != rows.tolist():
+            ids = found.ids[:, : rows.shape[1]]
+            if ids.tolist() != rows.tolist():
                 wrong.append(name)
     report.none(f"wrong answers of {done} searches", len(wrong), wrong[:3] or "")
-    for dtype in (torch.float32, torch.bfloat16) if report.on_gpu else (torch.float32,):
-        worst = max(premise(width, dtype, report.device) for width in (64, 792, 3080))
-        report.say(f"error of a product in {dtype}, of what the bound allows", f"{worst:.3f}", "at most 1", worst <= 1)
+    kinds = [torch.float32]
+    if report.on_gpu:
+        kinds.append(torch.bfloat16)
+    for dtype in kinds:
+        errors = [premise(width, dtype, report.device) for width in (64, 792, 3080)]
+        worst = max(errors)
+        report.say(
+            f"error of a product in {dtype}, of what the bound allows",
+            f"{worst:.3f}",
+            "at most 1",
+            worst <= 1,
+        )
 
 
 @bound.full_precision()
-def premise(width: int, dtype: torch.dtype, device: torch.device) -> float:
+def premise(
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
     """The largest error of a product of so many coordinates over gamma_2n times the sum of magnitudes."""
     generator = torch.Generator().manual_seed(width)
     worst = 0.0
@@ -193,46 +240,77 @@ def premise(width: int, dtype: torch.dtype, device: torch.device) -> float:
             b[:, width // 2 :] = -b[:, : width // 2]
         a = a.to(device, dtype)
         b = b.to(device, dtype)
-        got = a @ b.T if dtype == torch.float32 else torch.mm(a, b.T, out_dtype=torch.float32)
-        exact = a.double() @ b.double().T
-        size = a.double().abs() @ b.double().abs().T
-        error = (got.double() - exact).abs() / (bound.gamma(2 * width) * size)
-        worst = max(worst, float(error.max()))
+        got = product(a, b).double()
+        a = a.double()
+        b = b.double()
+        error = (got - a @ b.T).abs()
+        magnitudes = a.abs() @ b.abs().T
+        allowed = bound.gamma(2 * width) * magnitudes
+        worst = max(worst, float((error / allowed).max()))
     return worst
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product in float32 of float32 or bfloat16 rows."""
+    if a.dtype == torch.float32:
+        return a @ b.T
+    return torch.mm(a, b.T, out_dtype=torch.float32)
+
+
 def blocks_of(rows: Tensor, size: int) -> Blocks:
-    return Blocks(rows=len(rows), make=lambda low, high: rows[low:high], size=size)
+    return Blocks(
+        rows=len(rows),
+        make=lambda low, high: rows[low:high],
+        size=size,
+    )
 
 
 def match(report: Report) -> None:
-    for count, pool, dims in ((128, 1000, 64),) if report.small else SIZES:
-        generator = torch.Generator().manual_seed(1)
-        draw = partial(torch.randn, generator=generator)
+    sizes = ((128, 1000, 64),) if report.small else SIZES
+    for count, pool, dims in sizes:
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(1))
         basis = draw(40, dims)
-        queries = (draw(count, 40) @ basis + 0.3 * draw(count, dims)).to(report.device)
-        candidates = (draw(pool, 40) @ basis + 0.3 * draw(pool, dims)).to(report.device)
+        queries = draw(count, 40) @ basis + 0.3 * draw(count, dims)
+        candidates = draw(pool, 40) @ basis + 0.3 * draw(pool, dims)
+        queries = queries.to(report.device)
+        candidates = candidates.to(report.device)
         calls = peers(queries, candidates)
-        calls["this search"] = lambda: search(queries, blocks_of(candidates, 32_768), 0)  # noqa: B023
-        spent = {name: report.seconds(call, 3) for name, call in calls.items()}
-        for name, value in spent.items():
-            report.say(f"{count} x {pool} x {dims}: {name}", f"{1e3 * value:.2f} ms")
+        calls["this search"] = partial(search, queries, blocks_of(candidates, 32_768), 0)
+        spent = {}
+        for name, call in calls.items():
+            spent[name] = report.seconds(call, 3)
+            report.say(f"{count} x {pool} x {dims}: {name}", f"{1e3 * spent[name]:.2f} ms")
         if "faiss.knn_gpu" in spent and dims == 3072:
             ratio = spent["faiss.knn_gpu"] / spent["this search"]
-            report.say("times as fast as faiss.knn_gpu", f"{ratio:.1f}", "at least 5", ratio >= 5)
+            report.say(
+                "times as fast as faiss.knn_gpu",
+                f"{ratio:.1f}",
+                "at least 5",
+                ratio >= 5,
+            )
 
 
 def peers(queries: Tensor, candidates: Tensor) -> dict[str, Callable[[], Any]]:
     """What one would write instead, and the product alone."""
     halves = queries.bfloat16()
     columns = candidates.bfloat16().T
+
+    def cdist() -> None:
+        for part in queries.split(2048):
+            torch.cdist(part, candidates).argmin(1)
+
+    def product() -> None:
+        for part in halves.split(4096):
+            part @ columns
+
     calls: dict[str, Callable[[], Any]] = {
-        "torch.cdist and argmin": lambda: [torch.cdist(part, candidates).argmin(1) for part in queries.split(2048)],
-        "the product alone in bfloat16": lambda: [part @ columns for part in halves.split(4096)],
+        "torch.cdist and argmin": cdist,
+        "the product alone in bfloat16": product,
     }
     resources = faiss_on(queries.device)
     if resources and queries.is_cuda:
-        calls["faiss.knn_gpu"] = partial(load_faiss().knn_gpu, resources, queries, candidates, 1)
+        knn = load_faiss().knn_gpu
+        calls["faiss.knn_gpu"] = partial(knn, resources, queries, candidates, 1)
     return calls
 
 
@@ -240,8 +318,10 @@ def parts() -> dict[str, Callable[[Report], None]]:
     """What each part does, by name."""
     import gpu_runs
 
-    ours = {"random": random, "search": searches, "match": match}
-    return {name: ours.get(name) or getattr(gpu_runs, name) for name in get_args(Part)}
+    found = {}
+    for name in get_args(Part):
+        found[name] = getattr(gpu_runs, name, None)
+    return found | {"random": random, "search": searches, "match": match}
 
 
 def main(settings: Settings) -> int:
@@ -253,10 +333,8 @@ def main(settings: Settings) -> int:
         raise InputError(f"--parts: give some of {', '.join(get_args(Part))}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device that torch can use (`naign doctor` says more): try --device cpu --small")
-    if "train" in settings.parts and not settings.small and not (settings.data / "index.json").exists():
-        command = [sys.executable, "-m", "naign.cli", "pack", "cifar10", "--to", str(settings.data)]
-        if subprocess.run(command, env=environment(), check=False).returncode:
-            raise InputError("CIFAR-10, for the part `train`, cannot be packed: see above, or name other --parts")
+    if "train" in settings.parts and not settings.small:
+        pack_cifar10(settings.data)
     if settings.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
         torch.set_num_threads(1)  # others on the machine would have several wait for one another
@@ -276,6 +354,15 @@ def main(settings: Settings) -> int:
     return 0 if all(line["holds"] for line in report.lines) else 1
 
 
+def pack_cifar10(path: Path) -> None:
+    if (path / "index.json").exists():
+        return
+    command = [sys.executable, "-m", "naign.cli", "pack", "cifar10", "--to", str(path)]
+    done = subprocess.run(command, env=environment(), check=False)
+    if done.returncode:
+        raise InputError("CIFAR-10, for the part `train`, cannot be packed: see above, or name other --parts")
+
+
 def do(part: Callable[[Report], None], report: Report) -> None:
     """Run a part; a failure is a line, since the other parts may tell more."""
     if report.left() < 0:
@@ -285,7 +372,8 @@ def do(part: Callable[[Report], None], report: Report) -> None:
         part(report)
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        report.say("failed", f"{type(error).__name__}: {error}".splitlines()[0], "to end", False)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        report.say("failed", reason, "to end", False)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from budget import SHAPES
 from output import ROOT, Record
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ NAIGN = (sys.executable, "-m", "naign.cli")
 LATENTS = ("--prior.name=gaussian",)
 """Latents without a prior that learns."""
 ROUND = 512
+STEPS = ROUND // 32
+"""Of a round."""
 DIGITS = (
     "--config=digits",
     "--data.path=digits",
@@ -40,7 +43,7 @@ DIGITS = (
     "--model.code=16",
     f"--train.images={4 * ROUND}",
 )
-SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "folder64": (3, 64, 64), "folder256": (3, 256, 256)}
+RECIPES = ("mnist", "cifar10", "folder64", "folder256")
 TRIAL = 8
 """Rounds of the trial that says how long one takes."""
 MEASURING = 90.0
@@ -58,13 +61,21 @@ def call(report: "Report", *command: str) -> "subprocess.CompletedProcess[str]":
     env = environment()
     if not report.on_gpu:
         env["ACCELERATE_USE_CPU"] = "true"
-    return subprocess.run(command, cwd=report.scratch, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command,
+        cwd=report.scratch,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def must(done: "subprocess.CompletedProcess[str]") -> str:
     """The output of a command that must succeed."""
     if done.returncode:
-        raise RuntimeError("".join(done.stderr.strip().splitlines()[-1:]))
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1])
     return done.stdout
 
 
@@ -100,7 +111,11 @@ def differing(report: "Report", one: str, other: str) -> int:
     """How many tensors of two runs' weights differ in a bit."""
     ours = weights(report, one)
     theirs = weights(report, other)
-    return sum(not torch.equal(value, theirs[name]) for name, value in ours.items())
+    count = 0
+    for name, value in ours.items():
+        if not torch.equal(value, theirs[name]):
+            count += 1
+    return count
 
 
 def random_images(report: "Report", name: str, count: int) -> str:
@@ -109,19 +124,35 @@ def random_images(report: "Report", name: str, count: int) -> str:
 
     def make(number: int) -> Example:
         draws = np.random.Generator(np.random.Philox(key=0, counter=number))
-        return f"image-{number:06d}", draws.integers(0, 256, shape, dtype=np.uint8), -1
+        pixels = draws.integers(0, 256, shape, dtype=np.uint8)
+        return f"image-{number:06d}", pixels, -1
 
-    splits = {"train": Made(length=count, make=make), "test": Made(length=4, make=make)}
-    source = Source(name="random", kind="image", shape=shape, labels=(), splits=dict(splits))
+    source = Source(
+        name="random",
+        kind="image",
+        shape=shape,
+        labels=(),
+        splits={
+            "train": Made(length=count, make=make),
+            "test": Made(length=4, make=make),
+        },
+    )
     folder = report.scratch / f"images-{name}-{count}"
     if not folder.exists():
         pack(source, str(folder), shards=4, progress=False)
     return str(folder)
 
 
-def recipe(report: "Report", name: str, steps: int, *options: str) -> list[Record]:
+def recipe(
+    report: "Report",
+    name: str,
+    steps: int,
+    *options: str,
+) -> list[Record]:
     """The metrics of three rounds of a recipe, of so many steps each, on random images."""
-    batch = 8 if report.small else load(str(ROOT / f"configs/{name}.yaml")).train.batch
+    batch = 8
+    if not report.small:
+        batch = load(str(ROOT / f"configs/{name}.yaml")).train.batch
     size = batch * steps
     run = f"{name}-{steps}"
     command = [*TRAIN, f"--config={name}", *LATENTS, f"--run.path={run}", *options]
@@ -150,12 +181,17 @@ def resume(report: "Report") -> None:
     env = environment()
     if not report.on_gpu:
         env["ACCELERATE_USE_CPU"] = "true"
-    process = subprocess.Popen(command, cwd=report.scratch, env=env, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=report.scratch,
+        env=env,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not reported(report, "stopped"):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    process.communicate()
+    process.wait()
     report.say("exit code of the run that was stopped", process.returncode, "75", process.returncode == 75)
     must(call(report, *command))
     report.none("tensors that are not those of the run that went through", differing(report, "whole", "stopped"))
@@ -165,17 +201,31 @@ def trace(report: "Report") -> None:
     trained(report, "whole", "--profile.rounds=1")
     (file,) = (report.scratch / "whole/profile").iterdir()
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    (fit,) = [event for event in events if event.get("cat") == "user_annotation" and event["name"] == "fit"]
+    marks = [event for event in events if event.get("cat") == "user_annotation"]
+    (fit,) = [event for event in marks if event["name"] == "fit"]
+    end = fit["ts"] + fit["dur"]
     kernels = 0
-    copies = []
+    copies = 0
     for event in events:
-        if not fit["ts"] <= event.get("ts", 0) <= fit["ts"] + fit["dur"]:
+        if not fit["ts"] <= event.get("ts", 0) <= end:
             continue
-        kernels += event.get("cat") == "kernel"
-        if event.get("cat") == "gpu_memcpy" and "DtoD" not in event["name"]:
-            copies.append(event["name"])
-    report.say("kernels that a step launches", round(kernels / (ROUND // 32)))
-    report.say("copies between host and device while fitting a round", len(copies), "at most 4", len(copies) <= 4)
+        kind = event.get("cat")
+        if kind == "kernel":
+            kernels += 1
+        if kind == "gpu_memcpy" and "DtoD" not in event["name"]:
+            copies += 1
+    report.say("kernels that a step launches", round(kernels / STEPS))
+    report.say(
+        "copies between host and device while fitting a round",
+        copies,
+        "at most 4",
+        copies <= 4,
+    )
+
+
+def flat(values: dict[str, Tensor]) -> Tensor:
+    """All values of a model."""
+    return torch.cat([value.flatten() for value in values.values()])
 
 
 def compiled(report: "Report") -> None:
@@ -184,17 +234,23 @@ def compiled(report: "Report") -> None:
         return
     plain = trained(report, "whole", "--profile.rounds=1")
     fast = trained(report, "compiled", "--train.compile")
-    a = torch.cat([value.flatten() for value in weights(report, "whole").values()])
-    b = torch.cat([value.flatten() for value in weights(report, "compiled").values()])
-    error = float((a - b).norm() / a.norm())
-    report.say("weights, compiled and not, relative difference", f"{error:.1e}", "below 1e-2", error < 1e-2)
+    ours = flat(weights(report, "whole"))
+    theirs = flat(weights(report, "compiled"))
+    difference = ours - theirs
+    error = float(difference.norm() / ours.norm())
+    report.say(
+        "weights, compiled and not, relative difference",
+        f"{error:.1e}",
+        "below 1e-2",
+        error < 1e-2,
+    )
     ratio = fast[-1]["speed/images_per_second"] / plain[-1]["speed/images_per_second"]
     report.say("times as fast, compiled", f"{ratio:.2f}")
 
 
 def memory(report: "Report") -> None:
     computed = json.loads((ROOT / "benchmarks/results/budget.json").read_text())
-    for name in SHAPES:
+    for name in RECIPES:
         expected = computed[name]["gigabytes"]
         if not report.on_gpu:
             report.say(f"{name}: GB of a step, computed", f"{sum(expected[:3]):.2f}")
@@ -210,10 +266,12 @@ def full(report: "Report") -> None:
         return
     digits(report)
     sizes = ["--run.path=full", "--match.round=1024", "--train.batch=1024", "--model.width=512"]
-    done = call(report, sys.executable, "-c", FULL, *TRAIN[1:], *DIGITS, *sizes)
+    python = [sys.executable, "-c", FULL]
+    done = call(report, *python, *TRAIN[1:], *DIGITS, *sizes)
     lines = [line for line in done.stderr.splitlines() if "memory is full" in line]
+    told = "".join(lines)[:160]
     report.say("exit code where the memory is full", done.returncode, "2", done.returncode == 2)
-    report.say("what it says then", "".join(lines)[:160], "a line", len(lines) == 1)
+    report.say("what it says then", told, "a line", len(lines) == 1)
 
 
 def step(report: "Report") -> None:
@@ -236,16 +294,26 @@ def step(report: "Report") -> None:
 def bare_step(report: "Report", name: str, batch: int) -> float:
     """Seconds of a step of the same network, losses and optimizer, and nothing else."""
     config = load(str(ROOT / f"configs/{name}.yaml"))
-    network = build_network(config.model, SHAPES[name]).to(report.device)
+    network = build_network(config.model, SHAPES[name])
+    network.to(report.device)
     adam = torch.optim.AdamW(network.parameters(), fused=report.on_gpu)
-    images = torch.rand(batch, *SHAPES[name], device=report.device) * 2 - 1
+    images = torch.rand(batch, *SHAPES[name], device=report.device)
+    images = images * 2 - 1
+    autocast = torch.autocast(
+        report.device.type,
+        dtype=torch.bfloat16,
+        enabled=report.on_gpu,
+    )
     clean = config.objective.reconstruction > 0
 
     def once() -> None:
         damaged = images + 0.5 * torch.randn_like(images)
-        inputs = torch.cat([images, damaged]) if clean else damaged
-        targets = torch.cat([images, images]) if clean else images
-        with torch.autocast(report.device.type, dtype=torch.bfloat16, enabled=report.on_gpu):
+        inputs = damaged
+        targets = images
+        if clean:
+            inputs = torch.cat([images, damaged])
+            targets = torch.cat([images, images])
+        with autocast:
             made = network(inputs).float()
         (made - targets).abs().mean().backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -274,7 +342,8 @@ def train(report: "Report") -> None:
 
 
 def measure(report: "Report", run: str, *options: str) -> None:
-    metrics = json.loads(must(call(report, *NAIGN, "evaluate", run, "--json", *options)))
+    done = call(report, *NAIGN, "evaluate", run, "--json", *options)
+    metrics = json.loads(must(done))
     report.say("images learned from", f"{reported(report, run)[-1]['images_seen']:,}")
     report.say(f"Frechet distance on {metrics['encoder']} of f(z)", f"{metrics['fd']['once']:.3g}")
     for kind, errors in (metrics["restoration"] or {}).items():

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 import tyro
 from output import check_place, pages, spread, table, write
@@ -104,13 +103,18 @@ def draw_holes(kind: str, size: torch.Size) -> Tensor:
     height, width = size
     if kind == "centre":
         mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
-        mask[..., height // 4 : height - height // 4, width // 4 : width - width // 4] = True
+        top = height // 4
+        left = width // 4
+        mask[..., top : height - top, left : width - left] = True
         return mask
-    numbers = torch.rand(HOLES, 9, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.rand(HOLES, 9, generator=generator)
     mask = stroke(numbers, size)
     if kind == "boxes":
-        mask = boxes(numbers[:, :8].view(-1, 2, 4), size)
-    return mask[mask.flatten(1).any(1)]  # a small one may lie between pixels
+        corners = numbers[:, :8].view(-1, 2, 4)
+        mask = boxes(corners, size)
+    some = mask.flatten(1).any(1)  # a small one may lie between pixels
+    return mask[some]
 
 
 def in_turn(mask: Tensor, count: int) -> Tensor:
@@ -125,8 +129,13 @@ def biharmonic(images: Tensor, mask: Tensor) -> Tensor:
     filled = images.clone()
     for number, hole in enumerate(mask[: len(images)]):
         part = images[number :: len(mask)]
-        channels = inpaint_biharmonic(part.flatten(0, 1).double().numpy(), hole[0].numpy(), channel_axis=0)
-        filled[number :: len(mask)] = torch.from_numpy(channels).view_as(part).float()
+        channels = inpaint_biharmonic(
+            part.flatten(0, 1).double().numpy(),
+            hole[0].numpy(),
+            channel_axis=0,
+        )
+        made = torch.from_numpy(channels).view_as(part)
+        filled[number :: len(mask)] = made.float()
     return filled
 
 
@@ -134,20 +143,36 @@ def telea(images: Tensor, mask: Tensor) -> Tensor:
     """OpenCV's, of 8-bit images."""
     import cv2
 
-    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    holes = in_turn(mask, len(images))[:, 0].byte().numpy()
-    filled = [cv2.inpaint(image, hole, RADIUS, cv2.INPAINT_TELEA) for image, hole in zip(pixels, holes, strict=True)]
-    return scaled(torch.from_numpy(np.stack(filled).reshape(pixels.shape)).permute(0, 3, 1, 2))
+    pixels = ((images + 1) * 127.5).round().byte()
+    pixels = pixels.permute(0, 2, 3, 1).contiguous()
+    holes = in_turn(mask, len(images))[:, 0].byte()
+    filled = torch.empty_like(pixels)
+    for number, image in enumerate(pixels):
+        made = cv2.inpaint(
+            image.numpy(),
+            holes[number].numpy(),
+            RADIUS,
+            cv2.INPAINT_TELEA,
+        )
+        filled[number] = torch.from_numpy(made).view_as(image)
+    return scaled(filled.permute(0, 3, 1, 2))
 
 
 def mean(images: Tensor, mask: Tensor) -> Tensor:
     """The mean of what is known of each channel."""
-    return known_mean(images, ~in_turn(mask, len(images))).expand_as(images)
+    known = ~in_turn(mask, len(images))
+    return known_mean(images, known).expand_as(images)
 
 
-def network(model: NAIGN, times: int, images: Tensor, mask: Tensor) -> Tensor:
+def network(
+    model: NAIGN,
+    times: int,
+    images: Tensor,
+    mask: Tensor,
+) -> Tensor:
     """f applied so many times, and what is known put back after each."""
-    return model.project(images, mask=in_turn(mask, len(images)), times=times)
+    holes = in_turn(mask, len(images))
+    return model.project(images, mask=holes, times=times)
 
 
 FILLERS: dict[str, Fill] = {
@@ -165,10 +190,12 @@ class Examples:
         test = scaled(read_split(path, "test")[0])
         train = read_split(path, "train")[0]
         features = self.encoder.features(test)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(train), generator=generator)
         floors = []
         for chosen in order.split(len(test))[:FLOORS]:
-            floors.append(frechet_distance(self.encoder.features(scaled(train[chosen])), features))
+            others = self.encoder.features(scaled(train[chosen]))
+            floors.append(frechet_distance(others, features))
         self.floor = fmean(floors)
         self.images = test[:count]
         self.features = features[:count]
@@ -178,14 +205,21 @@ class Examples:
         for kind in KINDS:
             mask = draw_holes(kind, self.images.shape[2:])
             hole = in_turn(mask, len(self.images))
-            filled = torch.where(hole, fill(self.images.masked_fill(hole, -1.0), mask), self.images)
+            given = self.images.masked_fill(hole, -1.0)
+            filled = torch.where(hole, fill(given, mask), self.images)
+            distance = frechet_distance(self.encoder.features(filled), self.features)
+            error = (filled - self.images).abs().double().sum()
             missing = hole.sum() * self.images.shape[1]
-            row[f"FD {kind}"] = frechet_distance(self.encoder.features(filled), self.features) / self.floor
-            row[f"error {kind}"] = float((filled - self.images).abs().double().sum() / missing)
+            row[f"FD {kind}"] = distance / self.floor
+            row[f"error {kind}"] = float(error / missing)
         return row
 
 
-def networks(name: str, data: Data, settings: Settings) -> dict[str, list[str]]:
+def networks(
+    name: str,
+    data: Data,
+    settings: Settings,
+) -> dict[str, list[str]]:
     """Options of the networks that fill holes, by title."""
     path = f"--data.path={packed(f'data/{name}', name)}"
     asked = {"f": [path, *OPTIONS, f"--train.images={data.images}", *data.further]}
@@ -200,7 +234,11 @@ def networks(name: str, data: Data, settings: Settings) -> dict[str, list[str]]:
     return asked
 
 
-def rows_of(name: str, data: Data, settings: Settings) -> dict[str, Row]:
+def rows_of(
+    name: str,
+    data: Data,
+    settings: Settings,
+) -> dict[str, Row]:
     """The rows of a table, by title."""
     examples = Examples(packed(f"data/{name}", name), settings.count)
     rows: dict[str, Row] = {}
@@ -211,9 +249,10 @@ def rows_of(name: str, data: Data, settings: Settings) -> dict[str, Row]:
         if not task.ended or task.diverged:
             continue
         model = NAIGN.from_pretrained(task.folder)
-        cost = {COST: model.metadata["cpu_seconds"]}
-        rows[f"{title}, applied {FILLING} times"] = cost | examples.measure(partial(network, model, FILLING))
-        rows[f"{title}, once"] = cost | examples.measure(partial(network, model, 1))
+        for way, times in ((f"applied {FILLING} times", FILLING), ("once", 1)):
+            row = examples.measure(partial(network, model, times))
+            row[COST] = model.metadata["cpu_seconds"]
+            rows[f"{title}, {way}"] = row
     for title, fill in FILLERS.items():
         rows[title] = examples.measure(fill)
     return rows
@@ -224,7 +263,8 @@ def table_of(rows: dict[str, Row]) -> str:
     lines = []
     for title, row in rows.items():
         cells = [spread([row[column]], 3) for column in columns]
-        lines.append([title, *cells, spread([row.get(COST)], 0)])
+        cost = spread([row.get(COST)], 0)
+        lines.append([title, *cells, cost])
     titles = [f"{column}, × floor" if column.startswith("FD") else column for column in columns]
     return table(["", *titles, COST], lines)
 

@@ -89,7 +89,8 @@ def measure(name: str, path: str, to: str) -> None:
     begin = time.perf_counter()
     used = sum(os.times()[:4])
     CONTENDERS[name](path, to)
-    print(time.perf_counter() - begin, sum(os.times()[:4]) - used)
+    seconds = time.perf_counter() - begin
+    print(seconds, sum(os.times()[:4]) - used)
 
 
 def tar(number: int) -> bytes:
@@ -121,15 +122,26 @@ def main(settings: Settings) -> None:
         for turn in range(settings.repeats):
             for place, name in enumerate(CONTENDERS):
                 command = [sys.executable, __file__, "--measure", name, path, f"{scratch}/index-{turn}-{place}"]
-                done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-                times[name].append([float(word) for word in done.stdout.split()])
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    cwd=ROOT,
+                    check=True,
+                )
+                wall, cpu = done.stdout.split()
+                times[name].append([float(wall), float(cpu)])
                 print(name, done.stdout.strip(), flush=True)
     text = page_of(times, total / 1e6, settings.shards)
     write(settings.to, text, {"megabytes": total / 1e6, "seconds": times})
     print(text)
 
 
-def page_of(times: dict[str, list[list[float]]], megabytes: float, shards: int) -> str:
+def page_of(
+    times: dict[str, list[list[float]]],
+    megabytes: float,
+    shards: int,
+) -> str:
     floor = min(times[BOTO3])[0]
     rows = []
     for name, runs in times.items():

@@ -26,7 +26,17 @@ sys.path.insert(0, str(ROOT))
 from tests.hosts.cluster import Cluster, Job, possible  # noqa: E402
 from tests.hosts.losses import KINDS, prepared, recover, reported  # noqa: E402
 
-TITLES = ["hosts", "loss", "of pod", "load", "first start", "noticed", "replaced", "all there", "trains"]
+TITLES = [
+    "hosts",
+    "loss",
+    "of pod",
+    "load",
+    "first start",
+    "noticed",
+    "replaced",
+    "all there",
+    "trains",
+]
 MEANINGS = ("pod deleted", "rank killed (SIGKILL)", "launcher killed (SIGKILL)", "node gone")
 """Of KINDS."""
 
@@ -50,7 +60,8 @@ def main(settings: Settings) -> None:
     why = possible()
     if why:
         raise InputError(f"several hosts cannot be made here: {why}")
-    if set(settings.kinds) - set(KINDS) or not all(2 <= hosts <= 64 for hosts in settings.hosts):
+    few = min(settings.hosts, default=0) < 2
+    if set(settings.kinds) - set(KINDS) or few or max(settings.hosts) > 64:
         raise InputError(f"--kinds must be some of {', '.join(KINDS)}, and --hosts 2 to 64")
     for hosts in settings.hosts:
         for kind in settings.kinds:
@@ -77,11 +88,17 @@ def measure(hosts: int, kind: str, settings: Settings) -> Record:
             wait_for_rounds(job, 1, settings.within)
             first = time.monotonic() - begun
             for number in lost:
-                wait_for_rounds(job, len(reported(job.pods[0])) + 6, settings.within)
+                done = len(reported(job.pods[0]))
+                wait_for_rounds(job, done + 6, settings.within)
                 recovery = asdict(recover(job, number, kind, settings.within))
                 recoveries.append({"pod": number, **recovery})
                 print(f"{hosts} hosts, {kind}: {recoveries[-1]}", flush=True)
-    return {"first": first, "load": os.getloadavg()[1], "cores": os.cpu_count(), "losses": recoveries}
+    return {
+        "first": first,
+        "load": os.getloadavg()[1],
+        "cores": os.cpu_count(),
+        "losses": recoveries,
+    }
 
 
 def wait_for_rounds(job: Job, rounds: int, within: float) -> None:
@@ -91,7 +108,8 @@ def wait_for_rounds(job: Job, rounds: int, within: float) -> None:
 
 def rows(found: dict[str, Record]) -> list[list[str]]:
     lines = []
-    for name, row in sorted(found.items(), key=lambda item: int(item[0].split()[0])):
+    for name in sorted(found, key=lambda name: int(name.split()[0])):
+        row = found[name]
         hosts, kind = name.split()
         meaning = MEANINGS[KINDS.index(kind)]
         load = f"{row['load']:.0f} on {row['cores']} cores"

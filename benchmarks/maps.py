@@ -69,29 +69,44 @@ def scratched(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (n, C, H, W), each with a straight scratch of one shade between two points half its side or more apart."""
     count, _, height, width = images.shape
     ends = torch.rand(16, count, 2, 2, generator=generator)
-    far = (ends[:, :, 0] - ends[:, :, 1]).norm(dim=2) > 0.5
-    ends = ends[far.int().argmax(0), torch.arange(count)]  # the first pair that is
+    between = ends[:, :, 0] - ends[:, :, 1]
+    apart = between.norm(dim=2)
+    first = (apart > 0.5).int().argmax(0)
+    ends = ends[first, torch.arange(count)]
     ends = ends * torch.tensor([height, width])
-    shade = torch.rand(count, 1, 1, 1, generator=generator) * 2 - 1
-    axes = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    pixels = torch.stack(axes, 2).view(1, -1, 2)
+    shade = torch.rand(count, 1, 1, 1, generator=generator)
+    rows = torch.arange(height) + 0.5
+    columns = torch.arange(width) + 0.5
+    pixels = torch.cartesian_prod(rows, columns)[None]
     start = ends[:, :1]
     along = ends[:, 1:] - start
-    share = ((pixels - start) * along).sum(2, keepdim=True) / along.square().sum(2, keepdim=True)
-    distance = (pixels - start - share.clamp(0, 1) * along).norm(dim=2).view(count, 1, height, width)
-    return torch.where(distance < RADIUS, shade, images)
+    product = ((pixels - start) * along).sum(2, keepdim=True)
+    share = product / along.square().sum(2, keepdim=True)
+    nearest_point = start + share.clamp(0, 1) * along
+    distance = (pixels - nearest_point).norm(dim=2)
+    inside = (distance < RADIUS).view(count, 1, height, width)
+    return torch.where(inside, shade * 2 - 1, images)
 
 
 def blurred(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (n, C, H, W), each with a random square of PATCH pixels a side blurred."""
-    corners = torch.randint(images.shape[-1] - PATCH + 1, (len(images), 2, 1), generator=generator)
-    distance = torch.arange(images.shape[-1]) - corners
-    rows, columns = ((distance >= 0) & (distance < PATCH)).unbind(1)
+    side = images.shape[-1]
+    corners = torch.randint(side - PATCH + 1, (len(images), 2, 1), generator=generator)
+    distance = torch.arange(side) - corners
+    within = (distance >= 0) & (distance < PATCH)
+    rows, columns = within.unbind(1)
     square = rows[:, :, None] & columns[:, None]
-    return torch.where(square[:, None], degrade(images, "blur"), images)
+    blurry = degrade(images, "blur")
+    return torch.where(square[:, None], blurry, images)
 
 
-def defects(images: Tensor, donors: Tensor, others: Tensor, *, seed: int) -> Defects:
+def defects(
+    images: Tensor,
+    donors: Tensor,
+    others: Tensor,
+    *,
+    seed: int,
+) -> Defects:
     """Of images (n, C, H, W), with patches of as many others of their set, and of another set."""
     generator = torch.Generator().manual_seed(seed)
     made = {
@@ -101,7 +116,11 @@ def defects(images: Tensor, donors: Tensor, others: Tensor, *, seed: int) -> Def
         "scratch": scratched(images, generator),
         "dead rows": degrade(images, "rows", seed=seed),
     }
-    return {kind: (damaged, (damaged - images).abs().amax(1) > CHANGED) for kind, damaged in made.items()}
+    found = {}
+    for kind, damaged in made.items():
+        difference = (damaged - images).abs().amax(1)
+        found[kind] = (damaged, difference > CHANGED)
+    return found
 
 
 def measured(score: Map, made: Defects) -> Row:
@@ -109,15 +128,23 @@ def measured(score: Map, made: Defects) -> Row:
     row: Row = {}
     for kind, (images, changed) in made.items():
         values = score(images)
-        smooth = torch.from_numpy(gaussian_filter(values.numpy(), (0, SIGMA, SIGMA)))
-        row[kind] = [auroc(scores[~changed], scores[changed]) for scores in (values, smooth)]
-    row["mean"] = [fmean(both) for both in zip(*row.values(), strict=True)]
+        smoothed = gaussian_filter(values.numpy(), (0, SIGMA, SIGMA))
+        row[kind] = []
+        for scores in (values, torch.from_numpy(smoothed)):
+            row[kind].append(auroc(scores[~changed], scores[changed]))
+    plain, smooth = zip(*row.values(), strict=True)
+    row["mean"] = [fmean(plain), fmean(smooth)]
     return row
 
 
 def image_map(train: Tensor) -> Map:
     """Squared difference from the nearest of the images `train`."""
-    return lambda images: (images - train[nearest(images, train)[1]]).square().mean(1)
+
+    def score(images: Tensor) -> Tensor:
+        _, rows = nearest(images, train)
+        return (images - train[rows]).square().mean(1)
+
+    return score
 
 
 def networks(name: str, data: Data) -> dict[str, tuple[str, list[str]]]:
@@ -134,7 +161,11 @@ def networks(name: str, data: Data) -> dict[str, tuple[str, list[str]]]:
     return asked
 
 
-def maps_of(title: str, model: NAIGN, near: Map) -> dict[str, Map]:
+def maps_of(
+    title: str,
+    model: NAIGN,
+    near: Map,
+) -> dict[str, Map]:
     """The maps that a network gives, by title; `near` is that of the nearest training image."""
     once = partial(model.energy, map=True)
     maps: dict[str, Map] = {title: once}
@@ -145,18 +176,33 @@ def maps_of(title: str, model: NAIGN, near: Map) -> dict[str, Map]:
     return maps
 
 
-def shuffled(path: str, split: str, *, without: int = -1) -> Tensor:
+def shuffled(
+    path: str,
+    split: str,
+    *,
+    without: int = -1,
+) -> Tensor:
     """Images (n, C, H, W) in [-1, 1] of a split, in random order, without those of a class."""
     images, labels = read_split(path, split)
     images = images[labels != without]
-    return scaled(images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))])
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(images), generator=generator)
+    return scaled(images[order])
 
 
-def rows_of(name: str, data: Data, settings: Settings) -> dict[str, Row]:
+def rows_of(
+    name: str,
+    data: Data,
+    settings: Settings,
+) -> dict[str, Row]:
     """The rows of a table, by title."""
     count = settings.count
-    left_out = IDX[name][2].index(data.left_out) if data.left_out else -1
-    images, donors, *_ = shuffled(place(name), "test", without=left_out).split(count)
+    left_out = -1
+    if data.left_out:
+        left_out = IDX[name][2].index(data.left_out)
+    test = shuffled(place(name), "test", without=left_out)
+    images = test[:count]
+    donors = test[count : 2 * count]
     others = shuffled(place(data.other), "test")[:count]
     train = shuffled(place(name, data.left_out), "train")
     made = defects(images, donors, others, seed=0)
@@ -170,7 +216,8 @@ def rows_of(name: str, data: Data, settings: Settings) -> dict[str, Row]:
             continue
         model = NAIGN.from_pretrained(task.folder)
         for map_title, score in maps_of(title, model, near).items():
-            rows[map_title] = measured(score, made) | {COST: [model.metadata["cpu_seconds"]]}
+            rows[map_title] = measured(score, made)
+            rows[map_title][COST] = [model.metadata["cpu_seconds"]]
     rows[NEAREST] = measured(near, made)
     return rows
 
@@ -182,7 +229,8 @@ def table_of(rows: dict[str, Row]) -> str:
         cells = []
         for kind in kinds:
             digits = 0 if kind == COST else 3
-            cells.append(" / ".join(f"{value:.{digits}f}" for value in row.get(kind, ())))
+            both = [f"{value:.{digits}f}" for value in row.get(kind, ())]
+            cells.append(" / ".join(both))
         lines.append([name, *cells])
     return table(["", *kinds], lines)
 

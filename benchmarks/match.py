@@ -77,7 +77,9 @@ def main(settings: Settings) -> None:
     here["threads"] = settings.threads or here["cores"]
     torch.set_num_threads(here["threads"])
     faiss.omp_set_num_threads(here["threads"])
-    results = stored(settings.to, dict) or {"machine": here, "problems": {}}
+    results = stored(settings.to, dict)
+    if not results:
+        results = {"machine": here, "problems": {}}
     if results["machine"] != here:
         raise InputError(f"{settings.to}.json was measured on another machine: write --to another place")
     for kind in settings.kinds:
@@ -88,24 +90,33 @@ def main(settings: Settings) -> None:
     print(page(results))
 
 
-def measure(kind: Kind, dims: int, settings: Settings) -> Record:
+def measure(
+    kind: Kind,
+    dims: int,
+    settings: Settings,
+) -> Record:
     """One problem by all methods."""
     queries, candidates = problem_of(kind, SETS[dims], settings)
     say(f"{kind}, {dims} values: {len(queries)} x {len(candidates)}")
-    order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(queries), generator=generator)
     looked = order[: settings.checked]
     right = right_answers(queries[looked], candidates)
-    methods = [method for method in METHODS if method != "HNSW" or candidates.numel() <= settings.most]
+    methods = list(METHODS)
+    if candidates.numel() > settings.most:
+        methods.remove("HNSW")
     best: dict[str, Record] = {}
     for _ in range(settings.repeats):
         for method in methods:
             begin = time.perf_counter()
             ids = answer(method, queries, candidates)
             seconds = time.perf_counter() - begin
-            wrong = float((ids[looked] != right).double().mean())
+            misses = ids[looked] != right
+            wrong = float(misses.double().mean())
             say(f"  {method}: {seconds:.2f} s, {100 * wrong:.2f} % wrong")
-            old = best.get(method, {"seconds": seconds, "wrong": wrong})
-            best[method] = {"seconds": min(seconds, old["seconds"]), "wrong": max(wrong, old["wrong"])}
+            record = best.setdefault(method, {"seconds": seconds, "wrong": wrong})
+            record["seconds"] = min(seconds, record["seconds"])
+            record["wrong"] = max(wrong, record["wrong"])
     return {
         "kind": kind,
         "dims": dims,
@@ -116,11 +127,16 @@ def measure(kind: Kind, dims: int, settings: Settings) -> Record:
     }
 
 
-def problem_of(kind: Kind, name: str, settings: Settings) -> tuple[Tensor, Tensor]:
+def problem_of(
+    kind: Kind,
+    name: str,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
     """Queries (q, d) and candidates (c, d) float32. Raises InputError if the data or the run is missing."""
     path = str(settings.data / name)
     if kind == "natural":
-        return images_of(path, "test", settings.queries), images_of(path, "train", settings.candidates)
+        queries = images_of(path, "test", settings.queries)
+        return queries, images_of(path, "train", settings.candidates)
     model = NAIGN.from_pretrained(settings.runs / name)
     if kind == "untrained":
         torch.manual_seed(0)
@@ -134,7 +150,8 @@ def problem_of(kind: Kind, name: str, settings: Settings) -> tuple[Tensor, Tenso
 
 def images_of(path: str, split: str, most: int) -> Tensor:
     """The first images of a split as rows in [-1, 1]."""
-    return scaled(read_split(path, split, limit=most)[0]).flatten(1)
+    images, _ = read_split(path, split, limit=most)
+    return scaled(images).flatten(1)
 
 
 def answer(method: str, queries: Tensor, candidates: Tensor) -> Tensor:
@@ -142,13 +159,13 @@ def answer(method: str, queries: Tensor, candidates: Tensor) -> Tensor:
     if method == "auto":
         return search(queries, candidates, 0).ids[:, 0]
     if method == "faiss.knn":
-        ids = faiss.knn(queries.numpy(), candidates.numpy(), 1)[1]
+        _, ids = faiss.knn(queries.numpy(), candidates.numpy(), 1)
         return torch.from_numpy(ids[:, 0])
     index = faiss.IndexHNSWFlat(candidates.shape[1], 32)
     index.hnsw.efConstruction = 40
     index.hnsw.efSearch = 64
     index.add(candidates.numpy())
-    ids = index.search(queries.numpy(), 1)[1]
+    _, ids = index.search(queries.numpy(), 1)
     return torch.from_numpy(ids[:, 0])
 
 
@@ -159,28 +176,36 @@ def right_answers(queries: Tensor, candidates: Tensor) -> Tensor:
     """
     centre = candidates.mean(0, dtype=torch.float64)
     near = queries.double() - centre
-    least = torch.full((len(queries),), torch.inf, dtype=torch.float64)
+    least = torch.full([len(queries)], torch.inf, dtype=torch.float64)
     best = torch.zeros(len(queries), dtype=torch.int64)
     for first in range(0, len(candidates), BLOCK):
         part = candidates[first : first + BLOCK].double()
         far = part - centre
-        sizes = near.square().sum(1)[:, None] + far.square().sum(1)
+        near_sizes = near.square().sum(1)
+        sizes = near_sizes[:, None] + far.square().sum(1)
         error = 8 * (near.shape[1] + 8) * 2.0**-53 * sizes
         distances = sizes - 2 * near @ far.T
-        limit = torch.minimum((distances + error).min(1).values, least)
+        nearest = (distances + error).min(1).values
+        limit = torch.minimum(nearest, least)
         left = (distances - error <= limit[:, None]).nonzero()
         for row, column in left.tolist():  # ascending ids: of equals the first is kept
-            exact = (queries[row].double() - part[column]).square().sum()
+            difference = queries[row].double() - part[column]
+            exact = difference.square().sum()
             if exact < least[row]:
                 least[row] = exact
                 best[row] = first + column
     return best
 
 
+def place(problem: Record) -> tuple[int, int, int]:
+    """Of a problem in the table."""
+    kind = get_args(Kind).index(problem["kind"])
+    return kind, problem["dims"], problem["candidates"]
+
+
 def page(results: Record) -> str:
     problems = list(results["problems"].values())
-    kinds = get_args(Kind)
-    problems.sort(key=lambda problem: (kinds.index(problem["kind"]), problem["dims"], problem["candidates"]))
+    problems.sort(key=place)
     looked = min(problem["checked"] for problem in problems)
     rows = []
     for problem in problems:

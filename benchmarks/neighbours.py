@@ -35,8 +35,8 @@ HEIGHT = 16
 WIDTH = 32
 RECALL = 0.99
 """Wanted of HNSW."""
-MOST = 1 << 14
-"""The largest efSearch."""
+EFFORTS = [2**power for power in range(4, 15)]
+"""Values of efSearch to try."""
 BLOCK = 4096
 PLANNED = 10**6
 """Queries and candidates that the last column is computed for."""
@@ -65,7 +65,13 @@ class Settings:
     """Height and width."""
 
 
-def write_windows(file: Path, images: Tensor, count: int, window: tuple[int, int], seed: int) -> None:
+def write_windows(
+    file: Path,
+    images: Tensor,
+    count: int,
+    window: tuple[int, int],
+    seed: int,
+) -> None:
     """Write `count` random windows of images (n, C, H, W) uint8 as rows (count, height * width) float32, grey."""
     height, width = window
     rows = images.shape[2] - height
@@ -73,7 +79,12 @@ def write_windows(file: Path, images: Tensor, count: int, window: tuple[int, int
     if min(rows, columns) < 0:
         raise InputError(f"images are smaller than {height}x{width}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    made = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(count, height * width))
+    made = np.lib.format.open_memmap(
+        file,
+        mode="w+",
+        dtype=np.float32,
+        shape=(count, height * width),
+    )
     draw = np.random.default_rng(seed)
     tops = draw.integers(0, rows + 1, count)
     lefts = draw.integers(0, columns + 1, count)
@@ -83,7 +94,9 @@ def write_windows(file: Path, images: Tensor, count: int, window: tuple[int, int
         top = int(tops[place])
         left = int(lefts[place])
         cut = grey[place % len(grey), top : top + height, left : left + width]
-        made[place] = (cut.flip(1) if turned[place] else cut).flatten()
+        if turned[place]:
+            cut = cut.flip(1)
+        made[place] = cut.flatten()
 
 
 def rows_of(file: Path) -> Any:
@@ -100,10 +113,18 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def resident(kind: str) -> int:
     """Bytes of this process in memory: VmRSS now, VmHWM at most so far (Linux)."""
-    return 1024 * int(re.findall(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+    status = Path("/proc/self/status").read_text()
+    (kilobytes,) = re.findall(rf"{kind}:\s+(\d+) kB", status)
+    return 1024 * int(kilobytes)
 
 
-def measure(method: str, asked: Path, pool: Path, least: Tensor | None, threads: int) -> tuple[Record, Tensor]:
+def measure(
+    method: str,
+    asked: Path,
+    pool: Path,
+    least: Tensor | None,
+    threads: int,
+) -> tuple[Record, Tensor]:
     """In a process of its own: what a method takes, and the squared distances it found; `least` are the right ones."""
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
@@ -112,10 +133,17 @@ def measure(method: str, asked: Path, pool: Path, least: Tensor | None, threads:
     before = resident("VmRSS")
     if method == "ours":
         blocks = Blocks(
-            rows=len(candidates), make=lambda low, high: torch.from_numpy(candidates[low:high].copy()), size=BLOCK
+            rows=len(candidates),
+            make=lambda low, high: torch.from_numpy(candidates[low:high].copy()),
+            size=BLOCK,
         )
         seconds, answer = timed(lambda: search(queries, blocks, 0))
-        found = {"build": 0.0, "search": seconds, "recall": 1.0, "effort": 0}
+        found = {
+            "build": 0.0,
+            "search": seconds,
+            "recall": 1.0,
+            "effort": 0,
+        }
         squares = answer.distances[:, 0]
     else:
         assert least is not None
@@ -123,12 +151,17 @@ def measure(method: str, asked: Path, pool: Path, least: Tensor | None, threads:
     return found | {"memory": resident("VmHWM") - before}, squares
 
 
-def measure_faiss(method: str, queries: Tensor, candidates: Any, least: Tensor) -> tuple[Record, Tensor]:
+def measure_faiss(
+    method: str,
+    queries: Tensor,
+    candidates: Any,
+    least: Tensor,
+) -> tuple[Record, Tensor]:
     index = faiss.IndexFlatL2(queries.shape[1])
     efforts = [0]
     if method == "hnsw":
         index = faiss.IndexHNSWFlat(queries.shape[1], 32)
-        efforts = [1 << power for power in range(4, MOST.bit_length())]
+        efforts = EFFORTS
     build = 0.0
     for low in range(0, len(candidates), 1 << 16):
         part = np.array(candidates[low : low + (1 << 16)])
@@ -136,14 +169,23 @@ def measure_faiss(method: str, queries: Tensor, candidates: Any, least: Tensor) 
     for effort in efforts:
         if effort:
             index.hnsw.efSearch = effort
-        seconds, (_, ids) = timed(lambda: index.search(queries.numpy(), 1))
-        nearest = torch.from_numpy(candidates[ids[:, 0].clip(min=0)])
-        squares = (queries.double() - nearest.double()).square().sum(1)
-        squares[torch.from_numpy(ids[:, 0]) < 0] = torch.inf
-        recall = float((squares <= least * (1 + 1e-9)).double().mean())
+        seconds, answer = timed(lambda: index.search(queries.numpy(), 1))
+        ids = answer[1][:, 0]
+        nearest = torch.from_numpy(candidates[ids.clip(min=0)])
+        difference = queries.double() - nearest.double()
+        squares = difference.square().sum(1)
+        squares[torch.from_numpy(ids < 0)] = torch.inf
+        right = squares <= least * (1 + 1e-9)
+        recall = float(right.double().mean())
         if recall >= RECALL:
             break
-    return {"build": build, "search": seconds, "recall": recall, "effort": effort}, squares
+    found = {
+        "build": build,
+        "search": seconds,
+        "recall": recall,
+        "effort": effort,
+    }
+    return found, squares
 
 
 def main(settings: Settings) -> None:
@@ -151,23 +193,35 @@ def main(settings: Settings) -> None:
     queries = settings.scratch / f"windows-{settings.queries}-queries.npy"
     candidates = settings.scratch / f"windows-{settings.candidates}-candidates.npy"
     images = str(settings.data)
-    write_windows(queries, read_split(images, "test")[0], settings.queries, settings.window, seed=0)
-    write_windows(candidates, read_split(images, "train")[0], settings.candidates, settings.window, seed=1)
+    test, _ = read_split(images, "test")
+    train, _ = read_split(images, "train")
+    write_windows(queries, test, settings.queries, settings.window, seed=0)
+    write_windows(candidates, train, settings.candidates, settings.window, seed=1)
     records: dict[str, Record] = {}
     least: Tensor | None = None
     for method in TITLES:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            records[method], squares = process.submit(measure, method, queries, candidates, least, threads).result()
+            running = process.submit(
+                measure,
+                method,
+                queries,
+                candidates,
+                least,
+                threads,
+            )
+            records[method], squares = running.result()
         if least is None:
             least = squares
     text = page_of(records, settings, threads)
-    write(
-        settings.to, text, {"threads": threads, "values": settings.window[0] * settings.window[1], "methods": records}
-    )
+    write(settings.to, text, {"threads": threads, "methods": records})
     print(text)
 
 
-def page_of(records: dict[str, Record], settings: Settings, threads: int) -> str:
+def page_of(
+    records: dict[str, Record],
+    settings: Settings,
+    threads: int,
+) -> str:
     rows = []
     for method, record in records.items():
         title = TITLES[method]
@@ -188,7 +242,11 @@ last column is computed: {PLANNED:,} x {PLANNED:,}, build and search."""
     return page(title, ["search", "build", "search", "recall@1", "memory", "planned"], rows)
 
 
-def planned(method: str, record: Record, settings: Settings) -> float:
+def planned(
+    method: str,
+    record: Record,
+    settings: Settings,
+) -> float:
     """Processor seconds for PLANNED. Exact searches grow with the pairs; a graph is built by row and asked by query."""
     more_queries = PLANNED / settings.queries
     more_candidates = PLANNED / settings.candidates

@@ -38,7 +38,8 @@ def stored(to: Path, rows: type) -> Record:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: {error}: move it away, or write --to another place") from None
-    if not isinstance(found, dict) or not all(isinstance(row, rows) for row in found.values()):
+    sound = isinstance(found, dict) and all(isinstance(row, rows) for row in found.values())
+    if not sound:
         raise InputError(f"{file} does not hold the numbers of a table: move it away, or write --to another place")
     return found
 
@@ -50,13 +51,20 @@ def write(to: Path, text: str, numbers: object) -> None:
     write_atomically(to.with_suffix(".md"), text)
 
 
-def table(titles: list[str], rows: list[list[str]]) -> str:
+def table(
+    titles: list[str],
+    rows: list[list[str]],
+) -> str:
     """A table in Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def page(title: str, titles: list[str], rows: list[list[str]]) -> str:
+def page(
+    title: str,
+    titles: list[str],
+    rows: list[list[str]],
+) -> str:
     """A table below its title and the command that made it."""
     return f"{title}\n\n{command()}\n\n{table(titles, rows)}\n"
 

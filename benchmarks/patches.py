@@ -46,21 +46,32 @@ def reduced(path: Path) -> Image.Image:
         opened.draft("RGB", (SHORTER, SHORTER))
         picture = ImageOps.exif_transpose(opened).convert("RGB")
     scale = min(1.0, SHORTER / min(picture.size))
-    size = (round(picture.width * scale), round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    width = round(picture.width * scale)
+    height = round(picture.height * scale)
+    return picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def patches(files: list[Path], count: int, key: int) -> Made:
+def patches(
+    files: list[Path],
+    count: int,
+    key: int,
+) -> Made:
     """`count` patches, dealt evenly to the photographs; `key` keeps the splits' draws apart."""
 
     def make(number: int) -> Example:
         picture = reduced(files[number % len(files)])
-        draws = np.random.Generator(np.random.Philox(key=key, counter=number)).random(4)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=number))
+        draws = generator.random(4)
         side = SIDE * (min(picture.size) / SIDE) ** draws[0]
         left = draws[1] * (picture.width - side)
         top = draws[2] * (picture.height - side)
         box = (left, top, left + side, top + side)
-        patch = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        patch = picture.resize(
+            (SIDE, SIDE),
+            Image.Resampling.LANCZOS,
+            box=box,
+            reducing_gap=3.0,
+        )
         if draws[3] < 0.5:
             patch = ImageOps.mirror(patch)
         pixels = np.asarray(patch).transpose(2, 0, 1)
@@ -89,8 +100,16 @@ def main(
     """
     files = photographs(photos)
     training = [path for number, path in enumerate(files) if number % 5]
-    splits = {"train": patches(training, train, 0), "test": patches(files[::5], test, 1)}
-    source = Source(name="photos64", kind="image", shape=(3, SIDE, SIDE), labels=(), splits=dict(splits))
+    source = Source(
+        name="photos64",
+        kind="image",
+        shape=(3, SIDE, SIDE),
+        labels=(),
+        splits={
+            "train": patches(training, train, 0),
+            "test": patches(files[::5], test, 1),
+        },
+    )
     pack(source, to, force=force)
 
 

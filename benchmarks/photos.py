@@ -72,10 +72,12 @@ class Cut:
         self.to.mkdir(parents=True, exist_ok=True)
         for number, path in enumerate(photos):
             photo = Image.open(path).convert("RGB")
-            photo = photo.reduce(min(4, max(1, min(photo.size) // 600)))
+            factor = min(photo.size) // 600
+            photo = photo.reduce(min(4, max(1, factor)))
             for top in range(0, photo.height - SIDE + 1, SIDE):
                 for left in range(0, photo.width - SIDE + 1, SIDE):
-                    square = photo.crop((left, top, left + SIDE, top + SIDE))
+                    box = (left, top, left + SIDE, top + SIDE)
+                    square = photo.crop(box)
                     square.save(self.to / f"{number:03}-{top:04}-{left:04}.png")
         print(f"{len(photos)} photographs in {len(list(self.to.glob('*.png')))} squares: {self.to}/")
 
@@ -100,13 +102,18 @@ class Measure:
         found: dict[str, Record] = {}
         seconds = dict.fromkeys(repairers, 0.0)
         for damage in (*KINDS, "mixture"):
-            damaged = torch.cat([damage_one(clean[[number]], damage, number) for number in range(len(clean))])
+            parts = []
+            for number, photo in enumerate(clean.split(1)):
+                parts.append(damage_one(photo, damage, number))
+            damaged = torch.cat(parts)
             answers = {"input": damaged}
             for name, repair in repairers.items():
                 begin = time.process_time()
                 answers[name] = repair(damaged)
                 seconds[name] += time.process_time() - begin
-            found[damage] = {name: (psnr(answer, clean), ssim(answer, clean)) for name, answer in answers.items()}
+            found[damage] = {}
+            for name, answer in answers.items():
+                found[damage][name] = (psnr(answer, clean), ssim(answer, clean))
             if self.picture and damage == "mixture":
                 self.draw(answers, list(photos).index(SHOWN))
         area = len(found) * clean[:, 0].numel() / 1e6
@@ -118,15 +125,18 @@ class Measure:
     def draw(self, answers: dict[str, Tensor], number: int) -> None:
         assert self.picture is not None
         chosen = [answers[name][number] for name in ("input", "f", "BM3D")]
-        strip = eight_bits(torch.cat(chosen, 2)).permute(1, 2, 0).numpy()
+        strip = eight_bits(torch.cat(chosen, 2))
+        strip = strip.permute(1, 2, 0).numpy()
         Image.fromarray(strip).save(self.picture, quality=90)
 
 
 def page_of(found: dict[str, Record], speed: dict[str, float]) -> str:
     rows = []
     for damage, answers in found.items():
-        rows.append([damage, *(f"{ratio:.2f} / {likeness:.3f}" for ratio, likeness in answers.values())])
-    rows.append(["processor s per 10⁶ pixels", "-", *(f"{value:.1f}" for value in speed.values())])
+        cells = [f"{ratio:.2f} / {likeness:.3f}" for ratio, likeness in answers.values()]
+        rows.append([damage, *cells])
+    seconds = [f"{value:.1f}" for value in speed.values()]
+    rows.append(["processor s per 10⁶ pixels", "-", *seconds])
     return page("Repair of photographs, PSNR in dB / SSIM", ["", "input", *speed], rows)
 
 
@@ -135,11 +145,16 @@ def test_photographs() -> dict[str, Tensor]:
     from skimage import data
 
     pixels = {}
-    for path in sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg")):
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    for path in sorted(folder.glob("*.jpg")):
         pixels[path.stem] = np.asarray(Image.open(path))
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
         pixels[name] = getattr(data, name)()
-    return {name: scaled(torch.from_numpy(array.transpose(2, 0, 1).copy())[None]) for name, array in pixels.items()}
+    photos = {}
+    for name, array in pixels.items():
+        image = torch.from_numpy(array.transpose(2, 0, 1).copy())
+        photos[name] = scaled(image[None])
+    return photos
 
 
 def central(photo: Tensor) -> Tensor:
@@ -157,8 +172,8 @@ def damage_one(image: Tensor, damage: str, number: int) -> Tensor:
     happens = torch.zeros(len(KINDS), dtype=torch.bool)
     while happens.sum() < 2:
         happens = torch.rand(len(KINDS), generator=generator) < 0.5
-    strengths = (happens * torch.rand(len(KINDS), generator=generator)).tolist()
-    for kind, strength in zip(KINDS, strengths, strict=True):
+    strengths = happens * torch.rand(len(KINDS), generator=generator)
+    for kind, strength in zip(KINDS, strengths.tolist(), strict=True):
         image = degrade(image, kind, seed=number, strength=strength)
     return image
 
@@ -172,9 +187,12 @@ def methods(model: NAIGN, clean: Tensor) -> dict[str, Method]:
         """By a function of an array (H, W, C) in [0, 1] and of the root mean square of the damage there."""
         made = []
         for image, truth in zip(damaged, clean, strict=True):
-            level = float((image - truth).square().mean().sqrt()) / 2
-            array = repair(((image + 1) / 2).permute(1, 2, 0).double().numpy(), level)
-            made.append(torch.from_numpy(2 * np.ascontiguousarray(array.transpose(2, 0, 1)) - 1))
+            error = (image - truth).square().mean()
+            level = float(error.sqrt()) / 2
+            given = ((image + 1) / 2).permute(1, 2, 0)
+            array = repair(given.double().numpy(), level)
+            array = np.ascontiguousarray(array.transpose(2, 0, 1))
+            made.append(torch.from_numpy(2 * array - 1))
         return torch.stack(made).float().clamp(-1, 1)
 
     def non_local(array: Any, level: float) -> Any:
@@ -202,5 +220,6 @@ def methods(model: NAIGN, clean: Tensor) -> dict[str, Method]:
 
 if __name__ == "__main__":
     with exit_on_input_error("photos"):
-        commands = Annotated[Cut, tyro.conf.subcommand("cut")] | Annotated[Measure, tyro.conf.subcommand("measure")]
-        tyro.cli(commands).run()  # type: ignore[call-overload]
+        cut = Annotated[Cut, tyro.conf.subcommand("cut")]
+        measure = Annotated[Measure, tyro.conf.subcommand("measure")]
+        tyro.cli(cut | measure).run()  # type: ignore[operator]

@@ -39,8 +39,16 @@ TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-
 NAMES = {0: "samples", 3: "damaged", 4: "repaired", 5: "drawn"}
 """Of rows."""
 DRAWINGS = (
-    [[(8, 9), (13, 5), (18, 9), (15, 14)], [(13, 17), (8, 22)], [(10, 23), (20, 22)]],
-    [[(17, 7), (12, 6), (10, 10), (14, 13), (17, 9)], [(18, 12), (17, 17)], [(16, 20), (14, 24)]],
+    [
+        [(8, 9), (13, 5), (18, 9), (15, 14)],
+        [(13, 17), (8, 22)],
+        [(10, 23), (20, 22)],
+    ],
+    [
+        [(17, 7), (12, 6), (10, 10), (14, 13), (17, 9)],
+        [(18, 12), (17, 17)],
+        [(16, 20), (14, 24)],
+    ],
 )
 """Strokes on 28 x 28 pixels, which do not meet: of a 2 and of a 9."""
 
@@ -87,12 +95,19 @@ def side_by_side(runs: list[Path]) -> Image.Image:
     return canvas
 
 
-def cut(picture: Image.Image, rows: int, row: int, from_right: int) -> Image.Image:
+def cut(
+    picture: Image.Image,
+    rows: int,
+    row: int,
+    from_right: int,
+) -> Image.Image:
     """One image of a grid, counted from its right end, since names may stand at the left."""
     side = (picture.height + INNER) // rows
     left = picture.width + INNER - from_right * side
     top = row * side
-    return picture.crop((left, top, left + side - INNER, top + side - INNER))
+    right = left + side - INNER
+    bottom = top + side - INNER
+    return picture.crop((left, top, right, bottom))
 
 
 def column_of(run: Path) -> list[list[Image.Image]]:
@@ -101,9 +116,13 @@ def column_of(run: Path) -> list[list[Image.Image]]:
     repairs = [load(run, f"restoration_{kind}") for kind in KINDS]
     lines = []
     for row in range(3):
-        lines.append([cut(samples, 6, 0, 16 - 4 * row - column) for column in range(4)])
+        last = 16 - 4 * row
+        lines.append([cut(samples, 6, 0, last - column) for column in range(4)])
     for row in (1, 2):
-        lines.append([cut(picture, 5, row, 10 - column) for column, picture in enumerate(repairs)])
+        images = []
+        for column, picture in enumerate(repairs):
+            images.append(cut(picture, 5, row, 10 - column))
+        lines.append(images)
     return lines
 
 
@@ -116,21 +135,28 @@ def drawings(run: Path) -> list[Image.Image]:
         for stroke in strokes:
             line = [(8 * x, 8 * y) for x, y in stroke]
             ImageDraw.Draw(canvas).line(line, fill=255, width=14, joint="curve")
-        pixels = bytearray(canvas.resize((28, 28), Image.Resampling.BOX).tobytes())
-        given = scaled(torch.frombuffer(pixels, dtype=torch.uint8).view(1, 1, 28, 28))
-        images += [to_image(given[0]), to_image(model.project(given)[0])]
+        small = canvas.resize((28, 28), Image.Resampling.BOX)
+        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+        given = scaled(pixels.view(1, 1, 28, 28))
+        repaired = model.project(given)
+        images += [to_image(given[0]), to_image(repaired[0])]
     return images
 
 
 def front(runs: list[Path]) -> Image.Image:
     """A column a run, with names that stay legible when the picture is 360 pixels wide."""
     width = 4 * ROW + 20
-    canvas = Image.new("RGBA", (MARGIN + len(runs) * width - 24, 40 + 6 * ROW + 44), CLEAR)
+    size = (MARGIN + len(runs) * width - 24, 40 + 6 * ROW + 44)
+    canvas = Image.new("RGBA", size, CLEAR)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(FONT)
-    tops = [44 + ROW * row + 12 * ((row > 2) + (row > 4)) for row in range(6)]
+    tops = []
+    for row in range(6):
+        gaps = (row > 2) + (row > 4)
+        tops.append(44 + ROW * row + 12 * gaps)
     for row, name in NAMES.items():
-        draw.text((0, tops[row] + CELL // 2), name, fill=TEXT, font=font, anchor="lm")
+        middle = tops[row] + CELL // 2
+        draw.text((0, middle), name, fill=TEXT, font=font, anchor="lm")
     for number, run in enumerate(runs):
         left = MARGIN + number * width
         draw.text((left, 4), title_of(run), fill=TEXT, font=font)

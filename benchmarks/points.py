@@ -47,7 +47,11 @@ class Settings:
     """Folder of the runs."""
 
 
-def shares(places: Callable[[Tensor], tuple[Tensor, Tensor]], model: NAIGN, parts: int) -> Numbers:
+def shares(
+    places: Callable[[Tensor], tuple[Tensor, Tensor]],
+    model: NAIGN,
+    parts: int,
+) -> Numbers:
     """Parts that samples cover, and how many samples are near the data after f is applied once and twice."""
     samples = model.sample(SAMPLES)
     good, part = places(samples)
@@ -69,8 +73,9 @@ class Mixture:
     deviation: float
 
     def log_density(self, points: Tensor) -> Tensor:
-        squares = torch.cdist(points.double(), self.centres.double()).square()
-        return torch.logsumexp(-squares / (2 * self.deviation**2), dim=1)
+        distances = torch.cdist(points.double(), self.centres.double())
+        exponents = -distances.square() / (2 * self.deviation**2)
+        return torch.logsumexp(exponents, dim=1)
 
     def places(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each point is near the data, and its part of the data."""
@@ -80,8 +85,9 @@ class Mixture:
     def judge(self, model: NAIGN) -> Numbers:
         axis = torch.linspace(-1.2, 1.2, 121)
         generator = torch.Generator().manual_seed(0)
-        spot = self.centres[torch.randint(len(self.centres), (SAMPLES,), generator=generator)]
-        data = spot + self.deviation * torch.randn(SAMPLES, 2, generator=generator)
+        modes = torch.randint(len(self.centres), [SAMPLES], generator=generator)
+        noise = torch.randn(SAMPLES, 2, generator=generator)
+        data = self.centres[modes] + self.deviation * noise
         return {
             **shares(self.places, model, len(self.centres)),
             "log p": self.rank(model, torch.cartesian_prod(axis, axis)),
@@ -90,7 +96,8 @@ class Mixture:
 
     def rank(self, model: NAIGN, points: Tensor) -> float:
         """Spearman's correlation of -E with the log density."""
-        return float(spearmanr(-model.energy(points).numpy(), self.log_density(points).numpy())[0])
+        energies = model.energy(points)
+        return correlation(-energies, self.log_density(points))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +110,31 @@ class Curves:
 
     def places(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each point is near the data, and its part of the data."""
-        away, part = torch.stack([torch.cdist(points, part).min(1).values for part in self.parts]).min(0)
+        distances = [torch.cdist(points, part).min(1).values for part in self.parts]
+        away, part = torch.stack(distances).min(0)
         return away < self.near, part
 
     def judge(self, model: NAIGN) -> Numbers:
         generator = torch.Generator().manual_seed(0)
         flat = self.parts.flatten(0, 1)
-        start = flat[torch.randint(len(flat), (4000,), generator=generator)]
+        rows = torch.randint(len(flat), [4000], generator=generator)
         angle = 2 * math.pi * torch.rand(4000, generator=generator)
         away = 0.3 * torch.rand(4000, generator=generator)
-        points = start + away[:, None] * on_circle(angle)
+        points = flat[rows] + away[:, None] * on_circle(angle)
         truth = torch.cdist(points, flat).min(1).values
         found = (model.energy(points) * 2).sqrt()
-        error = ((found - truth).abs() / truth)[truth > 0.05].mean()
+        off = truth > 0.05
+        errors = (found - truth).abs() / truth
         return {
             **shares(self.places, model, len(self.parts)),
-            "rank": float(spearmanr(found.numpy(), truth.numpy())[0]),
-            "error": float(error),
+            "rank": correlation(found, truth),
+            "error": float(errors[off].mean()),
         }
+
+
+def correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's."""
+    return float(spearmanr(one.numpy(), other.numpy())[0])
 
 
 def on_circle(angle: Tensor) -> Tensor:
@@ -135,7 +149,9 @@ def ring() -> Curves:
 
 def spirals() -> Curves:
     root = torch.linspace(0, 1, 2000)
-    arms = [0.9 * root[:, None] * on_circle(3 * math.pi * root + math.pi * arm) for arm in range(2)]
+    radius = 0.9 * root[:, None]
+    angle = 3 * math.pi * root
+    arms = [radius * on_circle(angle), radius * on_circle(angle + math.pi)]
     return Curves(torch.stack(arms), 0.08)
 
 
@@ -145,7 +161,8 @@ def grid() -> Mixture:
 
 
 def wheel() -> Mixture:
-    return Mixture(0.8 * on_circle(torch.arange(8) * (2 * math.pi / 8)), 0.06)
+    angle = torch.arange(8) * (2 * math.pi / 8)
+    return Mixture(0.8 * on_circle(angle), 0.06)
 
 
 TRUTHS: dict[str, Callable[[], Mixture | Curves]] = {
@@ -175,19 +192,19 @@ COLUMNS = {
 
 def montage(folders: list[Path]) -> Image.Image:
     """One row an evaluation: how far f moves a point of the plane, the test data, f(z) and f(f(z))."""
-    lines = []
+    placed = []
+    width = 0
+    bottom = 0
     for folder in folders:
-        parts = [Image.open(folder / f"{name}.png").convert("RGB") for name in ("distance", "samples")]
-        height = max(part.height for part in parts)
-        line = Image.new("RGB", (sum(part.width for part in parts), height), "white")
-        line.paste(parts[0], (0, height - parts[0].height))
-        line.paste(parts[1], (parts[0].width, height - parts[1].height))
-        lines.append(line)
-    whole = Image.new("RGB", (max(line.width for line in lines), sum(line.height for line in lines)), "white")
-    top = 0
-    for line in lines:
-        whole.paste(line, (0, top))
-        top += line.height
+        left = Image.open(folder / "distance.png").convert("RGB")
+        right = Image.open(folder / "samples.png").convert("RGB")
+        bottom += max(left.height, right.height)
+        width = max(width, left.width + right.width)
+        placed.append((left, 0, bottom - left.height))
+        placed.append((right, left.width, bottom - right.height))
+    whole = Image.new("RGB", (width, bottom), "white")
+    for picture, x, y in placed:
+        whole.paste(picture, (x, y))
     return whole
 
 
@@ -201,7 +218,8 @@ def main(settings: Settings) -> None:
         for name, options in ROWS.items():
             law = name.split(",")[0]
             path = packed(f"data/toy2d_{law}", f"toy2d:{law}")
-            task = Task.of(settings.runs, CONFIG, [f"--data.path={path}", *options], seed)
+            given = [f"--data.path={path}", *options]
+            task = Task.of(settings.runs, CONFIG, given, seed)
             tasks[task.folder.name] = task
             owners[task.folder.name] = name
     found: dict[str, list[Numbers]] = {name: [] for name in ROWS}
@@ -212,13 +230,18 @@ def main(settings: Settings) -> None:
             lost[name] += 1
             continue
         model = NAIGN.from_pretrained(tasks[key].folder)
-        found[name].append(TRUTHS[name.split(",")[0]]().judge(model))
+        truth = TRUTHS[name.split(",")[0]]()
+        found[name].append(truth.judge(model))
     text = page_of(found, lost)
     write(settings.to, text, found)
     print(text)
-    first = [tasks[key].folder for key, name in owners.items() if name in TRUTHS and not tasks[key].diverged]
-    if first:
-        save(montage([folder / "evaluation" for folder in first[: len(TRUTHS)]]), settings.to.with_suffix(".png"))
+    shown = []
+    for key, name in owners.items():
+        if name in TRUTHS and not tasks[key].diverged:
+            shown.append(tasks[key].folder / "evaluation")
+    if shown:
+        picture = montage(shown[: len(TRUTHS)])
+        save(picture, settings.to.with_suffix(".png"))
 
 
 def page_of(found: dict[str, list[Numbers]], lost: Counter[str]) -> str:
@@ -229,8 +252,10 @@ def page_of(found: dict[str, list[Numbers]], lost: Counter[str]) -> str:
             cells.append(spread([record.get(key) for record in records], digits))
         if records:
             cells[0] += f" of {records[0]['of']:.0f}"
-        rows.append([name + seeds_of(len(records), lost[name]), *cells])
-    return page("Points in the plane", ["", *(title for title, _ in COLUMNS.values())], rows)
+        title = name + seeds_of(len(records), lost[name])
+        rows.append([title, *cells])
+    titles = [title for title, _ in COLUMNS.values()]
+    return page("Points in the plane", ["", *titles], rows)
 
 
 if __name__ == "__main__":

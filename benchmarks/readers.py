@@ -58,7 +58,8 @@ def ours(job: Job) -> Read:
     keep_memory()  # as the training program does
     config = DataConfig(path=job.path, split="train", workers=1)
     if job.crop:
-        config = DataConfig(path=job.path, split="train", workers=1, size=str(CROP), fit="random")
+        config.size = str(CROP)
+        config.fit = "random"
 
     def read() -> Iterator[tuple[int, Any]]:
         with Stream(config, seed=0, round_size=job.round) as stream:
@@ -117,8 +118,15 @@ def mosaic(job: Job) -> Read:
             where = {"local": job.path}
             if job.path.startswith("s3://"):
                 where = {"remote": job.path, "local": cache}
-            for sample in StreamingDataset(**where, shuffle=False, batch_size=256, predownload=job.images):
-                yield 1, finish(Image.open(io.BytesIO(sample["image"])))
+            dataset = StreamingDataset(
+                **where,
+                shuffle=False,
+                batch_size=256,
+                predownload=job.images,
+            )
+            for sample in dataset:
+                picture = Image.open(io.BytesIO(sample["image"]))
+                yield 1, finish(picture)
 
     return read
 
@@ -127,10 +135,12 @@ def write_mosaic(job: Job) -> Read:
     """Not a reader: writes the tars' images, byte for byte, as MDS shards to `path`."""
     from streaming import MDSWriter
 
-    size = sum(len(data) for data in encoded(job)) // len(job.shards)
+    size = sum(len(data) for data in encoded(job))
+    shard = max(1 << 16, size // len(job.shards))
 
     def read() -> Iterator[tuple[int, Any]]:
-        with MDSWriter(out=job.path, columns={"image": "bytes"}, size_limit=max(1 << 16, size)) as writer:
+        columns = {"image": "bytes"}
+        with MDSWriter(out=job.path, columns=columns, size_limit=shard) as writer:
             for data in encoded(job):
                 writer.write({"image": data})
                 yield 1, None
@@ -171,7 +181,7 @@ READERS: dict[str, Callable[[Job], Read]] = {
 def main(name: str, job: Job) -> dict[str, float]:
     """Seconds and processor seconds from the start of reading to the last image, and the sum of all pixels."""
     read = READERS[name](job)
-    used = os.times()
+    used = sum(os.times()[:4])
     begin = time.perf_counter()
     images = 0
     total = 0
@@ -182,18 +192,32 @@ def main(name: str, job: Job) -> dict[str, float]:
             total += int(pixels.sum(dtype=np.int64))
     seconds = time.perf_counter() - begin
     assert images == job.images, f"{name}: {images} of {job.images} images"
-    cpu = sum(os.times()[:4]) - sum(used[:4])
+    cpu = sum(os.times()[:4]) - used
     return {"seconds": seconds, "cpu": cpu, "sum": total}
 
 
-def run(name: str, job: Job, python: str, environment: dict[str, str]) -> dict[str, float]:
+def run(
+    name: str,
+    job: Job,
+    python: str,
+    environment: dict[str, str],
+) -> dict[str, float]:
     """`main` in a fresh process. Raises RuntimeError with the end of its output if it fails."""
-    command = [python, os.path.abspath(__file__), name, json.dumps(asdict(job))]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    asked = json.dumps(asdict(job))
+    command = [python, os.path.abspath(__file__), name, asked]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"{name} on {job.path} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    last = done.stdout.splitlines()[-1]
+    return dict(json.loads(last))
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Job(**json.loads(sys.argv[2])))))
+    asked = Job(**json.loads(sys.argv[2]))
+    print(json.dumps(main(sys.argv[1], asked)))

@@ -47,7 +47,13 @@ class Settings:
     """Of the run that is never stopped."""
 
 
-def start(engine: str, world: int, folder: Path, rounds: int, seed: int) -> "subprocess.Popen[bytes]":
+def start(
+    engine: str,
+    world: int,
+    folder: Path,
+    rounds: int,
+    seed: int,
+) -> "subprocess.Popen[bytes]":
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--main_process_port=0"]
     launcher += ["--config_file", str(ROOT / f"launch/{engine}.yaml"), "--num_processes", str(world)]
     command = [*launcher, str(ROOT / "pipeline/train.py"), *OPTIONS]
@@ -64,14 +70,22 @@ def reported(folder: Path) -> list[Record]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def run(engine: str, world: int, folder: Path, rounds: int, seed: int, until: int) -> None:
+def run(
+    engine: str,
+    world: int,
+    folder: Path,
+    rounds: int,
+    seed: int,
+    until: int,
+) -> None:
     """Train until so many rounds are reported, then send SIGTERM to the ranks."""
     with start(engine, world, folder, rounds, seed) as job:
         while job.poll() is None and len(reported(folder)) < until:
             time.sleep(0.02)
         if until < rounds:
             children = ["pgrep", "-P", str(job.pid)]
-            ranks = subprocess.run(children, capture_output=True, text=True, check=False).stdout.split()
+            found = subprocess.run(children, capture_output=True, text=True, check=False)
+            ranks = found.stdout.split()
             for pid in ranks or [str(job.pid)]:
                 subprocess.run(["kill", f"-{signal.SIGTERM.value}", pid], check=False)
         _, errors = job.communicate(timeout=300)
@@ -92,14 +106,20 @@ def main(settings: Settings) -> None:
         for engine, title in (("cpu", "DDP"), ("zero2", "ZeRO-2")):
             folder = Path(scratch) / engine
             for part, world in enumerate(WORLDS, 1):
-                run(engine, world, folder, rounds, seed=0, until=rounds * part // len(WORLDS))
+                until = rounds * part // len(WORLDS)
+                run(engine, world, folder, rounds, seed=0, until=until)
             found[f"2, 1, 3, 2 ranks, {title}, seed 0"] = reported(folder)
     rows = []
     last = max(1, rounds // 10)
     for name, lines in found.items():
-        if [line["round"] for line in lines] != list(range(rounds)):
+        numbers = [line["round"] for line in lines]
+        if numbers != list(range(rounds)):
             raise RuntimeError(f"{name}: a round is missing, or reported twice")
-        rows.append([name, *(f"{fmean(line[key] for line in lines[-last:]):.4f}" for key in NAMES)])
+        cells = []
+        for key in NAMES:
+            values = [line[key] for line in lines[-last:]]
+            cells.append(f"{fmean(values):.4f}")
+        rows.append([name, *cells])
     text = page(f"Means of the last {last} of {rounds} rounds", ["run", *NAMES], rows)
     print(text)
     write(settings.to, text, found)

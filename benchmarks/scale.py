@@ -92,7 +92,10 @@ def main(settings: Settings) -> None:
     if settings.to:
         check_place(settings.to)
     given = constants()
-    costs = {f"{gpus} {images}": cost(gpus, images, given) for gpus in GPUS for images in IMAGES}
+    costs = {}
+    for gpus in GPUS:
+        for images in IMAGES:
+            costs[f"{gpus} {images}"] = cost(gpus, images, given)
     text = page(costs, breaks(given))
     print(text)
     if settings.to:
@@ -101,7 +104,9 @@ def main(settings: Settings) -> None:
 
 def constants() -> dict[str, float]:
     """ASSUMED, MEASURED, and the recipe's arithmetic."""
-    given = {name: value for name, (value, _) in (ASSUMED | MEASURED).items()}
+    given = {}
+    for name, (value, _) in (ASSUMED | MEASURED).items():
+        given[name] = value
     config = load(str(ROOT / "configs/folder256.yaml"))
     with torch.device("meta"):
         network = build_network(config.model, (3, 256, 256))
@@ -115,7 +120,11 @@ def constants() -> dict[str, float]:
     return given
 
 
-def cost(gpus: int, images: int, given: dict[str, float]) -> dict[str, float]:
+def cost(
+    gpus: int,
+    images: int,
+    given: dict[str, float],
+) -> dict[str, float]:
     """Of each phase on so many GPUs that train on so many images: value by name with unit."""
     weights = 4 * given["parameters"]
     prior = 4 * given["flow"]
@@ -125,21 +134,29 @@ def cost(gpus: int, images: int, given: dict[str, float]) -> dict[str, float]:
     share = (gpus - 1) / gpus
     sent = weights * 2 * share  # a ring's reduce-scatter and all-gather
     products = 3 * given["forwards"] * given["flop"] * SHARE / given["flops"]
-    fit = max(products, STEPS * sent / given["link"]) + STEPS * 2 * math.log2(gpus) * given["latency"]
+    averaging = STEPS * sent / given["link"]
+    waiting = STEPS * 2 * math.log2(gpus) * given["latency"]
+    fit = max(products, averaging) + waiting
 
     generate = SHARE * given["flop"] / given["flops"]
     received = queries * share * (4 * DIMS + 2 * WIDTH)  # float32, and bfloat16 coordinates for the bound
     exchange = received / given["link"]
-    search = 2 * (2 * SHARE * DIMS + queries * SHARE) * WIDTH / given["products"]
+    pairs = queries * SHARE
+    encoding = 2 * SHARE * DIMS
+    search = 2 * (encoding + pairs) * WIDTH / given["products"]
+    besides = 4 * weights + given["step memory"] + SHARE * 4 * DIMS
     grouped = fit + generate + (search + exchange) / hosts
 
     read = queries * given["size"]
     tables = min(1.0, queries / LANES / SHARD)  # of a shard, a round: that of the last round is kept
     table_bytes = given["pieces"] * tables * given["table"] / SHARE
 
+    agreeing = 6 * given["agree"] * gpus
     moments = max(2 * weights / gpus, 8 * given["largest"])
     first = 2 * weights + 6 * prior + moments  # two models, each with the prior, and the moments of both
-    fetch = 2 * (gpus + 4) * given["answer"] + (4 * weights + 6 * prior) / given["stream"]
+    files = gpus + 4
+    requests = 2 * files * given["answer"]
+    fetch = requests + (4 * weights + 6 * prior) / given["stream"]
     restore = fetch * (1 + (hosts > 1))  # host 0 first, then all others
 
     of_images = cost_of_images(gpus, images, given)
@@ -153,7 +170,7 @@ def cost(gpus: int, images: int, given: dict[str, float]) -> dict[str, float]:
         "match: received a rank, GB": received / 1e9,
         "match: exchange, s": exchange,
         "match: memory a rank, GB": queries * (4 * DIMS + 4 * WIDTH) / 1e9,
-        "memory a rank besides, GB": (4 * weights + given["step memory"] + SHARE * 4 * DIMS) / 1e9,
+        "memory a rank besides, GB": besides / 1e9,
         "round, s": fit + generate + search + exchange,
         "round with matches within hosts, s": grouped,
         "reading: bytes/s of the bucket, GB": read / grouped / 1e9,
@@ -162,10 +179,10 @@ def cost(gpus: int, images: int, given: dict[str, float]) -> dict[str, float]:
         "reading: page tables of others' tars, % of the bytes": 100 * table_bytes / given["size"],
         "reading: cores a GPU that decode": SHARE * given["decode"] / grouped,
         "checkpoint: rank 0 writes, GB": first / 1e9,
-        "checkpoint: s, in the background": 2 * first / given["stream"] + 6 * given["agree"] * gpus,
-        "checkpoint: files": gpus + 4,
+        "checkpoint: s, in the background": 2 * first / given["stream"] + agreeing,
+        "checkpoint: files": files,
         "checkpoint: fetching it, s": restore,
-        "checkpoint: requests of all hosts that fetch it": 2 * (gpus + 4) * hosts,
+        "checkpoint: requests of all hosts that fetch it": 2 * files * hosts,
         "connections a rank": 2 * gpus,
         "losses: hours between two": between / 3600,
         "losses: lost by each, s": lost,
@@ -175,7 +192,11 @@ def cost(gpus: int, images: int, given: dict[str, float]) -> dict[str, float]:
     }
 
 
-def cost_of_images(gpus: int, images: int, given: dict[str, float]) -> dict[str, float]:
+def cost_of_images(
+    gpus: int,
+    images: int,
+    given: dict[str, float],
+) -> dict[str, float]:
     """The part of `cost` that grows with the images alone."""
     shards = images / SHARD
     listed = shards * given["shard bytes"]
@@ -253,19 +274,25 @@ def breaks(given: dict[str, float]) -> list[list[str]]:
     for name, limit, what, remedy in LIMITS:
         most = room if limit is None else limit
         if name in OF_IMAGES:
-            sizes = [10**power for power in range(6, 15)]
-            first = next(size for size in sizes if cost(8, size, given)[name] > most)
-            rows.append([f"{first:.0e} images", what, remedy])
+            images = 10**6
+            while cost(8, images, given)[name] <= most:
+                images *= 10
+            rows.append([f"{images:.0e} images", what, remedy])
         else:
-            first = next(gpus for gpus in range(8, 10**5, 8) if cost(gpus, 10**9, given)[name] > most)
-            rows.append([f"{first:,} GPUs", what, remedy])
+            gpus = 8
+            while cost(gpus, 10**9, given)[name] <= most:
+                gpus += 8
+            rows.append([f"{gpus:,} GPUs", what, remedy])
     return rows
 
 
 def page(costs: dict[str, dict[str, float]], broken: list[list[str]]) -> str:
     """All tables."""
     names = [name for name in costs[f"{GPUS[0]} {IMAGES[0]}"] if name not in OF_IMAGES]
-    by_gpus = [[name, *(number(costs[f"{gpus} {IMAGES[1]}"][name]) for gpus in GPUS)] for name in names]
+    by_gpus = []
+    for name in names:
+        values = [costs[f"{gpus} {IMAGES[1]}"][name] for gpus in GPUS]
+        by_gpus.append([name, *map(number, values)])
     by_images = []
     for images in IMAGES:
         for gpus in GPUS:
@@ -282,7 +309,9 @@ def page(costs: dict[str, dict[str, float]], broken: list[list[str]]) -> str:
         table(["from", "what", "what would be done"], broken),
     ]
     for title, group in (("Assumed:", ASSUMED), ("Measured on two cores:", MEASURED)):
-        rows = [[name, f"{value:.4g}", source] for name, (value, source) in group.items()]
+        rows = []
+        for name, (value, source) in group.items():
+            rows.append([name, f"{value:.4g}", source])
         parts += [title, table(["", "value", "source"], rows)]
     return "\n\n".join(parts) + "\n"
 

@@ -21,8 +21,20 @@ from trained import Task, measure_all
 from naign.errors import InputError, exit_on_input_error
 
 SHOWN = [
-    *("once", "twice", "latents", "rarest", "precision", "recall", "blur", "noise", "salt_pepper", "rows"),
-    *("reconstruction", "idempotence", "upside_down", "minutes"),
+    "once",
+    "twice",
+    "latents",
+    "rarest",
+    "precision",
+    "recall",
+    "blur",
+    "noise",
+    "salt_pepper",
+    "rows",
+    "reconstruction",
+    "idempotence",
+    "upside_down",
+    "minutes",
 ]
 
 
@@ -55,7 +67,8 @@ class Search:
     common: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name, value in {"images": self.images, "common": self.common, **self.trials}.items():
+        lists = {"images": self.images, "common": self.common, **self.trials}
+        for name, value in lists.items():
             if not isinstance(value, list):
                 raise TypeError(f"{name}: a list is needed")
         if not self.images or not self.trials or not 0 < self.keep <= 1:
@@ -79,7 +92,8 @@ class Search:
         if missing:
             raise InputError(f"rung {rung - 1} is not done: {', '.join(missing)} missing; run it first")
         before.sort(key=lambda name: score(found[key(name, rung - 1)]))
-        return before[: max(1, round(self.keep * len(before)))]
+        kept_trials = max(1, round(self.keep * len(before)))
+        return before[:kept_trials]
 
 
 def key(name: str, rung: int) -> str:
@@ -92,20 +106,30 @@ def score(record: Record) -> float:
     return float(record["metrics"]["fd"]["once"])
 
 
-def page(search: Search, settings: Settings, found: Record) -> str:
+def page(
+    search: Search,
+    settings: Settings,
+    found: Record,
+) -> str:
     """One table a rung, best first."""
     columns = [COLUMNS[name] for name in SHOWN]
     base = " ".join([search.base, *search.common])
     command = f"`python benchmarks/search.py {settings.file} --rung N --to {settings.to}`"
     parts = [f"{command}, one seed each, on `{base}`; restoration is mean absolute error."]
     for rung, images in enumerate(search.images):
-        tried = {name: found[key(name, rung)] for name in search.trials if key(name, rung) in found}
+        tried = []
+        for name in search.trials:
+            record = found.get(key(name, rung))
+            if record:
+                tried.append((score(record), name, record))
         rows = []
-        for name, record in sorted(tried.items(), key=lambda item: score(item[1])):
+        for _, name, record in sorted(tried, key=lambda trial: trial[0]):
             cells = ["diverged", *["-"] * (len(columns) - 1)]
             if "metrics" in record:
-                cells = [spread([column.get(record["metrics"])], column.digits) for column in columns]
-            rows.append([name, " ".join(record["options"]) or "-", *cells])
+                metrics = record["metrics"]
+                cells = [spread([column.get(metrics)], column.digits) for column in columns]
+            options = " ".join(record["options"]) or "-"
+            rows.append([name, options, *cells])
         if rows:
             titles = ["trial", "options", *(column.title for column in columns)]
             parts += [f"Rung {rung}, {images:,} images", table(titles, rows)]
@@ -120,7 +144,8 @@ def main(settings: Settings) -> None:
     tasks = {}
     for name in search.of_rung(settings.rung, found):
         if key(name, settings.rung) in found:
-            if found[key(name, settings.rung)]["options"] != search.trials[name]:
+            known = found[key(name, settings.rung)]
+            if known["options"] != search.trials[name]:
                 raise InputError(f"{settings.to}.json has '{name}' with other options: rename the trial, or remove it")
             continue
         options = [*search.common, *search.trials[name], f"--train.images={search.images[settings.rung]}"]

@@ -23,16 +23,23 @@ from naign.model.encoders import choose_encoder
 from naign.model.scale import scaled
 
 
-def shifted(images: Tensor, count: int, most: int, *, flip: bool) -> Tensor:
+def shifted(
+    images: Tensor,
+    count: int,
+    most: int,
+    *,
+    flip: bool,
+) -> Tensor:
     """`count` of images (n, C, H, W), moved by up to `most` pixels with the edge repeated, and flipped by chance."""
     draw = torch.Generator().manual_seed(0)
-    chosen = images[torch.randint(len(images), (count,), generator=draw)]
+    rows = torch.randint(len(images), [count], generator=draw)
+    chosen = images[rows]
     padded = F.pad(chosen, (most,) * 4, mode="replicate")
-    moves = torch.randint(2 * most + 1, (count, 2), generator=draw).tolist()
-    turns = (torch.rand(count, generator=draw) < 0.5).tolist()
+    moves = torch.randint(2 * most + 1, (count, 2), generator=draw)
+    turns = torch.rand(count, generator=draw) < 0.5
     height, width = images.shape[2:]
     made = torch.empty_like(chosen)
-    for number, (top, left) in enumerate(moves):
+    for number, (top, left) in enumerate(moves.tolist()):
         moved = padded[number, :, top : top + height, left : left + width]
         if flip and turns[number]:
             moved = moved.flip(2)
@@ -40,7 +47,17 @@ def shifted(images: Tensor, count: int, most: int, *, flip: bool) -> Tensor:
     return made
 
 
-def main(paths: tyro.conf.Positional[list[Path]], most: int = 2, count: int = 10_000) -> None:
+def mean_distance(images: Tensor, train: Tensor) -> float:
+    """From images to the nearest training images."""
+    distances, _ = nearest(images, train)
+    return float(distances.double().mean())
+
+
+def main(
+    paths: tyro.conf.Positional[list[Path]],
+    most: int = 2,
+    count: int = 10_000,
+) -> None:
     """Measure flipped and shifted training images as if they were samples."""
     for path in paths:
         encoder = choose_encoder(DataSets(DataConfig(path=str(path))).manifest)
@@ -51,8 +68,8 @@ def main(paths: tyro.conf.Positional[list[Path]], most: int = 2, count: int = 10
         ours = encoder.features(samples)
         theirs = encoder.features(test)
         overlap = coverage(theirs, ours)
-        far = nearest(test[:1000], train)[0].double().mean()
-        copying = float(nearest(samples[:1000], train)[0].double().mean() / far)
+        far = mean_distance(test[:1000], train)
+        copying = mean_distance(samples[:1000], train) / far
         print(f"{path}: FD {frechet_distance(ours, theirs):.0f}, precision {overlap['precision']:.2f},", end=" ")
         print(f"recall {overlap['recall']:.2f}, copying {copying:.2f}")
 

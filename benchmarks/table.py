@@ -85,7 +85,8 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("seeds", "columns", "common", "answers"):
             check_type(name, getattr(self, name), list)
-        if not all(type(seed) is int for seed in self.seeds) or len(set(self.seeds)) < len(self.seeds):
+        whole = all(type(seed) is int for seed in self.seeds)
+        if not whole or len(set(self.seeds)) < len(self.seeds):
             raise TypeError("seeds must be whole numbers that differ")
         if not self.seeds or not self.rows:
             raise TypeError("it needs seeds and rows")
@@ -97,8 +98,10 @@ class Plan:
         """Raises InputError for a file that is not a table, before hours of training."""
         try:
             said = yaml.safe_load(file.read_text())
-            said["rows"] = {str(name): Row(**row) for name, row in said["rows"].items()}
-            return cls(**said)
+            rows = {}
+            for name, row in said["rows"].items():
+                rows[str(name)] = Row(**row)
+            return cls(**said | {"rows": rows})
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{file} is not a table: {error}: see benchmarks/generation.yaml") from None
 
@@ -141,8 +144,9 @@ def main(settings: Settings) -> None:
         say(f"table: the log of each run is {settings.runs}/RUN/log")
     for run, record in measure_all(missing, settings.jobs):
         for name in owners[run]:
-            records = [*found.get(name, []), {"run": run, **kept(record)}]
-            found[name] = sorted(records, key=seed_of)
+            records = found.setdefault(name, [])
+            records.append({"run": run, **kept(record)})
+            records.sort(key=seed_of)
         write(settings.to, table_of(plan, found, seeds), found)
     if not any(found.get(name) for name in plan.rows):
         raise InputError(
@@ -153,10 +157,16 @@ def main(settings: Settings) -> None:
     print(text)
 
 
-def task_of(settings: Settings, plan: Plan, name: str, seed: int) -> Task:
+def task_of(
+    settings: Settings,
+    plan: Plan,
+    name: str,
+    seed: int,
+) -> Task:
     row = plan.rows[name]
     try:
-        return Task.of(settings.runs, row.config, [*plan.common, *row.options], seed, row.then)
+        options = [*plan.common, *row.options]
+        return Task.of(settings.runs, row.config, options, seed, row.then)
     except InputError as error:
         raise InputError(f"{settings.file}: row '{name}': {error}") from None
 
@@ -176,19 +186,25 @@ def pack_missing(plan: Plan) -> set[str]:
 def seed_of(record: Record) -> int:
     """The seed of a record, by the name of its run."""
     try:
-        return int(record["run"].partition("-seed-")[2].partition("-")[0])
+        _, _, rest = record["run"].partition("-seed-")
+        return int(rest.partition("-")[0])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"a record of the table names no run: {str(record)[:60]}: write --to another place") from None
 
 
-def table_of(plan: Plan, found: dict[str, list[Record]], seeds: list[int]) -> str:
+def table_of(
+    plan: Plan,
+    found: dict[str, list[Record]],
+    seeds: list[int],
+) -> str:
     """The table of what has been measured."""
     columns = [COLUMNS[name] for name in plan.columns]
     lines = []
     repairs: Record = {}
     for name, row in plan.rows.items():
         if row.printed:
-            lines.append([name, *(str(row.printed.get(column, "-")) for column in plan.columns)])
+            cells = [str(row.printed.get(column, "-")) for column in plan.columns]
+            lines.append([name, *cells])
             continue
         records = [record for record in found.get(name, []) if seed_of(record) in seeds]
         good = [record for record in records if "failed" not in record]
@@ -197,11 +213,24 @@ def table_of(plan: Plan, found: dict[str, list[Record]], seeds: list[int]) -> st
         if good:
             repairs = repairs or good[0].get("restoration") or {}
         cells = [spread(map(column.get, good), column.digits) for column in columns]
-        lines.append([name + seeds_of(len(good), len(records) - len(good)), *cells])
-    for answer in plan.answers if repairs else ():  # the same for every network
-        cells = [f"{repairs[column][answer]:.3f}" if column in repairs else "-" for column in plan.columns]
+        lost = len(records) - len(good)
+        lines.append([name + seeds_of(len(good), lost), *cells])
+    if repairs:
+        lines += answers_of(plan, repairs)
+    titles = [column.title for column in columns]
+    return page(plan.title, ["", *titles], lines)
+
+
+def answers_of(plan: Plan, repairs: Record) -> list[list[str]]:
+    """Rows of repairs without a network, which are the same for every network."""
+    lines = []
+    for answer in plan.answers:
+        cells = []
+        for column in plan.columns:
+            errors = repairs.get(column)
+            cells.append(f"{errors[answer]:.3f}" if errors else "-")
         lines.append([f"answering with {answer}", *cells])
-    return page(plan.title, ["", *(column.title for column in columns)], lines)
+    return lines
 
 
 if __name__ == "__main__":

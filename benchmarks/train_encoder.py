@@ -30,12 +30,19 @@ BATCH = 128
 
 def content_order(images: Tensor) -> Tensor:
     """(n, C, H, W) uint8 -> (n,) int64: the order of the images by the SHA-256 of their pixels."""
-    digests = [hashlib.sha256(image.tobytes()).digest() for image in images.numpy()]
+    digests = []
+    for image in images.numpy():
+        digests.append(hashlib.sha256(image.tobytes()).digest())
     order = sorted(range(len(digests)), key=digests.__getitem__)
     return torch.tensor(order)
 
 
-def augment(images: Tensor, *, flip: bool, generator: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor,
+    *,
+    flip: bool,
+    generator: torch.Generator,
+) -> Tensor:
     """(n, C, H, W) in [-1, 1], the same shape: up to 9 degrees, 10 % of scale, 7 % of shift, and a mirror if `flip`."""
     count = len(images)
     draws = torch.rand(4, count, generator=generator) * 2 - 1
@@ -48,9 +55,12 @@ def augment(images: Tensor, *, flip: bool, generator: torch.Generator) -> Tensor
         mirror[torch.rand(count, generator=generator) < 0.5] = -1.0
     cosine = scale * angle.cos()
     sine = scale * angle.sin()
-    theta = torch.stack([cosine * mirror, -sine, right, sine * mirror, cosine, down], dim=1)
-    grid = F.affine_grid(theta.view(count, 2, 3), list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # + 1: what is moved in from outside is black
+    first = [cosine * mirror, -sine, right]
+    second = [sine * mirror, cosine, down]
+    theta = torch.stack(first + second, dim=1).view(count, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images + 1, grid, align_corners=False)
+    return moved - 1  # + 1 before: what is moved in from outside is black
 
 
 def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
@@ -59,7 +69,8 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     hits = 0
     with torch.inference_mode():
         for part, right in zip(images.split(1000), labels.split(1000), strict=True):
-            hits += int((network(scaled(part)).argmax(1) == right).sum())
+            found = network(scaled(part)).argmax(1)
+            hits += int((found == right).sum())
     return hits / len(labels)
 
 
@@ -100,7 +111,8 @@ def train(
         network.train()
         shuffled = torch.randperm(len(images), generator=generator)[: steps * batch]
         for part in tqdm(shuffled.split(batch), desc=f"epoch {epoch + 1}/{epochs}", leave=False):
-            inputs = augment(scaled(images[part]), flip=flip, generator=generator)
+            inputs = scaled(images[part])
+            inputs = augment(inputs, flip=flip, generator=generator)
             loss = F.cross_entropy(network(inputs), labels[part])
             optimizer.zero_grad()
             loss.backward()
@@ -109,10 +121,16 @@ def train(
     return network.eval()
 
 
-def save(network: Classifier, path: Path, metadata: dict[str, str]) -> None:
+def save(
+    network: Classifier,
+    path: Path,
+    metadata: dict[str, str],
+) -> None:
     """One safetensors file; what it is, how good and how made stands in its header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+    weights = {}
+    for key, value in network.state_dict().items():
+        weights[key] = value.contiguous()
     save_file(weights, path, metadata=metadata)
     path.chmod(0o644)  # safetensors writes for the owner only
 
@@ -134,7 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     with exit_on_input_error("train_encoder"):
         manifest = Manifest.load(options.data)
-        if len(manifest.shape) != 3 or len(manifest.labels) < 2 or min(options.epochs, options.width) < 1:
+        unfit = len(manifest.shape) != 3 or len(manifest.labels) < 2
+        if unfit or min(options.epochs, options.width) < 1:
             raise InputError(
                 f"{options.data} holds examples {manifest.shape} of {len(manifest.labels)} classes: an encoder takes "
                 "images with labels of two classes or more, and --epochs and --width of at least 1"

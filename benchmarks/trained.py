@@ -43,7 +43,14 @@ class Task:
     """Arguments of `python -m` that make the measured model; the run's folder and --to are appended."""
 
     @classmethod
-    def of(cls, runs: Path, config: str, options: Iterable[object], seed: int, then: Iterable[str] = ()) -> "Task":
+    def of(
+        cls,
+        runs: Path,
+        config: str,
+        options: Iterable[object],
+        seed: int,
+        then: Iterable[str] = (),
+    ) -> "Task":
         """A task in a folder of `runs` that is named after every setting that changes what is computed.
 
         Tables that ask for the same network share it. Raises InputError if the configuration is invalid.
@@ -54,11 +61,19 @@ class Task:
         except SystemExit:  # --help, or an option that does not exist
             raise InputError(f"{shlex.join([config, *words])} is not a valid configuration") from None
         free = changeable(parsed, FREE) - {"train.precision"}
-        settings = {key: value for key, value in flatten(parsed).items() if key not in free}
+        settings = flatten(parsed)
+        for key in free:
+            settings.pop(key, None)
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
         steps = tuple(then)
         measured = f"{name}-{fingerprint(steps)}" if steps else name
-        return cls(folder=runs / measured, trained=runs / name, config=config, options=words, then=steps)
+        return cls(
+            folder=runs / measured,
+            trained=runs / name,
+            config=config,
+            options=words,
+            then=steps,
+        )
 
     @property
     def diverged(self) -> bool:
@@ -110,9 +125,16 @@ class Task:
     def _train(self) -> None:
         if self.ended:
             return
-        program = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config)]
-        ours = [f"--run.path={self.trained.absolute()}", "--train.threads=1", "--report.pictures=0"]
-        self._run([*program, *self.options, *ours], self.trained)
+        command = [
+            sys.executable,
+            str(ROOT / "pipeline/train.py"),
+            f"--config={ROOT / self.config}",
+            *self.options,
+            f"--run.path={self.trained.absolute()}",
+            "--train.threads=1",
+            "--report.pictures=0",
+        ]
+        self._run(command, self.trained)
         if not self.diverged:
             (self.trained / TRAINED).touch()
 
@@ -120,32 +142,45 @@ class Task:
         if self.diverged:
             return
         folder = str(self.folder.absolute())
+        python = [sys.executable, "-m"]
         if self.then:
-            make = [sys.executable, "-m", *self.then, str(self.trained.absolute()), f"--to={folder}"]
-            self._run(make, self.trained)
-        self._run([sys.executable, "-m", "naign.cli", "evaluate", folder], self.folder)
+            run = str(self.trained.absolute())
+            self._run([*python, *self.then, run, f"--to={folder}"], self.trained)
+        self._run([*python, "naign.cli", "evaluate", folder], self.folder)
 
     def _run(self, command: list[str], folder: Path) -> None:
         """Run a command that logs to `folder`; writes FAILED if a training diverged, raises InputError if it failed."""
         with (folder / "log").open("a") as log:
-            done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, check=False)
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment(),
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
         if not done.returncode:
             return
-        lines = (folder / "log").read_text(errors="replace").strip().splitlines()
-        last = lines[-1] if lines else ""
+        text = (folder / "log").read_text(errors="replace")
+        last = text.strip().rpartition("\n")[2]
         if not last.startswith("train: diverged: "):
             raise InputError(f"exit code {done.returncode}: {' '.join(command)}; see {folder / 'log'}: {last}")
-        (folder / FAILED).write_text(json.dumps({"failed": last}) + "\n")
+        failed = json.dumps({"failed": last})
+        (folder / FAILED).write_text(failed + "\n")
 
 
 def environment() -> dict[str, str]:
     """The environment of a program of this repository with one thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "pipeline")}
+    found = dict(os.environ)
+    found["OMP_NUM_THREADS"] = "1"
+    found["PYTHONPATH"] = str(ROOT / "pipeline")
+    return found
 
 
 def fingerprint(settings: object) -> str:
     """Eight hexadecimal digits of a hash."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def measure_all(tasks: dict[str, Task], jobs: int) -> Iterator[tuple[str, Record]]:
@@ -166,10 +201,12 @@ def packed(path: str, *arguments: str) -> str:
     folder = ROOT / path
     note = folder.parent / f"{folder.name}.packed"
     wanted = " ".join(arguments)
-    if (folder / "index.json").exists() and note.exists() and note.read_text() == wanted:
+    done = note.read_text() if note.exists() else ""
+    if (folder / "index.json").exists() and done == wanted:
         return path
     command = [sys.executable, "-m", "naign.cli", "pack", *arguments, "--to", path]
-    if subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode:
+    packing = subprocess.run(command, cwd=ROOT, env=environment(), check=False)
+    if packing.returncode:
         raise InputError(f"{path} cannot be packed: see above")
     note.write_text(wanted)
     return path
