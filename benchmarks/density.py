@@ -13,19 +13,23 @@ are kept under runs/tables as table.py's are; docs/energy.md discusses the resul
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
-from output import check_place, pages, seeds_of, spread, table, write
+from output import ROOT, check_place, pages, seeds_of, spread, table, write
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from trained import Task, packed
 
+from naign.data.format.manifest import INDEX
+from naign.data.format.writer import pack
 from naign.data.loader import read_split
+from naign.data.sources.catalog import load
 from naign.data.sources.published import IDX
+from naign.data.sources.source import Made
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.coverage import nearest
 from naign.evaluate.density import auroc
@@ -97,7 +101,15 @@ def place(name: str, left_out: str = "") -> str:
     """The packed data set, or one whose training split lacks a class."""
     if not left_out:
         return packed(f"data/{name}", name)
-    return packed(f"data/{name}_without_{left_out.lower()}", name, "--without", left_out)
+    path = ROOT / f"data/{name}_without_{left_out.lower()}"
+    if not (path / INDEX).exists():
+        source = load(name)
+        train = source.splits["train"]
+        label = source.labels.index(left_out)
+        rows = [row for row in range(len(train)) if train[row][2] != label]
+        few = Made(length=len(rows), make=lambda number: train[rows[number]])
+        pack(replace(source, splits={**source.splits, "train": few}), str(path))
+    return str(path.relative_to(ROOT))
 
 
 def examples(

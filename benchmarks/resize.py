@@ -39,7 +39,7 @@ OPTIONS = (
 class Settings:
     """Compare resized runs with one that is not."""
 
-    to: Path
+    to: Path = Path("benchmarks/results/resize")
     """Where to write, without an ending."""
     rounds: int = 60
     """Of a run."""

@@ -19,10 +19,21 @@ from naign.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT, environment, forked
 
 
+def start(name: str, *options: str, cwd: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    script = str(ROOT / f"benchmarks/{name}.py")
+    return subprocess.run(
+        [sys.executable, script, *options],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def run(name: str, *options: str, cwd: Path, env: dict[str, str]) -> Any:
     """The numbers of a benchmark that writes to `made`, and prints what it writes."""
-    command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), *options, "--to", "made"]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    done = start(name, *options, "--to", "made", cwd=cwd, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (cwd / "made.md").read_text().strip()
     return json.loads((cwd / "made.json").read_text())
@@ -33,10 +44,16 @@ def test_match_compares_with_faiss(digits: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/digits").symlink_to(digits)
     config = ConvConfig(width=8, code=16)
-    model = {"model": asdict(config), "shape": [1, 8, 8], "prior": {"name": "smooth", "grid": 4}}
-    NAIGN(build_network(config, (1, 8, 8)), model).save_pretrained(tmp_path / "runs/digits")
-    sizes = ["--queries", "240", "--candidates", "480", "--checked", "100", "--repeats", "1"]
-    found = run("match", "--dims", "64", "--kinds", "untrained", *sizes, cwd=tmp_path, env=forked())
+    metadata = {
+        "model": asdict(config),
+        "shape": [1, 8, 8],
+        "prior": {"name": "smooth", "grid": 4},
+    }
+    model = NAIGN(build_network(config, (1, 8, 8)), metadata)
+    model.save_pretrained(tmp_path / "runs/digits")
+    options = ["--dims", "64", "--kinds", "untrained", "--queries", "240", "--candidates", "480"]
+    options += ["--checked", "100", "--repeats", "1"]
+    found = run("match", *options, cwd=tmp_path, env=forked())
     (problem,) = found["problems"].values()
     assert (problem["queries"], problem["candidates"]) == (240, 480)
     assert set(problem["methods"]) == {"faiss.knn", "HNSW", "auto"}
@@ -51,15 +68,17 @@ def test_right_answers_are_those_of_float64(benchmarks: None) -> None:
     candidates = torch.randn(9000, 5, generator=generator)
     candidates[5000] = candidates[17]  # of equals the first is right
     queries[3] = candidates[17]
-    exact = torch.cdist(queries.double(), candidates.double()).argmin(1)
+    distances = torch.cdist(queries.double(), candidates.double())
+    exact = distances.argmin(1)
     exact[3] = 17
     assert right_answers(queries, candidates).tolist() == exact.tolist()
 
 
 @pytest.mark.slow
 def test_neighbours_compares_with_faiss(digits: str, tmp_path: Path) -> None:
-    sizes = ["--queries", "2000", "--candidates", "20000", "--window", "4", "8"]
-    found = run("neighbours", "--data", digits, *sizes, "--threads", "1", cwd=tmp_path, env=environment())
+    options = ["--data", digits, "--queries", "2000", "--candidates", "20000"]
+    options += ["--window", "4", "8", "--threads", "1"]
+    found = run("neighbours", *options, cwd=tmp_path, env=environment())
     assert found["methods"]["ours"]["recall"] == 1
     assert found["methods"]["hnsw"]["effort"] >= 16
 
@@ -68,8 +87,10 @@ def test_neighbours_compares_with_faiss(digits: str, tmp_path: Path) -> None:
 def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
     found = run("budget", "--configs", "folder64", "folder256", cwd=tmp_path, env=environment())
     for name, most in (("folder64", 8), ("folder256", 12)):
-        assert f"a GPU with {most} GB" in (ROOT / f"configs/{name}.yaml").read_text()
-        assert 0.3 * most < found[name]["gigabytes"][-1] < most - 1.5  # for CUDA and what its allocator wastes
+        recipe = (ROOT / f"configs/{name}.yaml").read_text()
+        assert f"a GPU with {most} GB" in recipe
+        needed = found[name]["gigabytes"][-1]
+        assert 0.3 * most < needed < most - 1.5  # for CUDA and what its allocator wastes
     besides = found["folder256"]["gigabytes"][1]
     assert found["folder256 --train.recompute"]["gigabytes"][1] < 0.5 * besides
 
@@ -77,13 +98,14 @@ def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> None:
     options = ["--quick", "--sets", "grey28", "--peers", "absent", "--scratch", "scratch"]
-    measured = run("data", *options, cwd=tmp_path, env=forked())["sets"]["grey28"]
+    found = run("data", *options, cwd=tmp_path, env=forked())
+    measured = found["sets"]["grey28"]
     assert measured["images"] == 6000
-    rows = {(row["where"], row["title"]): row for row in measured["rows"]}
-    for where in ("folder", "S3"):
-        assert rows[where, "ours"]["seconds"] > 0
-        assert rows[where, "mosaicml-streaming"]["missing"] == "`pip install mosaicml-streaming`"
-    assert rows["folder", "WebDataset"]["seconds"] > 0
+    for row in measured["rows"]:
+        if row["title"] == "mosaicml-streaming":
+            assert row["missing"] == "`pip install mosaicml-streaming`"
+        else:
+            assert row["seconds"] > 0
 
 
 def test_scale_predicts_what_the_page_says(tmp_path: Path) -> None:
@@ -114,8 +136,7 @@ def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
 def test_the_first_hour_with_a_gpu_can_be_tried_without_one(tmp_path: Path, benchmarks: None) -> None:
     from gpu import Part
 
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device=cpu", "--small", "--to=gpu"]
-    done = subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
+    done = start("gpu", "--device=cpu", "--small", "--to=gpu", cwd=tmp_path, env=forked())
     lines = json.loads((tmp_path / "gpu.json").read_text())["lines"]
     assert {line["part"] for line in lines} == {*get_args(Part)}
     assert [line for line in lines if not line["holds"]] == [], done.stderr
@@ -142,4 +163,5 @@ def test_the_first_hour_with_a_gpu_needs_one(tmp_path: Path, benchmarks: None) -
 def test_the_head_of_the_script_for_gpus_names_every_part(benchmarks: None) -> None:
     import gpu
 
-    assert re.findall(r"^    (\w+) {2,}", gpu.__doc__ or "", re.MULTILINE) == [*get_args(gpu.Part)]
+    named = re.findall(r"^    (\w+) {2,}", gpu.__doc__, re.MULTILINE)
+    assert named == [*get_args(gpu.Part)]

@@ -41,8 +41,7 @@ def main(
     model.network.evaluations = config.evaluations
     model.network.solver = config.solver
     metadata = model.metadata | {"model": asdict(config)}
-    changed = NAIGN(model.network, metadata, model.prior.state_dict())
-    changed.save_pretrained(to)
+    NAIGN(model.network, metadata, model.prior.state_dict()).save_pretrained(to)
     print(f"exported: {to / 'model.safetensors'}")
 
 
