@@ -231,7 +231,8 @@ def test_table_of_a_run_a_model_made_of_it_and_one_that_diverges(table, digits, 
     assert made[4] == ours[4]  # one training
     assert lost == ["wild (0 seeds; 1 of 1 diverged)", "-", "-", "-", "-"]
     assert printed[3] == "0.15"
-    assert len(list(settings.runs.glob("*/checkpoints"))) == 2
+    assert len(list(settings.runs.glob("*/checkpoints"))) == 1
+    assert len(list(settings.runs.iterdir())) == 3
 
     for folder in settings.runs.iterdir():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
