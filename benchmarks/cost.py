@@ -12,11 +12,15 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-SETS = {"MNIST": ("rivals", "generation"), "Fashion-MNIST": ("rivals_fashion", "generation_fashion")}
-SETS["CIFAR-10"] = ("rivals_cifar10", "generation_cifar10")
+SETS = {
+    "MNIST": ("rivals", "generation"),
+    "Fashion-MNIST": ("rivals_fashion", "generation_fashion"),
+    "CIFAR-10": ("rivals_cifar10", "generation_cifar10"),
+}
 METHODS = {  # the first of these that is part of a row's name says its method
     "printed": "",
     "not in the table": "",
@@ -38,10 +42,20 @@ SHAPES = {  # around (0, 0)
     "flow in pixels": ("other open", "M-6 0H6M0-6V6"),
     "IGN": ("other open", "M-5-5L5 5M5-5L-5 5"),
 }
-WIDTH, LEFT, PANEL, GAP, TOP = 560, 58, 150, 34, 104
-"""Pixels: of the picture; to the axis; a panel's height; between panels; above the first."""
-COST, DISTANCE = (80, 7000), (1, 4000)
+WIDTH = 560
+"""Pixels of the picture."""
+LEFT = 58
+"""To the axis."""
+PANEL = 150
+"""A panel's height."""
+GAP = 34
+"""Between panels."""
+TOP = 104
+"""Above the first."""
+COST = (80, 7000)
+DISTANCE = (1, 4000)
 """Ends of the axes."""
+TICKS = (100, 300, 1000, 3000)
 STYLE = """\
 text { font: 14px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #59636e; }
 .name { font-weight: 600; fill: #1f2328; }
@@ -65,32 +79,78 @@ text { font: 14px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #59
 
 def points(name: str) -> Iterator[tuple[str, float, float]]:
     """(method, processor seconds, distance in multiples of the floor) of every run of a set that recorded both."""
-    tables = {table: json.loads((RESULTS / f"{table}.json").read_text()) for table in (*SETS[name], "classes")}
-    recipe = next(row for row in tables[SETS[name][0]] if row.startswith("NAIGN"))
-    floor = fmean(run["fd"]["floor"] for run in tables[SETS[name][0]][recipe])
+    tables = {}
+    for table in (*SETS[name], "classes"):
+        tables[table] = json.loads((RESULTS / f"{table}.json").read_text())
+    floor = floor_of(tables[SETS[name][0]])
     for table, rows in tables.items():
         for row, runs in rows.items():
-            if table == "classes":
-                known = row.startswith(f"{name}, ") and row.split(", ")[1].startswith(("with", "guidance", "the flow"))
-                method = "NAIGN with classes" if known else ""
-            else:
-                method = next((of for part, of in METHODS.items() if part in row), "")
+            method = with_classes(name, row) if table == "classes" else method_of(row)
             for run in runs:
                 if method and run.get("cpu_seconds"):
                     yield method, run["cpu_seconds"], run["fd"]["once"] / floor
 
 
+def floor_of(rows: dict[str, list[dict[str, Any]]]) -> float:
+    """The floor that the recipe's runs were measured with."""
+    recipe = next(row for row in rows if row.startswith("NAIGN"))
+    return fmean(run["fd"]["floor"] for run in rows[recipe])
+
+
+def method_of(row: str) -> str:
+    """The method of a row; empty for a row that is not shown."""
+    for part, method in METHODS.items():
+        if part in row:
+            return method
+    return ""
+
+
+def with_classes(name: str, row: str) -> str:
+    """The same for a row of classes.json."""
+    if not row.startswith(f"{name}, "):
+        return ""
+    what = row.split(", ")[1]
+    if what.startswith(("with", "guidance", "the flow")):
+        return "NAIGN with classes"
+    return ""
+
+
 def across(seconds: float) -> float:
-    low, high = map(math.log, COST)
-    return LEFT + (math.log(seconds) - low) / (high - low) * (WIDTH - LEFT - 14)
+    low = math.log(COST[0])
+    high = math.log(COST[1])
+    share = (math.log(seconds) - low) / (high - low)
+    return LEFT + share * (WIDTH - LEFT - 14)
 
 
 def down(ratio: float) -> float:
-    low, high = map(math.log, DISTANCE)
+    low = math.log(DISTANCE[0])
+    high = math.log(DISTANCE[1])
     return PANEL * (high - math.log(ratio)) / (high - low)
 
 
-def text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
+def line(
+    x1: float,
+    y1: float,
+    x2: float,
+    y2: float,
+    style: str,
+) -> str:
+    ends = f'x1="{number(x1)}" y1="{number(y1)}" x2="{number(x2)}" y2="{number(y2)}"'
+    return f'<line {ends} class="{style}"/>'
+
+
+def number(value: float) -> str:
+    """With one digit, or none for whole numbers that are given as such."""
+    return str(value) if isinstance(value, int) else f"{value:.1f}"
+
+
+def text(
+    x: float,
+    y: float,
+    words: str,
+    style: str = "",
+    anchor: str = "start",
+) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}" text-anchor="{anchor}">{words}</text>'
 
 
@@ -99,38 +159,65 @@ def mark(method: str, x: float, y: float) -> str:
     return f'<path transform="translate({x:.1f} {y:.1f})" class="{style}" d="{path}"/>'
 
 
-def panel(name: str, top: float) -> Iterator[str]:
+def panel(name: str, top: int) -> Iterator[str]:
     """A set's axes and points."""
     for ratio in (1, 10, 100, 1000):
         y = top + down(ratio)
         style = "floor" if ratio == 1 else "grid"
-        yield f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - 14}" y2="{y:.1f}" class="{style}"/>'
+        yield line(LEFT, y, WIDTH - 14, y, style)
         yield text(LEFT - 8, y + 5, f"{ratio:,}", "", "end")
     yield text(WIDTH - 14, top + PANEL - 6, "real images", "", "end")
-    for seconds in (100, 300, 1000, 3000):
+    for seconds in TICKS:
         x = across(seconds)
-        yield f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + PANEL}" class="grid"/>'
+        yield line(x, top, x, top + PANEL, "grid")
     yield text(LEFT + 8, top + PANEL - 8, name, "name")
-    runs = sorted(points(name), key=lambda run: "open" in SHAPES[run[0]][0])  # open marks hide nothing
-    yield from (mark(method, across(cost), top + down(ratio)) for method, cost, ratio in runs)
+    for method, cost, ratio in sorted(points(name), key=is_open):  # open marks hide nothing
+        yield mark(method, across(cost), top + down(ratio))
+
+
+def is_open(run: tuple[str, float, float]) -> bool:
+    style, _ = SHAPES[run[0]]
+    return "open" in style
 
 
 def picture() -> str:
     """The picture as SVG, with colours for light and for dark."""
     height = TOP + len(SETS) * (PANEL + GAP) + 14
     size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">']
-    parts += ["<title>Quality of samples against the cost of training</title>", f"<style>\n{STYLE}\n</style>"]
-    parts.append('<rect width="100%" height="100%" rx="6" class="back"/>')
-    for number, method in enumerate(SHAPES):
-        x, y = 16 + 190 * (number % 3), 14 + 22 * (number // 3)
-        parts += [mark(method, x, y), text(x + 14, y + 5, method)]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
+        "<title>Quality of samples against the cost of training</title>",
+        f"<style>\n{STYLE}\n</style>",
+        '<rect width="100%" height="100%" rx="6" class="back"/>',
+    ]
+    for place, method in enumerate(SHAPES):
+        x = 16 + 190 * (place % 3)
+        y = 14 + 22 * (place // 3)
+        parts.append(mark(method, x, y))
+        parts.append(text(x + 14, y + 5, method))
     parts.append(text(8, TOP - 12, "distance of samples to test images, × floor"))
-    for number, name in enumerate(SETS):
-        parts += panel(name, TOP + number * (PANEL + GAP))
+    for place, name in enumerate(SETS):
+        parts += panel(name, TOP + place * (PANEL + GAP))
     bottom = TOP + len(SETS) * (PANEL + GAP) - GAP
-    parts += [text(across(seconds), bottom + 18, f"{seconds:,}", "", "middle") for seconds in (100, 300, 1000, 3000)]
-    parts.append(text((LEFT + WIDTH) / 2, bottom + 40, "training, processor seconds", "", "middle"))
+    for seconds in TICKS:
+        parts.append(
+            text(
+                across(seconds),
+                bottom + 18,
+                f"{seconds:,}",
+                "",
+                "middle",
+            )
+        )
+    parts.append(
+        text(
+            (LEFT + WIDTH) / 2,
+            bottom + 40,
+            "training, processor seconds",
+            "",
+            "middle",
+        )
+    )
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -1,17 +1,16 @@
-"""Does the energy tell data from what is not data? AUROC by kind of outlier, beside other scores.
+"""The energy tells noise, constants and foreign images from data; it is not a density. AUROC by kind of outlier.
 
     pip install -e benchmarks/baselines
     python benchmarks/density.py --to benchmarks/results/density
 
-MNIST and Fashion-MNIST, each as the data. An AUROC is the chance that an outlier scores above a test image: 1 is
-perfect, 0.5 chance, and 0 takes every outlier for more like the data than any image of it. Networks with a dense code
-of 64 values are trained on one thread at equal processor time, without one class, whose test images are outliers too;
-the recipe of the data, trained on all classes, stands above them. Other outliers: the other data set, constants of
-every shade, uniform noise, test images upside down, and test images with a patch of another image pasted in. Runs are
-kept under runs/tables as table.py's are; docs/energy.md discusses the result.
+Compared in the same run, on MNIST and Fashion-MNIST: energies and densities of codes of f and of baselines at equal
+processor time, and the nearest training code and image. An AUROC is the chance that an outlier scores above
+a test image: 1 is perfect, 0.5 chance. Networks with a dense code of 64 values learn without one class, whose test
+images are outliers too; above them stands the data set's recipe, trained on all classes. Other outliers: the other data
+set, constants of every shade, uniform noise, test images upside down, and with a patch of another image pasted in. Runs
+are kept under runs/tables as table.py's are; docs/energy.md discusses the result.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,9 +19,10 @@ from pathlib import Path
 
 import torch
 import tyro
+from output import ROOT, check_place, pages, seeds_of, spread, table, write
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
-from trained import FAILED, ROOT, Task, check_place, packed, page, seeds_of, spread, table, write
+from trained import Task, packed
 
 from naign.data.format.manifest import INDEX
 from naign.data.format.writer import pack
@@ -37,14 +37,20 @@ from naign.model.naign import NAIGN
 from naign.model.prior import Gmm, Prior
 from naign.model.prior.flow import Flow
 from naign.model.scale import scaled
-from naign.storage.local import write_atomically
 
-PATCH = 10  # pixels a side of a pasted patch
-DRAWS = 8  # codes an image that the VAE's bound is averaged over
-TIMES = 5  # applications of f in the second energy
+PATCH = 10
+"""Pixels a side of a pasted patch."""
+DRAWS = 8
+"""Codes an image that the VAE's bound is averaged over."""
+TIMES = 5
+"""Applications of f in the second energy."""
 BATCH = 500
 Score = Callable[[Tensor], Tensor]
 """Takes images (n, C, H, W) in [-1, 1] and returns (n,), high for outliers."""
+Row = dict[str, float]
+"""AUROC by name of the outliers, and for a network the cost of its training."""
+COST = "training, processor s"
+NEAREST = "nearest training image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +62,14 @@ class Data:
     left_out: str
     recipe: str
 
-    @property
-    def held_out(self) -> str:
-        return f"{self.left_out}, left out"
-
 
 SETS = {
     "mnist": Data("MNIST", "fashion_mnist", "9", "configs/mnist.yaml"),
     "fashion_mnist": Data("Fashion-MNIST", "mnist", "Bag", "configs/fashion_mnist.yaml"),
 }
 WHOLE = "NAIGN, whole recipe, all classes"
-DENSE, ALONE = "configs/mnist.yaml", ("--objective.imle=0", "--prior.name=gaussian")
+DENSE = "configs/mnist.yaml"
+ALONE = ("--objective.imle=0", "--prior.name=gaussian")
 IMLE = ("--objective.imle=0.3", "--prior.components=50", "--prior.begin=0.225", "--prior.alone=0.04")
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "NAIGN, with IMLE": (DENSE, (*IMLE, "--train.images=83968")),
@@ -85,15 +88,13 @@ class Settings:
     to: Path = Path("benchmarks/results/density")
     """Where to write, without an ending."""
     train: bool = True
-    """Train what is missing; otherwise the table is of what is there."""
+    """Train what is missing; otherwise show what exists."""
     seeds: int = 2
     """Seeds of NAIGN; the other networks have one."""
     count: int = 1000
     """Test images, and outliers of each kind."""
-    images: int = 0
-    """Train every network on so many images; 0: as the table has it."""
     runs: Path = Path("runs/tables")
-    """Where the runs lie."""
+    """Folder of the runs."""
 
 
 def place(name: str, left_out: str = "") -> str:
@@ -106,103 +107,133 @@ def place(name: str, left_out: str = "") -> str:
         train = source.splits["train"]
         label = source.labels.index(left_out)
         rows = [row for row in range(len(train)) if train[row][2] != label]
-        few = Made(length=len(rows), make=lambda index: train[rows[index]])
+        few = Made(length=len(rows), make=lambda number: train[rows[number]])
         pack(replace(source, splits={**source.splits, "train": few}), str(path))
     return str(path.relative_to(ROOT))
 
 
-def examples(name: str, data: Data, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+def examples(
+    name: str,
+    data: Data,
+    count: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Test images (count, C, H, W) in [-1, 1] of the classes that were not left out, and outliers by name."""
     generator = torch.Generator().manual_seed(0)
     test, labels = read_split(place(name), "test")
     order = torch.randperm(len(test), generator=generator)
-    images, out = scaled(test[order]), labels[order] == IDX[name][2].index(data.left_out)
-    real, donors = images[~out][: 2 * count].split(count)
+    images = scaled(test[order])
+    classes = IDX[name][2]
+    out = labels[order] == classes.index(data.left_out)
+    kept = images[~out]
+    real = kept[:count]
+    donors = kept[count : 2 * count]
     other, _ = read_split(place(data.other), "test", limit=count)
+    shades = torch.linspace(-1, 1, 256)[1:]
+    shades = shades.view(-1, 1, 1, 1)
     return real, {
         SETS[data.other].title: scaled(other),
         "black": torch.full_like(real[:1], -1.0),
-        "other constants": torch.linspace(-1, 1, 256)[1:].view(-1, 1, 1, 1).expand(-1, *real.shape[1:]),
+        "other constants": shades.expand(-1, *real.shape[1:]),
         "uniform noise": torch.rand(real.shape, generator=generator) * 2 - 1,
         "upside down": real.flip(2),
         "pasted patch": pasted(real, donors, generator),
-        data.held_out: images[out][:count],
+        f"{data.left_out}, left out": images[out][:count],
     }
 
 
-def pasted(images: Tensor, donors: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (n, C, H, W), each with the middle PATCH x PATCH pixels of the donor of its row pasted at a random place
-    within the image.
-    """
-    first, last = (images.shape[-1] - PATCH) // 2, (images.shape[-1] + PATCH) // 2
-    patches, made = donors[..., first:last, first:last], images.clone()
-    corners = torch.randint(images.shape[-1] - PATCH + 1, (len(images), 2), generator=generator).tolist()
-    for image, patch, (row, column) in zip(made, patches, corners, strict=True):
-        image[:, row : row + PATCH, column : column + PATCH] = patch
+def pasted(
+    images: Tensor,
+    donors: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Images (n, C, H, W), each with the middle PATCH x PATCH pixels of its donor pasted at a random place."""
+    side = images.shape[-1]
+    first = (side - PATCH) // 2
+    patches = donors[..., first : first + PATCH, first : first + PATCH]
+    corners = torch.randint(side - PATCH + 1, (len(images), 2), generator=generator)
+    made = images.clone()
+    for number, (row, column) in enumerate(corners.tolist()):
+        made[number, :, row : row + PATCH, column : column + PATCH] = patches[number]
     return made
 
 
 def codes_of(model: NAIGN, images: Tensor) -> Tensor:
-    return torch.cat([model.network.encode(part) for part in images.split(BATCH)])
+    parts = images.split(BATCH)
+    return torch.cat([model.network.encode(part) for part in parts])
 
 
 def code_distance(model: NAIGN, train: Tensor) -> Score:
-    """Of an image's code to the nearest code of the images `train`, by angle."""
+    """From an image's code to the nearest code of the images `train`, by angle."""
 
     def directions(batch: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(codes_of(model, batch).flatten(1))
+        codes = codes_of(model, batch).flatten(1)
+        return torch.nn.functional.normalize(codes)
 
     reference = directions(train)
     return lambda batch: nearest(directions(batch), reference)[0]
 
 
 def code_density(prior: Prior, codes: Tensor) -> Tensor:
-    """Minus the log-density, in nats up to a constant, of codes (n, ...) under a mixture or a flow: (n,)."""
+    """Minus the log-density (n,), in nats up to a constant, of codes (n, ...) under a mixture or a flow."""
     if isinstance(prior, Gmm):
         components = MultivariateNormal(prior.means, scale_tril=prior.factors)
-        return -MixtureSameFamily(Categorical(prior.weights), components).log_prob(codes.flatten(1))
+        mixture = MixtureSameFamily(Categorical(prior.weights), components)
+        return -mixture.log_prob(codes.flatten(1))
     assert isinstance(prior, Flow)
     generator = torch.Generator().manual_seed(0)
-    return torch.cat([_flow_density(prior, part, generator) for part in codes.split(BATCH)])
+    parts = []
+    for part in codes.split(BATCH):
+        parts.append(_flow_density(prior, part, generator))
+    return torch.cat(parts)
 
 
 def _flow_density(flow: Flow, codes: Tensor, generator: torch.Generator) -> Tensor:
-    """By the midpoint method from the code (t = 1) back to noise, in as many steps as the flow draws in; the trace of
-    the velocity's Jacobian by one random sign vector a step (Hutchinson, as in arXiv 1810.01367).
+    """By the midpoint method from the code (t = 1) back to noise, in as many steps as the flow draws in.
+
+    The trace of the velocity's Jacobian is that of one random sign vector a step (Hutchinson, arXiv 1810.01367).
     """
     steps = flow.config.steps
-    place, trace = flow.whiten(codes), codes.new_zeros(len(codes))
+    at = flow.whiten(codes)
+    trace = codes.new_zeros(len(codes))
     for step in reversed(range(steps)):
         time = codes.new_full((len(codes),), (step + 1) / steps)
-        middle = place - flow.velocity(place, time) / (2 * steps)
-        signs = torch.randint(2, place.shape, generator=generator) * 2.0 - 1
+        middle = at - flow.velocity(at, time) / (2 * steps)
+        bits = torch.randint(2, at.shape, generator=generator)
+        signs = bits * 2.0 - 1
         with torch.enable_grad():
             middle.requires_grad_(True)
             velocity = flow.velocity(middle, time - 1 / (2 * steps))
-            (slope,) = torch.autograd.grad((velocity * signs).sum(), middle)
+            along = (velocity * signs).sum()
+            (slope,) = torch.autograd.grad(along, middle)
         trace += (slope * signs).flatten(1).sum(1) / steps
-        place = place - velocity.detach() / steps
-    return place.square().flatten(1).sum(1) / 2 + trace
+        at = at - velocity.detach() / steps
+    squares = at.square().flatten(1).sum(1)
+    return squares / 2 + trace
 
 
 def bound(model: NAIGN, train: Tensor) -> Score:
-    """Minus a VAE's bound on the log-likelihood, in nats up to a constant: the mean over DRAWS codes, with the variance
-    of pixels that is best for the images `train`.
+    """Minus a VAE's bound on the log-likelihood, in nats up to a constant: the mean over DRAWS codes.
+
+    The variance of pixels is the best one for the images `train`.
     """
     width = math.prod(model.network.code)
 
     def terms(batch: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of the whole image, the mean over draws, and divergence of the code: (n,) each."""
-        generator, errors, flat = torch.Generator().manual_seed(0), batch.new_zeros(len(batch)), batch.flatten(1)
+        generator = torch.Generator().manual_seed(0)
+        flat = batch.flatten(1)
+        errors = batch.new_zeros(len(batch))
         for _ in range(DRAWS):
             noise = torch.randn(len(batch), width, generator=generator)
-            drawn, mean, log_variance = model.network(torch.cat([flat, noise], 1)).split(
-                [flat.shape[1], width, width], 1
-            )
+            made = model.network(torch.cat([flat, noise], 1))
+            sizes = [flat.shape[1], width, width]
+            drawn, mean, log_variance = made.split(sizes, 1)
             errors += (drawn - flat).square().sum(1) / DRAWS
-        return errors, (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
+        divergences = mean.square() + log_variance.exp() - 1 - log_variance
+        return errors, divergences.sum(1) / 2
 
-    variance = terms(train[:1000])[0].mean() / train[0].numel()
+    errors, _ = terms(train[:1000])
+    variance = errors.mean() / train[0].numel()
 
     def score(batch: Tensor) -> Tensor:
         errors, divergences = terms(batch)
@@ -212,15 +243,18 @@ def bound(model: NAIGN, train: Tensor) -> Score:
 
 
 def scores_of(model: NAIGN, train: Tensor) -> dict[str, Score]:
-    """What a network can be scored by, of training images (n, C, H, W) in [-1, 1]."""
-    vae = model.metadata["model"]["name"] == "vae"
-    scores: dict[str, Score] = {"bound": bound(model, train)} if vae else {"energy": model.energy}
+    """What a network can be scored by; `train` are training images (n, C, H, W) in [-1, 1]."""
+    scores: dict[str, Score] = {"energy": model.energy}
+    if model.metadata["model"]["name"] == "vae":
+        scores = {"bound": bound(model, train)}
     scores["nearest training code"] = code_distance(model, train)
     if isinstance(model.prior, (Gmm, Flow)):
         scores[f"energy, f applied {TIMES} times"] = partial(model.energy, times=TIMES)
-        scores[f"density of the code ({model.prior.config.name})"] = lambda images: code_density(
-            model.prior, codes_of(model, images)
-        )
+
+        def density(images: Tensor) -> Tensor:
+            return code_density(model.prior, codes_of(model, images))
+
+        scores[f"density of the code ({model.prior.config.name})"] = density
     return scores
 
 
@@ -229,76 +263,88 @@ def image_distance(train: Tensor) -> Score:
     return lambda batch: nearest(batch, train)[0]
 
 
-def brightness(train: Tensor) -> Score:
-    """How far the mean brightness is from that of the images `train`."""
-    typical = float(train.mean())
-    return lambda batch: (batch.flatten(1).mean(1) - typical).abs()
-
-
-Row = dict[str, float]
-"""AUROC by name of the outliers, and of a network what its training cost."""
-COST = "training, processor s"
-
-
-def measured(score: Score, real: Tensor, others: dict[str, Tensor]) -> Row:
+def measured(
+    score: Score,
+    real: Tensor,
+    others: dict[str, Tensor],
+) -> Row:
     inside = score(real)
-    return {title: auroc(inside, score(outliers)) for title, outliers in others.items()}
+    row = {}
+    for title, outliers in others.items():
+        row[title] = auroc(inside, score(outliers))
+    return row
 
 
-def of_network(task: Task, train: Tensor, real: Tensor, others: dict[str, Tensor]) -> dict[str, Row]:
-    """A row a score; {"diverged": {}} of a run that did. They are kept beside the run."""
-    if (task.trained / FAILED).exists():
-        return {"diverged": {}}
-    file = task.folder / f"auroc-{len(real)}.json"
-    if not file.exists():
-        model = NAIGN.from_pretrained(task.folder)
-        cost = {COST: model.metadata["cpu_seconds"]}
-        made = {name: cost | measured(score, real, others) for name, score in scores_of(model, train).items()}
-        write_atomically(file, json.dumps(made, indent=1) + "\n")
-    rows: dict[str, Row] = json.loads(file.read_text())
-    return rows
-
-
-def rows_of(name: str, data: Data, settings: Settings) -> dict[str, list[Row]]:
-    """Of a table, by title, each with what was measured of every seed."""
-    real, others = examples(name, data, settings.count)
-    train, rows = scaled(read_split(place(name, data.left_out), "train")[0]), dict[str, list[Row]]()
+def networks(
+    name: str,
+    data: Data,
+    seeds: int,
+) -> list[tuple[str, str, list[str], int]]:
+    """Title, configuration, options and seed of every network."""
     asked = [(WHOLE, data.recipe, [f"--data.path={place(name)}"], 0)]
+    path = f"--data.path={place(name, data.left_out)}"
     for title, (config, options) in NETWORKS.items():
-        options = [*options, f"--data.path={place(name, data.left_out)}"]
-        asked += [(title, config, options, seed) for seed in range(settings.seeds if title.startswith("NAIGN") else 1)]
-    for title, config, options, seed in asked:
-        images = [f"--train.images={settings.images}"] * bool(settings.images)
-        task = Task.of(settings.runs, config, [*options, *images], seed)
+        count = seeds if title.startswith("NAIGN") else 1
+        for seed in range(count):
+            asked.append((title, config, [*options, path], seed))
+    return asked
+
+
+def rows_of(
+    name: str,
+    data: Data,
+    settings: Settings,
+) -> dict[str, list[Row]]:
+    """The rows of a table by title, each with the numbers of every seed."""
+    real, others = examples(name, data, settings.count)
+    images, _ = read_split(place(name, data.left_out), "train")
+    train = scaled(images)
+    rows: dict[str, list[Row]] = {}
+    for title, config, options, seed in networks(name, data, settings.seeds):
+        task = Task.of(settings.runs, config, options, seed)
         if settings.train:
             task.train()
-        for score, row in of_network(task, train, real, others).items() if task.ended else ():
+        if not task.ended:
+            continue
+        if task.diverged:
+            rows.setdefault(f"{title}: diverged", []).append({})
+            continue
+        model = NAIGN.from_pretrained(task.folder)
+        for score_name, score in scores_of(model, train).items():
+            row = measured(score, real, others)
+            row[COST] = model.metadata["cpu_seconds"]
             if title == WHOLE:
-                row.pop(data.held_out, None)  # it has learned from that class
-            rows.setdefault(f"{title}: {score}", []).append(row)
-    for title, measure in {"nearest training image": image_distance(train), "brightness": brightness(train)}.items():
-        rows[title] = [measured(measure, real, others)]
+                del row[f"{data.left_out}, left out"]  # it has learned that class
+            rows.setdefault(f"{title}: {score_name}", []).append(row)
+    rows[NEAREST] = [measured(image_distance(train), real, others)]
     return rows
+
+
+def table_of(rows: dict[str, list[Row]]) -> str:
+    titles = [*rows[NEAREST][0], COST]
+    lines = []
+    for title, seeds in rows.items():
+        cells = []
+        for key in titles:
+            digits = 0 if key == COST else 3
+            cells.append(spread([row.get(key) for row in seeds], digits))
+        if title != NEAREST:
+            title += seeds_of(len(seeds))
+        lines.append([title, *cells])
+    return table(["", *titles], lines)
 
 
 def main(settings: Settings) -> None:
     if not 2 <= settings.count <= 4000 or settings.seeds < 1:
         raise InputError("--count must be 2 to 4000, for which there are test images, and --seeds at least 1")
     check_place(settings.to)
-    text, tables = "", dict[str, dict[str, list[Row]]]()
+    found = {}
+    tables = {}
     for name, data in SETS.items():
-        rows = tables[data.title] = rows_of(name, data, settings)
-        titles = [*rows["brightness"][0], COST]
-        lines = [
-            [
-                title + (seeds_of(len(seeds)) if ":" in title else ""),
-                *(spread([row.get(key) for row in seeds], 3 if key != COST else 0) for key in titles),
-            ]
-            for title, seeds in rows.items()
-        ]
-        heading = f"AUROC, {data.title}"
-        text += page(heading, ["", *titles], lines) if not text else f"\n{heading}\n\n{table(['', *titles], lines)}\n"
-    write(settings.to, text, tables)
+        found[data.title] = rows_of(name, data, settings)
+        tables[f"AUROC, {data.title}"] = table_of(found[data.title])
+    text = pages(tables)
+    write(settings.to, text, found)
     print(text)
 
 

@@ -1,36 +1,35 @@
-"""Filling holes: f beside other fillers, by the error in the hole and the Frechet distance of the filled images.
+"""f fills holes: error in the hole, and Frechet distance of the filled images, beside other fillers.
 
     pip install scikit-image opencv-python-headless
     python benchmarks/holes.py --to benchmarks/results/holes
 
-MNIST, Fashion-MNIST and CIFAR-10, test split. Three kinds of holes: *centre*, a box of half the height and half the
-width; *boxes*, two of up to 3/4 of the sides; *strokes*, one of three lines, up to a fifth of the image wide. Boxes and
-strokes are drawn as `objective.damage=holes` draws them, HOLES of each kind, which the images have in turn. A filler is
-given what is known of an image and where the hole is; only what it says of the hole is used.
+Compared in the same run, on test images of MNIST, Fashion-MNIST and CIFAR-10: f applied eight times and once, and
+trained with d(f(x), x) as well; biharmonic filling (scikit-image), Telea's method (OpenCV), and the mean of what is
+known. Three kinds of holes: *centre*, a box of half the height and width; *boxes*, two of up to 3/4 of the sides;
+*strokes*, one of three lines, up to a fifth of the image wide, as `objective.damage=holes` draws them. A filler gets
+what is known of an image and where the hole is; only what it puts into the hole is used.
 
-Error: mean absolute difference from the image, in [-1, 1], over all values in holes. FD: Frechet distance of the filled
-images to the same images with nothing missing, 0 where every pixel is guessed, on the encoder and in multiples of the
-floor of `naign evaluate`: the distance of 10,000 training images to all test images.
+Error: mean absolute difference in [-1, 1], over all values in holes. FD: Frechet distance of the filled images to the
+same images with nothing missing, in multiples of the floor of `naign evaluate`.
 
 f is trained by the recipe of its data set, shorter, without a prior of codes, with `objective.damage=holes` and
-`objective.reconstruction=0`: by d(f(damaged x), x) alone, of which the holes leave some x whole. It is a denoising
-autoencoder, then, and its row *once* is how one is used. The rows with d(f(x), x) are of the same network, trained for
-the same processor time with that term as well. On CIFAR-10 f begins with the weights of the whole recipe, and the
-seconds are those of what it learned of holes. Runs are kept under runs/tables as table.py's are.
+`objective.reconstruction=0`. The row with d(f(x), x) is the same network, trained for the same processor time with that
+term. On CIFAR-10 f begins with the weights of the whole recipe, and the seconds are those of what it learned of holes.
+Runs are kept under runs/tables as table.py's are.
 """
 
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 import tyro
+from output import check_place, pages, spread, table, write
 from torch import Tensor
-from trained import FAILED, Task, check_place, packed, page, spread, table, write
+from trained import Task, packed
 
 from naign.data.damage import boxes, known_mean, stroke
 from naign.data.dataset import DataConfig
@@ -42,15 +41,20 @@ from naign.evaluate.measures import FLOORS
 from naign.model.encoders import choose_encoder
 from naign.model.naign import FILLING, NAIGN
 from naign.model.scale import scaled
-from naign.storage.local import write_atomically
 
 HOLES = 250
 """Of each kind but the centre."""
 RADIUS = 3
 """Pixels around a point that Telea's method looks at: OpenCV's own example."""
 Fill = Callable[[Tensor, Tensor], Tensor]
-"""Takes images (n, C, H, W) in [-1, 1] and a mask (m, 1, H, W), true in holes: image i has hole i mod m. Returns filled
-images, of which what is in holes counts. What is in holes of the given images is not looked at."""
+"""Takes images (n, C, H, W) in [-1, 1], -1 in holes, and masks (m, 1, H, W), true in holes: image i has hole i mod m.
+
+Returns filled images, of which only holes are used.
+"""
+Row = dict[str, float]
+"""Of a filler: "error KIND", "FD KIND" as a multiple of the floor, and for a network the cost of its training."""
+KINDS = ("centre", "boxes", "strokes")
+COST = "training, processor s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +68,11 @@ class Data:
     both: int = 0
     """That f is trained on in the same time with d(f(x), x) as a further term; 0: it is not."""
     further: tuple[str, ...] = ()
-    """Options of f where it begins with what the whole recipe has made."""
+    """Options of f where it begins with the weights of the whole recipe."""
 
 
 SETS = {
-    "mnist": Data("MNIST", "configs/mnist.yaml", 655_360, 376_832),
+    "mnist": Data("MNIST", "configs/mnist.yaml", 655_360, both=376_832),
     "fashion_mnist": Data("Fashion-MNIST", "configs/fashion_mnist.yaml", 118_784),
     "cifar10": Data(
         "CIFAR-10",
@@ -87,13 +91,11 @@ class Settings:
     to: Path = Path("benchmarks/results/holes")
     """Where to write, without an ending."""
     train: bool = True
-    """Train what is missing; otherwise the table is of what is there."""
+    """Train what is missing; otherwise show what exists."""
     count: int = 2500
     """Test images to fill."""
-    images: int = 0
-    """Train every network on so many images; 0: as the table has it."""
     runs: Path = Path("runs/tables")
-    """Where the runs lie."""
+    """Folder of the runs."""
 
 
 def draw_holes(kind: str, size: torch.Size) -> Tensor:
@@ -101,11 +103,18 @@ def draw_holes(kind: str, size: torch.Size) -> Tensor:
     height, width = size
     if kind == "centre":
         mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
-        mask[..., height // 4 : height - height // 4, width // 4 : width - width // 4] = True
+        top = height // 4
+        left = width // 4
+        mask[..., top : height - top, left : width - left] = True
         return mask
-    numbers = torch.rand(HOLES, 9, generator=torch.Generator().manual_seed(0))
-    mask = stroke(numbers, size) if kind == "strokes" else boxes(numbers[:, :8].view(-1, 2, 4), size)
-    return mask[mask.flatten(1).any(1)]  # a small one may lie between pixels
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.rand(HOLES, 9, generator=generator)
+    mask = stroke(numbers, size)
+    if kind == "boxes":
+        corners = numbers[:, :8].view(-1, 2, 4)
+        mask = boxes(corners, size)
+    some = mask.flatten(1).any(1)  # a small one may lie between pixels
+    return mask[some]
 
 
 def in_turn(mask: Tensor, count: int) -> Tensor:
@@ -114,14 +123,19 @@ def in_turn(mask: Tensor, count: int) -> Tensor:
 
 
 def biharmonic(images: Tensor, mask: Tensor) -> Tensor:
-    """scikit-image's, as it is; images that share a hole are its channels, which it fills one by one."""
+    """scikit-image's; images that share a hole are its channels, which it fills one by one."""
     from skimage.restoration import inpaint_biharmonic
 
     filled = images.clone()
     for number, hole in enumerate(mask[: len(images)]):
         part = images[number :: len(mask)]
-        channels = inpaint_biharmonic(part.flatten(0, 1).double().numpy(), hole[0].numpy(), channel_axis=0)
-        filled[number :: len(mask)] = torch.from_numpy(channels).view_as(part).float()
+        channels = inpaint_biharmonic(
+            part.flatten(0, 1).double().numpy(),
+            hole[0].numpy(),
+            channel_axis=0,
+        )
+        made = torch.from_numpy(channels).view_as(part)
+        filled[number :: len(mask)] = made.float()
     return filled
 
 
@@ -129,22 +143,36 @@ def telea(images: Tensor, mask: Tensor) -> Tensor:
     """OpenCV's, of 8-bit images."""
     import cv2
 
-    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    holes = mask[:, 0].byte().numpy()
-    filled = [
-        cv2.inpaint(image, holes[number % len(holes)], RADIUS, cv2.INPAINT_TELEA) for number, image in enumerate(pixels)
-    ]
-    return scaled(torch.from_numpy(np.stack(filled).reshape(pixels.shape)).permute(0, 3, 1, 2))
+    pixels = ((images + 1) * 127.5).round().byte()
+    pixels = pixels.permute(0, 2, 3, 1).contiguous()
+    holes = in_turn(mask, len(images))[:, 0].byte()
+    filled = torch.empty_like(pixels)
+    for number, image in enumerate(pixels):
+        made = cv2.inpaint(
+            image.numpy(),
+            holes[number].numpy(),
+            RADIUS,
+            cv2.INPAINT_TELEA,
+        )
+        filled[number] = torch.from_numpy(made).view_as(image)
+    return scaled(filled.permute(0, 3, 1, 2))
 
 
 def mean(images: Tensor, mask: Tensor) -> Tensor:
     """The mean of what is known of each channel."""
-    return known_mean(images, ~in_turn(mask, len(images))).expand_as(images)
+    known = ~in_turn(mask, len(images))
+    return known_mean(images, known).expand_as(images)
 
 
-def network(model: NAIGN, times: int) -> Fill:
+def network(
+    model: NAIGN,
+    times: int,
+    images: Tensor,
+    mask: Tensor,
+) -> Tensor:
     """f applied so many times, and what is known put back after each."""
-    return lambda images, mask: model.project(images, mask=in_turn(mask, len(images)), times=times)
+    holes = in_turn(mask, len(images))
+    return model.project(images, mask=holes, times=times)
 
 
 FILLERS: dict[str, Fill] = {
@@ -152,11 +180,6 @@ FILLERS: dict[str, Fill] = {
     "Telea (OpenCV)": telea,
     "mean of what is known": mean,
 }
-Row = dict[str, float]
-"""Of a filler: "error KIND", "FD KIND" as a multiple of the floor, and of a network what its training cost."""
-KINDS = ("centre", "boxes", "strokes")
-COLUMNS = [f"{measure} {kind}" for measure in ("FD", "error") for kind in KINDS]
-COST = "training, processor s"
 
 
 class Examples:
@@ -165,57 +188,85 @@ class Examples:
     def __init__(self, path: str, count: int) -> None:
         self.encoder = choose_encoder(DataSets(DataConfig(path=path)).manifest)
         test = scaled(read_split(path, "test")[0])
-        train, features = read_split(path, "train")[0], self.encoder.features(test)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-        draws = (scaled(train[chosen]) for chosen in order.split(len(test))[:FLOORS])
-        self.floor = fmean(frechet_distance(self.encoder.features(part), features) for part in draws)
-        self.images, self.features = test[:count], features[:count]
+        train = read_split(path, "train")[0]
+        features = self.encoder.features(test)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(train), generator=generator)
+        floors = []
+        for chosen in order.split(len(test))[:FLOORS]:
+            others = self.encoder.features(scaled(train[chosen]))
+            floors.append(frechet_distance(others, features))
+        self.floor = fmean(floors)
+        self.images = test[:count]
+        self.features = features[:count]
 
     def measure(self, fill: Fill) -> Row:
-        row = Row()
+        row: Row = {}
         for kind in KINDS:
             mask = draw_holes(kind, self.images.shape[2:])
             hole = in_turn(mask, len(self.images))
-            filled = torch.where(hole, fill(self.images.masked_fill(hole, -1.0), mask), self.images)
+            given = self.images.masked_fill(hole, -1.0)
+            filled = torch.where(hole, fill(given, mask), self.images)
+            distance = frechet_distance(self.encoder.features(filled), self.features)
+            error = (filled - self.images).abs().double().sum()
             missing = hole.sum() * self.images.shape[1]
-            row[f"FD {kind}"] = frechet_distance(self.encoder.features(filled), self.features) / self.floor
-            row[f"error {kind}"] = float((filled - self.images).abs().double().sum() / missing)
+            row[f"FD {kind}"] = distance / self.floor
+            row[f"error {kind}"] = float(error / missing)
         return row
 
 
-def of_network(task: Task, times: int, examples: Examples) -> Row:
-    """Its row, which is kept beside the run; {} of one that diverged."""
-    if (task.trained / FAILED).exists():
-        return {}
-    file = task.folder / f"holes-{len(examples.images)}-{times}.json"
-    if not file.exists():
-        model = NAIGN.from_pretrained(task.folder)
-        row = {COST: model.metadata["cpu_seconds"]} | examples.measure(network(model, times))
-        write_atomically(file, json.dumps(row, indent=1) + "\n")
-    kept: Row = json.loads(file.read_text())
-    return kept
-
-
-def rows_of(name: str, data: Data, settings: Settings) -> dict[str, Row]:
-    """Of a table, by title."""
-    path = packed(f"data/{name}", name)
-    examples, rows = Examples(path, settings.count), dict[str, Row]()
-    asked = {"f": [f"--train.images={settings.images or data.images}", *data.further]}
+def networks(
+    name: str,
+    data: Data,
+    settings: Settings,
+) -> dict[str, list[str]]:
+    """Options of the networks that fill holes, by title."""
+    path = f"--data.path={packed(f'data/{name}', name)}"
+    asked = {"f": [path, *OPTIONS, f"--train.images={data.images}", *data.further]}
     if data.further:
-        recipe = Task.of(settings.runs, data.config, [f"--data.path={path}"], 0)
+        recipe = Task.of(settings.runs, data.config, [path], 0)
         if settings.train:
             recipe.train()
         asked["f"].append(f"--model.init={recipe.trained.absolute()}")
     if data.both:
-        asked["f with d(f(x), x)"] = [f"--train.images={settings.images or data.both}", "--objective.reconstruction=1"]
-    for title, options in asked.items():
-        task = Task.of(settings.runs, data.config, [*OPTIONS, f"--data.path={path}", *options], 0)
+        options = [f"--train.images={data.both}", "--objective.reconstruction=1"]
+        asked["f with d(f(x), x)"] = [path, *OPTIONS, *options]
+    return asked
+
+
+def rows_of(
+    name: str,
+    data: Data,
+    settings: Settings,
+) -> dict[str, Row]:
+    """The rows of a table, by title."""
+    examples = Examples(packed(f"data/{name}", name), settings.count)
+    rows: dict[str, Row] = {}
+    for title, options in networks(name, data, settings).items():
+        task = Task.of(settings.runs, data.config, options, 0)
         if settings.train:
             task.train()
-        if task.ended:
-            for times, way in ((FILLING, f"applied {FILLING} times"), (1, "once: a denoising autoencoder")):
-                rows[f"{title}, {way}"] = of_network(task, times, examples)
-    return rows | {title: examples.measure(fill) for title, fill in FILLERS.items()}
+        if not task.ended or task.diverged:
+            continue
+        model = NAIGN.from_pretrained(task.folder)
+        for way, times in ((f"applied {FILLING} times", FILLING), ("once", 1)):
+            row = examples.measure(partial(network, model, times))
+            row[COST] = model.metadata["cpu_seconds"]
+            rows[f"{title}, {way}"] = row
+    for title, fill in FILLERS.items():
+        rows[title] = examples.measure(fill)
+    return rows
+
+
+def table_of(rows: dict[str, Row]) -> str:
+    columns = [f"{measure} {kind}" for measure in ("FD", "error") for kind in KINDS]
+    lines = []
+    for title, row in rows.items():
+        cells = [spread([row[column]], 3) for column in columns]
+        cost = spread([row.get(COST)], 0)
+        lines.append([title, *cells, cost])
+    titles = [f"{column}, × floor" if column.startswith("FD") else column for column in columns]
+    return table(["", *titles, COST], lines)
 
 
 def main(settings: Settings) -> None:
@@ -224,17 +275,13 @@ def main(settings: Settings) -> None:
     if not all(map(importlib.util.find_spec, ("skimage", "cv2"))):
         raise InputError("other fillers are not installed: pip install scikit-image opencv-python-headless")
     check_place(settings.to)
-    text, tables = "", dict[str, dict[str, Row]]()
+    found = {}
+    tables = {}
     for name, data in SETS.items():
-        rows = tables[data.title] = rows_of(name, data, settings)
-        titles = ["", *(f"{column}, × floor" if column.startswith("FD") else column for column in COLUMNS), COST]
-        lines = [
-            [title, *(spread([row.get(key)], 0 if key == COST else 3) for key in (*COLUMNS, COST))]
-            for title, row in rows.items()
-        ]
-        heading = f"Holes, {data.title}"
-        text += page(heading, titles, lines) if not text else f"\n{heading}\n\n{table(titles, lines)}\n"
-    write(settings.to, text, tables)
+        found[data.title] = rows_of(name, data, settings)
+        tables[f"Holes, {data.title}"] = table_of(found[data.title])
+    text = pages(tables)
+    write(settings.to, text, found)
     print(text)
 
 

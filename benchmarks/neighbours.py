@@ -1,21 +1,20 @@
-"""The exact search of `naign copies` and `naign duplicates` beside FAISS's exact and approximate indexes.
+"""For the nearest of 10^6 rows of 512 values to 10^5, FAISS's exact index takes 12 times as long as this search.
 
     naign pack cifar10 --to data/cifar10
-    python benchmarks/neighbours.py --to benchmarks/results/neighbours
+    python benchmarks/neighbours.py --threads 1 --to benchmarks/results/neighbours
 
-finds the nearest of 10^6 rows for each of 10^5, both of 512 values: grey windows of 16x32 pixels, also mirrored, of
-training images, and of test images for the queries. Candidates lie in a file. The search of this project reads them in
-blocks; FAISS's indexes hold all of them, and reading them is not timed. Each method runs in a process of its own, whose
-processor time over all threads and peak memory beyond the queries are measured. Recall@1 is the share of queries for
-which a candidate is found that is as near as the nearest, by float64 differences.
-
-HNSW (M = 32) is searched with efSearch doubled from 16 until recall@1 is 0.99 or more.
+Compared in the same run: the search of `naign copies` and `naign duplicates`, and FAISS's exact and approximate
+indexes. Rows are grey windows of 16 x 32 pixels, also mirrored, of training images, and of test images for the queries.
+Candidates lie in a file: this search reads them in blocks, FAISS's indexes hold all of them, and filling them is not
+timed as reading. Each method runs in a process of its own, whose processor time and peak memory beyond the queries are
+measured. Recall@1 is the share of queries with a candidate as near as the nearest, by float64 differences. HNSW (M =
+32) is searched with efSearch doubled from 16 until recall@1 is 0.99 or more.
 """
 
 import multiprocessing
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +24,27 @@ import faiss
 import numpy as np
 import torch
 import tyro
-from match_data import number, read_rows, rows_of, size, write_rows
+from output import Record, megabytes, number, page, write
 from torch import Tensor
-from trained import page, write
 
 from naign.data.loader import read_split
-from naign.errors import exit_on_input_error, require
+from naign.errors import InputError, exit_on_input_error
 from naign.match import Blocks, search
 
-RECALL, MOST = 0.99, 1 << 14  # wanted of HNSW, and the largest efSearch
+HEIGHT = 16
+WIDTH = 32
+RECALL = 0.99
+"""Wanted of HNSW."""
+EFFORTS = [2**power for power in range(4, 15)]
+"""Values of efSearch to try."""
 BLOCK = 4096
-PLANNED = 10**6, 10**6  # queries and candidates that the last columns are extrapolated to
+PLANNED = 10**6
+"""Queries and candidates that the last column is computed for."""
+TITLES = {
+    "ours": "this project, exact",
+    "flat": "IndexFlatL2, exact",
+    "hnsw": "IndexHNSWFlat, approximate",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,33 +57,55 @@ class Settings:
     """Packed images that windows are cut from."""
     queries: int = 10**5
     candidates: int = 10**6
-    window: tuple[int, int] = (16, 32)
-    """Height and width."""
     threads: int = 0
     """0: one for each core."""
     scratch: Path = Path("scratch")
     """Folder for the rows."""
-    quick: bool = False
-    """2,000 queries and 20,000 candidates."""
+    window: tuple[int, int] = (HEIGHT, WIDTH)
+    """Height and width."""
 
 
-def windows(images: Tensor, count: int, window: tuple[int, int], seed: int) -> Iterator[Tensor]:
-    """`count` random windows of images (n, C, H, W) uint8 as rows (b, height * width) float32, grey, in levels."""
-    draw, (height, width) = np.random.default_rng(seed), window
-    require((min(images.shape[2] - height, images.shape[3] - width) >= 0, f"images are smaller than {height}x{width}"))
-    for low in range(0, count, BLOCK):
-        some = range(low, min(low + BLOCK, count))
-        tops = draw.integers(0, images.shape[2] - height + 1, len(some))
-        lefts, turns = draw.integers(0, images.shape[3] - width + 1, len(some)), draw.integers(0, 2, len(some))
-        cut = [
-            images[place % len(images), :, top : top + height, left : left + width].float().mean(0)
-            for place, top, left in zip(some, tops.tolist(), lefts.tolist(), strict=True)
-        ]
-        yield torch.stack([one.flip(1) if turn else one for one, turn in zip(cut, turns, strict=True)]).flatten(1)
+def write_windows(
+    file: Path,
+    images: Tensor,
+    count: int,
+    window: tuple[int, int],
+    seed: int,
+) -> None:
+    """Write `count` random windows of images (n, C, H, W) uint8 as rows (count, height * width) float32, grey."""
+    height, width = window
+    rows = images.shape[2] - height
+    columns = images.shape[3] - width
+    if min(rows, columns) < 0:
+        raise InputError(f"images are smaller than {height}x{width}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made = np.lib.format.open_memmap(
+        file,
+        mode="w+",
+        dtype=np.float32,
+        shape=(count, height * width),
+    )
+    draw = np.random.default_rng(seed)
+    tops = draw.integers(0, rows + 1, count)
+    lefts = draw.integers(0, columns + 1, count)
+    turned = draw.integers(0, 2, count)
+    grey = images.float().mean(1)
+    for place in range(count):
+        top = int(tops[place])
+        left = int(lefts[place])
+        cut = grey[place % len(grey), top : top + height, left : left + width]
+        if turned[place]:
+            cut = cut.flip(1)
+        made[place] = cut.flatten()
+
+
+def rows_of(file: Path) -> Any:
+    """Rows (n, d) float32 that lie in a file."""
+    return np.load(file, mmap_mode="r")
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor seconds over all threads of this process, and what it returned."""
+    """Processor seconds over all threads of this process, and what the call returned."""
     start = time.process_time()
     answer = call()
     return time.process_time() - start, answer
@@ -82,89 +113,146 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def resident(kind: str) -> int:
     """Bytes of this process in memory: VmRSS now, VmHWM at most so far (Linux)."""
-    return 1024 * int(re.findall(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+    status = Path("/proc/self/status").read_text()
+    (kilobytes,) = re.findall(rf"{kind}:\s+(\d+) kB", status)
+    return 1024 * int(kilobytes)
 
 
-def distances(queries: Tensor, pool: Path, ids: Tensor) -> Tensor:
-    """Squared distances (q,) float64 of queries to the candidates of these ids; -1 is none, and infinitely far."""
-    rows = torch.from_numpy(np.load(pool, mmap_mode="r")[ids.clamp(min=0).numpy()])
-    squares = (queries.double() - rows.double()).square().sum(1)
-    return torch.where(ids < 0, torch.inf, squares)
-
-
-def measure(method: str, asked: Path, pool: Path, least: Tensor | None, threads: int) -> tuple[dict[str, Any], Tensor]:
-    """In a process of its own: processor seconds to build and search, peak memory beyond the queries, recall; and the
-    squared distances of what was found, of which `least` are the right ones.
-    """
+def measure(
+    method: str,
+    asked: Path,
+    pool: Path,
+    least: Tensor | None,
+    threads: int,
+) -> tuple[Record, Tensor]:
+    """In a process of its own: what a method takes, and the squared distances it found; `least` are the right ones."""
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    queries, count = read_rows(asked, 0, rows_of(asked)), rows_of(pool)
-    build, effort, recall, before = 0.0, 8 if method == "hnsw" else 0, 1.0, resident("VmRSS")
+    queries = torch.from_numpy(np.array(rows_of(asked)))
+    candidates = rows_of(pool)
+    before = resident("VmRSS")
     if method == "ours":
-        blocks = Blocks(rows=count, make=lambda low, high: read_rows(pool, low, high), size=BLOCK)
+        blocks = Blocks(
+            rows=len(candidates),
+            make=lambda low, high: torch.from_numpy(candidates[low:high].copy()),
+            size=BLOCK,
+        )
         seconds, answer = timed(lambda: search(queries, blocks, 0))
+        found = {
+            "build": 0.0,
+            "search": seconds,
+            "recall": 1.0,
+            "effort": 0,
+        }
         squares = answer.distances[:, 0]
     else:
-        index = faiss.IndexFlatL2(queries.shape[1]) if method == "flat" else faiss.IndexHNSWFlat(queries.shape[1], 32)
-        for low in range(0, count, 1 << 16):
-            part = read_rows(pool, low, min(low + (1 << 16), count)).numpy()
-            build += timed(lambda part=part: index.add(part))[0]  # type: ignore[misc]
-        while True:
-            effort *= 2
-            if effort:
-                index.hnsw.efSearch = effort
-            seconds, (_, ids) = timed(lambda: index.search(queries.numpy(), 1))
-            squares = distances(queries, pool, torch.from_numpy(ids[:, 0]))
-            recall = float((squares <= least * (1 + 1e-9)).double().mean())
-            if recall >= RECALL or effort in (0, MOST):
-                break
-    peak = resident("VmHWM") - before
-    return {"build": build, "search": seconds, "memory": peak, "recall": recall, "effort": effort}, squares
+        assert least is not None
+        found, squares = measure_faiss(method, queries, candidates, least)
+    return found | {"memory": resident("VmHWM") - before}, squares
 
 
-TITLES = {"ours": "this project, exact", "flat": "IndexFlatL2, exact", "hnsw": "IndexHNSWFlat, approximate"}
+def measure_faiss(
+    method: str,
+    queries: Tensor,
+    candidates: Any,
+    least: Tensor,
+) -> tuple[Record, Tensor]:
+    index = faiss.IndexFlatL2(queries.shape[1])
+    efforts = [0]
+    if method == "hnsw":
+        index = faiss.IndexHNSWFlat(queries.shape[1], 32)
+        efforts = EFFORTS
+    build = 0.0
+    for low in range(0, len(candidates), 1 << 16):
+        part = np.array(candidates[low : low + (1 << 16)])
+        build += timed(lambda part=part: index.add(part))[0]  # type: ignore[misc]
+    for effort in efforts:
+        if effort:
+            index.hnsw.efSearch = effort
+        seconds, answer = timed(lambda: index.search(queries.numpy(), 1))
+        ids = answer[1][:, 0]
+        nearest = torch.from_numpy(candidates[ids.clip(min=0)])
+        difference = queries.double() - nearest.double()
+        squares = difference.square().sum(1)
+        squares[torch.from_numpy(ids < 0)] = torch.inf
+        right = squares <= least * (1 + 1e-9)
+        recall = float(right.double().mean())
+        if recall >= RECALL:
+            break
+    found = {
+        "build": build,
+        "search": seconds,
+        "recall": recall,
+        "effort": effort,
+    }
+    return found, squares
 
 
 def main(settings: Settings) -> None:
-    if settings.quick:
-        settings.queries, settings.candidates = 2_000, 20_000
     threads = settings.threads or torch.get_num_threads()
-    values = settings.window[0] * settings.window[1]
-    files = [settings.scratch / f"windows-{settings.queries}-queries.npy"]
-    files.append(settings.scratch / f"windows-{settings.candidates}-candidates.npy")
-    for seed, (file, split) in enumerate(zip(files, ("test", "train"), strict=True)):
-        images, count = read_split(str(settings.data), split)[0], (settings.queries, settings.candidates)[seed]
-        write_rows(file, windows(images, count, settings.window, seed), count, values)
-    records, least = dict[str, dict[str, Any]](), None
+    queries = settings.scratch / f"windows-{settings.queries}-queries.npy"
+    candidates = settings.scratch / f"windows-{settings.candidates}-candidates.npy"
+    images = str(settings.data)
+    test, _ = read_split(images, "test")
+    train, _ = read_split(images, "train")
+    write_windows(queries, test, settings.queries, settings.window, seed=0)
+    write_windows(candidates, train, settings.candidates, settings.window, seed=1)
+    records: dict[str, Record] = {}
+    least: Tensor | None = None
     for method in TITLES:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            records[method], squares = process.submit(measure, method, *files, least, threads).result()
-        least = squares if least is None else least
-    more = PLANNED[0] * PLANNED[1] / (settings.queries * settings.candidates)
-    rows = [
-        [
-            TITLES[method] + (f" (efSearch {record['effort']})" if record["effort"] else ""),
-            *(f"{number(record[name])} s" for name in ("build", "search")),
-            f"{record['recall']:.4f}",
-            size(record["memory"]),
-            f"{number(planned(method, record, settings, more) / 3600)} h",
-        ]
-        for method, record in records.items()
-    ]
-    title = f"{settings.queries:,} x {settings.candidates:,} rows of {values} values, {threads} threads. "
-    title += f"Times are processor time, over all threads. The last column is computed, not measured: {PLANNED[0]:,} x "
-    title += f"{PLANNED[1]:,}, build and search."
-    text = page(title, ["search", "build", "search", "recall@1", "memory", "planned"], rows)
-    write(settings.to, text, {"threads": threads, "values": values, "methods": records})
+            running = process.submit(
+                measure,
+                method,
+                queries,
+                candidates,
+                least,
+                threads,
+            )
+            records[method], squares = running.result()
+        if least is None:
+            least = squares
+    text = page_of(records, settings, threads)
+    write(settings.to, text, {"threads": threads, "methods": records})
     print(text)
 
 
-def planned(method: str, record: dict[str, Any], settings: Settings, more: float) -> float:
+def page_of(
+    records: dict[str, Record],
+    settings: Settings,
+    threads: int,
+) -> str:
+    rows = []
+    for method, record in records.items():
+        title = TITLES[method]
+        if record["effort"]:
+            title += f" (efSearch {record['effort']})"
+        cells = [
+            f"{number(record['build'])} s",
+            f"{number(record['search'])} s",
+            f"{record['recall']:.4f}",
+            megabytes(record["memory"]),
+            f"{number(planned(method, record, settings) / 3600)} h",
+        ]
+        rows.append([title, *cells])
+    values = settings.window[0] * settings.window[1]
+    title = f"""\
+{settings.queries:,} x {settings.candidates:,} rows of {values} values, {threads} threads. Times are processor time. The
+last column is computed: {PLANNED:,} x {PLANNED:,}, build and search."""
+    return page(title, ["search", "build", "search", "recall@1", "memory", "planned"], rows)
+
+
+def planned(
+    method: str,
+    record: Record,
+    settings: Settings,
+) -> float:
     """Processor seconds for PLANNED. Exact searches grow with the pairs; a graph is built by row and asked by query."""
-    if method != "hnsw":
-        return float(record["build"] + record["search"] * more)
-    builds, asked = PLANNED[1] / settings.candidates, PLANNED[0] / settings.queries
-    return float(record["build"] * builds + record["search"] * asked)
+    more_queries = PLANNED / settings.queries
+    more_candidates = PLANNED / settings.candidates
+    if method == "hnsw":
+        return float(record["build"] * more_candidates + record["search"] * more_queries)
+    return float(record["build"] + record["search"] * more_queries * more_candidates)
 
 
 if __name__ == "__main__":

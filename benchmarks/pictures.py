@@ -1,4 +1,4 @@
-"""Samples and repairs of runs, as one picture.
+"""Samples and repairs of runs, as one picture: docs/pictures.png and docs/samples.png.
 
     python benchmarks/pictures.py RUN [RUN ...] --colours 64 --to docs/pictures.png
     python benchmarks/pictures.py runs/mnist runs/fashion_mnist runs/cifar10_cpu \\
@@ -26,12 +26,29 @@ PICTURES = ("samples", "restoration_noise", "restoration_blur")
 """Of a row, from left to right."""
 GAP = 12
 """Pixels between pictures."""
-CELL, MARGIN, ROW, FONT = 68, 150, 72, 28
-"""Pixels, with --front: of an image; left of the columns, for names; from row to row; height of letters."""
+CELL = 68
+"""With --front, pixels of an image."""
+MARGIN = 150
+"""Left of the columns, for names."""
+ROW = 72
+"""From row to row."""
+FONT = 28
+"""Height of letters."""
+CLEAR = (0, 0, 0, 0)
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+NAMES = {0: "samples", 3: "damaged", 4: "repaired", 5: "drawn"}
+"""Of rows."""
 DRAWINGS = (
-    [[(8, 9), (13, 5), (18, 9), (15, 14)], [(13, 17), (8, 22)], [(10, 23), (20, 22)]],
-    [[(17, 7), (12, 6), (10, 10), (14, 13), (17, 9)], [(18, 12), (17, 17)], [(16, 20), (14, 24)]],
+    [
+        [(8, 9), (13, 5), (18, 9), (15, 14)],
+        [(13, 17), (8, 22)],
+        [(10, 23), (20, 22)],
+    ],
+    [
+        [(17, 7), (12, 6), (10, 10), (14, 13), (17, 9)],
+        [(18, 12), (17, 17)],
+        [(16, 20), (14, 24)],
+    ],
 )
 """Strokes on 28 x 28 pixels, which do not meet: of a 2 and of a 9."""
 
@@ -52,7 +69,7 @@ class Settings:
 
 
 def load(run: Path, name: str) -> Image.Image:
-    """A picture of a run's report; InputError if it has not been evaluated."""
+    """A picture of a run's report. Raises InputError if it has not been evaluated."""
     try:
         return Image.open(run / f"evaluation/{name}.png").convert("RGBA")
     except OSError as error:
@@ -61,63 +78,103 @@ def load(run: Path, name: str) -> Image.Image:
 
 def side_by_side(runs: list[Path]) -> Image.Image:
     """A row a run: the pictures of its report as they are."""
-    strips = [[load(run, name) for name in PICTURES] for run in runs]
-    width = max(sum(image.width + GAP for image in images) for images in strips)
-    heights = [max(image.height for image in images) + GAP for images in strips]
-    canvas = Image.new("RGBA", (width, sum(heights)), (0, 0, 0, 0))
-    for line, images in enumerate(strips):
+    placed = []
+    width = 0
+    top = 0
+    for run in runs:
         left = 0
+        images = [load(run, name) for name in PICTURES]
         for image in images:
-            canvas.paste(image, (left, sum(heights[:line])))
+            placed.append((image, left, top))
             left += image.width + GAP
+        width = max(width, left)
+        top += max(image.height for image in images) + GAP
+    canvas = Image.new("RGBA", (width, top), CLEAR)
+    for image, left, at in placed:
+        canvas.paste(image, (left, at))
     return canvas
 
 
-def cut(picture: Image.Image, rows: int, row: int, from_right: int) -> Image.Image:
+def cut(
+    picture: Image.Image,
+    rows: int,
+    row: int,
+    from_right: int,
+) -> Image.Image:
     """One image of a grid, counted from its right end, since names may stand at the left."""
     side = (picture.height + INNER) // rows
-    left, top = picture.width + INNER - from_right * side, row * side
-    return picture.crop((left, top, left + side - INNER, top + side - INNER))
+    left = picture.width + INNER - from_right * side
+    top = row * side
+    right = left + side - INNER
+    bottom = top + side - INNER
+    return picture.crop((left, top, right, bottom))
 
 
 def column_of(run: Path) -> list[list[Image.Image]]:
     """Rows of four: samples, the first that were drawn; test images damaged in four ways; and f of these."""
-    drawn, repairs = load(run, "samples"), [load(run, f"restoration_{kind}") for kind in KINDS]
-    samples = [[cut(drawn, 6, 0, 16 - 4 * row - column) for column in range(4)] for row in range(3)]
-    answers = [[cut(one, 5, row, 10 - column) for column, one in enumerate(repairs)] for row in (1, 2)]
-    return samples + answers
+    samples = load(run, "samples")
+    repairs = [load(run, f"restoration_{kind}") for kind in KINDS]
+    lines = []
+    for row in range(3):
+        last = 16 - 4 * row
+        lines.append([cut(samples, 6, 0, last - column) for column in range(4)])
+    for row in (1, 2):
+        images = []
+        for column, picture in enumerate(repairs):
+            images.append(cut(picture, 5, row, 10 - column))
+        lines.append(images)
+    return lines
 
 
 def drawings(run: Path) -> list[Image.Image]:
-    """Each of DRAWINGS, and behind it what the run's model makes of it."""
-    model, images = NAIGN.from_pretrained(run), []
+    """Each of DRAWINGS, and behind it the repair by the run's model."""
+    model = NAIGN.from_pretrained(run)
+    images = []
     for strokes in DRAWINGS:
         canvas = Image.new("L", (28 * 8, 28 * 8))
         for stroke in strokes:
-            ImageDraw.Draw(canvas).line([(8 * x, 8 * y) for x, y in stroke], fill=255, width=14, joint="curve")
-        pixels = bytearray(canvas.resize((28, 28), Image.Resampling.BOX).tobytes())
-        given = scaled(torch.frombuffer(pixels, dtype=torch.uint8).view(1, 1, 28, 28))
-        images += [to_image(given[0]), to_image(model.project(given)[0])]
+            line = [(8 * x, 8 * y) for x, y in stroke]
+            ImageDraw.Draw(canvas).line(line, fill=255, width=14, joint="curve")
+        small = canvas.resize((28, 28), Image.Resampling.BOX)
+        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+        given = scaled(pixels.view(1, 1, 28, 28))
+        repaired = model.project(given)
+        images += [to_image(given[0]), to_image(repaired[0])]
     return images
 
 
 def front(runs: list[Path]) -> Image.Image:
     """A column a run, with names that stay legible when the picture is 360 pixels wide."""
-    width, names = 4 * ROW + 20, {0: "samples", 3: "damaged", 4: "repaired", 5: "drawn"}
-    canvas = Image.new("RGBA", (MARGIN + len(runs) * width - 24, 40 + 6 * ROW + 44), (0, 0, 0, 0))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT)
-    tops = [44 + ROW * row + 12 * ((row > 2) + (row > 4)) for row in range(6)]
-    for row, name in names.items():
-        draw.text((0, tops[row] + CELL // 2), name, fill=TEXT, font=font, anchor="lm")
+    width = 4 * ROW + 20
+    size = (MARGIN + len(runs) * width - 24, 40 + 6 * ROW + 44)
+    canvas = Image.new("RGBA", size, CLEAR)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(FONT)
+    tops = []
+    for row in range(6):
+        gaps = (row > 2) + (row > 4)
+        tops.append(44 + ROW * row + 12 * gaps)
+    for row, name in NAMES.items():
+        middle = tops[row] + CELL // 2
+        draw.text((0, middle), name, fill=TEXT, font=font, anchor="lm")
     for number, run in enumerate(runs):
         left = MARGIN + number * width
-        title = next((title for part, title in TITLES.items() if run.name.startswith(part)), run.name)
-        draw.text((left, 4), title, fill=TEXT, font=font)
-        for row, images in enumerate([*column_of(run), *([drawings(run)] if number == 0 else [])]):
+        draw.text((left, 4), title_of(run), fill=TEXT, font=font)
+        lines = column_of(run)
+        if number == 0:
+            lines.append(drawings(run))
+        for row, images in enumerate(lines):
             for column, image in enumerate(images):
                 shown = image.resize((CELL, CELL), Image.Resampling.BICUBIC)
                 canvas.paste(shown, (left + column * ROW, tops[row]))
     return canvas
+
+
+def title_of(run: Path) -> str:
+    for part, title in TITLES.items():
+        if run.name.startswith(part):
+            return title
+    return run.name
 
 
 def main(settings: Settings) -> None:
@@ -125,10 +182,12 @@ def main(settings: Settings) -> None:
         raise InputError(f"give runs, and --to {settings.to} as the name of a .png file")
     if not 0 <= settings.colours <= 256:
         raise InputError(f"--colours is {settings.colours}: it must lie between 0 and 256")
-    canvas = (front if settings.front else side_by_side)(settings.runs)
+    canvas = front(settings.runs) if settings.front else side_by_side(settings.runs)
+    if settings.colours:
+        canvas = canvas.quantize(settings.colours)
     try:
         settings.to.parent.mkdir(parents=True, exist_ok=True)
-        save(canvas.quantize(settings.colours) if settings.colours else canvas, settings.to)
+        save(canvas, settings.to)
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from None
 

@@ -23,29 +23,55 @@ from naign.model.encoders import choose_encoder
 from naign.model.scale import scaled
 
 
-def shifted(images: Tensor, count: int, most: int, *, flip: bool, seed: int = 0) -> Tensor:
+def shifted(
+    images: Tensor,
+    count: int,
+    most: int,
+    *,
+    flip: bool,
+) -> Tensor:
     """`count` of images (n, C, H, W), moved by up to `most` pixels with the edge repeated, and flipped by chance."""
-    draw = torch.Generator().manual_seed(seed)
-    chosen = images[torch.randint(len(images), (count,), generator=draw)]
-    padded, (height, width) = F.pad(chosen, (most,) * 4, mode="replicate"), images.shape[2:]
-    moves = torch.randint(2 * most + 1, (count, 2), generator=draw).tolist()
-    moved = [one[:, y : y + height, x : x + width] for one, (y, x) in zip(padded, moves, strict=True)]
-    turned = (torch.rand(count, generator=draw) < 0.5).tolist()
-    return torch.stack([one.flip(2) if flip and turn else one for one, turn in zip(moved, turned, strict=True)])
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(images), [count], generator=draw)
+    chosen = images[rows]
+    padded = F.pad(chosen, (most,) * 4, mode="replicate")
+    moves = torch.randint(2 * most + 1, (count, 2), generator=draw)
+    turns = torch.rand(count, generator=draw) < 0.5
+    height, width = images.shape[2:]
+    made = torch.empty_like(chosen)
+    for number, (top, left) in enumerate(moves.tolist()):
+        moved = padded[number, :, top : top + height, left : left + width]
+        if flip and turns[number]:
+            moved = moved.flip(2)
+        made[number] = moved
+    return made
 
 
-def main(paths: tyro.conf.Positional[list[Path]], most: int = 2, count: int = 10_000) -> None:
+def mean_distance(images: Tensor, train: Tensor) -> float:
+    """From images to the nearest training images."""
+    distances, _ = nearest(images, train)
+    return float(distances.double().mean())
+
+
+def main(
+    paths: tyro.conf.Positional[list[Path]],
+    most: int = 2,
+    count: int = 10_000,
+) -> None:
     """Measure flipped and shifted training images as if they were samples."""
     for path in paths:
-        manifest = DataSets(DataConfig(path=str(path))).manifest
-        train, test = (scaled(read_split(str(path), split)[0]) for split in ("train", "test"))
-        encoder = choose_encoder(manifest)
-        samples = shifted(train, count, most, flip="mnist" not in path.name or "fashion" in path.name)
-        features = encoder.features(samples), encoder.features(test)
-        overlap, far = coverage(features[1], features[0]), nearest(test[:1000], train)[0].double().mean()
-        ratio = float(nearest(samples[:1000], train)[0].double().mean() / far)
-        numbers = f"precision {overlap['precision']:.2f}, recall {overlap['recall']:.2f}, copying {ratio:.2f}"
-        print(f"{path}: FD {frechet_distance(*features):.0f}, {numbers}")
+        encoder = choose_encoder(DataSets(DataConfig(path=str(path))).manifest)
+        train = scaled(read_split(str(path), "train")[0])
+        test = scaled(read_split(str(path), "test")[0])
+        digits = "mnist" in path.name and "fashion" not in path.name
+        samples = shifted(train, count, most, flip=not digits)
+        ours = encoder.features(samples)
+        theirs = encoder.features(test)
+        overlap = coverage(theirs, ours)
+        far = mean_distance(test[:1000], train)
+        copying = mean_distance(samples[:1000], train) / far
+        print(f"{path}: FD {frechet_distance(ours, theirs):.0f}, precision {overlap['precision']:.2f},", end=" ")
+        print(f"recall {overlap['recall']:.2f}, copying {copying:.2f}")
 
 
 if __name__ == "__main__":

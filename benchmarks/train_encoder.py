@@ -30,21 +30,37 @@ BATCH = 128
 
 def content_order(images: Tensor) -> Tensor:
     """(n, C, H, W) uint8 -> (n,) int64: the order of the images by the SHA-256 of their pixels."""
-    digests = [hashlib.sha256(image.tobytes()).digest() for image in images.numpy()]
-    return torch.tensor(sorted(range(len(digests)), key=digests.__getitem__))
+    digests = []
+    for image in images.numpy():
+        digests.append(hashlib.sha256(image.tobytes()).digest())
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    return torch.tensor(order)
 
 
-def augment(images: Tensor, *, flip: bool, generator: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor,
+    *,
+    flip: bool,
+    generator: torch.Generator,
+) -> Tensor:
     """(n, C, H, W) in [-1, 1], the same shape: up to 9 degrees, 10 % of scale, 7 % of shift, and a mirror if `flip`."""
     count = len(images)
-    angle, scale, right, down = (torch.rand(4, count, generator=generator) * 2 - 1) * torch.tensor(
-        [[math.pi / 20], [0.1], [0.14], [0.14]]  # shifts are in half images
-    )
-    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0) if flip else torch.ones(count)
-    cosine, sine = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
-    theta = torch.stack([cosine * mirror, -sine, right, sine * mirror, cosine, down], dim=1).view(count, 2, 3)
+    draws = torch.rand(4, count, generator=generator) * 2 - 1
+    angle = draws[0] * math.pi / 20
+    scale = 1 + 0.1 * draws[1]
+    right = 0.14 * draws[2]  # in half images
+    down = 0.14 * draws[3]
+    mirror = torch.ones(count)
+    if flip:
+        mirror[torch.rand(count, generator=generator) < 0.5] = -1.0
+    cosine = scale * angle.cos()
+    sine = scale * angle.sin()
+    first = [cosine * mirror, -sine, right]
+    second = [sine * mirror, cosine, down]
+    theta = torch.stack(first + second, dim=1).view(count, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # + 1: what is moved in from outside is black
+    moved = F.grid_sample(images + 1, grid, align_corners=False)
+    return moved - 1  # + 1 before: what is moved in from outside is black
 
 
 def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
@@ -52,9 +68,9 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     network.eval()
     hits = 0
     with torch.inference_mode():
-        for start in range(0, len(images), 1000):
-            part = slice(start, start + 1000)
-            hits += int((network(scaled(images[part])).argmax(1) == labels[part]).sum())
+        for part, right in zip(images.split(1000), labels.split(1000), strict=True):
+            found = network(scaled(part)).argmax(1)
+            hits += int((found == right).sum())
     return hits / len(labels)
 
 
@@ -75,19 +91,28 @@ def train(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     order = content_order(images)
-    images, labels = images[order], labels[order]
-    network = Classifier(channels=images.shape[1], size=images.shape[2], classes=classes, width=width)
+    images = images[order]
+    labels = labels[order]
+    network = Classifier(
+        channels=images.shape[1],
+        size=images.shape[2],
+        classes=classes,
+        width=width,
+    )
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=decay)
     steps = len(images) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps * epochs, pct_start=1 / max(2, epochs)
+        optimizer,
+        rate,
+        total_steps=steps * epochs,
+        pct_start=1 / max(2, epochs),
     )
     for epoch in range(epochs):
         network.train()
         shuffled = torch.randperm(len(images), generator=generator)[: steps * batch]
-        for start in tqdm(range(0, len(shuffled), batch), desc=f"epoch {epoch + 1}/{epochs}", leave=False):
-            part = shuffled[start : start + batch]
-            inputs = augment(scaled(images[part]), flip=flip, generator=generator)
+        for part in tqdm(shuffled.split(batch), desc=f"epoch {epoch + 1}/{epochs}", leave=False):
+            inputs = scaled(images[part])
+            inputs = augment(inputs, flip=flip, generator=generator)
             loss = F.cross_entropy(network(inputs), labels[part])
             optimizer.zero_grad()
             loss.backward()
@@ -96,16 +121,21 @@ def train(
     return network.eval()
 
 
-def save(network: Classifier, path: Path, metadata: dict[str, str]) -> None:
+def save(
+    network: Classifier,
+    path: Path,
+    metadata: dict[str, str],
+) -> None:
     """One safetensors file; what it is, how good and how made stands in its header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+    weights = {}
+    for key, value in network.state_dict().items():
+        weights[key] = value.contiguous()
     save_file(weights, path, metadata=metadata)
     path.chmod(0o644)  # safetensors writes for the owner only
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line: read shards, train, print the test accuracy, save."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train an encoder for the Frechet distance.")
     parser.add_argument("--data", required=True, help="packed data set with labels: a folder or s3://")
     parser.add_argument("--name", required=True, help="name of the encoder: <data set>-cnn64")
@@ -114,11 +144,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=16, help="channels of the first convolution")
     parser.add_argument("--flip", action="store_true", help="mirror images at random (photographs)")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: read shards, train, print the test accuracy, save."""
+    options = parse(argv)
     with exit_on_input_error("train_encoder"):
         manifest = Manifest.load(options.data)
-        if len(manifest.shape) != 3 or len(manifest.labels) < 2 or min(options.epochs, options.width) < 1:
+        unfit = len(manifest.shape) != 3 or len(manifest.labels) < 2
+        if unfit or min(options.epochs, options.width) < 1:
             raise InputError(
                 f"{options.data} holds examples {manifest.shape} of {len(manifest.labels)} classes: an encoder takes "
                 "images with labels of two classes or more, and --epochs and --width of at least 1"
@@ -139,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     score = accuracy(network, test_images, test_labels)
     command = f"python benchmarks/train_encoder.py --data {options.data} --name {options.name}"
     command += f" --epochs {options.epochs} --width {options.width} --seed {options.seed}"
-    command += " --flip" if options.flip else ""
+    if options.flip:
+        command += " --flip"
     metadata = {
         "name": options.name,
         "dataset": manifest.name,

@@ -18,7 +18,8 @@ OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
 
 def write_pages(project: Path) -> list[str]:
     """Write build/pages as the site needs it; returns what is wrong with links out of docs/ and with nav."""
-    pages, wrong = project / "build/pages", []
+    pages = project / "build/pages"
+    wrong = []
     shutil.rmtree(pages, ignore_errors=True)
     shutil.copytree(project / "docs", pages, ignore=shutil.ignore_patterns("*.py", ".*", "data", "runs"))
     (pages / PICTURES).mkdir(parents=True)
@@ -26,12 +27,11 @@ def write_pages(project: Path) -> list[str]:
         shutil.copy(picture, pages / PICTURES)
     nav = (project / "mkdocs.yml").read_text()
     for page in sorted(pages.rglob("*.md")):
-        name, text = page.relative_to(pages).as_posix(), page.read_text()
-        wrong += [
-            f"docs/{name}: a link to {path}, which does not exist"
-            for _, _, path in OUTSIDE.findall(text)
-            if not (project / path).exists()
-        ]
+        name = page.relative_to(pages).as_posix()
+        text = page.read_text()
+        for _, _, path in OUTSIDE.findall(text):
+            if not (project / path).exists():
+                wrong.append(f"docs/{name}: a link to {path}, which does not exist")
         if not re.search(rf": {re.escape(name)}$", nav, re.MULTILINE):
             wrong.append(f"docs/{name}: not in nav of mkdocs.yml")
         page.write_text(OUTSIDE.sub(_on_site, text))
@@ -42,13 +42,16 @@ def _on_site(link: re.Match[str]) -> str:
     image, text, path = link.groups()
     if image:
         return f"![{text}]({path})"
-    return text if path in text else f"{text} (`{path}`)"
+    if path in text:
+        return text
+    return f"{text} (`{path}`)"
 
 
 def main(project: Path = ROOT) -> int:
     """Write the pages and build the site; returns the exit status."""
     wrong = write_pages(project)
-    print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
+    for problem in wrong:
+        print(problem, file=sys.stderr)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(project / "mkdocs.yml")]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode:

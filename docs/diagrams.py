@@ -55,30 +55,55 @@ ROOMS = {
 }
 
 
-def text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
+def text(
+    x: float,
+    y: float,
+    words: str,
+    style: str = "",
+    anchor: str = "start",
+) -> str:
     return f'<text x="{x:g}" y="{y:g}" class="{style}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def box(x: float, y: float, width: float, height: float, words: str = "", style: str = "box") -> str:
+def box(
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    words: str,
+    style: str = "box",
+) -> str:
     """A rounded box with its name in the middle."""
-    name = text(x + width / 2, y + height / 2 + 5.5, words, "name", "middle") if words else ""
+    name = text(x + width / 2, y + height / 2 + 5.5, words, "name", "middle")
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="7" class="{style}"/>{name}'
 
 
 def arrow(x: float, y: float, to_x: float, to_y: float) -> str:
     """A line with a head; horizontal or vertical."""
-    right, down = (to_x > x) - (to_x < x), (to_y > y) - (to_y < y)
-    tip = [(to_x, to_y), (to_x - 8 * right - 4 * down, to_y - 8 * down - 4 * right)]
-    tip.append((to_x - 8 * right + 4 * down, to_y - 8 * down + 4 * right))
-    points = " ".join(f"{a:g},{b:g}" for a, b in tip)
-    return f'<path d="M{x:g} {y:g}L{to_x:g} {to_y:g}" class="line"/><polygon points="{points}" class="head"/>'
+    right = (to_x > x) - (to_x < x)
+    down = (to_y > y) - (to_y < y)
+    points = f"{to_x:g},{to_y:g}"
+    for side in (-4, 4):
+        corner_x = to_x - 8 * right + side * down
+        corner_y = to_y - 8 * down + side * right
+        points += f" {corner_x:g},{corner_y:g}"
+    line = f'<path d="M{x:g} {y:g}L{to_x:g} {to_y:g}" class="line"/>'
+    return f'{line}<polygon points="{points}" class="head"/>'
 
 
 def picture(width: int, height: int, title: str, parts: Iterable[str]) -> str:
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     back = '<rect width="100%" height="100%" rx="6" class="back"/>'  # legible on a page that does not follow the system
-    return "\n".join([head, f"<title>{title}</title>", f"<style>\n{STYLE}\n</style>", back, *parts, "</svg>\n"])
+    lines = [
+        head,
+        f"<title>{title}</title>",
+        f"<style>\n{STYLE}\n</style>",
+        back,
+        *parts,
+        "</svg>\n",
+    ]
+    return "\n".join(lines)
 
 
 def draw_f() -> str:
@@ -91,11 +116,20 @@ def draw_f() -> str:
     parts = []
     for number, (given, more, made, how) in enumerate(rows):
         y = 36 + 72 * number
-        parts += [text(4, y, given, "name"), text(4, y + 20, more, "dim"), text(384, y, made, "name")]
-        parts += [text(384, y + 20, how, "dim"), arrow(192, y - 5, 222, y - 5), arrow(344, y - 5, 374, y - 5)]
+        parts += [
+            text(4, y, given, "name"),
+            text(4, y + 20, more, "dim"),
+            text(384, y, made, "name"),
+            text(384, y + 20, how, "dim"),
+            arrow(192, y - 5, 222, y - 5),
+            arrow(344, y - 5, 374, y - 5),
+        ]
     bow = "M228 10L270 88L296 88L338 10L338 200L296 122L270 122L228 200Z"
-    parts += [f'<path d="{bow}" class="core" stroke-linejoin="round"/>', text(283, 50, "f", "name", "middle")]
-    parts += [text(283, 110, "code", "dim", "middle")]
+    parts += [
+        f'<path d="{bow}" class="core" stroke-linejoin="round"/>',
+        text(283, 50, "f", "name", "middle"),
+        text(283, 110, "code", "dim", "middle"),
+    ]
     return picture(520, 210, "What f does", parts)
 
 
@@ -104,11 +138,14 @@ def draw_round() -> str:
     parts = []
     for number, (name, what) in enumerate(STAGES.items()):
         y = 6 + 56 * number
-        parts += [box(36, y, 112, 36, name, "core" if name == "fit" else "box"), text(162, y + 23, what, "dim")]
+        style = "core" if name == "fit" else "box"
+        parts.append(box(36, y, 112, 36, name, style))
+        parts.append(text(162, y + 23, what, "dim"))
         if number:
             parts.append(arrow(92, y - 20, 92, y - 1))
-    back = f"M36 {24 + 56 * 4}L12 {24 + 56 * 4}L12 {24 + 56}L26 {24 + 56}"
-    return picture(500, 272, "A round of training", [*parts, f'<path d="{back}" class="line"/>', arrow(26, 80, 35, 80)])
+    parts.append('<path d="M36 248L12 248L12 80L26 80" class="line"/>')
+    parts.append(arrow(26, 80, 35, 80))
+    return picture(500, 272, "A round of training", parts)
 
 
 def draw_rooms() -> str:
@@ -121,7 +158,8 @@ def draw_rooms() -> str:
     ]
     for number, name in enumerate(order):
         y = 34 + 30 * number
-        parts += [box(36, y, 118, 24, name), text(168, y + 17, ROOMS[name], "dim")]
+        parts.append(box(36, y, 118, 24, name))
+        parts.append(text(168, y + 17, ROOMS[name], "dim"))
     return picture(500, 40 + 30 * len(order), "The rooms of the package", parts)
 
 

@@ -53,25 +53,37 @@ def values(hint: type, metadata: typing.Mapping[str, Any]) -> str:
     """The type of a setting, and what its value has to satisfy."""
     must = re.sub(r"^(it must (be |lie )?|a weight is |choose )", "", metadata.get("must", ""))
     must = must.replace("name a folder", "not empty")
-    return f"{hint.__name__}, {must}" if must else hint.__name__
+    if must:
+        return f"{hint.__name__}, {must}"
+    return hint.__name__
 
 
 def fields(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
-def table(kind: type, prefix: str, change: str, names: Collection[str]) -> Iterator[str]:
+def table(
+    kind: type,
+    prefix: str,
+    change: str,
+    names: Collection[str],
+) -> Iterator[str]:
     """A row for each of these settings of a dataclass; sections within it are tables of their own."""
-    hints, texts = typing.get_type_hints(kind), docstrings(kind)
+    hints = typing.get_type_hints(kind)
+    texts = docstrings(kind)
     yield "| setting | values | default | meaning | may change |"
     yield "| --- | --- | --- | --- | --- |"
     for field in dataclasses.fields(kind):
         if field.name not in names or dataclasses.is_dataclass(hints[field.name]):
             continue
-        default = f"`{field.default}`" if field.default != "" else "empty"
-        text = re.sub(r"([|*<])", r"\\\1", texts[field.name])
-        may = CHANGE[field.metadata.get("change", change)]
-        yield f"| `{prefix}{field.name}` | {values(hints[field.name], field.metadata)} | {default} | {text} | {may} |"
+        cells = [
+            f"`{prefix}{field.name}`",
+            values(hints[field.name], field.metadata),
+            f"`{field.default}`" if field.default != "" else "empty",
+            re.sub(r"([|*<])", r"\\\1", texts[field.name]),
+            CHANGE[field.metadata.get("change", change)],
+        ]
+        yield f"| {' | '.join(cells)} |"
 
 
 def page() -> str:
@@ -81,12 +93,17 @@ def page() -> str:
         name, field = pending.pop(0)
         if not dataclasses.is_dataclass(field.default_factory):
             continue
-        change, kind = field.metadata.get("change", ""), typing.cast(type, field.default_factory)
-        shared = fields(typing.get_type_hints(Config)[name]) if name in NAMED else fields(kind)
+        change = field.metadata.get("change", "")
+        kind = typing.cast(type, field.default_factory)
+        shared = fields(kind)
+        if name in NAMED:
+            shared = fields(typing.get_type_hints(Config)[name])
         lines += ["", f"## {name}", "", *table(kind, f"{name}.", change, shared)]
         for choice, entry in NAMED.get(name, {}).items():
-            if more := fields(entry[0]) - shared:
-                lines += ["", f"## {name}, with {name}.name={choice}", "", *table(entry[0], f"{name}.", change, more)]
+            more = fields(entry[0]) - shared
+            if more:
+                rows = table(entry[0], f"{name}.", change, more)
+                lines += ["", f"## {name}, with {name}.name={choice}", "", *rows]
         if name not in NAMED:
             pending = [(f"{name}.{inner.name}", inner) for inner in dataclasses.fields(kind)] + pending
     return "\n".join(lines) + "\n"

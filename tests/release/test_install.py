@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,18 @@ FULL = "import shutil; shutil.disk_usage = lambda place: type('', (), {'free': 3
 
 
 def make(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    env = {
-        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
-    }  # of a make that runs tests
-    done = subprocess.run(["make", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    env = dict(os.environ)
+    for name in os.environ:
+        if name.startswith("MAKE"):  # of a make that runs tests
+            del env[name]
+    done = subprocess.run(
+        ["make", *words],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -45,7 +52,9 @@ def test_make_refuses_before_anything_is_written(fault: str, problem: str, tmp_p
     python.chmod(0o755)
     done = make("train", f"PYTHON={python}", f"VENV={tmp_path}/deep/venv", code=2)
     first, last = done.stderr.splitlines()
-    assert re.fullmatch(problem, first) and last.startswith("make: ***") and not done.stdout
+    assert re.fullmatch(problem, first)
+    assert last.startswith("make: ***")
+    assert not done.stdout
     assert list(tmp_path.iterdir()) == [python]
 
 
@@ -59,22 +68,27 @@ def test_an_environment_that_was_not_finished_does_not_stay(tmp_path: Path) -> N
 
 def test_a_run_and_a_recipe_may_have_spaces_in_their_paths() -> None:
     said = make("--dry-run", "train", "RUN=runs/a b", "CONFIG=my recipes/c.yaml").stdout
-    assert '--config "my recipes/c.yaml" --run.path "runs/a b"' in said and 'naign evaluate "runs/a b"' in said
+    assert '--config "my recipes/c.yaml" --run.path "runs/a b"' in said
+    assert 'naign evaluate "runs/a b"' in said
 
 
 def test_models_are_checked_before_the_first_is_trained() -> None:
-    for models, problem in (
-        ("", "MODELS is empty"),
-        ("mnist nothere", "No rule to make target 'configs/nothere.yaml'"),
-    ):
+    problems = {"": "MODELS is empty", "mnist nothere": "No rule to make target 'configs/nothere.yaml'"}
+    for models, problem in problems.items():
         done = make("--dry-run", "models", f"MODELS={models}", code=2)
-        assert problem in done.stderr and "launch" not in done.stdout
-    *_, tar, move, _ = make("--dry-run", "models", "MODELS=mnist").stdout.splitlines()  # a broken tar is not published
-    assert ".tar.partial" in tar and move.startswith("mv ") and move.endswith("/mnist.tar")
+        assert problem in done.stderr
+        assert "launch" not in done.stdout
+
+
+def test_a_broken_tar_of_a_model_is_not_published() -> None:
+    *_, tar, move, _ = make("--dry-run", "models", "MODELS=mnist").stdout.splitlines()
+    assert ".tar.partial" in tar
+    assert re.fullmatch("mv .*/mnist.tar", move)
 
 
 def test_names_of_files_suit_every_file_system() -> None:
     """No two differ in case alone (macOS), none has a character or length that Windows refuses."""
     names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
-    assert [name for name, count in Counter(name.lower() for name in names).items() if count > 1] == []
-    assert [name for name in names if not re.fullmatch(r"[\w./-]{1,150}", name, re.ASCII)] == []
+    assert len({name.lower() for name in names}) == len(names)
+    for name in names:
+        assert re.fullmatch(r"[\w./-]{1,150}", name, re.ASCII)

@@ -32,9 +32,18 @@ print(ids.tolist() == list(range(5, 105)), len(set(keys)), labels.dtype)
 
 def run(folder: Path, *command: str, code: int = 0, **more: str) -> str:
     """Run a program that does not see this checkout. Returns what it said."""
-    env = {name: value for name, value in environment().items() if not name.startswith(("GIT_", "SETUPTOOLS_SCM"))}
-    more = {"PYTHONPATH": "", **more}
-    done = subprocess.run(command, cwd=folder, env=env | more, capture_output=True, text=True, check=False)
+    env = environment() | {"PYTHONPATH": ""} | more
+    for name in list(env):
+        if name.startswith(("GIT_", "SETUPTOOLS_SCM")):
+            del env[name]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -44,11 +53,13 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the files of this checkout, one commit with the tag v7.8.9."""
     folder = tmp_path_factory.mktemp("tagged")
     listed = run(ROOT, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).exists():
+    for name in listed.split("\0"):
+        if name and (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgSign=false")
+    git = ["git"]
+    for setting in ("user.name=test", "user.email=test@localhost", "commit.gpgSign=false"):
+        git += ["-c", setting]
     run(folder, *git, "init", "--quiet")
     run(folder, *git, "add", ".")
     run(folder, *git, "commit", "--quiet", "--message=all")
@@ -56,30 +67,26 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def files_of(folder: Path) -> set[Path]:
+    return {file.relative_to(folder) for file in folder.rglob("*")}
+
+
 @pytest.mark.slow
 def test_the_wheel_trains_and_measures_in_an_empty_folder(tagged: Path, tmp_path: Path) -> None:
-    dist, site, empty = tmp_path / "dist", tmp_path / "site", tmp_path / "empty"
-    run(tagged, sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist))  # the wheel from the archive
-    wheel, archive = dist / "naign-7.8.9-py3-none-any.whl", dist / "naign-7.8.9.tar.gz"
+    dist = tmp_path / "dist"
+    site = tmp_path / "site"
+    empty = tmp_path / "empty"
+    python_m = [sys.executable, "-m"]
+    run(tagged, *python_m, "build", "--no-isolation", "--outdir", str(dist))  # the wheel from the archive
+    wheel = dist / "naign-7.8.9-py3-none-any.whl"
+    archive = dist / "naign-7.8.9.tar.gz"
     assert sorted(dist.iterdir()) == [wheel, archive]
     with tarfile.open(archive) as opened:
         assert {"naign-7.8.9/tests/conftest.py", "naign-7.8.9/k8s/base/job.yaml"} <= set(opened.getnames())
-    run(
-        tmp_path,
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-compile",
-        "--target",
-        str(site),
-        str(wheel),
-    )
+    install = ["install", "-q", "--no-deps", "--no-compile", "--target", str(site)]
+    run(tmp_path, *python_m, "pip", *install, str(wheel))
     for folder in ("configs", "launch", "k8s", "models"):
-        there, here = site / "naign" / folder, ROOT / folder
-        assert {file.relative_to(there) for file in there.rglob("*")} == {f.relative_to(here) for f in here.rglob("*")}
+        assert files_of(site / "naign" / folder) == files_of(ROOT / folder)
 
     empty.mkdir()
 
@@ -90,13 +97,16 @@ def test_the_wheel_trains_and_measures_in_an_empty_folder(tagged: Path, tmp_path
     inside = site / "naign"
     files = [str(inside / name) for name in ("launch/zero2.yaml", "pipeline/train.py")]
     assert where == [str(inside / "__init__.py"), "7.8.9", *files]
-    assert (inside / "py.typed").exists() and not (site / "pipeline").exists()
+    assert (inside / "py.typed").exists()
+    assert not (site / "pipeline").exists()
     small = [option for option in SMALL if not option.startswith("--report")]
     said = python(str(site / "bin/naign"), "train", "--config", "digits", *small, "--train.images=512")
-    assert "packing it" in said and "done: the run lies in runs/digits" in said
+    assert "packing it" in said
+    assert "done: the run lies in runs/digits" in said
     python(str(site / "bin/naign"), "evaluate", "runs/digits", "--samples", "100")
     metrics = json.loads((empty / "runs/digits/evaluation/metrics.json").read_text())
-    assert metrics["encoder"] == "digits-cnn64" and metrics["images_seen"] == 512
+    assert metrics["encoder"] == "digits-cnn64"
+    assert metrics["images_seen"] == 512
     assert python("-c", READ).split() == ["True", "100", "torch.int64"]
 
 
@@ -108,7 +118,8 @@ def test_an_archive_without_gits_history_has_a_version(tagged: Path, tmp_path: P
         opened.extractall(tmp_path / "archive", filter="data")
     assert run(tmp_path / "archive", *version).split()[-1] == "7.8.9"
     (tmp_path / "archive/.git_archival.txt").unlink()
-    fallback = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools_scm"]["fallback_version"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    fallback = project["tool"]["setuptools_scm"]["fallback_version"]
     assert run(tmp_path / "archive", *version).split()[-1] == fallback
     assert f"\n## [{fallback}]" in (ROOT / "CHANGELOG.md").read_text()
     assert os.access(tmp_path / "archive/.ci/run", os.X_OK)

@@ -30,7 +30,8 @@ def jobs(file: Path) -> dict[str, dict[str, Any]]:
 
 def check(schema: str, *files: Path) -> subprocess.CompletedProcess[str]:
     """Check files against one of the schemas that check-jsonschema ships."""
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, files)]
+    command = [sys.executable, "-m", "check_jsonschema"]
+    command += ["--builtin-schema", f"vendor.{schema}", *map(str, files)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -47,34 +48,42 @@ def test_forms_of_issues_and_the_citation_are_valid() -> None:
     templates = ROOT / ".github/ISSUE_TEMPLATE"
     forms = sorted(set(templates.glob("*.yml")) - {templates / "config.yml"})
     assert [form.stem for form in forms] == ["bug", "question"]
-    for schema, files in (
-        ("github-issue-forms", forms),
-        ("github-issue-config", [templates / "config.yml"]),
-        ("citation-file-format", [ROOT / "CITATION.cff"]),
-    ):
+    schemas = {
+        "github-issue-forms": forms,
+        "github-issue-config": [templates / "config.yml"],
+        "citation-file-format": [ROOT / "CITATION.cff"],
+    }
+    for schema, files in schemas.items():
         done = check(schema, *files)
         assert done.returncode == 0, done.stdout
 
 
 def test_the_build_of_the_image_is_sent_what_it_copies() -> None:
     """.dockerignore leaves out everything that it does not name."""
-    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (ROOT / "launch/Dockerfile").read_text(), re.M)
-    names = {source.partition("/")[0] for sources in copied for source in sources.split()}
+    dockerfile = (ROOT / "launch/Dockerfile").read_text()
+    kept = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.M)
+    names = set()
+    for sources in re.findall(r"^COPY (?!--from)(.*) \S+$", dockerfile, re.M):
+        names |= {source.partition("/")[0] for source in sources.split()}
     assert {"pipeline", "configs"} <= names
-    assert names <= set(re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.M))
+    assert names <= set(kept)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_workflows_run_what_the_makefile_has_and_can_write_only_what_they_must(file: Path) -> None:
-    text, targets = file.read_text(), set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"\bmake ([\w-]+)", text)) <= targets and "secrets." not in text
+    text = file.read_text()
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"\bmake ([\w-]+)", text)) <= set(targets)
+    assert "secrets." not in text
     used = re.findall(r"uses: (.*)", text)
-    pinned = r"\./\.github/workflows/\w+\.yml|[\w/-]+@[0-9a-f]{40} # v[\d.]+"
-    assert used and [each for each in used if not re.fullmatch(pinned, each)] == []
+    assert used
+    for each in used:
+        assert re.fullmatch(r"\./\.github/workflows/\w+\.yml|[\w/-]+@[0-9a-f]{40} # v[\d.]+", each)
     assert yaml.safe_load(text)["permissions"] == {"contents": "read"}
     for name, job in jobs(file).items():
         rights = job.get("permissions", {})
-        assert {right for right, how in rights.items() if how == "write"} == WRITES.get((file.stem, name), set())
+        writes = {right for right, how in rights.items() if how == "write"}
+        assert writes == WRITES.get((file.stem, name), set())
         for step in job.get("steps", []):  # ${{ }} in a command would run what it holds
             assert "${{" not in step.get("run", "")
             assert "checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False
@@ -82,7 +91,10 @@ def test_workflows_run_what_the_makefile_has_and_can_write_only_what_they_must(f
 
 def test_all_that_an_extra_asks_for_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    names = {re.match(r"[\w.-]+", each)[0].lower().replace("_", "-") for each in asked}  # type: ignore[index]
-    pins = set(re.findall(r"^([\w.-]+)==\S+", (ROOT / "launch/constraints.txt").read_text(), re.M))
-    assert names - pins == {"torch"}, "make constraints"
+    pins = re.findall(r"^([\w.-]+)==\S+", (ROOT / "launch/constraints.txt").read_text(), re.M)
+    names = set()
+    for asked in (project["dependencies"], *project["optional-dependencies"].values()):
+        for requirement in asked:
+            name = re.findall(r"[\w.-]+", requirement)[0]
+            names.add(name.lower().replace("_", "-"))
+    assert names - set(pins) == {"torch"}, "make constraints"

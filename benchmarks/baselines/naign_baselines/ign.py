@@ -40,18 +40,30 @@ class IgnConfig(DistanceConfig):
 def ign(config: IgnConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """Idempotence reaches the weights through the inner f only, tightness through the outer f only."""
     assert batch.latents is not None
-    images, distance = batch.images, batch.distance
-    reconstructed, sampled = network(torch.cat([images, batch.latents])).split(len(images))
-    weights = {name: value.detach() for name, value in batch.frozen.named_parameters()}
+    outputs = network(torch.cat([batch.images, batch.latents]))
+    reconstructed, sampled = outputs.split(len(batch.images))
+    reconstruction = batch.distance(reconstructed, batch.images)
+
+    weights = {}
+    for name, value in batch.frozen.named_parameters():
+        weights[name] = value.detach()
+    again = functional_call(batch.frozen, weights, (sampled,))
+    idempotence = batch.distance(again, sampled)
+
     held = sampled.detach()
-    reconstruction = distance(reconstructed, images)
-    idempotence = distance(functional_call(batch.frozen, weights, (sampled,)), sampled)
-    tightness = distance(network(held), held)
+    tightness = batch.distance(network(held), held)
     # The paper's clamp: unbounded, the tightness grows until nothing else counts. The scale itself is not optimised.
     limit = config.clamp * reconstruction.detach()
     clamped = torch.tanh(tightness / limit) * limit
-    loss = config.reconstruction * reconstruction + config.idempotence * idempotence - config.tightness * clamped
-    return {"total": loss, "reconstruction": reconstruction, "idempotence": idempotence, "tightness": tightness}
+    loss = config.reconstruction * reconstruction
+    loss = loss + config.idempotence * idempotence
+    loss = loss - config.tightness * clamped
+    return {
+        "total": loss,
+        "reconstruction": reconstruction,
+        "idempotence": idempotence,
+        "tightness": tightness,
+    }
 
 
 IGN = (IgnConfig, ign)

@@ -43,20 +43,29 @@ def nae(config: NaeConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     The chains start on the decoder's manifold, as the paper's do: here at f(z), there at the end of a chain in the
     code, which a network from images to images does not show. Its temperature is 1.
     """
-    weights = {name: value.detach() for name, value in batch.frozen.named_parameters()}
+    weights = {}
+    for name, value in batch.frozen.named_parameters():
+        weights[name] = value.detach()
     with torch.no_grad():
         samples = functional_call(batch.frozen, weights, (batch.latents,))
     for step in range(config.langevin_steps):
         samples.requires_grad_(True)
         residual = functional_call(batch.frozen, weights, (samples,)) - samples
-        (slope,) = torch.autograd.grad(residual.square().sum() / 2, samples)
-        samples = samples.detach() - config.langevin_rate * slope
-        samples = (samples + config.langevin_noise * batch.normals(step)).clamp(-1, 1)
+        energy = residual.square().sum() / 2
+        (slope,) = torch.autograd.grad(energy, samples)
+        noise = config.langevin_noise * batch.normals(step)
+        samples = samples.detach() - config.langevin_rate * slope + noise
+        samples = samples.clamp(-1, 1)
     inputs = torch.cat([batch.images, samples.detach()])
-    data, other = (network(inputs) - inputs).square().flatten(1).mean(1).split(len(batch.images))
-    bound = other.square().mean()
-    total = data.mean() - other.mean() + config.bound * bound
-    return {"total": total, "reconstruction": data.mean(), "samples": other.mean()}
+    residual = network(inputs) - inputs
+    energies = residual.square().flatten(1).mean(1)
+    data, other = energies.split(len(batch.images))
+    bound = config.bound * other.square().mean()
+    return {
+        "total": data.mean() - other.mean() + bound,
+        "reconstruction": data.mean(),
+        "samples": other.mean(),
+    }
 
 
 NAE = (NaeConfig, nae)

@@ -46,10 +46,17 @@ class RectifiedFlow(nn.Module):
 
     def __init__(self, config: FlowNetworkConfig, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.channels, self.patch = shape[0], config.patch
-        inner = (shape[0] * config.patch**2, shape[1] // config.patch, shape[2] // config.patch)
+        channels, height, width = shape
+        self.channels = channels
+        self.patch = config.patch
+        inner = (
+            channels * self.patch**2,
+            height // self.patch,
+            width // self.patch,
+        )
         self.velocity = SpatialVelocity(inner, config.width, config.depth, smallest=SIDE)
-        self.evaluations, self.solver = config.evaluations, config.solver
+        self.evaluations = config.evaluations
+        self.solver = config.solver
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) for latents (n, C, H, W), clamped to [-1, 1].
@@ -57,13 +64,18 @@ class RectifiedFlow(nn.Module):
         For training, (n, C + 1, H, W), whose last channel holds the time: the velocity (n, C, H, W) there.
         """
         if x.shape[1] > self.channels:
-            return self._velocity(x[:, :-1], x[:, -1, 0, 0])
+            time = x[:, -1, 0, 0]
+            return self._velocity(x[:, :-1], time)
         heun = self.solver == "heun"
-        steps = math.ceil(self.evaluations / 2) if heun else self.evaluations
+        steps = self.evaluations
+        if heun:
+            steps = math.ceil(self.evaluations / 2)
         for step in range(steps):
             slope = self._at(x, step / steps)
-            if heun and (step + 1 < steps or self.evaluations % 2 == 0):
-                slope = (slope + self._at(x + slope / steps, (step + 1) / steps)) / 2
+            last = step + 1 == steps and self.evaluations % 2
+            if heun and not last:
+                end = x + slope / steps
+                slope = (slope + self._at(end, (step + 1) / steps)) / 2
             x = x + slope / steps
         return x.clamp(-1, 1)
 
@@ -71,10 +83,16 @@ class RectifiedFlow(nn.Module):
         return self._velocity(x, x.new_full((x.shape[0],), time))
 
     def _velocity(self, x: Tensor, time: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.velocity(F.pixel_unshuffle(x, self.patch), time), self.patch)
+        squares = F.pixel_unshuffle(x, self.patch)
+        return F.pixel_shuffle(self.velocity(squares, time), self.patch)
 
 
-def _build(config: FlowNetworkConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
+def _build(
+    config: FlowNetworkConfig,
+    shape: tuple[int, ...],
+    *,
+    recompute: bool,
+) -> nn.Module:
     if len(shape) != 3:
         raise InputError(f"model.name=rectified_flow takes images, the data has {shape}")
     if shape[1] % config.patch or shape[2] % config.patch:
@@ -105,10 +123,13 @@ class FlowConfig(ObjectiveConfig):
 def rectified_flow(config: FlowConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """Squared error of the velocity on straight paths from a latent to an image, at times of a logistic normal."""
     assert batch.latents is not None
-    time = batch.normals(0)[:, :1, :1, :1].sigmoid()  # arXiv 2403.03206, as the flow of codes has it
+    normals = batch.normals(0)[:, :1, :1, :1]
+    time = normals.sigmoid()  # arXiv 2403.03206, as the flow of codes has it
     along = time * batch.images + (1 - time) * batch.latents
-    velocity = network(torch.cat([along, time.expand_as(along[:, :1])], dim=1))
-    error = (velocity - (batch.images - batch.latents)).square().mean()
+    times = time.expand_as(along[:, :1])
+    velocity = network(torch.cat([along, times], dim=1))
+    straight = batch.images - batch.latents
+    error = (velocity - straight).square().mean()
     return {"total": error, "velocity": error}
 
 

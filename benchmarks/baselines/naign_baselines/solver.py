@@ -16,7 +16,12 @@ from naign_baselines.rectified_flow import FlowNetworkConfig, RectifiedFlow
 
 
 def main(
-    run: Positional[str], /, *, to: Path, evaluations: int = 10, solver: Literal["heun", "euler"] = "heun"
+    run: Positional[str],
+    /,
+    *,
+    to: Path,
+    evaluations: int = 10,
+    solver: Literal["heun", "euler"] = "heun",
 ) -> None:
     """Write the flow of a run as a model that samples in another way.
 
@@ -28,9 +33,13 @@ def main(
     """
     model = NAIGN.from_pretrained(run)
     if not isinstance(model.network, RectifiedFlow):
-        raise InputError(f"the model in {run} is no rectified flow")
-    config = FlowNetworkConfig(**model.metadata["model"] | {"evaluations": evaluations, "solver": solver})
-    model.network.evaluations, model.network.solver = config.evaluations, config.solver
+        raise InputError(f"the model in {run} is not a rectified flow")
+    settings = dict(model.metadata["model"])
+    settings["evaluations"] = evaluations
+    settings["solver"] = solver
+    config = FlowNetworkConfig(**settings)
+    model.network.evaluations = config.evaluations
+    model.network.solver = config.solver
     metadata = model.metadata | {"model": asdict(config)}
     NAIGN(model.network, metadata, model.state).save_pretrained(to)
     print(f"exported: {to / 'model.safetensors'}")

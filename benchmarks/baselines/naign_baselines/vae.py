@@ -37,11 +37,15 @@ class VariationalNetwork(nn.Module):
 
     def __init__(self, body: ImageNetwork, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.body, self.shape, self.code = body, shape, body.code
+        self.body = body
+        self.shape = shape
+        self.code = body.code
         channels = 2 * body.code[0]
         last = body.encoder[-1]
-        dense = isinstance(last, nn.Linear)
-        body.encoder[-1] = nn.Linear(last.in_features, channels) if dense else nn.Conv2d(last.in_channels, channels, 1)
+        if isinstance(last, nn.Linear):
+            body.encoder[-1] = nn.Linear(last.in_features, channels)
+        else:
+            body.encoder[-1] = nn.Conv2d(last.in_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) for images (n, *shape).
@@ -51,10 +55,14 @@ class VariationalNetwork(nn.Module):
         """
         if x.ndim > 2:
             return self.decode(self.encode(x))
-        images, noise = x.split([math.prod(self.shape), math.prod(self.code)], dim=1)
-        mean, log_variance = self._law(images.view(-1, *self.shape))
-        drawn = self.decode(mean + (log_variance / 2).exp() * noise.view_as(mean))
-        return torch.cat([part.flatten(1).float() for part in (drawn, mean, log_variance)], dim=1)
+        sizes = [math.prod(self.shape), math.prod(self.code)]
+        values, noise = x.split(sizes, dim=1)
+        images = values.view(-1, *self.shape)
+        mean, log_variance = self._law(images)
+        deviation = (log_variance / 2).exp()
+        drawn = self.decode(mean + deviation * noise.view_as(mean))
+        parts = (drawn, mean, log_variance)
+        return torch.cat([part.flatten(1).float() for part in parts], dim=1)
 
     def encode(self, x: Tensor) -> Tensor:
         return self._law(x)[0]
@@ -63,15 +71,23 @@ class VariationalNetwork(nn.Module):
         return self.body.decode(code)
 
     def _law(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = self.body.encode(x).chunk(2, dim=1)
+        law = self.body.encode(x)
+        mean, log_variance = law.chunk(2, dim=1)
         return mean, log_variance.clamp(-WIDEST, WIDEST)
 
 
-def _build(config: VaeNetworkConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
+def _build(
+    config: VaeNetworkConfig,
+    shape: tuple[int, ...],
+    *,
+    recompute: bool,
+) -> nn.Module:
     if recompute:
         raise InputError("model.name=vae keeps all activations: leave out train.recompute")
     kind = find_network(config.body)[0]
-    settings = {key: value for key, value in asdict(config).items() if key not in ("name", "init", "body")}
+    settings = asdict(config)
+    for name in ("name", "init", "body"):
+        del settings[name]
     body = build_network(kind(**settings), shape)
     assert isinstance(body, ImageNetwork)
     return VariationalNetwork(body, shape)
@@ -100,17 +116,31 @@ class VaeConfig(ObjectiveConfig):
 
 def vae(config: VaeConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """The negative bound on the log-likelihood, in nats a value and up to a constant."""
-    images, code = batch.images.flatten(1), getattr(batch.frozen, "code", ())
-    size, dims = images.shape[1], math.prod(code)
-    parts = [batch.normals(step).flatten(1) for step in range(-(-dims // size))]
-    outputs = network(torch.cat([images, torch.cat(parts, dim=1)[:, :dims]], dim=1))
+    images = batch.images.flatten(1)
+    size = images.shape[1]
+    dims = math.prod(getattr(batch.frozen, "code", ()))
+    draws = math.ceil(dims / size)  # a draw has as many values as an image
+    rows = [images]
+    for step in range(draws):
+        rows.append(batch.normals(step).flatten(1))
+    inputs = torch.cat(rows, dim=1)[:, : size + dims]
+    outputs = network(inputs)
     drawn, mean, log_variance = outputs.split([size, dims, dims], dim=1)
-    squared = config.likelihood == "gaussian"
-    error = (drawn - images).square().mean() if squared else (drawn - images).abs().mean()
+
     # Minus the log-likelihood at the optimal scale: log sigma or log b, and a constant.
-    misfit = error.clamp(min=SMALLEST).log() / (2 if squared else 1)
-    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
-    return {"total": misfit + config.kl * divergence / size, "reconstruction": error, "divergence": divergence}
+    if config.likelihood == "gaussian":
+        error = (drawn - images).square().mean()
+        misfit = error.clamp(min=SMALLEST).log() / 2
+    else:
+        error = (drawn - images).abs().mean()
+        misfit = error.clamp(min=SMALLEST).log()
+    divergences = mean.square() + log_variance.exp() - 1 - log_variance
+    divergence = divergences.sum(1).mean() / 2
+    return {
+        "total": misfit + config.kl * divergence / size,
+        "reconstruction": error,
+        "divergence": divergence,
+    }
 
 
 VAE = (VaeConfig, vae)
@@ -126,7 +156,13 @@ class CodeNormal(Prior):
 
     decodes = arc = True
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+    ) -> Tensor:
         return normal(seed, round, ids, self.shape, device)
 
 
