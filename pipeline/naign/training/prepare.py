@@ -172,7 +172,6 @@ def open_outputs(
             active=rank == 0,
             images=(network_rounds * (config.train.passes - 1) + rounds) * config.match.round,
             seen=position.seen,
-            config=text,
             settings=settings,
             trackers=config.report.trackers,
         )

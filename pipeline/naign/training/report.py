@@ -14,7 +14,7 @@ from naign.data.loader import Rows
 from naign.distributed.engine import Engine
 from naign.distributed.host import count_ranks
 from naign.distributed.ranks import total
-from naign.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
+from naign.observe import fit_flops, grid, peak_memory, rows, scatter
 from naign.training.round import RoundRandom, RoundState
 from naign.training.run import Run
 
@@ -84,9 +84,6 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
     if "fit" in seconds:
         flops = fit_flops(run.flops, run.config.objective.forwards) * images / seconds["fit"]
         values["speed/fit_tflops"] = flops / 1e12
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, torch.float32)
-        if peak := peak_flops(device, dtype):  # of the GPUs; fitting used the share MFU of it: arXiv 2204.02311, B
-            values["speed/mfu"] = flops / (run.world * peak)
     return values
 
 
