@@ -132,9 +132,8 @@ def test_trackers_of_a_run(site, digits, tmp_path):
 
     # A tracker that hangs changes nothing.
     said = run("hanging", "--train.images=512", "--report.trackers=hanging")
-    assert (
-        said.count("tracker ") == said.count("tracker hanging has not finished after 5 s: the run ends without it") == 1
-    )
+    assert "tracker hanging has not finished after 5 s: the run ends without it" in said
+    assert said.count("tracker ") == 1
     assert read_losses(folder) == read_losses(tmp_path / "hanging")
 
     # A run that resumes goes on in the same run of MLflow, settings that may change included.
