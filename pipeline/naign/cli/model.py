@@ -19,7 +19,7 @@ from naign.terminal import busy, counted
 if TYPE_CHECKING:
     from naign.model.naign import NAIGN
 
-Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(help="Where to compute.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
 Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
@@ -75,7 +75,6 @@ def evaluate(
     from naign.evaluate.runs import folder_of
 
     _check(seed=seed)
-    require((device != "mps", "--device mps: measurements sum in float64, which MPS does not have; try --device cpu"))
     with lines_to_stderr(json):
         metrics = measure(run, data=data, samples=samples, seed=seed, device=_find_device(device), encoder=encoder)
     report = f"{folder_of(run)}/evaluation/report.html"
@@ -85,15 +84,10 @@ def evaluate(
     if json:
         print_json(metrics | {"report": report})
         return
-    distances = []
-    if metrics["fd"]:
-        distances.append({"encoder": metrics["encoder"], **metrics["fd"]})
-    if metrics["second"]:
-        distances.append(metrics["second"])
-    for fd in distances:
-        values = f"{compared(fd, 'once'):.4g} for f(z), {compared(fd, 'twice'):.4g} for f(f(z))"
-        floor = f"{fd['floor']:.4g} (training against test); f(z) is {number(fd['once_ratio'])} times that"
-        print(f"Frechet distance on {fd['encoder']}: {values}; floor {floor}")
+    for encoder, fd in ((metrics["encoder"], metrics["fd"]), ("", metrics["second"])):
+        if fd:
+            values = f"{compared(fd, 'once'):.4g} for f(z), {number(fd['once_ratio'])} times the floor"
+            print(f"Frechet distance on {encoder or fd['encoder']}: {values} of {fd['floor']:.4g}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for text in metrics["warnings"]:
@@ -343,21 +337,16 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
 
 
 def _find_device(name: Device) -> str:
-    import torch
-
     from naign.distributed.host import count_gpus, keep_memory, why_unfit
 
     keep_memory()  # page faults of new tensors took a quarter of the time of sampling
-    there = {"cpu": True, "cuda": count_gpus() > 0, "mps": torch.backends.mps.is_available()}
-    chosen = name
-    if name == "auto":
-        chosen = "cuda" if there["cuda"] else "cpu"
-    missing = f"--device {name}: this machine has no {name.upper()} device that torch can use; try --device cpu"
-    require((there[chosen], missing))
-    if chosen == "cuda":
-        problem = why_unfit()
-        require((not problem, problem))
-    return chosen
+    found = count_gpus() > 0
+    if name == "cpu" or name == "auto" and not found:
+        return "cpu"
+    require((found, "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"))
+    problem = why_unfit()
+    require((not problem, problem))
+    return "cuda"
 
 
 def _check(*, seed: int = 0, to: Path | None = None, **counts: int | None) -> None:

@@ -1,5 +1,6 @@
 """Pictures of any size and mode through a model of images: repaired, filled, and the map of what f changes."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,40 @@ class Photo:
 
     def repaired(self, times: int) -> Image.Image:
         """The picture after `times` applications of f."""
-        return self.shown(self.model.project(self.values(), times=times, advance=self.advance))
+        mode = self.mode
+        if self.picture.has_transparency_data:
+            mode += "A"
+        whole = Image.new(mode, self.picture.size)
+        for top, rows, made in self._applied(times):
+            whole.paste(rows.shown(made), (0, top))
+        return whole
+
+    def mapped(self, times: int) -> tuple[Image.Image, float]:
+        """The map of |f(x) - x|, its mean over channels, in grey: black is 0, white 1 or more; and the energy."""
+        whole = Image.new("L", self.picture.size)
+        total = 0.0
+        values = 0
+        for top, rows, made in self._applied(times):
+            moved = made - rows.values()
+            shades = eight_bits(2 * moved.abs().mean(1)[0] - 1)
+            whole.paste(Image.fromarray(shades.numpy()), (0, top))
+            total += float(moved.double().square().sum())
+            values += moved.numel()
+        return whole, total / values
+
+    def _applied(self, times: int) -> Iterator[tuple[int, "Photo", Tensor]]:
+        """f of the picture as bands of rows: the first row, the rows, and what f makes of them."""
+
+        def part(first: int, last: int) -> Photo:
+            return Photo(self.picture.crop((0, first, self.picture.width, last)), self.model)
+
+        size = (self.picture.height, self.picture.width)
+        top = 0
+        bands = self.model.bands(lambda *rows: part(*rows).values(), size, times=times, advance=self.advance)
+        for made in bands:
+            bottom = top + made.shape[2]
+            yield top, part(top, bottom), made
+            top = bottom
 
     def filled(self, hole: Image.Image, times: int | None) -> Image.Image:
         """The picture with its hole (mode L, 255 in it) filled from what a tile sees around it; all else stays."""
@@ -109,10 +143,3 @@ class Photo:
             whole = self.picture.convert("RGBA").convert(f"{self.mode}A")
         whole.paste(part.shown(made, seen=True), box[:2], hole)
         return whole
-
-    def mapped(self, times: int) -> tuple[Image.Image, float]:
-        """The map of |f(x) - x|, its mean over channels, in grey: black is 0, white 1 or more; and the energy."""
-        values = self.values()
-        moved = self.model.project(values, times=times, advance=self.advance) - values
-        shades = eight_bits(2 * moved.abs().mean(1)[0] - 1)
-        return Image.fromarray(shades.numpy()), float(moved.double().square().mean())
