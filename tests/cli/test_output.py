@@ -142,9 +142,8 @@ def test_the_version_and_what_train_takes_beside_settings(command):
         assert option in out
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_scripts_hold_all_commands(shell, command):
-    code, script, _ = command("--tyro-print-completion", shell)
+def test_a_completion_script_holds_all_commands(command):
+    code, script, _ = command("--tyro-print-completion", "fish")
     assert code == 0
     assert "--samples" in script
     for name in COMMANDS:

@@ -1,8 +1,5 @@
 """Pictures of any size, mode and state: repaired and mapped at their own size, or refused before any is written."""
 
-import io
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -123,17 +120,14 @@ def test_profile_and_alpha_are_kept_and_on_white_it_is_the_repair_of_the_picture
     assert "icc_profile" not in made.info  # the profile is of colours
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_exif_orientation_is_applied(colour, tmp_path, orientation):
+def test_exif_orientation_is_applied(colour, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[0x0112] = 6  # to be turned by 90 degrees
     picture().save(tmp_path / "turned.png", exif=exif)
+    picture().transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
     made = restored(colour, tmp_path / "turned.png")
-    assert made.size == {1: (40, 25), 3: (40, 25), 6: (25, 40)}[orientation]
     assert 0x0112 not in made.getexif()
-    if orientation == 3:
-        picture().transpose(Image.Transpose.ROTATE_180).save(tmp_path / "upright.png")
-        assert np.array_equal(np.array(made), np.array(restored(colour, tmp_path / "upright.png")))
+    assert np.array_equal(np.array(made), np.array(restored(colour, tmp_path / "upright.png")))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "I;16"])
@@ -148,13 +142,6 @@ def test_other_modes_are_converted(colour, grey, tmp_path, mode):
         assert made.size == (40, 25)
         assert made.mode.removesuffix("A") == expected
         assert made.mode.endswith("A") == (mode == "LA")
-
-
-def test_the_first_frame_of_an_animation_is_repaired(colour, tmp_path):
-    picture().save(tmp_path / "still.png")
-    picture().save(tmp_path / "x.png", save_all=True, append_images=[Image.new("RGB", (40, 25))])
-    first = np.array(restored(colour, tmp_path / "x.png"))
-    assert np.array_equal(first, np.array(restored(colour, tmp_path / "still.png")))
 
 
 def test_one_picture_goes_to_the_file_and_format_that_is_named(colour, tmp_path):
@@ -196,27 +183,13 @@ def test_damage_is_that_of_the_picture_s_size(colour, tmp_path):
     assert np.array_equal(np.array(restored(colour, tmp_path / "again.png")), repaired)
 
 
-def write_huge(path):
-    """A PNG that claims a billion pixels and holds none."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", 50_000, 20_000, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    ]
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, data in chunks:
-        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    path.write_bytes(content)
-
-
 def write_truncated(path):
-    content = io.BytesIO()
-    picture().save(content, "JPEG")
-    path.write_bytes(content.getvalue()[:-100])
+    picture().save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 BAD = {
-    "too large a picture": write_huge,
+    "too large a picture": lambda path: picture(80, 25).save(path),
     "truncated": write_truncated,
     "mode F": lambda path: Image.fromarray(np.zeros((25, 40), np.float32)).save(path, "TIFF"),
     "beyond 16": lambda path: Image.fromarray(np.full((25, 40), 70_000, np.int32)).save(path, "TIFF"),
@@ -230,6 +203,7 @@ def test_a_bad_picture_is_refused_before_any_is_written(colour, tmp_path, monkey
     (tmp_path / "in").mkdir()
     picture().save(tmp_path / "in/a.png")
     BAD[problem](tmp_path / "in/b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # twice as many are refused
     monkeypatch.chdir(tmp_path)
     message = refused(monkeypatch, capsys, *command.split(), colour, "in")
     assert "in/b.png: " in message

@@ -37,12 +37,8 @@ def test_the_steps_of_the_readme(naign, train, tmp_path):
     metrics = json.loads((folder / "evaluation/metrics.json").read_text())
     assert metrics["encoder"] == "digits-cnn64"
     assert len(metrics["modes"]) == 10
-    assert {"floor", "once", "twice"} <= metrics["fd"].keys()
-    assert {"precision", "recall", "density", "coverage"} <= metrics["coverage"].keys()
-    for kind in ("blur", "noise", "salt_pepper", "rows"):
-        assert {"input", "once", "twice", "black", "median"} <= metrics["restoration"][kind].keys()
-    assert {"samples", "damaged"} <= metrics["idempotence"].keys()
-    assert {"reconstruction", "seed", "images_seen", "seconds"} <= metrics.keys()
+    assert metrics["restoration"].keys() == {"blur", "noise", "salt_pepper", "rows"}
+    assert {"fd", "coverage", "idempotence", "reconstruction", "seed", "images_seen", "seconds"} <= metrics.keys()
 
     run("sample", "runs/digits", "--n", "9", "--to", "grid.png")
     assert (tmp_path / "grid.png").stat().st_size > 0
