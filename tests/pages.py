@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,53 +53,58 @@ class Block(NamedTuple):
     needs: tuple[str, ...]
 
 
-def blocks(page: Path) -> list[Block]:
+def blocks(page):
     """The fenced blocks of a page, in order."""
     text = page.read_text()
-    return [
-        Block(
-            where=f"{page.name}:{text.count(chr(10), 0, match.start('language')) + 1}",
-            language=match["language"],
-            text=match["text"],
-            needs=tuple(match["needs"].split(", ")) if match["needs"] is not None else (),
-        )
-        for match in FENCE.finditer(text)
-    ]
+    found = []
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start("language")) + 1
+        needs = ()
+        if match["needs"] is not None:
+            needs = tuple(match["needs"].split(", "))
+        found.append(Block(f"{page.name}:{line}", match["language"], match["text"], needs))
+    return found
 
 
-def commands(text: str) -> Iterator[list[str]]:
+def commands(text):
     """The words of each simple command of a shell script, without assignments and redirections."""
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(REDIRECTION.sub("", line), posix=True, punctuation_chars=";&|()")
         lexer.whitespace_split = True
-        words: list[str] = []
+        words = []
         for word in [*lexer, ";"]:
-            if not set(word) <= set(";&|()"):
-                words.append(word)
-            else:
-                while words and re.match(r"[A-Z_]+=", words[0]):
-                    words.pop(0)
+            if set(word) <= set(";&|()"):  # the end of a command
                 if words:
                     yield words
                 words = []
+            elif words or not re.match(r"[A-Z_]+=", word):
+                words.append(word)
 
 
-def settings(words: list[str]) -> list[str]:
+def settings(words):
     """The arguments that follow the program of a training in `accelerate launch ... pipeline/train.py ...`."""
     return words[words.index("pipeline/train.py") + 1 :]
 
 
-def smaller(words: list[str]) -> list[str]:
+def smaller(words):
     """What to add to the arguments of a program, the last of equal options being the one that counts."""
-    if not {"train", "launch"} & set(words[:1]) or {"copies", "duplicates"} & set(words):
-        return ["--samples", "40"] if {"copies", "evaluate"} & set(words) else []
-    recipe = words[words.index("--config") + 1] if "--config" in words else "mnist"
-    file = next(file for file in (Path(recipe), ROOT / f"configs/{recipe}.yaml") if file.is_file())
+    if {"copies", "evaluate"} & set(words):
+        return ["--samples", "40"]
+    if words[:1] not in (["train"], ["launch"]) or "duplicates" in words:
+        return []
+    recipe = "mnist"
+    if "--config" in words:
+        recipe = words[words.index("--config") + 1]
+    file = Path(recipe)
+    if not file.is_file():
+        file = ROOT / f"configs/{recipe}.yaml"
     prior = re.search(r"name: (flow|gmm)", file.read_text())
-    return [*TRAINING, *(LEARNED[prior[1]] if prior else ())]
+    if prior:
+        return [*TRAINING, *LEARNED[prior[1]]]
+    return [*TRAINING]
 
 
-def start(name: str, words: list[str]) -> int:
+def start(name, words):
     """Run a program that a page starts; returns its exit status."""
     if name == "naign" and words[:1] == ["pack"] and words[1] in PACKED:
         return 0

@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,20 +17,20 @@ from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command
 
 
-def run_alone(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_alone(folder, *options):
     """Without the launcher, which turns any exit code of its ranks into 1."""
     command = [train_command()[0], str(ROOT / "pipeline/train.py"), "--run.path=run", *SMALL, *options]
     return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=60, check=False)
 
 
-def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+def refused(done, *parts):
     assert done.returncode == BAD_INPUT, done.stderr
     assert "Traceback" not in done.stderr
     for part in parts:
         assert part in done.stderr
 
 
-def broken(digits: str, folder: Path, damage: str) -> str:
+def broken(digits, folder, damage):
     """A copy of the digits with one thing wrong in one shard."""
     shutil.copytree(digits, folder / "data")
     shard = folder / "data/train-00001.tar"
@@ -63,16 +62,13 @@ def broken(digits: str, folder: Path, damage: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["truncated", "shape", "undecodable"])
-def test_damaged_data_names_the_shard(damage, digits, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [("truncated", ["index.json says"]), ("shape", ["9", "digit-"]), ("undecodable", ["digit-"])],
+)
+def test_damaged_data_names_the_shard(damage, parts, digits, tmp_path):
     data = broken(digits, tmp_path, damage)
-    options = [f"--data.path={data}", "--match.round=1408"]
-    parts = ["train-00001.tar"] + {
-        "shape": ["9", "digit-"],
-        "undecodable": ["digit-"],
-        "truncated": ["index.json says"],
-    }[damage]
-    refused(run_alone(tmp_path, *options), *parts)
+    refused(run_alone(tmp_path, f"--data.path={data}", "--match.round=1408"), "train-00001.tar", *parts)
 
 
 @pytest.mark.slow
@@ -81,26 +77,23 @@ def test_damaged_data_names_the_shard(damage, digits, tmp_path):
     [
         (["--train.lrr=1"], ["--train.lr"]),
         (["--config=nowhere.yaml"], ["no configuration file 'nowhere.yaml'"]),
-        (["--train.batch=0"], ["train.batch is 0"]),
         (["--data.path=nowhere"], ["nowhere", "naign pack"]),
-        (["--data.path=empty"], ["empty", "naign pack"]),
         (["--data.path=noindex"], ["noindex", "index.json", "naign pack"]),
         (["--data.path={digits}", "--data.split=validation"], ["validation", "train", "test"]),
         (["--data.path={digits}", "--model.name=conv", "--run.path=file/run"], ["file/run"]),
         (["--data.path={points}"], ["model.name=mlp"]),
-        (["--config={root}/configs/digits.yaml", "--report.trackers=[jsonl, wandbb]"], ["did you mean wandb?"]),
-        (["--data.path={digits}", "--train.optimizer=lion"], ["'lion': choose one of adamw, muon, adafactor"]),
-        (["--data.path={digits}", "--report.trackers=aim"], ["'aim', which is not installed: pip install aim"]),
+        (["--data.path={digits}", "--report.trackers=[jsonl, wandbb]"], ["did you mean wandb?"]),
+        (["--config", "{root}/configs/digits.yaml", "--data.path=data/digitz"], ["naign pack digits --to data/digitz"]),
     ],
 )
 def test_a_mistake_is_refused_and_leaves_nothing_behind(options, parts, digits, points, tmp_path):
-    (tmp_path / "empty").mkdir()
     (tmp_path / "noindex").mkdir()
-    (tmp_path / "noindex/train-00000.tar").write_bytes(b"")
-    (tmp_path / "file").write_text("")
-    names = {"digits": digits, "points": points, "root": ROOT}
-    refused(run_alone(tmp_path, *(option.format(**names) for option in options)), *parts)
-    assert not (tmp_path / "run").exists() and not (tmp_path / "data").exists()
+    (tmp_path / "noindex/train-00000.tar").touch()
+    (tmp_path / "file").touch()
+    given = [option.format(digits=digits, points=points, root=ROOT) for option in options]
+    refused(run_alone(tmp_path, *given), *parts)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.slow
@@ -116,23 +109,11 @@ def test_a_round_that_ranks_cannot_share_is_refused_on_every_rank(train, digits,
 
 @pytest.mark.slow
 def test_a_run_of_another_configuration_is_not_mixed_with(digits, tmp_path):
-    options = [f"--data.path={digits}", "--train.images=256"]
+    options = [f"--data.path={digits}", "--train.images=512"]
     assert run_alone(tmp_path, *options).returncode == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["images_seen"] for line in lines] == [256, 512]
+    assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= lines[0].keys()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     refused(run_alone(tmp_path, *options, "--train.lr=0.5"), "train.lr: 0.002 there, 0.5 now", "--run.path")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-
-
-@pytest.mark.slow
-def test_metrics_are_json_objects(digits, tmp_path):
-    assert run_alone(tmp_path, f"--data.path={digits}", "--train.images=512").returncode == 0
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["images_seen"] for line in lines] == [256, 512]
-    assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= set(lines[0])
-
-
-@pytest.mark.slow
-def test_a_wrong_path_is_not_taken_for_the_place_of_the_files_own_source(tmp_path):
-    done = run_alone(tmp_path, "--config", str(ROOT / "configs/digits.yaml"), "--data.path=data/digitz")
-    refused(done, "data/digitz: no data set here", "naign pack digits --to data/digitz")
-    assert not (tmp_path / "data").exists() and not (tmp_path / "run").exists()

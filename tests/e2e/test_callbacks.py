@@ -17,83 +17,97 @@ from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
 BLOCK = re.compile(r"^```python\n# (my_package/copies.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FAILING = """
 from my_package.copies import Copies
+
+
 class Failing(Copies):
     def on_checkpoint(self, run, folder):
         raise KeyError("lost")
 """
-POINTS = "[naign.callbacks]\ncopies = my_package.copies:Copies\nfailing = my_package.failing:Failing\n"
+POINTS = """
+[naign.callbacks]
+copies = my_package.copies:Copies
+failing = my_package.failing:Failing
+"""
 PROGRAM = """
 import sys
+
 from my_package.copies import Copies
 from naign.config import parse
 from naign.distributed.connect import build_accelerator
 from naign.training.loop import train
+
 train(parse(sys.argv[1:]), build_accelerator(), callbacks=[Copies()])
 """
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Path:
+def site(tmp_path):
     """The package as an installer leaves it."""
-    files = dict(BLOCK.findall((ROOT / "docs/training.md").read_text())) | {"my_package/failing.py": FAILING}
-    files |= {"my_package/__init__.py": "", "my_package-1.dist-info/entry_points.txt": POINTS}
-    files |= {"my_package-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: my_package\nVersion: 1\n"}
+    files = dict(BLOCK.findall((ROOT / "docs/training.md").read_text()))
+    files["my_package/__init__.py"] = ""
+    files["my_package/failing.py"] = FAILING
+    files["my_package-1.dist-info/entry_points.txt"] = POINTS
+    files["my_package-1.dist-info/METADATA"] = "Metadata-Version: 2.1\nName: my_package\nVersion: 1\n"
     for name, text in files.items():
-        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "site" / name).write_text(text)
+        file = tmp_path / "site" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
     return tmp_path / "site"
 
 
 @pytest.mark.slow
 def test_callbacks_of_a_run(site, digits, tmp_path):
-    def run(name: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    def run(name, command):
         env = forked(PYTHONPATH=os.pathsep.join([PYTHONPATH, str(site)]))
-        command += [f"--data.path={digits}", f"--run.path={name}", *SMALL, "--train.images=768"]
-        command += ["--checkpoint.rounds=2"]
+        options = [f"--data.path={digits}", f"--run.path={name}", "--train.images=768", "--checkpoint.rounds=2"]
+        command = [*command, *SMALL, *options]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
 
-    plain = run("plain", direct_command())
-    assert plain.returncode == 0, plain.stderr
+    def metrics(name):
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
     for name, command in (
+        ("plain", direct_command()),
         ("named", direct_command("--train.callbacks=[copies]")),
         ("given", [sys.executable, "-c", PROGRAM]),
     ):
         done = run(name, command)
         assert done.returncode == 0, done.stderr
-        lines, others = (
-            [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-            for run in (name, "plain")
-        )
+    losses = [line["loss/total"] for line in metrics("plain")]
+    for name in ("named", "given"):
         assert (tmp_path / name / "copied.txt").read_text() == "step-00000016\nstep-00000024\n"
-        assert [line["mine/rounds_left"] for line in lines] == [2, 1, 0]
-        assert [line["loss/total"] for line in lines] == [line["loss/total"] for line in others]
+        assert [line["mine/rounds_left"] for line in metrics(name)] == [2, 1, 0]
+        assert [line["loss/total"] for line in metrics(name)] == losses
 
     done = run("failing", direct_command("--train.callbacks=[copies, failing]"))
-    assert done.returncode == 1 and "KeyError: 'lost'" in done.stderr
+    assert done.returncode == 1
+    assert "KeyError: 'lost'" in done.stderr
     assert "on_checkpoint of the callback Failing, of the package my_package, failed" in done.stderr
     assert (tmp_path / "failing/copied.txt").read_text() == "step-00000016\n"  # the checkpoint before it is there
 
 
 class Adding(Callback):
-    value: object = 2
+    value = 2
 
     def on_round(self, run, values):
         values["mine"] = self.value
 
 
-def test_what_a_callback_adds_is_a_number_and_text_names_it():
-    run, values = SimpleNamespace(callbacks=(adding := Adding(),)), {"loss": 1.0}
+class Refusing(Callback):
+    def on_round(self, run, values):
+        raise InputError("no licence")
+
+
+def test_a_value_that_a_callback_adds_is_a_number_and_text_names_it():
+    adding = Adding()
+    run = SimpleNamespace(callbacks=(adding,))
+    values = {"loss": 1.0}
     call(run, "on_round", values)
     assert values == {"loss": 1.0, "mine": 2.0}
     adding.value = "two"
     with pytest.raises(ValueError, match="two") as raised:
         call(run, "on_round", values)
     assert raised.value.__notes__ == ["on_round of the callback Adding, of the package tests, failed"]
-
-
-class Refusing(Callback):
-    def on_round(self, run, values):
-        raise InputError("no licence")
 
 
 def test_an_error_of_the_users_names_the_callback_as_well():
@@ -103,9 +117,9 @@ def test_an_error_of_the_users_names_the_callback_as_well():
         call(run, "on_round", {})
 
 
-def test_an_entry_point_that_makes_no_callback_is_refused(monkeypatch):
+def test_an_entry_point_that_makes_something_else_is_refused(monkeypatch):
     monkeypatch.setattr("naign.training.callbacks.lookup", lambda *_: dict)
-    with pytest.raises(InputError, match="the callback 'one', .* failed: it made a dict, no Callback: fix the package"):
+    with pytest.raises(InputError, match="'one', .* failed: it made a dict, not a Callback: fix the package"):
         find_callbacks("one")
 
 

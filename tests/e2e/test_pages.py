@@ -7,10 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,38 +29,37 @@ from tests.pages import NEEDS, PAGES, ROOT, blocks, commands, settings
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-def parsed(words: list[str]) -> None:
+def parsed(words):
     """Parse a command of a page as its program would. InputError or SystemExit if it would be refused."""
-    if words[0] == "torchrun" and "naign.cli" in words:
-        words = words[words.index("naign.cli") :]
-    elif words[:2] == ["accelerate", "launch"]:
+    if words[:2] == ["accelerate", "launch"]:
         parse(settings(words))
         return
+    if words[0] == "torchrun" and "naign.cli" in words:
+        words = words[words.index("naign.cli") :]
     elif words[0] != "naign":
         return
     rest = words[1:]
     if rest[0] in ("train", "launch"):
         rest = build_parser().parse_known_args(rest[1:])[1]
-        if rest[:1] == [] or rest[0] not in AUDITS:
+        if not rest or rest[0] not in AUDITS:
             parse(rest)
             return
     if rest[0] not in ("--version", "--help", "--tyro-print-completion"):
-        tyro.extras.subcommand_cli_from_dict({name: _stub(command) for name, command in COMMANDS.items()}, args=rest)
-
-
-def _stub(command: Callable[..., None]) -> Callable[..., None]:
-    return functools.wraps(command)(lambda *_, **__: None)
+        stubs = {}
+        for name, command in COMMANDS.items():
+            stubs[name] = functools.wraps(command)(lambda *_, **__: None)
+        tyro.extras.subcommand_cli_from_dict(stubs, args=rest)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_name_what_they_need_and_their_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_name_what_they_need_and_their_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for block in blocks(page):
         assert set(block.needs) <= set(NEEDS), f"{block.where} needs {block.needs}: choose from {NEEDS}"
-        assert block.language == "bash" or not re.search("^naign ", block.text, re.MULTILINE), (
-            f"{block.where}: use bash"
-        )
-        for words in commands(block.text) if block.language == "bash" else ():
+        if block.language != "bash":
+            assert not re.search("^naign ", block.text, re.MULTILINE), f"{block.where}: use bash"
+            continue
+        for words in commands(block.text):
             try:
                 parsed(words)
             except (Exception, SystemExit) as error:
@@ -71,24 +68,26 @@ def test_blocks_name_what_they_need_and_their_commands_parse(page: Path, monkeyp
                 pytest.fail(f"{block.where}: {shlex.join(words)}: {error}")
 
 
-def test_a_wrong_option_or_setting_on_a_page_is_found() -> None:
+def test_a_wrong_option_or_setting_on_a_page_is_found():
     script = "A=1 naign sample runs/a --nn 3 >x 2>&1 && echo 'a b' | naign train \\\n --train.rl=1  # it's wrong\n"
     sample, _, train = commands(script)
-    assert train == ["naign", "train", "--train.rl=1"] and sample[-2:] == ["--nn", "3"]
+    assert train == ["naign", "train", "--train.rl=1"]
+    assert sample[-2:] == ["--nn", "3"]
     for words in (sample, train):
         with pytest.raises(SystemExit):
             parsed(words)
 
 
-def enlarged(name: str, size: int, channels: int, labels: tuple[str, ...]) -> Any:
+def enlarged(name, size, channels, labels):
     """A data set of that name, made of 320 training and 80 test digits."""
     digits = load("digits")
 
-    def split(examples: Made, length: int) -> Made:
-        def make(row: int) -> tuple[str, Any, int]:
+    def split(examples, length):
+        def make(row):
             key, image, label = examples[row]
             scale = -(-size // 8)
-            return key, np.kron(image.repeat(channels, 0), np.ones((1, scale, scale), np.uint8))[:, :size, :size], label
+            large = np.kron(image.repeat(channels, 0), np.ones((1, scale, scale), np.uint8))
+            return key, large[:, :size, :size], label
 
         return Made(length=length, make=make)
 
@@ -97,28 +96,29 @@ def enlarged(name: str, size: int, channels: int, labels: tuple[str, ...]) -> An
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(tmp_path_factory):
     """A folder with what the pages suppose: data sets, pictures, a trained run, and the programs in bin/."""
     folder = tmp_path_factory.mktemp("pages")
     numbers = tuple("0123456789")
-    for name, size, channels, labels in (
-        ("mnist", 28, 1, numbers),
-        ("fashion_mnist", 28, 1, CLOTHES),
-        ("cifar10", 32, 3, numbers),
+    for source in (
+        load("digits"),
+        enlarged("mnist", 28, 1, numbers),
+        enlarged("fashion_mnist", 28, 1, CLOTHES),
+        enlarged("cifar10", 32, 3, numbers),
     ):
-        pack(enlarged(name, size, channels, labels), str(folder / "data" / name), shards=4, progress=False)
-    pack(load("digits"), str(folder / "data/digits"), shards=4, progress=False)
+        pack(source, str(folder / "data" / source.name), shards=4, progress=False)
     random = np.random.default_rng(0)
 
-    def picture(path: str, size: int, mode: str) -> None:
+    def picture(path, size, *channels):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        levels = random.integers(0, 256, (8, 8) if mode == "L" else (8, 8, 3), dtype=np.uint8)
+        levels = random.integers(0, 256, (8, 8, *channels), dtype=np.uint8)
         Image.fromarray(levels).resize((size, size)).save(folder / path)
 
-    for row in range(60):
-        picture(f"my/pictures/{('cats', 'dogs')[row % 2]}/{row}.png", 80, "RGB")
+    for row in range(30):
+        picture(f"my/pictures/cats/{row}.png", 80, 3)
+        picture(f"my/pictures/dogs/{row}.png", 80, 3)
     for path in ("photos/a.png", "photos/b.png", "photo.png", "photo.jpg", "damaged.png"):
-        picture(path, 28, "L")
+        picture(path, 28)
     Image.fromarray(np.uint8(255) * (np.indices((28, 28)).sum(0) < 20)).save(folder / "hole.png")
     for name in ("benchmarks", "configs", "k8s", "launch", "pipeline"):
         (folder / name).symlink_to(ROOT / name)
@@ -126,46 +126,53 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".venv/bin/activate").touch()
     (folder / "bin").mkdir()
     for name in ("naign", "accelerate", "torchrun"):
-        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.pages {name} "$@"\n')
-        (folder / "bin" / name).chmod(0o755)
+        program = folder / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.pages {name} "$@"\n')
+        program.chmod(0o755)
     run_block("naign train", folder)
     return folder
 
 
-def run_block(text: str, folder: Path) -> None:
+def run_block(text, folder):
     """Run a shell script as a user of the page would, its programs with small settings."""
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", "-eo", "pipefail", "-c", text]
-    done = subprocess.run(
-        command, cwd=folder, env=forked(PATH=path), capture_output=True, text=True, timeout=600, check=False
-    )
+    env = forked(PATH=path)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-def given() -> dict[str, Any]:
+def given():
     """Names that programs on the pages leave to the reader."""
     images = torch.rand(8, 1, 28, 28) * 2 - 1
-    names = {"images": images, "held_out": images, "queries": torch.rand(5, 7), "candidates": torch.rand(9, 7)}
-    return {**names, "rank": 0, "train_step": lambda *_: None, "network": torch.nn.Flatten(), "state": None}
+    return {
+        "images": images,
+        "held_out": images,
+        "queries": torch.rand(5, 7),
+        "candidates": torch.rand(9, 7),
+        "rank": 0,
+        "train_step": lambda *_: None,
+        "network": torch.nn.Flatten(),
+        "state": None,
+    }
+
+
+def runnable(page):
+    """The blocks of a page that need nothing that tests lack."""
+    return [block for block in blocks(page) if not block.needs and block.language in ("bash", "python")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if any(not of.needs and of.language in ("bash", "python") for of in blocks(page))],
-    ids=lambda page: page.name,
-)
-def test_blocks_of_a_page_run(page: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", filter(runnable, PAGES), ids=lambda page: page.name)
+def test_blocks_of_a_page_run(page, prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True, symlinks=True)
     monkeypatch.chdir(tmp_path)
     names = given()
-    for block in blocks(page):
-        if block.needs:
-            continue
+    for block in runnable(page):
         try:
             if block.language == "python":
                 exec(compile(block.text, block.where, "exec"), names)
-            elif block.language == "bash":
+            else:
                 run_block(block.text, tmp_path)
         except Exception as error:
             pytest.fail(f"{block.where}: {type(error).__name__}: {error}")

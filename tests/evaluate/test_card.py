@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from naign.model.prior.gmm import GmmConfig
 
 from naign.cli.model import export, push
 from naign.errors import InputError
@@ -21,7 +22,6 @@ from naign.evaluate.run import evaluate
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
 from naign.model.prior import build_prior
-from naign.model.prior.gmm import GmmConfig
 from tests.conftest import environment
 from tests.hub import Hub
 

@@ -18,16 +18,25 @@ from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
 
 SHAPE = (3, 8, 12)
+FIRST = torch.zeros(1, dtype=torch.int64)  # the id of a seed's first latent
 
 
 @pytest.fixture(scope="module")
-def model() -> NAIGN:
+def model():
     torch.manual_seed(0)
     metadata = {"shape": list(SHAPE), "prior": {"name": "gaussian"}}
     return NAIGN(build_network(ConvConfig(width=4, depth=0, code=6), SHAPE), metadata)
 
 
-def test_an_upload_is_brought_to_the_models_size(model: NAIGN) -> None:
+@pytest.fixture(scope="module")
+def mixed(model):
+    """The same f with a mixture of codes."""
+    codes = torch.randn(300, 6, generator=torch.Generator().manual_seed(3))
+    metadata = model.metadata | {"prior": {"name": "gmm", "components": 3}}
+    return NAIGN(model.network, metadata, fit_mixture(codes, 3))
+
+
+def test_an_upload_is_brought_to_the_models_size(model):
     content = io.BytesIO()
     Image.new("L", (60, 50), 255).save(content, "TIFF")
     assert torch.equal(read_image(content.getvalue(), model), torch.ones(1, *SHAPE))
@@ -38,40 +47,42 @@ def test_an_upload_is_brought_to_the_models_size(model: NAIGN) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damage_grows_with_its_strength(kind) -> None:
+def test_damage_grows_with_its_strength(kind):
     images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    done = [degrade(images, kind, seed=5, strength=strength) for strength in (0.0, 0.5, 1.0, 2.0)]
-    changes = [float((damaged - images).abs().mean()) for damaged in done]
-    assert changes[0] == 0 < changes[1] < changes[2] < changes[3]
-    assert torch.equal(done[2], degrade(images, kind, seed=5)) and float(done[3].abs().max()) <= 1
+    before = 0.0
+    assert torch.equal(degrade(images, kind, seed=5, strength=0.0), images)
+    for strength in (0.5, 1.0, 2.0):
+        damaged = degrade(images, kind, seed=5, strength=strength)
+        change = float((damaged - images).abs().mean())
+        assert change > before
+        assert damaged.abs().max() <= 1
+        before = change
 
 
-def test_the_way_between_gaussian_latents_keeps_their_law() -> None:
-    shape = (1, 64, 64)
-    large = NAIGN(torch.nn.Conv2d(1, 1, 1), {"shape": list(shape), "prior": {"name": "gaussian"}})
-    way, ids = large.between(3, 4, steps=9), torch.zeros(1, dtype=torch.int64)
-    for end, seed in ((way[:1], 3), (way[-1:], 4)):
-        torch.testing.assert_close(end, large.latent(ids, seed=seed))
+def assert_ends_at(way, model, first, last):
+    """The way begins with the first latent of one seed, and ends with that of the other."""
+    torch.testing.assert_close(way[:1], model.latent(FIRST, seed=first))
+    torch.testing.assert_close(way[-1:], model.latent(FIRST, seed=last))
+
+
+def test_the_way_between_gaussian_latents_keeps_their_law():
+    large = NAIGN(torch.nn.Conv2d(1, 1, 1), {"shape": [1, 64, 64], "prior": {"name": "gaussian"}})
+    way = large.between(3, 4, steps=9)
+    assert_ends_at(way, large, 3, 4)
     assert (way.flatten(1).std(1) - 1).abs().max() < 0.05  # in the middle of a line it would be 0.7
     assert large.between(3, 3, steps=4).diff(dim=0).abs().max() < 1e-5
 
 
-def test_the_way_between_codes_is_decoded(model: NAIGN) -> None:
-    codes = torch.randn(300, 6, generator=torch.Generator().manual_seed(3))
-    state = fit_mixture(codes, 3)
-    mixed = NAIGN(model.network, model.metadata | {"prior": {"name": "gmm", "components": 3}}, state)
-    way, ids = mixed.between(1, 2, steps=3), torch.zeros(1, dtype=torch.int64)
-    for end, seed in ((way[:1], 1), (way[-1:], 2)):
-        torch.testing.assert_close(end, mixed.latent(ids, seed=seed))
-    ends = torch.cat([mixed.prior.draw(seed, 2**32 - 1, ids, "cpu") for seed in (1, 2)])
-    torch.testing.assert_close(way[1:2], model.network.decode(ends.mean(0, keepdim=True)))  # type: ignore[operator]
+def test_the_way_between_codes_is_decoded(mixed):
+    way = mixed.between(1, 2, steps=3)
+    assert_ends_at(way, mixed, 1, 2)
+    ends = torch.cat([mixed.prior.draw(seed, 2**32 - 1, FIRST, "cpu") for seed in (1, 2)])
+    torch.testing.assert_close(way[1:2], mixed.network.decode(ends.mean(0, keepdim=True)))
 
 
-def test_the_report_interpolates_between_samples(model: NAIGN) -> None:
-    state = fit_mixture(torch.randn(300, 6, generator=torch.Generator().manual_seed(3)), 3)
-    mixed = NAIGN(model.network, model.metadata | {"prior": {"name": "gmm", "components": 3}}, state)
-    drawn = _between(SimpleNamespace(model=mixed, seed=4))  # type: ignore[arg-type]
-    first = [mixed.sample(1, seed=seed) for seed in range(4, 11)]
+def test_the_report_interpolates_between_samples(mixed):
+    drawn = _between(SimpleNamespace(model=mixed, seed=4))
+    samples = torch.cat([mixed.sample(1, seed=seed) for seed in range(4, 11)])
     assert drawn.shape == (6 * STEPS, *SHAPE)
-    torch.testing.assert_close(drawn[::STEPS], torch.cat(first[:-1]))
-    torch.testing.assert_close(drawn[STEPS - 1 :: STEPS], torch.cat(first[1:]))
+    torch.testing.assert_close(drawn[::STEPS], samples[:-1])
+    torch.testing.assert_close(drawn[STEPS - 1 :: STEPS], samples[1:])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from naign.model.prior.gmm import Gmm, GmmConfig
 
 from naign.errors import InputError
 from naign.evaluate.refit import fit_mixture
 from naign.model.naign import NAIGN
 from naign.model.networks import SpatialConfig, build_network
-from naign.model.prior.gmm import Gmm, GmmConfig
 
 
 def codes(count: int, shape: tuple[int, ...] = (3,)) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from naign.training.prepare import open_perceived
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from naign.model.encoders import load_encoder
 from naign.model.losses import NaignConfig
 from naign.model.pretrained import Pretrained
 from naign.neighbours.rows import independent
-from naign.training.prepare import open_perceived
 
 CPU = torch.device("cpu")
 wheel = pytest.mark.skipif(

@@ -3,16 +3,16 @@
 import contextlib
 import os
 import time
-from collections import namedtuple
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from naign.cli.data import pack
 from naign.errors import InputError, Unavailable
 from naign.observe.doctor import preflight
+from naign.storage.local import LocalStore
 from naign.storage.store import open_store
 
-Usage = namedtuple("Usage", "total used free")
 GB = 10**9
 
 
@@ -21,59 +21,42 @@ def check(run, *, remote="", checkpoint_bytes=GB // 1000):
 
 
 @pytest.fixture
-def free(monkeypatch):
-    """Free bytes of the disk, to be changed."""
-    bytes = {"disk": 100 * GB}
-    monkeypatch.setattr("naign.observe.doctor.shutil.disk_usage", lambda place: Usage(0, 0, bytes["disk"]))
-    return bytes
+def disk(monkeypatch):
+    """The disk, whose free bytes can be changed."""
+    disk = SimpleNamespace(free=100 * GB)
+    monkeypatch.setattr("naign.observe.doctor.shutil.disk_usage", lambda place: disk)
+    return disk
 
 
-def test_a_machine_with_room_has_no_warnings_and_keeps_no_trace(tmp_path, free):
+def test_a_machine_with_room_has_no_warnings_and_keeps_no_trace(tmp_path, disk):
     remote = tmp_path / "remote"
     remote.mkdir()
     assert check(tmp_path / "runs" / "new", remote=str(remote)) == []
-    assert [path.name for path in tmp_path.rglob("*")] == ["remote"]
+    assert list(tmp_path.rglob("*")) == [remote]
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_run_in_a_file_cannot_be_written(tmp_path, there):
-    (tmp_path / "file").write_text("")
-    run = tmp_path / "file" if there else tmp_path / "file" / "run"
-    with pytest.raises(InputError, match=r"run\.path '.*' cannot be written: .*not a directory: choose another"):
-        check(run)
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
-def test_a_run_where_nobody_can_write():
-    with pytest.raises(InputError, match=r"run\.path '/proc/a/b' cannot be written: /proc: "):
-        check("/proc/a/b")
+@pytest.mark.parametrize("run", ["file", "file/run", "link"])
+def test_a_run_that_is_not_in_a_folder_cannot_be_written(tmp_path, run):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"run\.path '.*' cannot be written: .*: choose another"):
+        check(tmp_path / run)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_run_in_a_folder_of_somebody_else(tmp_path):
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(InputError, match=r"cannot be written: .*permission denied"):
-            check(tmp_path / "run")
-    finally:
-        tmp_path.chmod(0o700)
+def test_a_run_in_a_folder_of_somebody_else():
+    with pytest.raises(InputError, match=r"cannot be written: /: permission denied"):
+        check("/run-of-naign")
 
 
-def test_a_link_to_nowhere_is_no_folder(tmp_path):
-    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"cannot be written"):
-        check(tmp_path / "run")
-
-
-def test_room_for_checkpoints(tmp_path, free):
-    free["disk"] = 3 * GB
+def test_room_for_checkpoints(tmp_path, disk):
+    disk.free = 3 * GB
     assert check(tmp_path, checkpoint_bytes=GB) == []
-    free["disk"] -= 1
-    (warning,) = check(tmp_path, checkpoint_bytes=GB)
-    assert f"run.path '{tmp_path}' has 3.0 GB free, a checkpoint takes 1.0 GB" in warning
-    free["disk"] = GB
-    (warning,) = check(tmp_path, checkpoint_bytes=GB)
-    free["disk"] -= 1
+    for free, shown in ((3 * GB - 1, "3.0 GB"), (GB, "1.0 GB")):
+        disk.free = free
+        (warning,) = check(tmp_path, checkpoint_bytes=GB)
+        assert f"run.path '{tmp_path}' has {shown} free, a checkpoint takes 1.0 GB" in warning
+    disk.free = GB - 1
     with pytest.raises(InputError, match=r"has 1000.0 MB free, a checkpoint takes 1.0 GB: free some, or choose"):
         check(tmp_path, checkpoint_bytes=GB)
 
@@ -99,7 +82,6 @@ def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
 
 
 def test_a_bucket_that_may_only_be_read(tmp_path, s3, bucket, monkeypatch):
-    from naign.cli.data import pack
     from naign.storage.s3_client import forget_clients
 
     open_store(bucket).put("a", b"1")
@@ -107,12 +89,12 @@ def test_a_bucket_that_may_only_be_read(tmp_path, s3, bucket, monkeypatch):
         monkeypatch.setenv(name, value)
     forget_clients()
     deadline = time.monotonic() + 30
-    while True:  # the server hears of accounts a little later
-        with contextlib.suppress(InputError):
-            assert open_store(bucket).read("a") == b"1"
-            break
+    content = b""
+    while not content:  # the server hears of accounts a little later
         assert time.monotonic() < deadline
         time.sleep(0.1)
+        with contextlib.suppress(InputError):
+            content = open_store(bucket).read("a")
     denied = f"cannot be written: {bucket}/run/preflight: access denied"
     with pytest.raises(InputError, match=f"run.remote {denied}"):
         check(tmp_path, remote=f"{bucket}/run")
@@ -140,21 +122,14 @@ def test_what_is_no_remote(tmp_path):
         check(tmp_path, remote="https://server/run")
 
 
-@pytest.mark.parametrize("readable", [True, False])
-def test_the_object_goes_whatever_happens(tmp_path, monkeypatch, readable):
-    from naign.storage.local import LocalStore
-
+def test_the_object_goes_whatever_happens(tmp_path, monkeypatch):
     put = LocalStore.put
 
     def put_only(store, name, data):
         put(store, name, data)
-        if not readable:
-            raise InputError("written, but access denied to look at it")
+        raise InputError("written, but access denied to look at it")
 
     monkeypatch.setattr(LocalStore, "put", put_only)
-    if readable:
+    with pytest.raises(InputError, match="written, but"):
         check(tmp_path, remote=str(tmp_path / "remote"))
-    else:
-        with pytest.raises(InputError, match="written, but"):
-            check(tmp_path, remote=str(tmp_path / "remote"))
     assert list((tmp_path / "remote").iterdir()) == []

@@ -21,10 +21,9 @@ else:
     signal.signal(signal.SIGTERM, _end)
 
 import io
-import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import tyro
 
@@ -34,7 +33,7 @@ from naign.cli.data import index, pack, verify
 from naign.cli.model import demo, evaluate, export, push, restore, sample, score
 from naign.cli.neighbours import copies, duplicates
 from naign.cli.runs import compare, runs
-from naign.errors import InputError, Unavailable, check_address, exit_on_input_error
+from naign.errors import InputError, Unavailable, check_address, exit_on_input_error, one_line
 from naign.storage import local
 
 ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs. --version: print it."
@@ -42,33 +41,38 @@ _OF_DATA: tuple[Callable[..., None], ...] = (pack, index, verify, duplicates)
 _OF_RUNS: tuple[Callable[..., None], ...] = (train, launch, render, fetch, runs, compare)
 _OF_MODELS: tuple[Callable[..., None], ...] = (evaluate, copies, sample, restore, score, export, push, demo, doctor)
 COMMANDS = {command.__name__: command for command in (*_OF_DATA, *_OF_RUNS, *_OF_MODELS)}
-# Options of a path.
-PATHS = ("--to", "--root", "--config", "--dry-run", "--data", "--run", "--drop", "--mask")
-FLAGS = ("--json", "--map", "--force", "--private", "--keep-broken")  # options without a value, which a path may follow
-FULL = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
 
 
 def main() -> None:
     """Run the command in sys.argv. Exit codes are those of pipeline/naign/errors.py."""
-    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115  # of >&-
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115  # of >&-
     try:
-        with exit_on_input_error("naign"), _described(), ExitStack() as end:
-            end.callback(sys.stdout.flush)  # also after --help, which exits
-            _run()
+        with exit_on_input_error("naign"), _described():
+            try:
+                _run(sys.argv[1:])
+            finally:
+                sys.stdout.flush()  # also after --help, which exits
     except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        _discard_output()
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _run() -> None:
-    for before, word in itertools.pairwise(sys.argv):
+def _run(words: list[str]) -> None:
+    launches = words[:1] in (["train"], ["launch"])
+    for number, word in enumerate(words):
         check_address(word)
-        empty = not word and (not before.startswith("--") or before.replace("_", "-") in PATHS + FLAGS)
-        if empty or word.endswith("=") and word[:-1] in PATHS:
-            raise InputError(f"'' is no path (after {word or before}): give a file, a folder or an address")
-    if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
-        (train if sys.argv[1] == "train" else launch)()
-    elif sys.argv[1:] == ["--version"]:
+        before = words[number - 1]
+        is_setting = launches and "." in f"{before}{word}"  # whose text may be empty
+        empty = not word or word.startswith("--") and word.endswith("=")
+        if empty and not is_setting:
+            raise InputError(f"'' is not a value (after {word or before}): give one, or leave that option out")
+    if words[:1] == ["train"]:  # this and `launch` pass unknown options on to the training program
+        train()
+    elif words[:1] == ["launch"]:
+        launch()
+    elif words == ["--version"]:
         print(f"naign {find_version()}")
     else:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -81,16 +85,24 @@ def _described() -> Iterator[None]:
     """Raise what the system or memory refuses as an InputError or Unavailable of one sentence."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if error.filename is None and error.errno not in local.FULL:
-            raise
-        if error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        kind = Unavailable if error.errno in local.FULL | local.TRANSIENT else InputError
-        taken = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
-        remedy = ": choose another path" if taken else ": check the path" * isinstance(error, FileNotFoundError)
-        raise kind(f"{error.filename or 'the output'}: {error.strerror}{remedy}") from None
+        text = error.strerror or one_line(error)
+        if error.errno in local.FULL and not error.filename:
+            _discard_output()
+            text = f"the output: {text}"
+        if error.filename:
+            text = f"{error.filename}: {text}: check the path, or choose another"
+        if error.errno in local.FULL | local.TRANSIENT:
+            raise Unavailable(text) from None
+        raise InputError(text) from None
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(text in str(error) for text in FULL):
+        if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
             raise InputError("there is too little memory for that: ask for fewer or smaller ones") from None
         raise
+
+
+def _discard_output() -> None:
+    """Drop what is left in stdout's buffer: the flush at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,6 @@
 """Commands that use a trained model: evaluate, sample, restore, score, export, push, demo."""
 
 import csv
-import math
 import os
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from naign.terminal import busy, counted
 if TYPE_CHECKING:
     from naign.model.naign import NAIGN
 
-Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(help="Where to compute.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
 Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
@@ -38,15 +37,13 @@ Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (poin
 class Latents:
     """Options that say where z comes from; their comments are their help."""
 
-    # What z is drawn from: the run's prior, or a Gaussian mixture of codes of its training images.
+    # What z is drawn from: the run's prior, or a Gaussian mixture fitted to codes of its training images.
     prior: Literal["trained", "gmm"] = "trained"
-    components: int | None = None  # Gaussians of --prior gmm; default: 50.
+    components: int = 50  # Gaussians of --prior gmm.
     # Steps of a flow from noise to a code (prior.steps), without its student; default: as trained.
     steps: int | None = None
     # Strength of guidance by classes (prior.guidance), without a student; default: as trained.
     guidance: float | None = None
-    # Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
-    data: str | None = None
 
 
 TRAINED = Latents()
@@ -78,27 +75,25 @@ def evaluate(
     from naign.evaluate.runs import folder_of
 
     _check(seed=seed)
-    require((device != "mps", "--device mps: measurements sum in float64, which MPS does not have; try --device cpu"))
     with lines_to_stderr(json):
         metrics = measure(run, data=data, samples=samples, seed=seed, device=_find_device(device), encoder=encoder)
     report = f"{folder_of(run)}/evaluation/report.html"
-    if chosen := metrics["checkpoint"]:
+    chosen = metrics["checkpoint"]
+    if chosen:
         print(f"{run}: the {chosen['choice']} checkpoint, {chosen['name']}", file=sys.stderr)
     if json:
         print_json(metrics | {"report": report})
         return
-    for fd in ({"encoder": metrics["encoder"], **metrics["fd"]}, metrics["second"]):
+    for encoder, fd in ((metrics["encoder"], metrics["fd"]), ("", metrics["second"])):
         if fd:
-            values = f"{compared(fd, 'once'):.4g} for f(z), {compared(fd, 'twice'):.4g} for f(f(z))"
-            floor = f"{fd['floor']:.4g} (training against test); f(z) is {number(fd['once_ratio'])} times that"
-            print(f"Frechet distance on {fd['encoder']}: {values}; floor {floor}")
-    if asked := metrics["asked"]:
-        print(f"classes: {asked['share']:.1%} of samples are of the class that they were drawn from, by the classifier")
+            values = f"{compared(fd, 'once'):.4g} for f(z), {number(fd['once_ratio'])} times the floor"
+            print(f"Frechet distance on {encoder or fd['encoder']}: {values} of {fd['floor']:.4g}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
-    for kind in ("warning", "note"):
-        for text in metrics[f"{kind}s"]:
-            print(f"{kind}: {text}")
+    for text in metrics["warnings"]:
+        print(f"warning: {text}")
+    for text in metrics["notes"]:
+        print(f"note: {text}")
     print(f"report: {report}")
 
 
@@ -149,21 +144,34 @@ def restore(
     Args:
         to: Folder to write; images in folders keep sub-folders and names. For one image also a .png or .jpg file.
         damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
-        mask: Fill holes: a picture of the image's size that is white where a hole is, for all images, or a folder with
-            one for each under its name. All other pixels stay as they are.
+        mask: Fill holes: a picture of the images' size, white where a hole is. All other pixels stay as they are.
         size: Of what is written: the picture's, in tiles, or the model's, the default if f has one code for a picture.
     """
     from naign.cli.files import check_hidden
     from naign.cli.repair import restore_files
 
     check_hidden(to)
-    _check(times=1 if times is None else times, to=to)
+    _check(times=times, to=to)
     model = _open(run, _find_device(device))
-    restore_files(model, files, to, times=times, damage=damage, mask=mask, size=size)
+    restore_files(
+        model,
+        files,
+        to=to,
+        times=times,
+        damage=damage,
+        mask=mask,
+        size=size,
+    )
 
 
 def score(
-    run: Model, files: Files, /, *, times: Times = 1, map: bool = False, device: Device = "auto", json: Json = False
+    run: Model,
+    files: Files,
+    /,
+    *,
+    times: Times = 1,
+    map: bool = False,
+    device: Device = "auto",
 ) -> None:
     """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data (points: of each line).
 
@@ -174,19 +182,12 @@ def score(
     from naign.cli.repair import score_files
 
     _check(times=times)
-    with lines_to_stderr(json):
-        model = _open(run, _find_device(device))
-    places, energies, points = *score_files(model, files, times=times, map=map), len(model.shape) == 1
-    for (path, line), energy in zip(places, energies, strict=True):
-        require((math.isfinite(energy), f"{path}:{line}: its energy is beyond float32: leave it out"))
-    rows = zip(places, energies, strict=True)
-    if json:
-        named = [{"file": path, "line": line if points else None, "energy": energy} for (path, line), energy in rows]
-        print_json({"run": run, "times": times, "energies": named})
-        return
+    model = _open(run, _find_device(device))
+    energies = score_files(model, files, times=times, map=map)
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
-    table.writerows((f"{path}:{line}" if points else path, f"{energy:.6g}") for (path, line), energy in rows)
+    for place, energy in energies:
+        table.writerow((place, f"{energy:.6g}"))
 
 
 def export(
@@ -209,18 +210,21 @@ def export(
     from naign.model import programs
 
     _check(to=to)
-    runs = [up / "checkpoints" for up in to.resolve().parents if (up / "config.yaml").exists()]
     file = to / f"model.{format}"
-    old = file.exists() and ((to / "README.md").exists() or to.resolve() == Path(run.removesuffix(file.name)).resolve())
+    itself = to.resolve() == Path(run.removesuffix(file.name)).resolve()
+    taken = file.exists() and (itself or (to / "README.md").exists())
+    within = (to / "manifest.json").exists()
+    for place in (to.resolve(), *to.resolve().parents):
+        within = within or (place / "checkpoints").exists() and (place / "config.yaml").exists()
     require(
-        (not (to / "manifest.json").exists(), f"--to {to} is a checkpoint: give another folder"),
-        (not any(map(Path.exists, (to / "checkpoints", *runs))), f"--to {to} is a run, or in one: give another folder"),
-        (not old or format == "onnx", f"--to {to} is the model itself, or another with a card: give another folder"),
+        (not within, f"--to {to} is a run or a checkpoint, or in one: give another folder"),
+        (not taken or format == "onnx", f"--to {to} is the model itself, or another with a card: give another folder"),
         (format == "safetensors" or latents == TRAINED, "--format onnx is f alone: leave out what chooses its prior"),
         (format == "safetensors" or not dtype, "--dtype is for --format safetensors"),
     )
     model = _open_with(latents, run, "cpu")
-    model.metadata |= {"dtype": dtype} if dtype else {}
+    if dtype:
+        model.metadata["dtype"] = dtype
     with busy("exporting"):
         if format == "safetensors":
             model.save_pretrained(to)
@@ -254,13 +258,19 @@ def push(
     from naign.model import hub
 
     _check(to=dry_run)
-    if dry_run is None or "/" in name:
-        (hub.check_login if dry_run is None else hub.check_name)(name)
+    if dry_run is None:
+        hub.check_login(name)
+    elif "/" in name:
+        hub.check_name(name)
     model = _open(run, "cpu")
+    if dry_run:
+        files = write_repository(dry_run, model, run, name=name, license=license)
+        print(f"wrote {files} files to {dry_run}/, uploaded nothing")
+        return
     with tempfile.TemporaryDirectory() as place:
-        files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
-        address = hub.upload(Path(place), name, private=private) if dry_run is None else ""
-    print(f"uploaded: {address}" if address else f"wrote {files} files to {dry_run}/, uploaded nothing")
+        write_repository(Path(place), model, run, name=name, license=license)
+        address = hub.upload(Path(place), name, private=private)
+    print(f"uploaded: {address}")
 
 
 def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> None:
@@ -271,10 +281,11 @@ def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> N
         port: Port of 127.0.0.1 to listen on; 0 for any free one. Other machines cannot reach it.
     """
     require((0 <= port < 2**16, f"--port is {port}: it must be 0 to {2**16 - 1}"))
-    place, run = run or str(shipped("models/mnist")), run or "mnist"
-    model = _open(place, _find_device(device))
-    require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
-    about = f"# {run}\n\nf turns an image of {' × '.join(map(str, model.shape))} into one like its training data."
+    shown = run or "mnist"
+    model = _open(run or str(shipped("models/mnist")), _find_device(device))
+    require((len(model.shape) == 3, f"the page is for images, the model in {shown} takes points of {model.shape}"))
+    size = " × ".join(map(str, model.shape))
+    about = f"# {shown}\n\nf turns an image of {size} into one like its training data."
     about += " The energy of an image is how much f changes it."
     if getattr(model.network, "generates_only", False):
         about += " It carries latents to images: it was not trained to repair."
@@ -300,45 +311,48 @@ def _open(run: str, device: str) -> "NAIGN":
 
 
 def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
-    """The model with its own prior, of another number of steps if that is given, or with a mixture."""
-    trained, components = latents.prior == "trained", latents.components
-    for name, value in (("components", components), ("data", latents.data)):
-        require((value is None or not trained, f"--{name} is of a mixture: add --prior gmm, or leave it out"))
-    components = 50 if components is None else components
-    _check(components=components)
+    """The model with its own prior, with other settings of it where they are given, or with a mixture."""
+    _check(components=latents.components)
+    mixed = latents.prior == "gmm"
+    other = latents.components != TRAINED.components
+    require((mixed or not other, "--components is of a mixture: add --prior gmm, or leave it out"))
     model = _open(run, device)
-    if chosen := {name: value for name in ("steps", "guidance") if (value := getattr(latents, name)) is not None}:
-        flow = trained and model.metadata["prior"]["name"] == "flow"
-        require((flow, f"--{next(iter(chosen))} applies to a flow of codes, and this prior is none: leave it out"))
+    chosen = dict[str, float]()
+    if latents.steps is not None:
+        chosen["steps"] = latents.steps
+    if latents.guidance is not None:
+        chosen["guidance"] = latents.guidance
+    if chosen:
+        require((not mixed, f"--{' and --'.join(chosen)} are of a flow: leave out --prior gmm"))
         model = model.with_flow(**chosen)
-    if trained:
-        if not model.prior.begun:
-            early = f"{run} stopped before prior.begin, so samples are of one Gaussian, not of the prior"
-            print(f"warning: {early}: train on, or add --prior gmm", file=sys.stderr)
-        return model
-    from naign.evaluate.refit import with_mixture
+    if mixed:
+        from naign.evaluate.refit import with_mixture
 
-    with busy("fitting a mixture to codes of training images"):
-        return with_mixture(model, run, components=components, data=latents.data)
+        with busy("fitting a mixture to codes of training images"):
+            return with_mixture(model, run, components=latents.components)
+    if not model.fitted:
+        early = f"{run} stopped before its prior was fitted: --latents noise draws from noise"
+        print(f"warning: {early}: train on, or add --prior gmm", file=sys.stderr)
+    return model
 
 
 def _find_device(name: Device) -> str:
-    import torch
-
     from naign.distributed.host import count_gpus, keep_memory, why_unfit
 
     keep_memory()  # page faults of new tensors took a quarter of the time of sampling
-    there = {"cuda": count_gpus() > 0, "mps": torch.backends.mps.is_available()}
-    missing = f"--device {name}: this machine has no {name.upper()} device that torch can use; try --device cpu"
-    require((there.get(name, True), missing))
-    if there["cuda"] and name in ("auto", "cuda"):
-        require((not (problem := why_unfit()), problem))
-    return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
+    found = count_gpus() > 0
+    if name == "cpu" or name == "auto" and not found:
+        return "cpu"
+    require((found, "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"))
+    problem = why_unfit()
+    require((not problem, problem))
+    return "cuda"
 
 
-def _check(*, seed: int = 0, to: Path | None = None, **counts: int) -> None:
+def _check(*, seed: int = 0, to: Path | None = None, **counts: int | None) -> None:
     """Raise InputError for a seed that no generator takes, an address as a folder to write, and counts below 1."""
     require((":/" not in str(to), f"{to} is an address, and only a local folder is written: give one, then copy it"))
     require((0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))
     for name, value in counts.items():
-        require((1 <= value < 2**53, f"--{name} is {value}: it must be at least 1, and no more than memory holds"))
+        allowed = value is None or 1 <= value < 2**53
+        require((allowed, f"--{name} is {value}: it must be at least 1, and no more than memory holds"))

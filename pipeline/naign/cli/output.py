@@ -14,7 +14,9 @@ Json = Annotated[bool, tyro.conf.arg(help="Print one JSON document instead, and 
 
 def lines_to_stderr(wanted: bool) -> AbstractContextManager[Any]:
     """While a document is made, what is printed goes to stderr."""
-    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
+    if wanted:
+        return contextlib.redirect_stdout(sys.stderr)
+    return contextlib.nullcontext()
 
 
 def print_json(document: Any) -> None:
@@ -22,8 +24,11 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=1, allow_nan=False, default=str))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns, the first to the left, others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for name, *cells in (header, *rows):
-        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip())
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = row[0].ljust(widths[0])
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            line += "  " + cell.rjust(width)
+        print(line.rstrip())

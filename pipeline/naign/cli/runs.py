@@ -36,12 +36,34 @@ def runs(folder: Positional[Path], /, *, json: Json = False) -> None:
         named = [{"path": path, "problem": problem} for path, problem in others.items()]
         print_json({"folder": folder, "runs": [asdict(run) for run in listed], "others": named})
         return
-    print_table(HEADER, [_row(run) for run in listed])
+    print_table([HEADER, *map(_row, listed)])
     for path, problem in others.items():
         print(f"{printable(path, LONGEST)}: {problem}")
 
 
-def compare(folders: Positional[tuple[Path, ...]], /, *, json: Json = False) -> None:
+def _row(run: "Run") -> tuple[str, ...]:
+    measured = run.measured or "–"
+    if run.measured and run.measured_at not in (None, run.images_seen):
+        measured += f" at {run.measured_at:,}"
+    return (
+        printable(run.name, LONGEST),
+        run.state,
+        f"{run.images_seen:,}",
+        f"{run.images:,}",
+        _digits(run.fd_over_floor),
+        _digits(run.recall),
+        _digits(run.fd),
+        measured,
+        bytes_in_words(run.bytes),
+        str(timedelta(seconds=int(run.age_seconds))),
+    )
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def compare(folders: Positional[tuple[Path, ...]], /) -> None:
     """Print runs side by side: evaluations, the best marked by *, and the settings that differ.
 
     Args:
@@ -51,24 +73,25 @@ def compare(folders: Positional[tuple[Path, ...]], /, *, json: Json = False) -> 
 
     with busy("reading runs"):
         sides = read_sides(folders)
-    evaluation, settings, differs = numbers(sides), settings_that_differ(sides), unlike(sides)
-    if json:
-        keys = ("label", "path", "state", "images_seen")
-        named = [{key: getattr(side, key) for key in keys} for side in sides]
-        print_json({"runs": named, "evaluation": evaluation, "settings": settings, "unlike": differs})
-        return
     labels = [printable(side.label, LONGEST) for side in sides]
-    state = ("state", *(side.state for side in sides))
-    seen = ("images seen", *(f"{side.images_seen:,}" for side in sides))
-    measured = [(NUMBERS[path][0], *_marked(values, NUMBERS[path][1])) for path, values in evaluation.items()]
-    print_table(("run", *labels), [state, seen, *measured])
-    print()
+    rows = [
+        ("run", *labels),
+        ("state", *(side.state for side in sides)),
+        ("images seen", *(f"{side.images_seen:,}" for side in sides)),
+    ]
+    for path, values in numbers(sides).items():
+        title, better = NUMBERS[path]
+        rows.append((title, *_marked(values, better)))
+    print_table(rows)
+    settings = settings_that_differ(sides)
     if settings:
-        print_table(("setting", *labels), [(name, *values) for name, values in settings.items()])
         print()
+        print_table([("setting", *labels), *((name, *values) for name, values in settings.items())])
+    print()
     for label, side in zip(labels, sides, strict=True):
         if not side.metrics:
             print(f"{label} was not evaluated: run `naign evaluate {printable(side.path, LONGEST)}`")
+    differs = unlike(sides)
     if differs:
         print(f"not the same for all: {', '.join(differs)}; distances do not compare")
 
@@ -77,16 +100,11 @@ def _marked(values: Sequence[float | None], better: str) -> list[str]:
     """The values as text, the best with a * where there are at least two; better: min, max or ""."""
     from naign.evaluate.report import number
 
+    texts = [number(value) for value in values]
     known = [value for value in values if value is not None]
-    best = None if not better or len(known) < 2 else (min if better == "min" else max)(known)
-    return [f"{number(value)}{'*' if value is not None and value == best else ''}" for value in values]
-
-
-def _row(run: "Run") -> tuple[str, ...]:
-    digits = ("–" if value is None else f"{value:.4g}" for value in (run.fd_over_floor, run.recall, run.fd))
-    stale = run.measured and run.measured_at and run.measured_at != run.images_seen
-    measured = f"{run.measured or '–'}{f' at {run.measured_at:,}' if stale else ''}"
-    return (
-        *(printable(run.name, LONGEST), run.state, f"{run.images_seen:,}", f"{run.images:,}", *digits, measured),
-        *(bytes_in_words(run.bytes), str(timedelta(seconds=int(run.age_seconds)))),
-    )
+    if better and len(known) > 1:
+        best = min(known) if better == "min" else max(known)
+        for place, value in enumerate(values):
+            if value == best:
+                texts[place] += "*"
+    return texts

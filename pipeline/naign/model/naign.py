@@ -75,6 +75,11 @@ class NAIGN:
         return noise | {_STATE + key: value for key, value in self.prior.state_dict().items()}
 
     @property
+    def fitted(self) -> bool:
+        """Whether the prior, if there is one, is fitted: a run that was stopped may have a model before that."""
+        return not self.prior.learns or self.metadata.get("fitted", 1.0) >= 1
+
+    @property
     def has_prior(self) -> bool:
         """Whether samples are drawn from a prior, rather than from noise."""
         return bool(self.metadata["prior"]["name"] != "none")

@@ -53,8 +53,8 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         model = NAIGN.from_pretrained(run, device=accelerator.device)
         config, manifest, _ = recorded(model, run, options.data)
         train, test = Images(config, config.split), Images(config, "test")
-        if accelerator.is_main_process and not model.prior.begun:
-            print(f"warning: {run} stopped before prior.begin: its samples are of one Gaussian", file=sys.stderr)
+        if accelerator.is_main_process and not model.fitted:
+            print(f"warning: {run} stopped before its prior was fitted: its samples say nothing", file=sys.stderr)
         space, weights = Space(options.encoder, tuple(manifest.shape), accelerator.device), fingerprint(model)
     to = options.to or f"{folder_of(run)}/evaluation"
     work = Work(to, train.sets, space.encoder, options, accelerator, run=weights)

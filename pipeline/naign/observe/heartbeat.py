@@ -15,15 +15,27 @@ class Heartbeat:
     Prometheus names them after `naign_`. Those that end in _total count from this start of the ranks.
     """
 
-    def __init__(self, file: Path, *, images: int, seen: int) -> None:  # the run's goal; what this start has of it
-        self._file, self._images, self._first = file, images, seen
-        self._ended, self._longest = time.monotonic(), 0.0
-        self._rounds, self._bytes, self._retries = 0, 0.0, 0.0
+    def __init__(
+        self,
+        file: Path,
+        *,
+        images: int,  # the run's goal
+        seen: int,  # of them, before this start
+    ) -> None:
+        self._file = file
+        self._images = images
+        self._first = seen
+        self._ended = time.monotonic()
+        self._longest = 0.0
+        self._rounds = 0
+        self._bytes = 0.0
+        self._retries = 0.0
 
     def beat(self, values: Mapping[str, float], *, seen: int, phases: Mapping[str, float], checkpoint: float) -> None:
         """A round ended with the metrics `values`; `phases` took so many seconds, each in all rounds of this start."""
         now = time.monotonic()
-        self._ended, self._longest = now, max(self._longest, now - self._ended)
+        self._longest = max(self._longest, now - self._ended)
+        self._ended = now
         self._rounds += 1
         self._bytes += values["data/megabytes"] * 1e6
         self._retries += values["data/retries"]
@@ -34,9 +46,12 @@ class Heartbeat:
             "images_goal": self._images,
             "data_read_bytes_total": self._bytes,
             "data_retries_total": self._retries,
-            **{f'phase_seconds_total{{phase="{phase}"}}': seconds for phase, seconds in phases.items()},
-            **{f'loss{{term="{name[5:]}"}}': value for name, value in values.items() if name.startswith("loss/")},
         }
+        for phase, seconds in phases.items():
+            series[f'phase_seconds_total{{phase="{phase}"}}'] = seconds
+        for name, value in values.items():
+            if name.startswith("loss/"):
+                series[f'loss{{term="{name[5:]}"}}'] = value
         state = {"ended": now, "longest": self._longest, "checkpoint": checkpoint, "series": series}
-        with suppress(OSError):  # a full disk of temporary files ends no run
+        with suppress(OSError):  # a full disk of temporary files does not end a run
             write_atomically(self._file, json.dumps(state), sync=False)

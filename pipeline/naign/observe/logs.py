@@ -5,18 +5,19 @@ import logging
 import os
 import sys
 
-from tqdm import tqdm
-
 
 def set_up(rank: int, world: int) -> None:
     """Log from INFO on rank 0, from WARNING elsewhere and for libraries, whose own levels (TORCH_LOGS, ...) stay."""
     handler = _Lines(rank, world)
-    root, deepspeed = logging.getLogger(), logging.getLogger("DeepSpeed")
-    root.handlers = [*(other for other in root.handlers if not isinstance(other, _Lines)), handler]
+    root = logging.getLogger()
+    root.handlers = [handler, *(other for other in root.handlers if not isinstance(other, _Lines))]
     root.setLevel(logging.WARNING)
-    logging.getLogger("naign").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    others = (other for other in deepspeed.filters if not isinstance(getattr(other, "__self__", None), _Lines))
-    deepspeed.filters = [*others, handler.divert]
+    level = logging.WARNING
+    if rank == 0:
+        level = logging.INFO
+    logging.getLogger("naign").setLevel(level)
+    # DeepSpeed sets a level and a handler of its own at import, which may be later.
+    logging.getLogger("DeepSpeed").filters = [handler.divert]
 
 
 def at_round(number: int | None) -> None:
@@ -31,32 +32,40 @@ class _Lines(logging.Handler):
 
     def __init__(self, rank: int, world: int) -> None:
         super().__init__()
-        self._rank, self._world, self._process = rank, world, os.getpid()
+        self._rank = rank
+        self._world = world
+        self._process = os.getpid()
 
     def format(self, record: logging.LogRecord) -> str:
+        place = []
+        if self._world > 1:
+            place.append(f"rank {self._rank}")
         is_rank = os.getpid() == self._process  # a worker of the loader reads ahead and does not know the round
-        place = [f"rank {self._rank}"] if self._world > 1 else []
-        place += [f"round {self.round}"] if is_rank and self.round is not None else []
-        name = "" if record.name.split(".")[0] == "naign" else f"{record.name}: "
-        line = f"{record.levelname.lower()}: {name}{super().format(record)}"
-        return f"[{', '.join(place)}] {line}" if place else line
+        if is_rank and self.round is not None:
+            place.append(f"round {self.round}")
+        line = super().format(record)
+        if record.name.split(".")[0] != "naign":
+            line = f"{record.name}: {line}"
+        line = f"{record.levelname.lower()}: {line}"
+        if place:
+            line = f"[{', '.join(place)}] {line}"
+        return line
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a line over the progress bar, which is drawn again below. The bar's lock is not acquired: a worker
+        killed with it would block the process of the bar.
+        """
         try:
-            line = self.format(record)
-            if self._rank == 0 and os.getpid() == self._process:
-                tqdm.write(line, file=sys.stderr)
-                return
-            # The bar belongs to another process. Do not acquire its lock: a worker killed with it would block that
-            # process. Overwrite the bar's line; the bar is redrawn below.
-            before, after = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "")
-            sys.stderr.write(f"{before}{line}{after}\n")
+            line = f"{self.format(record)}\n"
+            if sys.stderr.isatty():
+                line = f"\r\x1b[K{line}"
+            sys.stderr.write(line)
             sys.stderr.flush()
         except Exception:
             self.handleError(record)
 
     def divert(self, record: logging.LogRecord) -> bool:
-        """A logger's filter: warnings go to this handler, and nothing to its own, which DeepSpeed sets at import."""
+        """A logger's filter: warnings go to this handler, and nothing to its own."""
         if record.levelno >= logging.WARNING:
             self.handle(record)
         return False

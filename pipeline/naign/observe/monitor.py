@@ -7,7 +7,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from naign.errors import InputError, Unavailable, one_line, unwritten
 from naign.observe.heartbeat import Heartbeat
-from naign.observe.trackers import TRACKERS, Tracker, find_trackers
+from naign.observe.trackers import FILES, Settings, find_trackers, start_tracker
 
 log = logging.getLogger("naign.monitor")
 
@@ -37,37 +37,43 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         active: bool,  # on rank 0; elsewhere every call does nothing
         images: int,  # that will be learned from
         seen: int,  # of them, where a resumed run continues: later reports are dropped
-        config: str,  # the resolved configuration, as YAML
-        settings: Mapping[str, Any],  # the same by name: train.lr
+        settings: Settings,  # the configuration by name: train.lr
         trackers: str = "tensorboard",  # report.trackers
     ) -> None:
-        self.active, self.folder = active, folder
+        self.active = active
+        self.folder = folder
         self.described = ""  # the last message about the method of a match
-        file, first = os.environ.get("NAIGN_HEARTBEAT"), os.environ.get("LOCAL_RANK", "0") == "0"
-        self.heartbeat = Heartbeat(Path(file), images=images, seen=seen) if file and first else None
-        self._files: list[Tracker] = []  # in the run's folder
-        self._others: list[Background] = []
-        for name, (kind, build) in find_trackers(trackers).items() if active else ():
-            open_tracker = partial(build, kind() if kind else None, folder, seen)
-            if name in TRACKERS:
-                with self._writing():
-                    self._files.append(open_tracker())
-            else:
-                self._others.append(Background(name, open_tracker))
-        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
-        self._report(lambda tracker: tracker.configuration(plain, config))
-        bar: dict[str, Any] = {"dynamic_ncols": True}
-        if not sys.stderr.isatty():  # a log: a line every LOG_EVERY seconds
-            bar = {"file": _Lines(), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "ncols": 100, "ascii": True}
-        bar |= {"unit": "img", "unit_scale": True, "smoothing": 0.05, "disable": not active}
-        self._bar = tqdm(total=images, initial=seen, **bar)
+        self.heartbeat: Heartbeat | None = None
+        file = os.environ.get("NAIGN_HEARTBEAT")
+        if file and os.environ.get("LOCAL_RANK", "0") == "0":
+            self.heartbeat = Heartbeat(Path(file), images=images, seen=seen)
+        self._files = list[Any]()
+        self._others = list[Background]()
+        if active:
+            self._open(trackers, seen, settings)
+        self._bar = _progress_bar(images, seen, active)
 
-    def _report(self, act: Callable[[Tracker], None]) -> None:
+    def _open(self, trackers: str, seen: int, settings: Settings) -> None:
+        for name, kind in find_trackers(trackers).items():
+            if name in FILES:
+                with self._writing():
+                    self._files.append(kind(self.folder, seen))
+            else:
+                open_tracker = partial(start_tracker, name, kind, self.folder, settings)
+                self._others.append(Background(name, open_tracker))
+        self._write("store_init_configuration", settings)
+
+    def _report(self, method: str, *arguments: Any) -> None:
+        """Call a method of all trackers that have it."""
+        self._write(method, *arguments)
+        for other in self._others:
+            other.put(method, *arguments)
+
+    def _write(self, method: str, *arguments: Any) -> None:
+        """Call a method of the trackers that write to the run's folder."""
         for tracker in self._files:
             with self._writing():
-                act(tracker)
-        for other in self._others:
-            other.put(act)
+                _call(tracker, method, *arguments)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -85,15 +91,19 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
 
     def scalars(self, values: dict[str, float], seen: int, **counts: int) -> None:
         """One point of each series. `counts` are what was learned from, the round and the step."""
-        self._report(lambda tracker: tracker.scalars(values, seen, counts))
-        shown = {name.split("/")[-1]: values[name] for name in ("loss/total", "match/distance") if name in values}
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        self._report("log", counts | values, seen)
+        shown = {}
+        if "loss/total" in values:
+            shown["loss"] = values["loss/total"]
+        if "match/distance" in values:
+            shown["distance"] = values["match/distance"]
+        self._bar.set_postfix(shown, refresh=False)
 
     def histogram(self, name: str, values: Tensor, seen: int) -> None:
-        self._report(lambda tracker: tracker.histogram(name, values, seen))
+        self._report("log_histogram", name, values, seen)
 
     def picture(self, name: str, picture: Image.Image, seen: int) -> None:
-        self._report(lambda tracker: tracker.picture(name, picture, seen))
+        self._report("log_images", {name: [picture]}, seen)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -102,7 +112,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
 
     def flush(self) -> None:
         """Return once everything reported so far is written to the run's folder. Any thread may call it."""
-        self._report(lambda tracker: tracker.flush())
+        self._write("flush")
 
     def close(self) -> None:
         """Close all trackers. Waits at most PATIENCE seconds for those with a thread."""
@@ -110,46 +120,75 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         until = time.monotonic() + PATIENCE
         for other in self._others:
             other.end()
-        for tracker in self._files:
-            with self._writing():
-                tracker.close()
+        self._write("finish")
         for other in self._others:
             other.wait(until)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        with contextlib.suppress(*(InputError, Unavailable) if kind else ()):  # the first error matters
+        if kind is None:
             self.close()
+            return
+        with contextlib.suppress(InputError, Unavailable):  # the first error matters
+            self.close()
+
+
+def _call(tracker: Any, method: str, *arguments: Any) -> None:
+    """Call a method that trackers may lack: Accelerate's have no histograms, some of them no pictures."""
+    action = getattr(tracker, method, None)
+    if action is not None:
+        action(*arguments)
+
+
+def _progress_bar(images: int, seen: int, active: bool) -> "tqdm[Any]":
+    options = dict[str, Any](dynamic_ncols=True)
+    if not sys.stderr.isatty():  # a log: a line every LOG_EVERY seconds
+        options = {"file": _Lines(), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "ncols": 100, "ascii": True}
+    return tqdm(
+        total=images,
+        initial=seen,
+        unit="img",
+        unit_scale=True,
+        smoothing=0.05,
+        disable=not active,
+        **options,
+    )
 
 
 class _Lines:
     """stderr for tqdm, with a line for each update."""
 
     def write(self, text: str) -> None:
-        if text := text.strip("\r\n "):
+        text = text.strip("\r\n ")
+        if text:
             print(text, file=sys.stderr, flush=True)
 
     def flush(self) -> None: ...
 
 
 class Background(threading.Thread):
-    """A tracker's thread, which passes it all reports in order. Reports are dropped while the queue is full."""
+    """A tracker of Accelerate in a thread, so that the run never waits for it. Reports are made in order, and dropped
+    while WAITING of them are queued.
+    """
 
-    def __init__(self, name: str, build: Callable[[], Tracker]) -> None:
+    def __init__(self, name: str, open_tracker: Callable[[], Any]) -> None:
         super().__init__(name=f"tracker {name}", daemon=True)
-        self.dropped, self.failed, self._build = 0, False, build
-        self._queue: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
+        self.pictures = name not in ("aim", "clearml")  # which do not take lists of them
+        self.dropped = False
+        self.failed = False
+        self._open_tracker = open_tracker
+        self._queue: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self.start()
 
-    def put(self, act: Callable[[Tracker], None]) -> None:
+    def put(self, method: str, *arguments: Any) -> None:
         """Queue a call of the tracker, or drop it. Returns at once; any thread may call it."""
-        if self.failed:
+        if self.failed or (method == "log_images" and not self.pictures):
             return
         if self._queue.qsize() < WAITING:
-            self._queue.put(act)
+            self._queue.put((method, *arguments))
             return
-        self.dropped += 1
-        if self.dropped == 1:
+        if not self.dropped:
             log.warning("%s does not keep up: reports are dropped while %d wait", self.name, WAITING)
+        self.dropped = True
 
     def end(self) -> None:
         """Close the tracker after everything in the queue. Returns at once."""
@@ -159,18 +198,16 @@ class Background(threading.Thread):
         """Wait for the tracker to close, at most until a time of time.monotonic()."""
         self.join(max(0.0, until - time.monotonic()))
         if self.is_alive():
-            log.warning("%s has not finished after %.0f s: the run ends without it", self.name, PATIENCE)
-            self.dropped += self._queue.qsize()
-        if self.dropped:
-            log.warning("%s has missed %d reports: metrics.jsonl has all of them", self.name, self.dropped)
+            problem = "has not finished after %.0f s: the run ends without it, metrics.jsonl has all reports"
+            log.warning("%s " + problem, self.name, PATIENCE)
 
     def run(self) -> None:
         try:
-            tracker = self._build()
-            for act in iter(self._queue.get, None):
-                act(tracker)
-            tracker.close()
-        except BaseException as error:  # any, such as the panics of Rust, which are no Exception
+            tracker = self._open_tracker()
+            for call in iter(self._queue.get, None):
+                _call(tracker, *call)
+            tracker.finish()
+        except BaseException as error:  # any, such as the panics of Rust, which are not an Exception
             self.failed = True
             why = f"{type(error).__name__}: {one_line(error)}"
             log.warning("%s failed and is left out from now on: %s", self.name, why)

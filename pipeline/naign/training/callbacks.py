@@ -26,22 +26,27 @@ class Callback:
 
 def find_callbacks(names: str) -> list[Callback]:
     """The callbacks of train.callbacks, names with commas between them. Raises InputError for an unknown one."""
-    callbacks = list[Callback]()
+    callbacks = []
     for name in listed(names):
         build: Callable[[], Callback] = lookup("train.callbacks", name, {}, "naign.callbacks")
         with _blamed(f"the callback '{name}'", build.__module__):
-            callbacks.append(built := build())
-            require((isinstance(built, Callback), f"it made a {type(built).__name__}, no Callback: fix the package"))
+            callback = build()
+            is_one = isinstance(callback, Callback)
+            require((is_one, f"it made a {type(callback).__name__}, not a Callback: fix the package"))
+        callbacks.append(callback)
     return callbacks
 
 
 def call(run: Trainer, hook: str, *values: dict[str, float] | Path) -> None:
     """Call that method of each callback. What it raises names the callback and its package."""
     for callback in run.callbacks:
-        with _blamed(f"{hook} of the callback {type(callback).__qualname__}", type(callback).__module__):
+        kind = type(callback)
+        with _blamed(f"{hook} of the callback {kind.__qualname__}", kind.__module__):
             getattr(callback, hook)(run, *values)
-            for reported in (value for value in values if isinstance(value, dict)):  # not text
-                reported |= {name: float(value) for name, value in reported.items()}
+            for reported in values:
+                if isinstance(reported, dict):
+                    for name, value in reported.items():
+                        reported[name] = float(value)  # not text
 
 
 @contextmanager

@@ -204,7 +204,6 @@ def open_monitor(config: Config, accelerator: Accelerator, state: State, *, writ
             active=is_main,
             images=count_rounds(settings) * config.match.round * config.train.passes + config.prior.images,
             seen=state.seen,
-            config=text,
             settings=settings,
             trackers=config.report.trackers,
         )
