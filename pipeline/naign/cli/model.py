@@ -206,7 +206,7 @@ def export(
         format: safetensors, or onnx: f of a batch of any size as a program that needs no code of this project, compared
             with f in onnxruntime (in a checkout: `pip install -e '.[onnx]'`).
     """
-    from naign.model import programs
+    from naign.model.files import write_onnx
 
     _check(to=to)
     runs = [up / "checkpoints" for up in to.resolve().parents if (up / "config.yaml").exists()]
@@ -225,7 +225,7 @@ def export(
         if format == "safetensors":
             model.save_pretrained(to)
         else:
-            difference = programs.write_onnx(model.network, model.shape, file)
+            difference = write_onnx(model.network, model.shape, file)
     print(f"exported: {file}")
     if format == "onnx" and difference is None:
         print("not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')")
@@ -251,15 +251,15 @@ def push(
         dry_run: Write what would be uploaded into this folder, and upload nothing.
     """
     from naign.evaluate.card import write_repository
-    from naign.model import hub
+    from naign.model import files as model_files
 
     _check(to=dry_run)
-    if dry_run is None or "/" in name:
-        (hub.check_login if dry_run is None else hub.check_name)(name)
+    if dry_run is None:
+        model_files.check_login(name)
     model = _open(run, "cpu")
     with tempfile.TemporaryDirectory() as place:
         files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
-        address = hub.upload(Path(place), name, private=private) if dry_run is None else ""
+        address = model_files.upload(Path(place), name, private=private) if dry_run is None else ""
     print(f"uploaded: {address}" if address else f"wrote {files} files to {dry_run}/, uploaded nothing")
 
 

@@ -32,15 +32,20 @@ def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str |
     config, _, _ = recorded(model, folder, data)
     images, _ = read_split(config, config.split, limit=IMAGES)
     encode: Any = model.network.encode
+    parts = []
     with torch.inference_mode():
-        parts = [encode(scaled(part).to(model.device)) for part in images.split(500)]
+        for part in images.split(500):
+            parts.append(encode(scaled(part).to(model.device)))
     codes = torch.cat(parts).float().cpu()
-    state = {name: value.to(model.device) for name, value in fit_mixture(codes, components).items()}
+    state = {}
+    for name, value in fit_mixture(codes, components).items():
+        state[name] = value.to(model.device)
     spent = time.process_time() - begin
     metadata = model.metadata | {"prior": asdict(GmmConfig(components=components))}
     metadata.pop("labels", None)  # of classes, which the mixture does not tell apart
     metadata["fit"] = {"images": len(codes), "cpu_seconds": spent}
-    if isinstance(trained := metadata.get("cpu_seconds"), int | float):
+    trained = metadata.get("cpu_seconds")
+    if isinstance(trained, int | float):
         metadata["cpu_seconds"] = trained + spent
     return NAIGN(model.network, metadata, state)
 
@@ -58,7 +63,8 @@ def fit_mixture(codes: Tensor, components: int) -> dict[str, Tensor]:
     _, spread, directions = torch.linalg.svd(flat - mean, full_matrices=False)
     kept = int((spread[:DIRECTIONS] > 1e-6 * spread[0]).sum())
     require((kept, "the codes of all images are the same: there is nothing to fit a mixture to"))
-    deviations, directions = spread[:kept, None] / math.sqrt(len(flat)), directions[:kept]
+    directions = directions[:kept]
+    deviations = spread[:kept, None] / math.sqrt(len(flat))
     mixture = GaussianMixture(components, reg_covar=1e-4, random_state=0)
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # it has then done its 100 iterations
         mixture.fit(((flat - mean) @ (directions / deviations).T).numpy())

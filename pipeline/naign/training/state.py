@@ -20,7 +20,7 @@ from naign.data.loader import Stream
 from naign.distributed.engine import Engine
 from naign.errors import InputError
 from naign.match.matcher import Match
-from naign.model.naign import save_model
+from naign.model.files import save_model
 from naign.model.prior import Prior
 from naign.storage.local import write_atomically
 from naign.training.run_folder import damage_named, open_tensors, read_model
