@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
 from naign.model.prior import build_prior
 from naign.model.prior.gmm import GmmConfig
-from tests.conftest import environment
 
 TINY = ConvConfig(width=8, code=8, init="/home/someone/runs/first")
 
@@ -214,19 +211,3 @@ def test_what_the_hub_must_not_take_is_not_sent(hub, run):
     with pytest.raises(InputError, match="me/digits is public"):
         push(run, "me/digits", private=True)
     assert hub.models == {"me/digits": {}}
-
-
-@pytest.mark.slow
-def test_the_command_finds_the_hub_through_the_environment(hub, run):
-    command = [sys.executable, "-m", "naign.cli", "push", run, "me/digits", "--license", "mit"]
-    done = subprocess.run(
-        command,
-        env=environment(**hub.environment),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"uploaded: {hub.endpoint}/me/digits" in done.stdout
-    assert hub.token not in done.stdout + done.stderr

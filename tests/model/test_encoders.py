@@ -14,7 +14,6 @@ from naign.errors import InputError
 from naign.model import encoders
 from naign.model.encoders import FOLDER, choose_encoder, load_encoder, names, open_encoder
 from naign.model.scale import scaled
-from tests.conftest import ROOT
 
 DIGITS = FOLDER / "digits-cnn64.safetensors"
 
@@ -30,27 +29,14 @@ def test_shipped_files_are_small_described_and_load(name):
     assert features.shape == (3, 64)
     assert (features < 0).any()  # the linear layer, before its ReLU
     assert encoder.logits(images).shape == (3, len(encoder.labels))
-    torch.testing.assert_close(encoder.features(images, batch=2), features)
-
-
-def measured_accuracy(encoder, data):
-    images, labels = read_split(data, "test")
-    return float((encoder.logits(scaled(images)).argmax(1) == labels).double().mean())
+    torch.testing.assert_close(encoder.features(images[:2]), features[:2])
 
 
 def test_accuracy_on_digits_is_reproduced(digits):
     encoder = load_encoder("digits-cnn64")
-    assert measured_accuracy(encoder, digits) == pytest.approx(encoder.accuracy, abs=0.004)  # an image may differ
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("data", ["mnist", "fashion_mnist"])
-def test_accuracy_is_reproduced_where_the_data_are_packed(data):
-    place = ROOT / "data" / data
-    if not (place / "index.json").is_file():
-        pytest.skip(f"data/{data} is not packed here")
-    encoder = load_encoder(f"{data}-cnn64")
-    assert measured_accuracy(encoder, str(place)) == pytest.approx(encoder.accuracy, abs=2e-4)
+    images, labels = read_split(digits, "test")
+    right = encoder.logits(scaled(images)).argmax(1) == labels
+    assert float(right.double().mean()) == pytest.approx(encoder.accuracy, abs=0.004)  # an image may round differently
 
 
 @pytest.mark.parametrize(
@@ -144,30 +130,6 @@ def test_files_that_can_run_code_are_refused_and_not_opened(name, tmp_path):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
     with pytest.raises(InputError, match="choose one of .* or give timm:NAME, or the path of a .safetensors file"):
         load_encoder(str(tmp_path / name))
-
-
-@pytest.mark.slow
-def test_training_does_not_depend_on_the_order_of_shards(digits):
-    images, labels = read_split(digits, "train", limit=300)
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(5))
-    one = train_encoder.train(images, labels, classes=10, epochs=2, seed=1)
-    two = train_encoder.train(images[order], labels[order], classes=10, epochs=2, seed=1)
-    other = train_encoder.train(images, labels, classes=10, epochs=2, seed=2)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.head.weight, other.head.weight)
-
-
-def test_augmentation_moves_little_and_mirrors_when_asked():
-    images = torch.full((64, 1, 28, 28), -1.0)
-    images[:, :, 10:18, 8:12] = 1.0
-    generator = torch.Generator().manual_seed(0)
-
-    def centres(flip):
-        moved = train_encoder.augment(images, flip=flip, generator=generator) + 1
-        return (moved.sum((1, 2)) * torch.arange(28.0)).sum(1) / moved.sum((1, 2, 3))
-
-    assert (centres(False) - 9.5).abs().max() < 3.5  # 2 pixels of shift, 10 % of scale, 9 degrees
-    assert 16 < int((centres(True) > 13.5).sum()) < 48
 
 
 def test_command_line_trains_and_saves(digits, tmp_path, monkeypatch, capsys):

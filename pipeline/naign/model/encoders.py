@@ -27,6 +27,7 @@ from naign.settings.registry import lookup
 
 FOLDER = Path(__file__).parent / "encoder_weights"
 FEATURES = 64  # width of the feature layer of every shipped encoder
+BATCH = 1000  # samples encoded at once
 POOLED = 8  # height and width to which the encoder `pixels` reduces images
 
 
@@ -99,24 +100,21 @@ class Encoder:
     shape: tuple[int, ...] | None = None  # (C, H, W) it expects; None: any
     metadata: dict[str, str] = field(default_factory=dict)
 
-    def features(self, data: Tensor, *, batch: int = 1000) -> Tensor:
+    def features(self, data: Tensor) -> Tensor:
         """(n, C, H, W) in [-1, 1], or (n, D) points -> (n, d) float32, d 64 for ours."""
-        return self._apply(self.network.features, data, batch).to(data.device)
+        return self._apply(self.network.features, data).to(data.device)
 
-    def logits(self, data: Tensor, *, batch: int = 1000) -> Tensor:
+    def logits(self, data: Tensor) -> Tensor:
         """(n, C, H, W) in [-1, 1] -> (n, classes) float32, of an encoder with labels."""
-        return self._apply(self.network, data, batch)
+        return self._apply(self.network, data)
 
-    def _apply(
-        self,
-        function: Callable[[Tensor], Tensor],
-        data: Tensor,
-        batch: int,
-    ) -> Tensor:
+    def _apply(self, function: Callable[[Tensor], Tensor], data: Tensor) -> Tensor:
         weights = chain(self.network.parameters(), self.network.buffers())
         device = next(weights, data).device
+        parts = []
         with torch.inference_mode(not data.requires_grad):
-            parts = [function(part.to(device).float()) for part in data.split(batch)]
+            for part in data.split(BATCH):
+                parts.append(function(part.to(device).float()))
         return torch.cat(parts)
 
 

@@ -59,9 +59,14 @@ def open_weights(place: str | Path, **options: Any) -> Iterator[Weights]:
     if address.startswith(PREFIX):
         yield Weights(download(address.removeprefix(PREFIX), **options))
     elif is_in_bucket(address):
+        open_store(address)  # raises InputError for what is no address
         run = address.rstrip("/")
         with tempfile.TemporaryDirectory() as folder:
-            found = _find_in_run(run, lambda name: fetch_file(run, name, FILES, Path(folder)))
+
+            def fetch(name: str) -> Path:
+                return fetch_file(run, name, FILES, Path(folder))
+
+            found = _find_in_run(run, fetch)
             if found is None:
                 raise InputError(f"{run} holds no complete checkpoint: has the training written one yet?")
             yield found
@@ -74,7 +79,7 @@ def shipped_model(place: str | Path) -> Path | None:
     """The weights of the model in models/ of that name; None where there is none, and where a path has that name."""
     name = str(place)
     file = shipped("models") / name / WEIGHTS
-    if name != Path(name).name or os.path.lexists(name) or not file.is_file():
+    if name != Path(name).name or os.path.lexists(name) or not os.path.isfile(file):
         return None
     return file
 
