@@ -88,7 +88,8 @@ def test_metrics_hold_every_promised_key(evaluated):
     assert list(metrics["restoration"]) == list(KINDS)
     for table in metrics["restoration"].values():
         assert {"input", "once", "twice", "black", "median", "nearest"} < table.keys()
-        assert table["psnr"].keys() == table["ssim"].keys() == {*table} - {"psnr", "ssim"}
+        answers = table.keys() - {"psnr", "ssim"}
+        assert table["psnr"].keys() == table["ssim"].keys() == answers
     assert metrics["idempotence"].keys() == {"samples", "damaged"}
     assert (metrics["seed"], metrics["evaluation_seed"], metrics["images_seen"]) == (7, 0, 12_345)
     assert metrics["counts"]["samples"] == 300
@@ -105,7 +106,8 @@ def test_report_stands_alone_and_says_the_numbers(evaluated):
     assert "url(" not in text
     assert "@import" not in text
     shown = [value for value in metrics["fd"].values() if value is not None]
-    shown += [metrics["reconstruction"], metrics["sampling"]["cpu_seconds"], *metrics["idempotence"].values()]
+    shown += metrics["idempotence"].values()
+    shown.append(metrics["reconstruction"])
     for table in metrics["restoration"].values():
         shown += [table[name] for name in ("input", "once", "twice", "black", "median")]
     for value in shown:
@@ -311,7 +313,16 @@ def test_points_skip_what_is_for_images(save_untrained, tmp_path):
     assert not re.search(r"\bnan\b|\binf\b|None", text)
 
 
-@pytest.mark.parametrize("config", [None, [], {"data": None}, {"objective": 5}, {"data": {"crop": "wide"}}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        [],
+        {"data": None},
+        {"objective": 5},
+        {"data": {"crop": "wide"}},
+    ],
+)
 def test_a_header_that_no_training_wrote_is_refused(digits, save, config):
     folder = save()
     model = NAIGN.from_pretrained(folder)

@@ -71,7 +71,14 @@ def test_a_run_keeps_its_server(model, asked, tmp_path, place, data):
 
 
 def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypatch):
-    manifest = Manifest(name="here", kind="point", shape=(2,), dtype="float32", labels=(), splits={})
+    manifest = Manifest(
+        name="here",
+        kind="point",
+        shape=(2,),
+        dtype="float32",
+        labels=(),
+        splits={},
+    )
     sets = SimpleNamespace(manifest=manifest, shape=(2,))
     monkeypatch.setattr("naign.evaluate.recorded.DataSets", lambda config: sets)
     model.metadata["config"]["data"] = {"path": "here", "broken": "skip"}
@@ -80,7 +87,8 @@ def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypat
 
 
 def test_a_picture_is_cropped_as_evaluation_crops_it(digits):
-    model = SimpleNamespace(metadata={"config": {"data": {"path": "x", "crop": 4}}}, shape=(1, 4, 4))
+    metadata = {"config": {"data": {"path": "x", "crop": 4}}}
+    model = SimpleNamespace(metadata=metadata, shape=(1, 4, 4))
     whole, _ = read_split(DataConfig(path=digits), "test", limit=1)
     cropped, _ = read_split(DataConfig(path=digits, crop=4), "test", limit=1)
     for picture in (whole[0], cropped[0]):

@@ -11,7 +11,8 @@ from naign.evaluate.restoration import mae, psnr, repair, scores, ssim
 
 
 def random_images(count, side=28, channels=1):
-    return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, channels, side, side, generator=generator) * 2 - 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,7 +57,15 @@ def test_salt_and_pepper_hits_a_fifth_in_equal_parts_all_channels_together():
     assert torch.equal(damaged[:, :1].expand_as(damaged), damaged)
 
 
-@pytest.mark.parametrize(("side", "count"), [(256, 5), (28, 5), (16, 3), (4, 1)])
+@pytest.mark.parametrize(
+    ("side", "count"),
+    [
+        (256, 5),
+        (28, 5),
+        (16, 3),
+        (4, 1),
+    ],
+)
 def test_rows_are_blackened_whole_in_the_stated_number(side, count):
     damaged = degrade(torch.ones(40, 2, side, side), "rows")
     black = damaged == -1

@@ -34,8 +34,10 @@ def no_pickle_and_no_hub(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise AssertionError("unpickled, or asked the hub")
 
-    for place, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (files, "download")):
-        monkeypatch.setattr(place, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.setattr(files, "download", refuse)
     monkeypatch.chdir(tmp_path)
 
 

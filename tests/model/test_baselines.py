@@ -43,7 +43,14 @@ def total_loss(settings, network, images, latents=None):
     return loss
 
 
-@pytest.mark.parametrize(("body", "code"), [("conv", (6,)), ("conv", (100,)), ("spatial", (6, 4, 4))])
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("conv", (6,)),
+        ("conv", (100,)),
+        ("spatial", (6, 4, 4)),
+    ],
+)
 @pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
 def test_the_loss_is_the_bound_on_the_likelihood(body, code, likelihood):
     f = build(VaeNetworkConfig(width=8, code=code[0], body=body))
@@ -52,7 +59,8 @@ def test_the_loss_is_the_bound_on_the_likelihood(body, code, likelihood):
     mean, log_variance = f.body.encode(x).chunk(2, dim=1)
     posterior = Normal(mean, (log_variance / 2).exp())
     noise = torch.cat([normals(step).flatten(1) for step in (0, 1)], dim=1)
-    drawn = f.decode(mean + posterior.scale * noise[:, : math.prod(code)].view_as(mean))
+    noise = noise[:, : math.prod(code)].view_as(mean)
+    drawn = f.decode(mean + posterior.scale * noise)
     if likelihood == "gaussian":
         error = (drawn - x).square().mean().sqrt()
         fit = Normal(drawn, error.expand_as(drawn)).log_prob(x).mean()
@@ -71,7 +79,8 @@ def test_latents_of_a_vae_are_decoded_normals():
     f = build(VaeNetworkConfig(width=8, code=6)).requires_grad_(False)
     model = NAIGN(f, {"shape": list(SHAPE), "prior": {"name": "code-normal"}})
     ids = torch.tensor([5, 2])
-    torch.testing.assert_close(model.latent(ids, seed=3), f.decode(normal(3, 2**32 - 1, ids, (6,))))
+    codes = normal(3, 2**32 - 1, ids, (6,))
+    torch.testing.assert_close(model.latent(ids, seed=3), f.decode(codes))
     with pytest.raises(InputError, match="prior.name=code-normal: this network has no code"):
         build_prior(CodeNormalConfig(), SHAPE, build(networks.PointConfig()))
 
@@ -90,7 +99,12 @@ class Straight(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("evaluations", "solver", "times"),
-    [(1, "heun", [0]), (4, "heun", [0, 0.5, 0.5, 1]), (3, "heun", [0, 0.5, 0.5]), (4, "euler", [0, 0.25, 0.5, 0.75])],
+    [
+        (1, "heun", [0]),
+        (4, "heun", [0, 0.5, 0.5, 1]),
+        (3, "heun", [0, 0.5, 0.5]),
+        (4, "euler", [0, 0.25, 0.5, 0.75]),
+    ],
 )
 def test_a_sample_takes_so_many_evaluations(evaluations, solver, times):
     f = build(FlowNetworkConfig(width=8, depth=1, evaluations=evaluations, solver=solver))

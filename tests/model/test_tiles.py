@@ -22,7 +22,8 @@ class Principal(nn.Module):
         super().__init__()
         flat = windows.flatten(1)
         self.mean = nn.Parameter(flat.mean(0))
-        self.basis = nn.Parameter(torch.linalg.svd(flat - self.mean, full_matrices=False).Vh[:components])
+        _, _, directions = torch.linalg.svd(flat - self.mean, full_matrices=False)
+        self.basis = nn.Parameter(directions[:components])
 
     def forward(self, x):
         codes = (x.flatten(1) - self.mean) @ self.basis.T
@@ -38,8 +39,9 @@ def photos():
 
 @pytest.fixture(scope="module")
 def model(photos):
-    windows = photos[:, 0].unfold(1, SIDE, 5).unfold(2, SIDE, 5).reshape(-1, 1, SIDE, SIDE)
-    return NAIGN(Principal(windows, 200), {"shape": [1, SIDE, SIDE], "prior": {"name": "gaussian"}})
+    windows = photos[:, 0].unfold(1, SIDE, 5).unfold(2, SIDE, 5)
+    network = Principal(windows.reshape(-1, 1, SIDE, SIDE), 200)
+    return NAIGN(network, {"shape": [1, SIDE, SIDE], "prior": {"name": "gaussian"}})
 
 
 def reader(x):
@@ -58,10 +60,13 @@ def at_borders(photos, model, dim):
         starts, _ = tiles._windows(x.shape[dim], SIDE)
         begins = torch.isin(torch.arange(1, x.shape[dim]), torch.tensor(starts)).long()
         residual = (y - x).narrow(dim, 1, x.shape[dim] - 1)
-        for row, change in zip(sums, (y.diff(dim=dim), x.diff(dim=dim), residual), strict=True):
-            row.index_add_(0, begins, change.square().transpose(dim, 3).mean((0, 1, 2)).double())
+        changes = (y.diff(dim=dim), x.diff(dim=dim), residual)
+        for row, change in zip(sums, changes, strict=True):
+            squares = change.square().transpose(dim, 3)
+            row.index_add_(0, begins, squares.mean((0, 1, 2)).double())
     gradient = sums[0] / sums[1]
-    energy = sums[2] / sums[2].new_tensor([len(begins) - len(starts) + 1, len(starts) - 1])
+    counts = [len(begins) - len(starts) + 1, len(starts) - 1]
+    energy = sums[2] / torch.tensor(counts)
     return float(gradient[1] / gradient[0]), float(energy[1] / energy[0])
 
 
@@ -72,7 +77,16 @@ def test_no_seam_is_seen(photos, model, dim, monkeypatch):
     assert at_borders(photos, model, dim)[0] > 1.2
 
 
-@pytest.mark.parametrize("size", [(1, 1), (SIDE, SIDE), (3, 100), (25, 47), (200, 1)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 1),
+        (SIDE, SIDE),
+        (3, 100),
+        (25, 47),
+        (200, 1),
+    ],
+)
 def test_windows_sum_to_one_at_any_size(size):
     x = torch.rand(2, 3, *size) * 2 - 1
     bands = tiles.blended(lambda x: x, reader(x), size, (SIDE, SIDE))
@@ -119,7 +133,15 @@ def test_progress_counts_tiles_and_the_mean_of_the_map_is_the_energy(model):
     torch.testing.assert_close(found.mean((1, 2)), model.energy(x))
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 30, 30), (1, 30, 30), (1, 1, 0, 5), (1, 1, 1, 30, 30)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 2, 30, 30),
+        (1, 30, 30),
+        (1, 1, 0, 5),
+        (1, 1, 1, 30, 30),
+    ],
+)
 def test_what_is_no_image_of_the_model_s_channels_is_refused(model, shape):
     with pytest.raises(InputError, match=r"takes \(1, 24, 24\), images also of another height and width, not"):
         model.project(torch.zeros(shape))

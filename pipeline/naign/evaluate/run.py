@@ -78,6 +78,9 @@ def evaluate(
     lost: list[str] = []
     metrics = json.loads(json.dumps(metrics), parse_constant=lost.append)  # None for NaN and infinities
     header = model.metadata
+    where = f"a CPU, {torch.get_num_threads()} threads"
+    if device.startswith("cuda"):
+        where = torch.cuda.get_device_name(device)
     metrics |= {
         "seed": number(header.get("seed", seed)),
         "evaluation_seed": seed,
@@ -89,7 +92,7 @@ def evaluate(
         "notes": write_notes(subject, metrics, len(lost)) + missing,
         "weights": fingerprint(model),
         "checkpoint": {"name": model.checkpoint, "choice": model.choice} if model.checkpoint else None,
-        "device": f"{device}, {torch.get_num_threads()} threads",
+        "device": where,
     }
     with _said("pictures and report", start, progress):
         drawn = draw_pictures(subject)

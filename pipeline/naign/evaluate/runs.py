@@ -59,8 +59,11 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     runs = []
     others = {}
     for place in _run_folders(folder):
+        name = str(place.relative_to(folder))
+        if place == folder:
+            name = folder.resolve().name
         try:
-            runs.append(read_run(place, str(place.relative_to(folder))))
+            runs.append(read_run(place, name))
         except (InputError, OSError) as error:
             others[str(place)] = printable(str(error))
     return runs, others

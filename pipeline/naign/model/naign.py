@@ -50,8 +50,8 @@ class NAIGN:
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
         self.checkpoint = ""  # of a run: the checkpoint's name
         self.choice = ""  # of a run: best or last
-        fitting = PIXELS // math.prod(self.shape[-2:])
-        self._rows = max(1, min(ROWS, fitting))  # computed at once
+        pixels = max(1, math.prod(self.shape[-2:]))
+        self._rows = max(1, min(ROWS, PIXELS // pixels))  # computed at once
         settings_class, _ = find_prior(metadata["prior"]["name"])
         settings = settings_class(**metadata["prior"])
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
