@@ -35,14 +35,6 @@ def test_saving_and_loading_changes_nothing(tmp_path):
     assert torch.equal(again.sample(5, seed=3), model.sample(5, seed=3))
 
 
-def test_the_state_of_another_package_s_prior_travels_with_the_model(tmp_path):
-    made = make()
-    metadata = made.metadata | {"prior": {"name": "fourier"}}
-    model = NAIGN(made.network, metadata, {"spectrum": torch.rand(2, 2, 1, 8, 8)})
-    model.save_pretrained(tmp_path)
-    assert torch.equal(NAIGN.from_pretrained(tmp_path).sample(3), model.sample(3))
-
-
 def test_samples_do_not_depend_on_the_batch_and_times_is_how_often_f_is_applied():
     model = make()
     samples = model.sample(7)

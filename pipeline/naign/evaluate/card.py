@@ -59,8 +59,10 @@ def write_repository(
     if not store.exists("metrics.json"):
         raise InputError(f"{run} has no evaluation to write a model card from: {again}")
     shared = NAIGN(model.network, without_places(model.metadata), model.prior.state_dict())
-    present = set(store.list())
-    pictures = {f"{key}.png": title for key, title in PICTURES.items() if f"{key}.png" in present}
+    pictures = {}
+    for key, title in PICTURES.items():
+        if store.exists(f"{key}.png"):
+            pictures[f"{key}.png"] = title
     try:
         metrics = without_places(json.loads(store.read("metrics.json"), parse_constant=lambda constant: None))
         if metrics["images_seen"] != model.metadata.get("images_seen"):

@@ -59,8 +59,8 @@ def separation(
         }
 
     real = scores(images)
-    found: dict[str, dict[str, float]] = {score: {} for score in real}
+    found: dict[str, dict[str, float]] = {}
     for name, batch in outliers(images, seed=seed).items():
         for score, values in scores(batch).items():
-            found[score][name] = auroc(real[score], values)
+            found.setdefault(score, {})[name] = auroc(real[score], values)
     return found

@@ -97,8 +97,10 @@ def draw_samples(subject: Subject) -> dict[str, Any]:
     model = subject.model
     number = within(subject.samples, model.shape)
     begin = time.process_time()
-    parts = torch.arange(number).split(500)
-    latents = torch.cat([model.latent(ids, seed=subject.seed).cpu() for ids in parts])
+    parts = []
+    for ids in torch.arange(number).split(500):
+        parts.append(model.latent(ids, seed=subject.seed).cpu())
+    latents = torch.cat(parts)
     drawn = time.process_time() - begin
     subject.once = model.project(latents)
     spent = time.process_time() - begin
@@ -225,8 +227,9 @@ def repairs(subject: Subject) -> dict[str, Any]:
         )
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
-        shown = {name: answer[:SHOWN].clone() for name, answer in answers.items()}
-        subject.repaired[kind] = shown
+        subject.repaired[kind] = {}
+        for name, answer in answers.items():
+            subject.repaired[kind][name] = answer[:SHOWN].clone()
     subject.counts |= {
         "restoration": len(clean),
         "similarity": min(restoration.SIMILAR, len(clean)),

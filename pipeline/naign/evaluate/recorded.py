@@ -67,8 +67,10 @@ def _is_known(endpoint: str) -> bool:
 def fingerprint(model: NAIGN) -> str:
     """SHA-256 of the weights and of the prior: by it an evaluation is known to be of this model."""
     digest = hashlib.sha256(json.dumps(model.metadata["prior"], sort_keys=True).encode())
-    state = {f"prior.{name}": value for name, value in model.prior.state_dict().items()}
-    for name, value in sorted((model.network.state_dict() | state).items()):
+    state = model.network.state_dict()
+    for name, value in model.prior.state_dict().items():
+        state[f"prior.{name}"] = value
+    for name, value in sorted(state.items()):
         digest.update(f"{name} {tuple(value.shape)} ".encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -179,6 +179,7 @@ def _draw_repairs(subject: Subject) -> list[Picture]:
 
 def _between(subject: Subject) -> Tensor:
     """Six rows of STEPS images (6 * STEPS, *shape), each between the first samples of two seeds."""
-    seeds = range(subject.seed, subject.seed + 6)
-    latents = [subject.model.between(seed, seed + 1, steps=STEPS) for seed in seeds]
+    latents = []
+    for seed in range(subject.seed, subject.seed + 6):
+        latents.append(subject.model.between(seed, seed + 1, steps=STEPS))
     return subject.model.project(torch.cat(latents)).cpu()

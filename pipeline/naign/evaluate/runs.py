@@ -148,10 +148,12 @@ def _quality(evaluation: Mapping[str, Any], training: Mapping[str, Any]) -> dict
         source = "training"
         found = training
         names = {"fd": "quality/fd", "recall": "quality/recall"}
-    values: dict[str, Any] = {name: number(found.get(key)) for name, key in names.items()}
-    if values["fd"] is None:
+    if number(found.get(names["fd"])) is None:
         return {}
-    return values | {"measured": source, "measured_at": number(found.get("images_seen"))}
+    values: dict[str, Any] = {"measured": source, "measured_at": number(found.get("images_seen"))}
+    for name, key in names.items():
+        values[name] = number(found.get(key))
+    return values
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
