@@ -141,7 +141,7 @@ def problem_of(
     if kind == "untrained":
         torch.manual_seed(0)
         network = build_network(recorded_network(model.metadata["model"]), model.shape)
-        model = NAIGN(network, model.metadata, model.prior.state_dict())
+        model = NAIGN(network, model.metadata, model.state)
     samples = torch.empty(settings.candidates, *model.shape)
     for ids in torch.arange(settings.candidates).split(512):
         samples[ids] = model.project(model.latent(ids))

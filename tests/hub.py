@@ -16,6 +16,7 @@ from typing import Any, Self
 import yaml
 
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0")
+Answer = tuple[int, dict[str, str], bytes]
 
 
 class Hub:
@@ -58,15 +59,15 @@ class Hub:
         self._server.server_close()
         self._thread.join()
 
-    def answer(self, method: str, path: str, body: bytes, known: bool) -> tuple[int, dict[str, str], bytes]:
+    def answer(self, method: str, path: str, body: bytes, known: bool) -> Answer:
         """Status, headers and body; `known`: the request bears the token."""
         self.requests.append(f"{method} {path}")
         if self.broken:
             return self.broken, {}, b"{}"
-        if found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path):
-            return self._resolve(*found.groups(), known=known)
+        if found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", path):
+            return self._resolve(found[1], found[2], known)
         if path == "/api/validate-yaml":
-            return self._validate(json.loads(body)["content"])
+            return _validate(json.loads(body)["content"])
         if method == "PUT":
             self._objects[path.rpartition("/")[2]] = body
             return _said({})
@@ -74,44 +75,40 @@ class Hub:
             return _said({"error": "Invalid username or password."}, 401)
         if path == "/api/repos/create":
             return self._create(json.loads(body))
-        if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(preupload|commit)/main", path):
-            return self._preupload(body) if found[2] == "preupload" else self._commit(found[1], body)
+        if path.endswith("/preupload/main"):
+            return _preupload(json.loads(body)["files"])
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._batch(json.loads(body)["objects"])
+        if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", path):
+            return self._commit(found[1], body)
         if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/main)?", path):
             about = {"id": found[1], "private": found[1] in self.private, "tags": [], "siblings": []}
             return _said(about | {"sha": self._version(found[1])})
-        if path.endswith(".git/info/lfs/objects/batch"):
-            wanted = [{"oid": one["oid"], "size": one["size"]} for one in json.loads(body)["objects"]]
-            actions = [one | {"actions": {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}} for one in wanted]
-            return _said({"transfer": "basic", "objects": actions})
         return _said({"error": f"this hub does not know {method} {path}"}, 404)
 
-    def _create(self, wanted: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+    def _create(self, wanted: dict[str, Any]) -> Answer:
         name = f"{wanted['organization']}/{wanted['name']}"
-        new = name not in self.models
-        self.models.setdefault(name, {})
-        if new and (wanted.get("visibility") == "private" or wanted.get("private")):
+        address = {"url": f"{self.endpoint}/{name}"}
+        if name in self.models:
+            return _said(address, 409)
+        self.models[name] = {}
+        if wanted.get("visibility") == "private" or wanted.get("private"):
             self.private.add(name)
-        return _said({"url": f"{self.endpoint}/{name}"}, 200 if new else 409)
+        return _said(address)
 
-    def _validate(self, card: str) -> tuple[int, dict[str, str], bytes]:
-        front = yaml.safe_load(card.split("---\n")[1])
-        if front.get("license", LICENSES[0]) in LICENSES and all(
-            model["results"] for model in front.get("model-index", [])
-        ):
-            return _said({"errors": [], "warnings": []})
-        return _said({"errors": [{"message": f'"license" must be one of {LICENSES}'}], "warnings": []}, 400)
+    def _batch(self, objects: list[dict[str, Any]]) -> Answer:
+        """Where git LFS may send these objects."""
+        for one in objects:
+            one["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}
+        return _said({"transfer": "basic", "objects": objects})
 
-    def _preupload(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        paths = [file["path"] for file in json.loads(body)["files"]]
-        modes = {path: "lfs" if path.endswith((".safetensors", ".png")) else "regular" for path in paths}
-        return _said({"files": [{"path": p, "uploadMode": modes[p], "shouldIgnore": False} for p in paths]})
-
-    def _commit(self, name: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _commit(self, name: str, body: bytes) -> Answer:
         for line in body.splitlines():
-            kind, value = (entry := json.loads(line))["key"], entry["value"]
-            if kind == "file":
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
                 self.models[name][value["path"]] = base64.b64decode(value["content"])
-            elif kind == "lfsFile":
+            elif entry["key"] == "lfsFile":
                 content = self._objects[value["oid"]]
                 assert hashlib.sha256(content).hexdigest() == value["oid"]
                 self.models[name][value["path"]] = content
@@ -119,20 +116,36 @@ class Hub:
         where = f"{self.endpoint}/{name}/commit/{commit}"
         return _said({"success": True, "commitOid": commit, "commitUrl": where, "hookOutput": ""})
 
-    def _resolve(self, name: str, _: str, file: str, *, known: bool) -> tuple[int, dict[str, str], bytes]:
+    def _resolve(self, name: str, file: str, known: bool) -> Answer:
         if name not in self.models or (name in self.private and not known):
             return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
         commit = {"X-Repo-Commit": self._version(name)}
-        if file not in self.models[name]:
-            return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", **commit}, b""
-        content = self.models[name][file]
-        return 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', **commit}, content
+        content = self.models[name].get(file)
+        if content is None:
+            return 404, commit | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b""
+        return 200, commit | {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'}, content
 
     def _version(self, name: str) -> str:
         return hashlib.sha1(repr(sorted(self.models[name].items())).encode()).hexdigest()
 
 
-def _said(content: dict[str, Any], status: int = 200) -> tuple[int, dict[str, str], bytes]:
+def _preupload(files: list[dict[str, Any]]) -> Answer:
+    """Whether each file is kept by git LFS or sent within the commit."""
+    for file in files:
+        large = file["path"].endswith((".safetensors", ".png"))
+        file["uploadMode"] = "lfs" if large else "regular"
+        file["shouldIgnore"] = False
+    return _said({"files": files})
+
+
+def _validate(card: str) -> Answer:
+    front = yaml.safe_load(card.split("---\n")[1])
+    if front.get("license", LICENSES[0]) in LICENSES:
+        return _said({"errors": [], "warnings": []})
+    return _said({"errors": [{"message": f'"license" must be one of {LICENSES}'}], "warnings": []}, 400)
+
+
+def _said(content: dict[str, Any], status: int = 200) -> Answer:
     return status, {"Content-Type": "application/json"}, json.dumps(content).encode()
 
 

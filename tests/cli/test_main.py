@@ -15,7 +15,7 @@ from naign.cli.main import main
 from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network, recorded_network
-from tests.model.test_weights import write_run
+from tests.model.test_files import write_run
 
 
 def save_model(folder, network, shape, prior=None, state=None):

@@ -41,7 +41,7 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     assert naign("evaluate", "run", "--samples", "300").returncode == 0
     metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
     asked = metrics["asked"]
-    assert 0 <= asked["share"] <= 1 and len(asked["by_class"]) == len(asked["fd_ratio_by_class"]) == 10
+    assert 0 <= asked["share"] <= 1
     assert (tmp_path / "run/evaluation/classes.png").exists()
     assert "of the class that they were drawn from" in (tmp_path / "run/evaluation/report.html").read_text()
     assert naign("push", "run", "user/digits", "--dry-run", "card").returncode == 0

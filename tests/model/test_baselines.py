@@ -1,13 +1,12 @@
 """The VAE and the rectified flow of the baselines package: what they compute, and what they refuse."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from naign_baselines.rectified_flow import FlowConfig, FlowNetworkConfig, RectifiedFlow
+from naign_baselines.rectified_flow import FlowConfig, FlowNetworkConfig
 from naign_baselines.vae import CodeNormalConfig, VaeConfig, VaeNetworkConfig
-from torch import Tensor
+from torch.distributions import Laplace, Normal, kl_divergence
 
 from naign import config
 from naign.errors import InputError
@@ -20,104 +19,128 @@ from naign.philox import normal
 SHAPE = (1, 8, 8)
 
 
-def build(settings: networks.NetworkConfig, shape: tuple[int, ...] = SHAPE, **options: Any) -> Any:
+def build(settings, shape=SHAPE, **options):
     torch.manual_seed(0)
     return networks.build_network(settings, shape, **options)
 
 
-def normals(step: int, count: int = 5) -> Tensor:
+def normals(step, count=5):
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(step))
 
 
-def losses(config: Any, network: Any, images: Tensor, latents: Tensor | None = None) -> dict[str, Tensor]:
-    """The terms on a batch of these."""
-    distance = choose_distance(config, None)
-    batch = Batch(images=images, latents=latents, distance=distance, frozen=network, normals=normals)
-    return compute_losses(config, network, batch)
+def total_loss(settings, network, images, latents=None):
+    """The loss on a batch of these, which has a gradient for every parameter."""
+    batch = Batch(
+        images=images,
+        latents=latents,
+        distance=choose_distance(settings, None),
+        frozen=network,
+        normals=normals,
+    )
+    loss = compute_losses(settings, network, batch)["total"]
+    loss.backward()
+    assert all(value.grad is not None for value in network.parameters())
+    return loss
 
 
-@pytest.mark.parametrize(("body", "code"), [("conv", (6,)), ("conv", (100,)), ("spatial", (6, 4, 4))])
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("conv", (6,)),
+        ("conv", (100,)),
+        ("spatial", (6, 4, 4)),
+    ],
+)
 @pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
 def test_the_loss_is_the_bound_on_the_likelihood(body, code, likelihood):
     f = build(VaeNetworkConfig(width=8, code=code[0], body=body))
     assert networks.code_shape(f, "prior") == code
     x = normals(9).tanh()
-    terms = losses(VaeConfig(likelihood=likelihood), f, x)
     mean, log_variance = f.body.encode(x).chunk(2, dim=1)
-    noise = torch.cat([normals(step).flatten(1) for step in (0, 1)], dim=1)[:, : math.prod(code)].view_as(mean)
-    drawn = f.decode(mean + (log_variance / 2).exp() * noise)
-    law = {"gaussian": torch.distributions.Normal, "laplace": torch.distributions.Laplace}[likelihood]
-    error = (drawn - x).square().mean().sqrt() if likelihood == "gaussian" else (drawn - x).abs().mean()
-    fit = law(drawn, error.expand_as(drawn)).log_prob(x).mean()
-    posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
-    divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
-    constant = (1 + math.log(2 * math.pi)) / 2 if likelihood == "gaussian" else 1 + math.log(2)
-    torch.testing.assert_close(terms["total"] + constant, divergence.mean() / 64 - fit)
-    terms["total"].backward()
-    assert all(value.grad is not None for value in f.parameters())
+    posterior = Normal(mean, (log_variance / 2).exp())
+    noise = torch.cat([normals(step).flatten(1) for step in (0, 1)], dim=1)
+    noise = noise[:, : math.prod(code)].view_as(mean)
+    drawn = f.decode(mean + posterior.scale * noise)
+    if likelihood == "gaussian":
+        error = (drawn - x).square().mean().sqrt()
+        fit = Normal(drawn, error.expand_as(drawn)).log_prob(x).mean()
+        constant = (1 + math.log(2 * math.pi)) / 2
+    else:
+        error = (drawn - x).abs().mean()
+        fit = Laplace(drawn, error.expand_as(drawn)).log_prob(x).mean()
+        constant = 1 + math.log(2)
+    divergence = kl_divergence(posterior, Normal(0.0, 1.0)).flatten(1).sum(1)
+    loss = total_loss(VaeConfig(likelihood=likelihood), f, x)
+    torch.testing.assert_close(loss + constant, divergence.mean() / 64 - fit)
     torch.testing.assert_close(f(x), f.decode(mean))
 
 
 def test_latents_of_a_vae_are_decoded_normals():
     f = build(VaeNetworkConfig(width=8, code=6)).requires_grad_(False)
     model = NAIGN(f, {"shape": list(SHAPE), "prior": {"name": "code-normal"}})
-    drawn = model.latent(torch.tensor([5, 2]), seed=3)
-    torch.testing.assert_close(drawn, f.decode(normal(3, 2**32 - 1, torch.tensor([5, 2]), (6,))))
-    torch.testing.assert_close(model.latent(torch.arange(6), seed=3)[[5, 2]], drawn)
+    ids = torch.tensor([5, 2])
+    codes = normal(3, 2**32 - 1, ids, (6,))
+    torch.testing.assert_close(model.latent(ids, seed=3), f.decode(codes))
     with pytest.raises(InputError, match="prior.name=code-normal: this network has no code"):
         build_prior(CodeNormalConfig(), SHAPE, build(networks.PointConfig()))
 
 
 class Straight(torch.nn.Module):
-    """A velocity whose path is known: x = x_0 exp(rate t)."""
+    """A velocity whose path is known: x = x_0 exp(-t)."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self):
         super().__init__()
-        self.rate, self.seen = rate, list[float]()
+        self.seen = []
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x, time):
         self.seen.append(float(time[0]))
-        return self.rate * x
+        return -x
 
 
 @pytest.mark.parametrize(
     ("evaluations", "solver", "times"),
-    [(1, "heun", [0]), (4, "heun", [0, 0.5, 0.5, 1]), (3, "heun", [0, 0.5, 0.5]), (4, "euler", [0, 0.25, 0.5, 0.75])],
+    [
+        (1, "heun", [0]),
+        (4, "heun", [0, 0.5, 0.5, 1]),
+        (3, "heun", [0, 0.5, 0.5]),
+        (4, "euler", [0, 0.25, 0.5, 0.75]),
+    ],
 )
 def test_a_sample_takes_so_many_evaluations(evaluations, solver, times):
-    f: RectifiedFlow = build(FlowNetworkConfig(width=8, depth=1, evaluations=evaluations, solver=solver))
-    f.velocity = Straight(-1.0)
+    f = build(FlowNetworkConfig(width=8, depth=1, evaluations=evaluations, solver=solver))
+    f.velocity = Straight()
     f(torch.ones(2, *SHAPE))
     assert f.velocity.seen == times
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
 def test_the_solvers_have_their_order(solver, order):
-    f: RectifiedFlow = build(FlowNetworkConfig(width=8, depth=1, solver=solver))
-    f.velocity = Straight(-1.0)
+    f = build(FlowNetworkConfig(width=8, depth=1, solver=solver))
+    f.velocity = Straight()
     errors = []
     for f.evaluations in (20 * order, 40 * order):
-        errors.append(abs(float(f(torch.ones(1, *SHAPE, dtype=torch.float64)).mean()) - math.exp(-1)))
+        made = f(torch.ones(1, *SHAPE, dtype=torch.float64))
+        errors.append(abs(float(made.mean()) - math.exp(-1)))
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
 
 
 def test_the_flow_learns_the_way_from_its_latents_to_the_data():
     f = build(FlowNetworkConfig(width=8, depth=1))
     torch.nn.init.normal_(f.velocity.outer.weight)  # else it is still everywhere
-    x, z = normals(1).tanh(), normals(2)
-    terms = losses(FlowConfig(), f, x, z)
+    x = normals(1).tanh()
+    z = normals(2)
     time = normals(0)[:, 0, 0, 0].sigmoid()
-    along = torch.stack([t * end + (1 - t) * begin for t, end, begin in zip(time, x, z, strict=True)])
-    torch.testing.assert_close(terms["total"], (f._velocity(along, time) - (x - z)).square().mean())
-    terms["total"].backward()
-    assert all(value.grad is not None for value in f.parameters())
+    along = torch.lerp(z, x, time.view(-1, 1, 1, 1))
+    expected = (f._velocity(along, time) - (x - z)).square().mean()
+    torch.testing.assert_close(total_loss(FlowConfig(), f, x, z), expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 20, 28)])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 20, 28)])
 def test_a_flow_has_images_of_any_shape(shape):
     f = build(FlowNetworkConfig(width=8, depth=1, evaluations=2), shape)
     out = f(3 * torch.randn(2, *shape))
-    assert out.shape == (2, *shape) and float(out.detach().abs().max()) <= 1
+    assert out.shape == (2, *shape)
+    assert float(out.detach().abs().max()) <= 1
 
 
 @pytest.mark.parametrize(
@@ -135,7 +158,7 @@ def test_what_a_network_cannot_do_is_refused(settings, options, said):
         build(settings, **options)
 
 
-@pytest.mark.parametrize("options", [["--model.name=vae"], ["--objective.name=rectified_flow"]])
-def test_a_network_and_an_objective_that_do_not_go_together_are_refused(options):
+@pytest.mark.parametrize("option", ["--model.name=vae", "--objective.name=rectified_flow"])
+def test_a_network_and_an_objective_that_do_not_go_together_are_refused(option):
     with pytest.raises(InputError, match="do not go together: choose the same name"):
-        config.parse(options)
+        config.parse([option])

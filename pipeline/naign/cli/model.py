@@ -207,7 +207,7 @@ def export(
         format: safetensors, or onnx: f of a batch of any size as a program that needs no code of this project, compared
             with f in onnxruntime (in a checkout: `pip install -e '.[onnx]'`).
     """
-    from naign.model import programs
+    from naign.model.files import write_onnx
 
     _check(to=to)
     file = to / f"model.{format}"
@@ -229,7 +229,7 @@ def export(
         if format == "safetensors":
             model.save_pretrained(to)
         else:
-            difference = programs.write_onnx(model.network, model.shape, file)
+            difference = write_onnx(model.network, model.shape, file)
     print(f"exported: {file}")
     if format == "onnx" and difference is None:
         print("not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')")
@@ -255,13 +255,11 @@ def push(
         dry_run: Write what would be uploaded into this folder, and upload nothing.
     """
     from naign.evaluate.card import write_repository
-    from naign.model import hub
+    from naign.model import files as model_files
 
     _check(to=dry_run)
     if dry_run is None:
-        hub.check_login(name)
-    elif "/" in name:
-        hub.check_name(name)
+        model_files.check_login(name)
     model = _open(run, "cpu")
     if dry_run:
         files = write_repository(dry_run, model, run, name=name, license=license)
@@ -269,7 +267,7 @@ def push(
         return
     with tempfile.TemporaryDirectory() as place:
         write_repository(Path(place), model, run, name=name, license=license)
-        address = hub.upload(Path(place), name, private=private)
+        address = model_files.upload(Path(place), name, private=private)
     print(f"uploaded: {address}")
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import yaml
 from jinja2 import UndefinedError
 
-from naign.errors import InputError, require
+from naign.errors import InputError
 from naign.evaluate.recorded import fingerprint
 from naign.evaluate.report import DAMAGE, learned_classes, templates
 from naign.evaluate.runs import folder_of
-from naign.model.hub import without_places
+from naign.model.files import shipped_model
 from naign.model.naign import NAIGN
-from naign.model.weights import shipped_model
 from naign.storage.local import write_atomically
 from naign.storage.store import open_store
 
@@ -37,38 +36,40 @@ PICTURES = {
 """The pictures of an evaluation that a card shows, in this order."""
 
 
-def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license: str | None = None) -> int:
+def write_repository(
+    folder: Path,
+    model: NAIGN,
+    run: str,
+    *,
+    name: str,
+    license: str | None = None,
+) -> int:
     """Write model.safetensors, config.json, README.md and pictures: all that is uploaded. Returns the number of files.
 
     The model is from `run`: a run (or s3://), a checkpoint, an exported folder or its file. `name` is user/model on the
     hub, or that of a folder; `license`, of the weights, as the hub abbreviates it, which the card states.
     Raises InputError, before anything is written, where the folder is not empty, or this state was not evaluated.
     """
-    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something already: give a new or empty folder")
+    again = f"run `naign evaluate {run}` first"
+    if shipped_model(run):
+        again = f"run `naign export {run} --to FOLDER` first"
     store = open_store(f"{folder_of(run)}/evaluation")
-    again = f"run `naign {f'export {run} --to FOLDER' if shipped_model(run) else f'evaluate {run}'}` first"
-    require(
-        (empty, f"{folder} holds something already: give a new or empty folder"),
-        (store.exists("metrics.json"), f"{run} has no evaluation to write a model card from: {again}"),
-    )
-    shared = NAIGN(model.network, without_places(model.metadata), model.prior.state_dict())
-    present = set(store.list())
-    pictures = {f"{key}.png": title for key, title in PICTURES.items() if f"{key}.png" in present}
+    if not store.exists("metrics.json"):
+        raise InputError(f"{run} has no evaluation to write a model card from: {again}")
+    shared = NAIGN(model.network, without_places(model.metadata), model.state)
+    pictures = {}
+    for key, title in PICTURES.items():
+        if store.exists(f"{key}.png"):
+            pictures[f"{key}.png"] = title
     try:
-        metrics = _shareable(store.read("metrics.json").decode(), model)
-        measured, seen = metrics["images_seen"], model.metadata.get("images_seen")
-        evaluation = f"the evaluation of {run} is of"
-        require(
-            (measured == seen, f"{evaluation} its state after {measured} images, not {seen}: {again}"),
-            (metrics.get("weights") in (None, fingerprint(model)), f"{evaluation} other weights or prior: {again}"),
-        )
-        learned = shared.metadata.get("dataset") or metrics["dataset"]
-        settings = yaml.safe_dump(shared.metadata.get("config", {}), sort_keys=True)
-        values = {"name": name, "model": shared, "measured": metrics, "pictures": pictures, "license": license}
-        values |= {"settings": settings, "learned": learned, "dataset": DATASETS.get(learned), "damages": DAMAGE}
-        classes = learned_classes(shared)
-        values |= {"classes": classes, "asked": json.dumps(classes[0], ensure_ascii=False) if classes else ""}
-        text = templates(autoescape=False).get_template("card.md.jinja").render(values)
+        metrics = without_places(json.loads(store.read("metrics.json"), parse_constant=lambda constant: None))
+        if metrics["images_seen"] != model.metadata.get("images_seen"):
+            raise InputError(f"the evaluation of {run} is of its state after {metrics['images_seen']} images: {again}")
+        if metrics.get("weights") not in (None, fingerprint(model)):
+            raise InputError(f"the evaluation of {run} is of other weights or prior: {again}")
+        text = _render_card(shared, metrics, name=name, license=license, pictures=pictures)
     except InputError:
         raise
     except (UndefinedError, LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -80,14 +81,34 @@ def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license
     return len(pictures) + 3
 
 
-def _shareable(text: str, model: NAIGN) -> dict[str, Any]:
-    """The content of metrics.json without folders and buckets, of which texts keep the last part; NaN is None."""
-    metrics: dict[str, Any] = json.loads(text)
-    header = model.metadata.get("config", {})
-    used = [header.get("objective", {}), metrics, metrics.get("second") or {}]
-    # An encoder's whole name is replaced, since it may have spaces.
-    for name in sorted((str(part["encoder"]) for part in used if part.get("encoder")), key=len, reverse=True):
-        quoted = json.dumps(name)[1:-1]
-        text = text.replace(quoted, quoted.rstrip("/").rpartition("/")[2])
-    shared: dict[str, Any] = json.loads(re.sub(PLACE, "", text), parse_constant=lambda constant: None)
-    return shared
+def _render_card(model: NAIGN, metrics: dict[str, Any], **values: Any) -> str:
+    learned = model.metadata.get("dataset") or metrics["dataset"]
+    template = templates(autoescape=False).get_template("card.md.jinja")
+    return template.render(
+        values,
+        model=model,
+        measured=metrics,
+        settings=yaml.safe_dump(model.metadata.get("config", {}), sort_keys=True),
+        learned=learned,
+        dataset=DATASETS.get(learned),
+        damages=DAMAGE,
+        classes=learned_classes(model),
+    )
+
+
+def without_places(value: Any, key: str = "") -> Any:
+    """JSON without places: of a path its last part is left, of a URL nothing; names of classes stay.
+
+    `key` says where the value stands; texts of notes and warnings lose only folders and addresses.
+    """
+    if isinstance(value, dict):
+        return {name: without_places(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_places(part, key) for part in value]
+    if not isinstance(value, str) or key in ("labels", "classes"):
+        return value
+    if key in ("notes", "warnings"):
+        return re.sub(PLACE, "", value)
+    if "://" in value:
+        return ""
+    return value.rstrip("/").rpartition("/")[2]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from naign.errors import InputError, one_line, printable, require
+from naign.errors import InputError, one_line, printable
 from naign.evaluate.report import DAMAGE
 from naign.evaluate.runs import MALFORMED, flat, is_run, number, read_json, read_run, read_settings
 
@@ -53,48 +53,66 @@ class Side(NamedTuple):
 
 def read_sides(folders: Sequence[Path]) -> list[Side]:
     """Two or more runs or evaluated models. Raises InputError for what is neither, or given twice."""
+    if len(folders) < 2:
+        raise InputError(f"{len(folders)} runs given: compare 2 or more")
     given = Counter(folder.resolve() for folder in folders)
-    twice = [str(place) for place, count in given.items() if count > 1]
-    require(
-        (len(folders) >= 2, f"{len(folders)} runs given: compare 2 or more"),
-        (not twice, f"{printable(''.join(twice[:1]))} is given twice: leave it out once"),
-    )
+    place, count = given.most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{printable(str(place))} is given twice: leave it out once")
     names = Counter(place.name for place in given)
-    return [_read(folder, names) for folder in folders]
+    sides = []
+    for folder in folders:
+        label = folder.resolve().name
+        if names[label] > 1:
+            label = str(folder)
+        try:
+            sides.append(_read_side(folder, label))
+        except (OSError, *MALFORMED) as error:
+            why = getattr(error, "strerror", None) or error
+            path = printable(str(folder))
+            remedy = f"give local runs (`naign fetch` copies one), or models after `naign evaluate {path}`"
+            raise InputError(f"'{path}' cannot be compared: {why}: {remedy}") from None
+    return sides
 
 
-def _read(folder: Path, names: Counter[str]) -> Side:
-    """The side of a folder, called by its name, or by its path where several of `names` are the same."""
-    path, name = str(folder), folder.resolve().name
-    label = path if names[name] > 1 else name
-    try:
-        metrics = flat(read_json(folder / "evaluation/metrics.json"))
-        if is_run(folder) or not metrics:
-            run = read_run(folder, label)
-            return Side(label, path, run.state, run.images_seen, read_settings(folder), metrics)
-        settings = flat(read_json(folder / "config.json").get("config", {}))  # beside an exported model
-        return Side(label, path, "model", int(metrics["images_seen"] or 0), settings, metrics)
-    except (OSError, *MALFORMED) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        remedy = f"give local runs (`naign fetch` copies one), or models after `naign evaluate {printable(path)}`"
-        raise InputError(f"'{printable(path)}' cannot be compared: {why}: {remedy}") from None
+def _read_side(folder: Path, label: str) -> Side:
+    """The side of a run, or of an evaluated model. Raises one of MALFORMED for others."""
+    metrics = flat(read_json(folder / "evaluation/metrics.json"))
+    if is_run(folder) or not metrics:
+        run = read_run(folder, label)
+        return Side(label, str(folder), run.state, run.images_seen, read_settings(folder), metrics)
+    settings = flat(read_json(folder / "config.json").get("config", {}))  # beside an exported model
+    images_seen = int(metrics["images_seen"] or 0)
+    return Side(label, str(folder), "model", images_seen, settings, metrics)
 
 
 def settings_that_differ(sides: Sequence[Side]) -> dict[str, list[str]]:
     """The value of each run by setting, "–" where it has none. Runs without any settings are not counted."""
-    keys = dict.fromkeys(key for side in sides for key in side.settings if key not in IGNORED)
-    rows = {key: [one_line(side.settings.get(key, "–")) if side.settings else "–" for side in sides] for key in keys}
-    known = [turn for turn, side in enumerate(sides) if side.settings]
-    return {key: values for key, values in rows.items() if len({values[turn] for turn in known}) > 1}
+    found = {}
+    for key in dict.fromkeys(key for side in sides for key in side.settings):
+        values = [one_line(side.settings.get(key, "–")) for side in sides]
+        known = {value for side, value in zip(sides, values, strict=True) if side.settings}
+        if key not in IGNORED and len(known) > 1:
+            found[key] = values
+    return found
 
 
 def numbers(sides: Sequence[Side]) -> dict[str, list[float | None]]:
     """The values of all sides by path, of those of NUMBERS that one of them has."""
-    rows = {path: [number(side.metrics.get(path)) for side in sides] for path in NUMBERS}
-    return {path: values for path, values in rows.items() if any(value is not None for value in values)}
+    found = {}
+    for path in NUMBERS:
+        values = [number(side.metrics.get(path)) for side in sides]
+        if set(values) != {None}:
+            found[path] = values
+    return found
 
 
 def unlike(sides: Sequence[Side]) -> list[str]:
     """What differs of SAME."""
     evaluated = [side.metrics for side in sides if side.metrics]
-    return [name for path, name in SAME.items() if len({metrics.get(path) for metrics in evaluated}) > 1]
+    found = []
+    for path, name in SAME.items():
+        values = {metrics.get(path) for metrics in evaluated}
+        if len(values) > 1:
+            found.append(name)
+    return found

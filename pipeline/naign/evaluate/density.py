@@ -14,13 +14,13 @@ from torch import Tensor
 def outliers(images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
     """(n, C, H, W) in [-1, 1] -> sets of what is not data, by name: (n, C, H, W), or (1, C, H, W) for a constant."""
     generator = torch.Generator().manual_seed(seed)
-    first = images[:1]
+    one = images[:1]
     return {
         "uniform noise": torch.rand(images.shape, generator=generator) * 2 - 1,
         "gaussian noise": torch.randn(images.shape, generator=generator).clamp(-1, 1),
-        "black": torch.full_like(first, -1.0),
-        "grey": torch.zeros_like(first),
-        "white": torch.ones_like(first),
+        "black": torch.full_like(one, -1.0),
+        "grey": torch.zeros_like(one),
+        "white": torch.ones_like(one),
         "inverted": -images,
         "upside down": images.flip(2),
     }
@@ -33,22 +33,34 @@ def auroc(inlier: Tensor, outlier: Tensor) -> float:
     truth = torch.cat([torch.zeros(len(inlier)), torch.ones(len(outlier))])
     scores = torch.cat([inlier, outlier])
     most = torch.finfo(scores.dtype).max
-    return float(roc_auc_score(truth.numpy(), scores.nan_to_num(nan=most, posinf=most).numpy()))
+    finite = scores.nan_to_num(nan=most, posinf=most)
+    return float(roc_auc_score(truth.numpy(), finite.numpy()))
 
 
 def separation(
-    images: Tensor, project: Callable[[Tensor], Tensor], *, typical_brightness: float, seed: int = 0
+    images: Tensor,
+    project: Callable[[Tensor], Tensor],
+    brightness: float,
+    *,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """AUROC by outlier made from images (n, C, H, W): {"energy": {outlier: a}, "twice": {...}, "brightness": {...}}.
 
-    `project` is f; `twice` is of the energy mean (f(f(x)) - x)^2; `typical_brightness` is the training images' mean.
+    `project` is f; `twice` is of the energy mean (f(f(x)) - x)^2; `brightness` is the training images' mean.
     """
 
     def scores(batch: Tensor) -> dict[str, Tensor]:
         once = project(batch)
-        energies = [(moved - batch).square().flatten(1).mean(1) for moved in (once, project(once))]
-        dimness = (batch.flatten(1).mean(1) - typical_brightness).abs()
-        return dict(zip(("energy", "twice", "brightness"), (*energies, dimness), strict=True))
+        twice = project(once)
+        return {
+            "energy": (once - batch).square().flatten(1).mean(1),
+            "twice": (twice - batch).square().flatten(1).mean(1),
+            "brightness": (batch.flatten(1).mean(1) - brightness).abs(),
+        }
 
-    real, others = scores(images), {name: scores(batch) for name, batch in outliers(images, seed=seed).items()}
-    return {score: {name: auroc(real[score], other[score]) for name, other in others.items()} for score in real}
+    real = scores(images)
+    found: dict[str, dict[str, float]] = {}
+    for name, batch in outliers(images, seed=seed).items():
+        for score, values in scores(batch).items():
+            found.setdefault(score, {})[name] = auroc(real[score], values)
+    return found

@@ -9,13 +9,14 @@ singular covariances, where `scipy.linalg.sqrtm(C1 @ C2)` is complex or inaccura
 import torch
 from torch import Tensor
 
-from naign.errors import require
+from naign.errors import InputError
 
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (d,) and unbiased covariance (d, d), both float64, of features (n, d); InputError for n < 2."""
-    few = f"a covariance needs at least 2 rows of features, not {len(features)}"
-    require((len(features) >= 2, f"{few}: measure more examples, or smaller ones"))
+    if len(features) < 2:
+        few = f"a covariance needs at least 2 rows of features, not {len(features)}"
+        raise InputError(f"{few}: measure more examples, or smaller ones")
     features = features.double()
     return features.mean(0), torch.atleast_2d(features.T.cov())  # `cov` of one feature is a scalar
 
@@ -25,8 +26,10 @@ def gaussian_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covaria
     values, vectors = torch.linalg.eigh(covariance1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # clamp: rounding may leave an eigenvalue at -1e-17
     product = root @ covariance2 @ root
-    overlap = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    squared = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * overlap
+    symmetric = (product + product.T) / 2
+    overlap = torch.linalg.eigvalsh(symmetric).clamp(min=0).sqrt().sum()
+    apart = (mean1 - mean2).square().sum()
+    squared = apart + covariance1.trace() + covariance2.trace() - 2 * overlap
     return max(float(squared), 0.0)
 
 

@@ -29,6 +29,7 @@ def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str |
     settings = MixtureConfig(components=components, images=len(images))
     settings.check_codes(len(images), code)
     encode: Any = model.network.encode
+    parts = []
     with torch.inference_mode():
         parts = [encode(scaled(part).to(model.device)).float() for part in images.split(500)]
     mixture = Mixture(settings, code).to(model.device)

@@ -40,16 +40,31 @@ def number(value: float | None) -> str:
         return "–"
     if 0 < abs(value) < 0.001:
         return f"{value:.1e}"
-    if abs(value) >= 99.95:
-        return f"{value:,.0f}"
-    return f"{value:#.3g}" if abs(value) >= 1 else f"{value:.3f}"
+    if abs(value) < 1:
+        return f"{value:.3f}"
+    if abs(value) < 99.95:
+        return f"{value:#.3g}"
+    return f"{value:,.0f}"
 
 
-def render(metrics: dict[str, Any], pictures: Sequence[Picture], *, config: dict[str, Any], title: str) -> str:
+def render(
+    metrics: dict[str, Any],
+    pictures: Sequence[Picture],
+    *,
+    config: dict[str, Any],
+    title: str,
+) -> str:
     """The page as HTML. `metrics` is the content of metrics.json, `config` the configuration of the run."""
-    settings = json.dumps(config, indent=1, default=str)
-    page = templates(autoescape=True).get_template("report.html.jinja")
-    return page.render(metrics, pictures=pictures, config=config, settings=settings, title=title, damages=DAMAGE) + "\n"
+    template = templates(autoescape=True).get_template("report.html.jinja")
+    page = template.render(
+        metrics,
+        pictures=pictures,
+        config=config,
+        settings=json.dumps(config, indent=1, default=str),
+        title=title,
+        damages=DAMAGE,
+    )
+    return page + "\n"
 
 
 def with_copies(page: str, store: Store, weights: str) -> str:
@@ -57,16 +72,21 @@ def with_copies(page: str, store: Store, weights: str) -> str:
     copies = json.loads(store.read("copies.json")) if store.exists("copies.json") else {}
     if copies.get("weights") != weights:
         return page
-    picture = base64.b64encode(store.read("copies.png")).decode() if store.exists("copies.png") else ""
+    picture = ""
+    if store.exists("copies.png"):
+        picture = base64.b64encode(store.read("copies.png")).decode()
     section = templates(autoescape=True).get_template("copies.html.jinja").render(copies, picture=picture)
     before, _, rest = page.partition(COPIES)
-    return f"{before}{COPIES}{section}{COPIES}{rest.rpartition(COPIES)[2]}"
+    _, _, after = rest.rpartition(COPIES)
+    return f"{before}{COPIES}{section}{COPIES}{after}"
 
 
 def compared(fd: dict[str, Any], key: str) -> float:
     """The distance of once, twice or latents that compares with the floor: of as many samples."""
     ratio = fd.get(f"{key}_ratio")
-    return float(fd[key] if ratio is None else ratio * fd["floor"])
+    if ratio is None:
+        return float(fd[key])
+    return float(ratio * fd["floor"])
 
 
 def templates(*, autoescape: bool) -> Environment:
@@ -78,60 +98,88 @@ def templates(*, autoescape: bool) -> Environment:
         undefined=StrictUndefined,
         trim_blocks=not autoescape,  # Markdown, where empty lines count
     )
-    environment.filters |= {"number": number, "count": "{:,}".format, "compared": compared}
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
-    environment.filters["base64"] = lambda image: base64.b64encode(png(image)).decode()
+    environment.filters |= {
+        "number": number,
+        "count": "{:,}".format,
+        "compared": compared,
+        "percent": lambda share: f"{100 * share:.1f} %",
+        "base64": lambda image: base64.b64encode(png(image)).decode(),
+        "quoted": lambda text: json.dumps(text, ensure_ascii=False),
+    }
     return environment
+
+
+def learned_classes(model: NAIGN) -> list[str]:
+    """The names of the classes that samples can be asked for: those of the training images, if the model knows any."""
+    counts = model.prior.state_dict().get("class_counts", ())
+    return [name for name, count in zip(model.labels, counts, strict=False) if count]
 
 
 def draw_pictures(subject: Subject) -> list[Picture]:
     """Pictures of images: samples, repairs, and samples over their nearest training images; of 2-D points."""
     if subject.is_image:
-        return _of_images(subject)
+        return _draw_samples(subject) + _draw_repairs(subject)
     if subject.test.shape[1] != 2:
         return []
     real = subject.test[:2000]
-    panels = [("test data", real[:0]), ("f(z)", subject.once[:2000]), ("f(f(z))", subject.twice[:2000])]
+    panels = [
+        ("test data", real[:0]),
+        ("f(z)", subject.once[:2000]),
+        ("f(f(z))", subject.twice[:2000]),
+    ]
     return [Picture("samples", "Samples", "Orange over the test data in blue.", scatter(panels, behind=real))]
 
 
-def learned_classes(model: NAIGN) -> list[str]:
-    """The names of the classes that samples can be asked for: those of the training images, if the model knows any."""
-    counts = model.prior.state_dict().get("class_counts", torch.zeros(0)).tolist()
-    return [name for name, count in zip(model.labels, counts, strict=False) if count]
-
-
-def _of_images(subject: Subject) -> list[Picture]:
-    noise = subject.model.latent(torch.arange(10), seed=subject.seed).cpu()
-    times = [("z", noise), ("f once", subject.once[:10]), ("f twice", subject.twice[:10])]
-    for count in (3, 4, 5):
-        times.append((f"{count} times", subject.model.project(times[-1][1])))
+def _draw_samples(subject: Subject) -> list[Picture]:
+    model = subject.model
     chosen = "f(z): the network applied once to z. The first that were drawn, not selected."
-    alike = "A column is one z. For a perfect projection all rows below the first are alike."
-    way = "f(z) for z between one draw, left, and another, right: on an arc for noise or a flow, else on a line."
-    drawn = [
-        Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16)),
-        Picture("applications", "The same z, f applied one to five times", alike, rows(times)),
-        Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)),
-    ]
-    known = learned_classes(subject.model)[:CLASSES]
-    if asked := [(name, subject.model.sample(STEPS, seed=subject.seed, label=name).cpu()) for name in known]:
+    drawn = [Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16))]
+    asked = []
+    for name in learned_classes(model)[:CLASSES]:
+        samples = model.sample(STEPS, seed=subject.seed, label=name)
+        asked.append((name, samples.cpu()))
+    if asked:
         caption = "A row is a class, a column the same noise."
-        drawn.insert(1, Picture("classes", "Samples by class", caption, rows(asked)))
+        drawn.append(Picture("classes", "Samples by class", caption, rows(asked)))
+    latents = model.latent(torch.arange(10), seed=subject.seed).cpu()
+    times = [
+        ("z", latents),
+        ("f once", subject.once[:10]),
+        ("f twice", subject.twice[:10]),
+    ]
+    for count in (3, 4, 5):
+        times.append((f"{count} times", model.project(times[-1][1])))
+    alike = "A column is one z. For a perfect projection all rows below the first are alike."
+    drawn.append(Picture("applications", "The same z, f applied one to five times", alike, rows(times)))
+    way = "f(z) for z between one draw, left, and another, right: on an arc for noise or a flow, else on a line."
+    drawn.append(Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)))
+    return drawn
+
+
+def _draw_repairs(subject: Subject) -> list[Picture]:
+    """Repairs of test images, and samples over their nearest training images."""
     blind = "Test images. f does not know how they were damaged. Last row: the nearest training image, an answer that "
     blind += "needs no network."
-    shown = {"damaged": "input", "f once": "once", "f twice": "twice", "nearest": "nearest"}
+    drawn = []
     for kind, answers in subject.repaired.items():
-        lines = [("clean", subject.test[: len(answers["input"])])]
-        lines += [(label, answers[name]) for label, name in shown.items()]
+        lines = [
+            ("clean", subject.test[: len(answers["input"])]),
+            ("damaged", answers["input"]),
+            ("f once", answers["once"]),
+            ("f twice", answers["twice"]),
+            ("nearest", answers["nearest"]),
+        ]
         drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind]}", blind, rows(lines)))
+    neighbours = subject.neighbours
+    both = [("f(z)", subject.once[: len(neighbours)]), ("training", neighbours)]
     copied = "Alike in kind is good; the same image would be a copy."
-    both = rows([("f(z)", subject.once[: len(subject.neighbours)]), ("training", subject.neighbours)])
-    return [*drawn, Picture("neighbours", "Samples over their nearest training image", copied, both)]
+    drawn.append(Picture("neighbours", "Samples over their nearest training image", copied, rows(both)))
+    return drawn
 
 
 def _between(subject: Subject) -> Tensor:
     """Six rows of STEPS images (6 * STEPS, *shape), each between the first samples of two seeds."""
-    seeds = range(subject.seed, subject.seed + 6)
-    ways = [subject.model.between(seed, seed + 1, steps=STEPS) for seed in seeds]
-    return subject.model.project(torch.cat(ways)).cpu()
+    latents = []
+    for seed in range(subject.seed, subject.seed + 6):
+        latents.append(subject.model.between(seed, seed + 1, steps=STEPS))
+    return subject.model.project(torch.cat(latents)).cpu()

@@ -6,6 +6,7 @@ black, the per-pixel median of the training set and the nearest training image a
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from naign.data.damage import Kind, degrade
 from naign.evaluate.coverage import nearest
 
 RANGE = 2.0  # images lie in [-1, 1]
+SIMILAR = 1000  # images of which PSNR and SSIM are measured
 
 
 def mae(estimates: Tensor, clean: Tensor) -> float:
@@ -28,7 +30,9 @@ def psnr(estimates: Tensor, clean: Tensor) -> float | None:
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     ratio = float(peak_signal_noise_ratio(estimates, clean, data_range=RANGE))
-    return ratio if math.isfinite(ratio) else None
+    if not math.isfinite(ratio):
+        return None
+    return ratio
 
 
 def ssim(estimates: Tensor, clean: Tensor) -> float:
@@ -40,7 +44,13 @@ def ssim(estimates: Tensor, clean: Tensor) -> float:
 
 
 def repair(
-    clean: Tensor, kind: Kind, project: Callable[[Tensor], Tensor], *, typical: Tensor, reference: Tensor, seed: int = 0
+    clean: Tensor,
+    kind: Kind,
+    project: Callable[[Tensor], Tensor],
+    *,
+    typical: Tensor,
+    reference: Tensor,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Every answer to one damage of test images, by name: input, once, twice, black, median, nearest, as `clean`
     (n, C, H, W) in [-1, 1]. `typical` (C, H, W) is the per-pixel median of the training set, the nearest one is of the
@@ -48,19 +58,22 @@ def repair(
     """
     damaged = degrade(clean, kind, seed=seed)
     once = project(damaged)
+    _, indices = nearest(damaged, reference)
     return {
         "input": damaged,
         "once": once,
         "twice": project(once),
         "black": torch.full_like(clean, -1.0),
         "median": typical.expand_as(clean),
-        "nearest": reference[nearest(damaged, reference)[1]],
+        "nearest": reference[indices],
     }
 
 
-def scores(answers: dict[str, Tensor], clean: Tensor, *, measured: int = 1000) -> dict[str, object]:
-    """Mean absolute error of each answer by name, and psnr (dB) and ssim of the first `measured` in two tables."""
-    errors = {name: mae(answer, clean) for name, answer in answers.items()}
-    some = {name: (answer[:measured], clean[:measured]) for name, answer in answers.items()}
-    tables = {kind.__name__: {name: kind(*pair) for name, pair in some.items()} for kind in (psnr, ssim)}
-    return {**errors, **tables}
+def scores(answers: dict[str, Tensor], clean: Tensor) -> dict[str, Any]:
+    """Mean absolute error of each answer by name, and psnr (dB) and ssim of the first SIMILAR in two tables."""
+    found: dict[str, Any] = {"psnr": {}, "ssim": {}}
+    for name, answer in answers.items():
+        found[name] = mae(answer, clean)
+        found["psnr"][name] = psnr(answer[:SIMILAR], clean[:SIMILAR])
+        found["ssim"][name] = ssim(answer[:SIMILAR], clean[:SIMILAR])
+    return found

@@ -13,17 +13,11 @@ from typing import Any
 import yaml
 
 from naign.checkpoint.manifest import MANIFEST, by_step
-from naign.errors import InputError, printable, require
+from naign.errors import InputError, printable
 from naign.settings.budget import count_rounds, is_done
 
 MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 """A folder with one of them is a run."""
-
-QUALITY = {
-    "evaluation": {"fd": "fd.once", "fd_over_floor": "fd.once_ratio", "recall": "coverage.recall"},  # of metrics.json
-    "training": {"fd": "quality/fd", "recall": "quality/recall"},  # of a line of metrics.jsonl
-}
-"""Keys of the Frechet distance of f(z), of that over its floor, and of recall, by the field of a Run."""
 
 MOST = 2**62  # images of a run
 DEPTH = 3  # levels of folders that are searched for runs, and of sections in a configuration
@@ -44,37 +38,47 @@ class Run:
     fd_over_floor: float | None = None  # None while training, when no floor is measured
     recall: float | None = None
     measured: str | None = None  # evaluation or training; None: never
-    measured_at: int | None = None  # images seen then
+    measured_at: float | None = None  # images seen then
     bytes: int  # of all files
     age_seconds: float  # since the last report
 
 
 def folder_of(run: str) -> str:
     """The folder of a run, a checkpoint or a model, which may be given by its file; addresses stay as they are."""
-    return str(Path(run).parent) if Path(run).is_file() else run.rstrip("/")
+    path = Path(run)
+    if path.is_file():
+        return str(path.parent)
+    return run.rstrip("/")
 
 
 def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     """The runs at or below a folder, and what is wrong with the damaged ones, by path; InputError for no folder."""
-    fetch = "`naign fetch` copies what a run in a bucket reports"
-    require((folder.is_dir(), f"no folder '{printable(str(folder))}': give a local one that holds runs; {fetch}"))
-    runs, others = list[Run](), dict[str, str]()
-    for place in _runs_in(folder):
+    if not folder.is_dir():
+        fetch = "`naign fetch` copies what a run in a bucket reports"
+        raise InputError(f"no folder '{printable(str(folder))}': give a local one that holds runs; {fetch}")
+    runs = []
+    others = {}
+    for place in _run_folders(folder):
+        name = str(place.relative_to(folder))
+        if place == folder:
+            name = folder.resolve().name
         try:
-            runs.append(read_run(place, str(place.relative_to(folder)) if place != folder else folder.resolve().name))
+            runs.append(read_run(place, name))
         except (InputError, OSError) as error:
             others[str(place)] = printable(str(error))
     return runs, others
 
 
-def _runs_in(folder: Path) -> Iterator[Path]:
+def _run_folders(folder: Path) -> Iterator[Path]:
     """Folders with MARKS at or below a folder, in order; not those below another one."""
     for place, folders, _ in os.walk(folder, followlinks=True):
         path = Path(place)
-        if run := is_run(path):
+        if is_run(path):
             yield path
-        ended = run or len(path.relative_to(folder).parts) == DEPTH
-        folders[:] = [] if ended else sorted(name for name in folders if not name.startswith("."))
+            folders.clear()
+        if len(path.relative_to(folder).parts) == DEPTH:
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
 def is_run(folder: Path) -> bool:
@@ -85,38 +89,69 @@ def is_run(folder: Path) -> bool:
 def read_run(folder: Path, name: str) -> Run:
     """The run in a folder. Raises InputError where it is no run, or a damaged one, and OSError as files do."""
     if not is_run(folder):
-        model = "model.safetensors" in os.listdir(folder)
-        raise InputError("no run, but an exported model" if model else "no run in it")
+        raise InputError("an exported model" if "model.safetensors" in os.listdir(folder) else "no run in it")
     settings = read_settings(folder)
-    kept = any(os.path.exists(folder / name) for name in ("checkpoints", ".lock"))  # else a copy of the reports
     try:
-        file = folder / "metrics.jsonl"
-        lines = file.read_bytes().splitlines() if file.exists() else []
-        if lines and not lines[-1].endswith(b"}"):
-            lines.pop()  # a kill has cut it short
-        last = read_json(file, lines[-1] if lines else b"")
-        measured = read_json(file, next((line for line in reversed(lines) if b'"quality/fd"' in line), b""))
-        names = by_step(file.parent.name for file in folder.glob(f"checkpoints/*/{MANIFEST}"))
-        trainer = read_json(folder / "checkpoints" / names[0] / "trainer.json") if names else {}
-        seen = max(int(line.get("images_seen", 0)) for line in (last, trainer))
-        images = count_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
-        done = is_done(settings, trainer if kept else last)
-        ended = "done" if done else "stopped" if kept else "unknown"
-        quality = _quality({"evaluation": flat(read_json(folder / "evaluation/metrics.json")), "training": measured})
+        return _read_run(folder, name, settings)
     except MALFORMED as error:
         raise InputError(f"its files are not those of a run ({type(error).__name__}: {error})") from None
-    require((0 < images < MOST, "config.yaml does not say how many images the run is for"))
-    reported = max(0.0, number(last.get("time")) or (folder / "config.yaml").stat().st_mtime)
+
+
+def _read_run(folder: Path, name: str, settings: Mapping[str, Any]) -> Run:
+    """As `read_run`; raises one of MALFORMED for a damaged run."""
+    last, measured = _reports(folder / "metrics.jsonl")
+    names = by_step(file.parent.name for file in folder.glob(f"checkpoints/*/{MANIFEST}"))
+    trainer = read_json(folder / "checkpoints" / names[0] / "trainer.json") if names else {}
+    images = count_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
+    if not 0 < images < MOST:
+        raise ValueError("config.yaml does not say how many images the run is for")
+    if any(os.path.exists(folder / kept) for kept in ("checkpoints", ".lock")):
+        state = "stopped"
+    else:
+        state = "unknown"
+    if is_done(settings, trainer):
+        state = "done"
+    if _in_use(folder / ".lock"):
+        state = "training"
+    seen = [int(source.get("images_seen", 0)) for source in (last, trainer)]
+    reported = number(last.get("time")) or (folder / "config.yaml").stat().st_mtime
     return Run(
         name=name,
         path=str(folder),
-        state="training" if _in_use(folder / ".lock") else ended,
-        images_seen=seen,
+        state=state,
+        images_seen=max(seen),
         images=images,
-        **quality,
+        **_quality(flat(read_json(folder / "evaluation/metrics.json")), measured),
         bytes=_size(folder),
-        age_seconds=round(max(0.0, time.time() - reported), 1),
+        age_seconds=round(max(0.0, time.time() - max(0.0, reported)), 1),
     )
+
+
+def _reports(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last report in metrics.jsonl, and the last one that measured quality; {} where there is none."""
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    if lines and not lines[-1].endswith(b"}"):
+        lines.pop()  # a kill has cut it short
+    last = lines[-1] if lines else b"{}"
+    measured = [b"{}", *(line for line in lines if b'"quality/fd"' in line)][-1]
+    return _parse(last, file), _parse(measured, file)
+
+
+def _quality(evaluation: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a Run: quality by metrics.json of an evaluation, or else by a report of the training."""
+    source = "evaluation"
+    found = evaluation
+    names = {"fd": "fd.once", "fd_over_floor": "fd.once_ratio", "recall": "coverage.recall"}
+    if number(evaluation.get("fd.once")) is None:
+        source = "training"
+        found = training
+        names = {"fd": "quality/fd", "recall": "quality/recall"}
+    if number(found.get(names["fd"])) is None:
+        return {}
+    values: dict[str, Any] = {"measured": source, "measured_at": number(found.get("images_seen"))}
+    for name, key in names.items():
+        values[name] = number(found.get(key))
+    return values
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -126,25 +161,30 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError("no config.yaml") from None
     except MALFORMED as error:
-        raise InputError(f"config.yaml is no configuration ({type(error).__name__})") from None
+        raise InputError(f"config.yaml is not a valid configuration ({type(error).__name__})") from None
 
 
 def flat(section: Mapping[str, Any], prefix: str = "", depth: int = DEPTH) -> dict[str, Any]:
     """Nested sections as {'section.key': value}; deeper ones, which aliases can repeat without end, as "..."."""
     settings: dict[str, Any] = {}
     for key, value in section.items():
+        name = f"{prefix}{key}"
         if isinstance(value, dict) and depth:
-            settings |= flat(value, f"{prefix}{key}.", depth - 1)
+            settings |= flat(value, f"{name}.", depth - 1)
+        elif isinstance(value, str | float | None) or isinstance(value, int) and abs(value) <= 2**63:
+            settings[name] = value
         else:
-            plain = isinstance(value, str | float | None) or isinstance(value, int) and abs(value) <= 2**63
-            settings[f"{prefix}{key}"] = value if plain else "..."
+            settings[name] = "..."
     return settings
 
 
-def read_json(file: Path, line: bytes | None = None) -> dict[str, Any]:
-    """The JSON object in a file, or in one line of it; {} where there is none. Raises InputError for anything else."""
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no file. Raises InputError for anything else."""
+    return _parse(file.read_bytes(), file) if file.exists() else {}
+
+
+def _parse(text: bytes, file: Path) -> dict[str, Any]:
     try:
-        text = line or (file.read_bytes() if line is None and file.exists() else b"{}")
         return dict(json.loads(text).items())
     except MALFORMED as error:
         raise InputError(f"{file} holds no JSON object ({type(error).__name__}): remove it, or copy it again") from None
@@ -152,8 +192,9 @@ def read_json(file: Path, line: bytes | None = None) -> dict[str, Any]:
 
 def number(value: Any) -> float | None:
     """A value if it is a finite number, else None."""
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if real and abs(value) < 1e300 else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
+        return value
+    return None
 
 
 def _in_use(lock: Path) -> bool:
@@ -164,15 +205,6 @@ def _in_use(lock: Path) -> bool:
     except OSError as error:
         return isinstance(error, BlockingIOError)
     return False
-
-
-def _quality(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Quality by the evaluation, or else by the last report with quality/*."""
-    for source, keys in QUALITY.items():
-        values = {name: number(lines[source].get(key)) for name, key in keys.items()}
-        if values["fd"] is not None:
-            return values | {"measured": source, "measured_at": number(lines[source].get("images_seen"))}
-    return {}
 
 
 def _size(folder: Path) -> int:

@@ -11,7 +11,8 @@ def put_back(known: Tensor, made: Tensor, hole: Tensor) -> Tensor:
     """What f made of images (n, C, H, W), with their known values outside of holes (bool, the same shape) put back bit
     for bit. What f changed there is taken back smoothly in holes as well, so that no seam remains.
     """
-    return torch.where(hole, (made + continued(known - made, hole)).clamp(-1, 1), known)
+    filled = made + continued(known - made, hole)
+    return torch.where(hole, filled.clamp(-1, 1), known)
 
 
 def continued(values: Tensor, hole: Tensor) -> Tensor:
@@ -21,10 +22,14 @@ def continued(values: Tensor, hole: Tensor) -> Tensor:
     Coarse to fine: each scale begins with what was found at half of it, and is smoothed.
     """
     values = values.where(~hole, 0)
-    if max(values.shape[2:]) > 1 and hole.any():
-        total, known = (F.avg_pool2d(part, 2, ceil_mode=True) for part in (values, (~hole).to(values)))
-        coarse = continued(total / known.clamp(min=1e-6), known == 0)
-        values = torch.where(hole, F.interpolate(coarse, size=hole.shape[2:], mode="bilinear"), values)
-        for _ in range(STEPS):
-            values = torch.where(hole, F.avg_pool2d(F.pad(values, (1, 1, 1, 1), mode="replicate"), 3, 1), values)
+    if max(values.shape[2:]) == 1 or not hole.any():
+        return values
+    total = F.avg_pool2d(values, 2, ceil_mode=True)
+    known = F.avg_pool2d((~hole).to(values), 2, ceil_mode=True)
+    coarse = continued(total / known.clamp(min=1e-6), known == 0)
+    finer = F.interpolate(coarse, size=hole.shape[2:], mode="bilinear")
+    values = torch.where(hole, finer, values)
+    for _ in range(STEPS):
+        padded = F.pad(values, (1, 1, 1, 1), mode="replicate")
+        values = torch.where(hole, F.avg_pool2d(padded, 3, 1), values)
     return values

@@ -5,33 +5,27 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from naign.data.damage import known_mean
 from naign.data.format.labels import parse_number
-from naign.errors import InputError, one_line, printable, require, unwritten
-from naign.model import hub
+from naign.errors import InputError, one_line, printable, unwritten
+from naign.model.files import WEIGHTS, open_weights, read_model, save_model
 from naign.model.holes import put_back
 from naign.model.networks import build_network, recorded_network
-from naign.model.prior import CodesPrior, Latents, build_latents, build_prior, find_latents, find_prior
+from naign.model.prior import CodesPrior, build_latents, build_prior, find_latents, find_prior
 from naign.model.prior.flow import KEPT
 from naign.model.tiles import PIXELS, Read, blended
-from naign.model.weights import locate
 from naign.philox import SAMPLES
 from naign.settings.constraints import check_fields
 
-_KEY = "naign"  # in the safetensors header: a JSON object that describes the model
-_STATE = "prior."  # begins the names of the tensors of the prior
-_NOISE = "latents."  # and of those of the latents
-
 FILLING = 8  # applications of f that fill a hole
+ROWS = 500  # samples or images computed at once at most
 
 Advance = Callable[[int], object] | None
 """Called with the number of rows that were just computed."""
@@ -41,38 +35,102 @@ class NAIGN:
     """An idempotent generative network f and the prior of its latents.
 
         model = NAIGN.from_pretrained("runs/mnist")
-        samples, repaired, energy = model.sample(16), model.project(images), model.energy(images)
+        samples = model.sample(16)
+        repaired = model.project(images)
+        energy = model.energy(images)
 
     Images are float32 in [-1, 1], NCHW; points are (n, D) float32. `metadata` says where the model comes from.
     """
 
-    def __init__(self, network: nn.Module, metadata: dict[str, Any], state: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        metadata: dict[str, Any],
+        state: Mapping[str, Tensor] | None = None,  # as `state` returns it
+    ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.metadata = metadata
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
-        self.checkpoint = ""  # of a run: its name
-        state = state or {}
-        self.latents = self._build_latents({key: value for key, value in state.items() if key.startswith(_NOISE)})
+        self.checkpoint = ""  # of a run: the checkpoint's name
+        pixels = max(1, math.prod(self.shape[-2:]))
+        self._rows = max(1, min(ROWS, PIXELS // pixels))  # computed at once
+        noise = metadata.get("latents", {"name": "gaussian"})
+        noise_settings = _read_settings("latents", find_latents(noise["name"])[0], noise)
         settings = _read_settings("prior", find_prior(metadata["prior"]["name"])[0], metadata["prior"])
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
+            self.latents = build_latents(noise_settings, self.shape)
             self.prior = build_prior(settings, self.shape, network, labels=metadata.get("labels", ()))
-        drawn = {key.removeprefix(_STATE): value for key, value in state.items() if key.startswith(_STATE)}
-        self.prior.load_state_dict(drawn, assign=True)
+        self.latents.load_state_dict(_part_of(state, "latents."), assign=True)
+        self.prior.load_state_dict(_part_of(state, "prior."), assign=True)
         self._place(self.device)
 
-    def _build_latents(self, state: Mapping[str, Tensor]) -> Latents:
-        record = self.metadata.get("latents", {"name": "gaussian"})
-        settings = _read_settings("latents", find_latents(record["name"])[0], record)
-        with torch.device("meta"):
-            latents = build_latents(settings, self.shape)
-        latents.load_state_dict({key.removeprefix(_NOISE): value for key, value in state.items()}, assign=True)
-        return latents
+    @classmethod
+    def from_pretrained(
+        cls,
+        place: str | Path,
+        device: torch.device | str = "cpu",
+        **download: Any,
+    ) -> "NAIGN":
+        """The model of an exported folder or its file, a checkpoint, a run (also s3://), hf://user/model on the hub, or
+        the name of one that comes with this package ("mnist"), which is looked up only where no path has it.
+
+        Of a run it is the newest complete checkpoint (`checkpoint`); of a checkpoint the moving average of the weights,
+        if it has one. `download`, for the hub alone, are keywords of huggingface_hub.hf_hub_download: revision, token,
+        cache_dir, ...
+        Raises InputError where there is no model, or the file was not written by this program.
+        """
+        with open_weights(place, **download) as found:
+            header, weights, state = read_model(found.file)
+        try:
+            metadata = json.loads(header)
+            model = cls(_build(metadata, weights), metadata, state)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+            why = one_line(error)
+            raise InputError(f"{found.file} does not hold the model that its header describes: {why}") from None
+        model.checkpoint = found.checkpoint
+        model._place(device)
+        return model
+
+    def _place(self, device: torch.device | str) -> None:
+        """Move to the device; on a CPU to channels-last, where convolutions take about two thirds of the time."""
+        on_cpu = torch.device(device).type == "cpu"
+        for part in (self.network, self.latents, self.prior):
+            layout = torch.contiguous_format
+            if on_cpu and type(part).__module__.startswith("naign."):  # other networks may view() activations
+                layout = torch.channels_last
+            for weight in part.to(device).parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=layout)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors, in float16 if metadata["dtype"] says so and else in float32, and, for readers,
+        config.json with `metadata`. Raises `unwritten`, and InputError for weights that float16 does not hold.
+        """
+        file = Path(folder) / WEIGHTS
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_model(file, self.network.state_dict(), self.metadata, self.state)
+        except SafetensorError as error:
+            raise unwritten(f"{file} cannot be written: {error}") from None
+        file.chmod(0o644)  # safetensors writes for the owner only
+        text = json.dumps(self.metadata, indent=1, sort_keys=True)
+        file.with_name("config.json").write_text(text + "\n")
+
+    @property
+    def device(self) -> torch.device:
+        """Where f computes."""
+        return next(self.network.parameters()).device
 
     @property
     def state(self) -> dict[str, Tensor]:
         """The state of latents and prior, which with `network` and `metadata` makes the same model."""
-        noise = {_NOISE + key: value for key, value in self.latents.state_dict().items()}
-        return noise | {_STATE + key: value for key, value in self.prior.state_dict().items()}
+        state = {f"latents.{name}": value for name, value in self.latents.state_dict().items()}
+        return state | {f"prior.{name}": value for name, value in self.prior.state_dict().items()}
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether samples are drawn from a prior, rather than from noise."""
+        return bool(self.metadata["prior"]["name"] != "none")
 
     @property
     def fitted(self) -> bool:
@@ -80,101 +138,94 @@ class NAIGN:
         return not self.prior.learns or self.metadata.get("fitted", 1.0) >= 1
 
     @property
-    def has_prior(self) -> bool:
-        """Whether samples are drawn from a prior, rather than from noise."""
-        return bool(self.metadata["prior"]["name"] != "none")
-
-    @classmethod
-    def from_pretrained(cls, place: str | Path, device: torch.device | str = "cpu", **download: Any) -> "NAIGN":
-        """The model of an exported folder or its file, a checkpoint, a run (also s3://), hf://user/model on the hub, or
-        the name of one that comes with this package ("mnist"), which is looked up only where no path has it.
-
-        Of a run it is the newest complete checkpoint (`checkpoint`); of a checkpoint
-        the moving average of the weights, if it has one. `download`, for the hub alone, are
-        keywords of huggingface_hub.hf_hub_download: revision, token, cache_dir, ...
-        Raises InputError where there is no model, or the file was not written by this program.
-        """
-        with locate(place, **download) as weights:
-            model = cls._read(weights.file, device)
-        model.checkpoint = weights.checkpoint
-        return model
-
-    @classmethod
-    def _read(cls, file: Path, device: torch.device | str) -> "NAIGN":
-        try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                header = (opened.metadata() or {}).get(_KEY, "")
-                tensors = {name: _float32(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
-        require((header, f"{file} has no '{_KEY}' entry in its header: it was not written by this program"))
-        state = {name: tensors.pop(name) for name in list(tensors) if name.startswith((_STATE, _NOISE))}
-        try:
-            metadata = json.loads(header)
-            build = partial(build_network, recorded_network(metadata["model"]), tuple(metadata["shape"]))
-            with torch.device("meta"):  # what the header claims is checked against the file before it is allocated
-                network = build()
-            network.load_state_dict(tensors, assign=True)
-            if any(value.is_meta for value in network.buffers()):  # computed when a network is built, not saved
-                with torch.random.fork_rng(devices=[]):
-                    network = build()
-                network.load_state_dict(tensors)
-            model = cls(network, metadata, state)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
-            raise InputError(f"{file} does not hold the model that its header describes: {one_line(error)}") from None
-        if not all(bool(torch.isfinite(value).all()) for value in (*tensors.values(), *state.values())):
-            raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
-        model._place(device)
-        return model
-
-    def _place(self, device: torch.device | str) -> None:
-        """Move to the device; on a CPU to channels-last, where convolutions take about two thirds of the time."""
-        for part in (self.network, self.latents, self.prior):
-            ours = type(part).__module__.startswith("naign.")  # other networks may view() activations
-            layout = torch.channels_last if ours and torch.device(device).type == "cpu" else torch.contiguous_format
-            for weight in (value for value in part.to(device).parameters() if value.ndim == 4):
-                weight.data = weight.data.contiguous(memory_format=layout)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors, in float16 if `metadata["dtype"]` says so and else in float32, and, for readers,
-        config.json with `metadata`. Raises `unwritten`, and InputError for weights that float16 does not hold.
-        """
-        file = Path(folder) / hub.WEIGHTS
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_model(
-                file, self.network.state_dict(), self.metadata, self.prior.state_dict(), self.latents.state_dict()
-            )
-        except SafetensorError as error:
-            raise unwritten(f"{file} cannot be written: {error}") from None
-        file.chmod(0o644)  # safetensors writes for the owner only
-        file.with_name("config.json").write_text(json.dumps(self.metadata, indent=1, sort_keys=True) + "\n")
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    @property
     def labels(self) -> tuple[str, ...]:
         """The names of the classes that samples can be asked for, in the order of their numbers; empty without any."""
         return self.prior.labels
 
-    def find_label(self, label: int | str) -> int:
-        """The number of a class by its name or number. Raises InputError where samples of it cannot be asked for."""
-        names, prior = self.labels, cast(CodesPrior, self.prior)
-        blind = f"the model was trained without classes, so label {label} cannot be drawn: train one with prior.classes"
-        require((names, blind))
-        number = names.index(label) if isinstance(label, str) and label in names else parse_number(str(label))
-        known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        unknown = f"the model has no class '{printable(str(label), 40)}' among its {len(names)} classes"
-        require((0 <= number < len(names), f"{unknown}: give a name ({known}) or a number from 0 to {len(names) - 1}"))
-        none = f"label '{names[number]}' was not among the images of the training: ask for another"
-        require((int(prior.class_counts[number]), none))
-        return number
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        label: int | str | None = None,  # name or number of a class; None: in proportion to the training images
+        latents: str = "",  # noise, as in the paper, or prior; empty: the prior if there is one, else noise
+        guidance: float | None = None,  # strength of guidance by classes, as prior.guidance; None: as trained
+        times: int = 1,  # applications of f
+        advance: Advance = None,
+    ) -> Tensor:
+        """n samples (n, *shape) float32: f applied to latents 0 to n - 1 of `seed`.
 
-    def choose(self, ids: Tensor, *, seed: int = 0) -> Tensor | None:
-        """Classes (len(ids),) int64 that `latent` draws, in proportion to the training images; None without classes."""
-        return self.prior.choose(seed, SAMPLES, ids, self.device) if isinstance(self.prior, CodesPrior) else None
+        Raises InputError for a label, latents or a guidance that the model does not know.
+        """
+        if n < 0:
+            raise InputError(f"n is {n}: give 0 or more")
+        model = self
+        if guidance is not None:
+            model = self.with_flow(guidance=guidance)
+        parts = []
+        for ids in torch.arange(n).split(self._rows):
+            drawn = model.latent(ids, seed=seed, label=label, latents=latents)
+            parts.append(self.project(drawn, times=times, advance=advance))
+        return torch.cat(parts)
+
+    def project(
+        self,
+        x: Tensor,
+        *,
+        times: int | None = None,  # applications of f; None: 1, with a mask FILLING
+        mask: Tensor | None = None,
+        advance: Advance = None,
+    ) -> Tensor:
+        """f applied to x (n, *shape): its repair, float32, on x's device.
+
+        Images (n, C, H, W) may have any height and width: those of another size than the model's are computed in
+        overlapping tiles (pipeline/naign/model/tiles.py), and `advance` counts these.
+
+        `mask`, bool and of a shape that broadcasts to x, such as (H, W), is true in holes to fill. They begin as the
+        mean of what is known of their image. What is known is put back after each application
+        (pipeline/naign/model/holes.py), so that it stays bit for bit.
+
+        Raises InputError for integers, another shape, and where the result is not finite.
+        """
+        x = self._checked(x)
+        if times is None:
+            times = 1 if mask is None else FILLING
+        if times < 0:
+            raise InputError(f"times is {times}: f is applied 0 times or more")
+        if mask is not None:
+            mask = _expanded(mask, x)
+            filled = torch.where(mask, known_mean(x, ~mask), x)
+            for _ in range(times):
+                filled = put_back(x, self.project(filled, advance=advance), mask)
+            return filled
+        if x.shape[1:] == self.shape:
+            return self._apply(x, times, advance)
+
+        def read(first: int, last: int) -> Tensor:
+            return x[:, :, first:last]
+
+        bands = self.bands(read, (x.shape[2], x.shape[3]), times, advance)
+        return torch.cat([*bands], dim=2)
+
+    def energy(
+        self,
+        x: Tensor,
+        *,
+        times: int = 1,
+        map: bool = False,
+        advance: Advance = None,
+    ) -> Tensor:
+        """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data.
+
+        With `times` above 1 the residual after that many applications of f, which separates points far from the data
+        better, at a cost proportional to `times`. With `map` the mean over channels alone, (n, H, W), of images
+        (n, C, H, W) of any size.
+        """
+        made = self.project(x, times=times, advance=advance)
+        squares = (made - x.detach().float()).square()
+        if map:
+            return squares.mean(1)
+        return squares.flatten(1).mean(1)
 
     def latent(
         self,
@@ -185,37 +236,23 @@ class NAIGN:
         latents: str = "",
     ) -> Tensor:
         """Latents (len(ids), *shape) float32 on the model's device, of the class `label` (name or number) if one is
-        given; row i depends on (seed, ids[i]) and the class alone. `latents` are as in `sample`. InputError for a label
-        that the model does not know.
+        given; row i depends on (seed, ids[i]) and the class alone. `latents` is as for `sample`.
+
+        Raises InputError for a label or latents that the model does not know.
         """
         known = ("", "prior", "noise") if self.has_prior else ("", "noise")
-        require((latents in known, f"latents is '{latents}': choose one of {', '.join(filter(None, known))}"))
+        if latents not in known:
+            raise InputError(f"latents is '{latents}': choose one of {', '.join(filter(None, known))}")
         if latents == "noise" or not self.has_prior:
-            require((label is None, f"label {label} can be asked of a prior, and these are latents of noise"))
+            if label is not None:
+                raise InputError(f"label {label} can be asked of a prior with classes, and these are latents of noise")
             return self.latents.draw(seed, SAMPLES, ids, self.device).contiguous()
-        prior: Any = self.prior
-        asked = () if label is None else (torch.full((len(ids),), self.find_label(label), device=self.device),)
+        asked = []
+        if label is not None:
+            number = self.find_label(label)
+            asked.append(torch.full((len(ids),), number, device=self.device))
         with torch.no_grad():
-            return self._decoded(prior.draw(seed, SAMPLES, ids, self.device, *asked))
-
-    def with_flow(self, **settings: float) -> "NAIGN":
-        """This model with other settings of its flow of codes, `steps` or `guidance`, and without a student, which has
-        learned the end points of the former ones; itself where only `guidance` is given, and is as trained.
-
-        Raises InputError for a prior that is no flow, and for unfit settings.
-        """
-        known = self.metadata["prior"]
-        other = f"{' and '.join(settings)} can be chosen for a flow of codes, and this prior is '{known['name']}'"
-        require((known["name"] == "flow", f"{other}: leave it out"))
-        if settings == {"guidance": known.get("guidance", 0.0)}:
-            return self
-        metadata = self.metadata | {"prior": known | {"student": 0} | settings}
-        state = {name: value for name, value in self.state.items() if not name.startswith("prior.student.")}
-        state["prior.phase"] = state["prior.phase"].clamp(max=KEPT)  # the flow draws again
-        return NAIGN(self.network, metadata, state)
-
-    def _decoded(self, drawn: Tensor) -> Tensor:
-        return (self.network.decode(drawn) if self.prior.decodes else drawn).contiguous()  # type: ignore[operator]
+            return self._decoded(self.prior.draw(seed, SAMPLES, ids, self.device, *asked))
 
     @torch.no_grad()
     def between(self, first: int, last: int, *, steps: int) -> Tensor:
@@ -224,92 +261,79 @@ class NAIGN:
         An arc where latents, or codes, are made from Gaussian noise, whose distribution they keep along it; elsewhere
         a straight line between two latents, or two codes.
         """
-        prior = self.prior if self.has_prior else self.latents
-        drawn = prior.between((first, last), SAMPLES, self.device, steps=steps)
-        return self._decoded(drawn) if self.has_prior else drawn.contiguous()
+        if not self.has_prior:
+            return self.latents.between((first, last), SAMPLES, self.device, steps=steps).contiguous()
+        return self._decoded(self.prior.between((first, last), SAMPLES, self.device, steps=steps))
 
-    def sample(
+    def _decoded(self, drawn: Tensor) -> Tensor:
+        if self.prior.decodes:
+            drawn = self.network.decode(drawn)  # type: ignore[operator]
+        return drawn.contiguous()
+
+    def choose(self, ids: Tensor, *, seed: int = 0) -> Tensor | None:
+        """Classes (len(ids),) int64 that `latent` draws, in proportion to the training images; None without classes."""
+        if not isinstance(self.prior, CodesPrior):
+            return None
+        return self.prior.choose(seed, SAMPLES, ids, self.device)
+
+    def find_label(self, label: int | str) -> int:
+        """The number of a class by its name or number. Raises InputError where samples of it cannot be asked for."""
+        names = self.labels
+        if not names:
+            blind = f"the model was trained without classes, so label {label} cannot be drawn"
+            raise InputError(f"{blind}: train one with prior.classes")
+        number = names.index(label) if label in names else parse_number(str(label))
+        if not 0 <= number < len(names):
+            unknown = f"the model has no class '{printable(str(label), 40)}' among its {len(names)} classes"
+            known = ", ".join(names[:20])
+            raise InputError(f"{unknown}: give a name ({known}) or a number from 0 to {len(names) - 1}")
+        if not cast(CodesPrior, self.prior).class_counts[number]:
+            raise InputError(f"label '{names[number]}' was not among the images of the training: ask for another")
+        return number
+
+    def with_flow(self, **settings: float) -> "NAIGN":
+        """This model with other settings of its flow of codes, `steps` or `guidance`, and without a student, which has
+        learned the end points of the former ones; itself where only `guidance` is given, and is as trained.
+
+        Raises InputError for a prior that is no flow, and for unfit settings.
+        """
+        known = self.metadata["prior"]
+        if known["name"] != "flow":
+            other = f"{' and '.join(settings)} can be chosen for a flow of codes, and this prior is '{known['name']}'"
+            raise InputError(f"{other}: leave it out")
+        if settings == {"guidance": known.get("guidance", 0.0)}:
+            return self
+        metadata = self.metadata | {"prior": known | {"student": 0} | settings}
+        state = {name: value for name, value in self.state.items() if not name.startswith("prior.student.")}
+        state["prior.phase"] = state["prior.phase"].clamp(max=KEPT)  # the flow draws again
+        return NAIGN(self.network, metadata, state)
+
+    def bands(
         self,
-        n: int,
-        *,
-        seed: int = 0,
-        label: int | str | None = None,  # name or number of a class; None: in proportion to the training images
-        latents: str = "",  # noise, as in the paper, or prior; empty: the prior if there is one, else noise
-        guidance: float | None = None,  # strength of guidance by classes, as prior.guidance; None: as trained
+        read: Read,
+        size: tuple[int, int],
         times: int = 1,
-        batch: int = 500,
         advance: Advance = None,
-    ) -> Tensor:
-        """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`. InputError for a
-        label or a guidance that the model does not know.
-        """
-        require((n >= 0 and batch > 0, f"n is {n} and batch {batch}: give 0 or more, in batches of 1 or more"))
-        model = self if guidance is None else self.with_flow(guidance=guidance)
-        parts = []
-        for ids in torch.arange(n).split(batch):
-            drawn = model.latent(ids, seed=seed, label=label, latents=latents)
-            parts.append(self.project(drawn, times=times, advance=advance))
-        return torch.cat(parts)
-
-    def project(
-        self,
-        x: Tensor,
-        *,
-        times: int | None = None,
-        mask: Tensor | None = None,
-        batch: int = 500,
-        advance: Advance = None,
-    ) -> Tensor:
-        """f applied `times` times to x (n, *shape): its repair, float32, on x's device. InputError where that is not
-        finite, and for integers.
-
-        Images (n, C, H, W) may have any height and width: those of another size than the model's are computed in
-        overlapping tiles (pipeline/naign/model/tiles.py), and `advance` counts these.
-
-        `mask`, bool and of a shape that broadcasts to x, such as (H, W), is true in holes to fill. They begin as the
-        mean of what is known of their image. What is known is put back after each of `times` (default: FILLING)
-        applications (pipeline/naign/model/holes.py), so that it stays bit for bit.
-        """
-        require(
-            (isinstance(x, Tensor), f"the model takes tensors, not {type(x).__name__}: torch.from_numpy makes one"),
-            (times is None or times >= 0, f"times is {times}: f is applied 0 times or more"),
-            (batch > 0, f"batch is {batch}: f is applied to 1 row or more at once"),
-        )
-        images = len(self.shape) == 3 and x.ndim == 4 and x.shape[1] == self.shape[0] and min(x.shape[2:]) > 0
-        any_size = f", or images of {self.shape[0]} channels and any size" if len(self.shape) == 3 else ""
-        refused = f"the model takes {self.shape}{any_size}, not {tuple(x.shape[1:])}"
-        integers = f"the model takes floating-point values, images in [-1, 1], not {x.dtype}: convert and scale them"
-        require((images or x.shape[1:] == self.shape, refused), (x.is_floating_point(), integers))
-        x = x.detach().float()
-        if mask is not None:
-            mask = _expanded(mask, x)
-            filled = torch.where(mask, known_mean(x, ~mask), x)
-            for _ in range(FILLING if times is None else times):
-                filled = put_back(x, self.project(filled, batch=batch, advance=advance), mask)
-            return filled
-        times = 1 if times is None else times
-        if x.shape[1:] == self.shape:
-            return self._apply(x, times, batch, advance)
-        size = (x.shape[2], x.shape[3])
-        return torch.cat([*self.bands(lambda first, last: x[:, :, first:last], size, times=times, advance=advance)], 2)
-
-    def bands(self, read: Read, size: tuple[int, int], *, times: int = 1, advance: Advance = None) -> Iterator[Tensor]:
+    ) -> Iterator[Tensor]:
         """f of images of `size` (height, width) that need not be in memory, as bands of rows from top to bottom.
 
         `read(first, last)` returns these rows as (n, C, last - first, W). Raises InputError as `project` does.
         """
-        tile = (self.shape[1], self.shape[2])
-        batch = max(1, PIXELS // math.prod(tile))
-        return blended(lambda tiles: self._apply(tiles, times, batch, advance), read, size, tile)
+
+        def f(tiles: Tensor) -> Tensor:
+            return self._apply(tiles, times, advance)
+
+        return blended(f, read, size, self.shape[1:])
 
     @torch.no_grad()
-    def _apply(self, x: Tensor, times: int, batch: int, advance: Advance) -> Tensor:
-        """f applied to x (n, *shape), `batch` rows at a time. InputError where that is not finite."""
+    def _apply(self, x: Tensor, times: int, advance: Advance) -> Tensor:
+        """f applied to x (n, *shape) in batches. InputError where the result is not finite."""
         done = []
-        for part in x.split(batch):
+        for part in x.split(self._rows):
             value = part.to(self.device)
-            for _ in range(times if len(part) else 0):  # layers refuse what is empty
-                value = self.network(value)
+            if len(part):  # layers refuse what is empty
+                for _ in range(times):
+                    value = self.network(value)
             done.append(value.contiguous().to(x.device))
             if advance:
                 advance(len(part))
@@ -318,48 +342,48 @@ class NAIGN:
             raise InputError("f gives values that are not finite: its training broke down, or what it was given is not")
         return made
 
-    def energy(
-        self, x: Tensor, *, times: int = 1, map: bool = False, batch: int = 500, advance: Advance = None
-    ) -> Tensor:
-        """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data.
+    def _checked(self, x: Tensor) -> Tensor:
+        """x in float32. Raises InputError for what f cannot be applied to."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            given = getattr(x, "dtype", type(x).__name__)
+            raise InputError(f"the model takes floating-point tensors, images in [-1, 1], not {given}: convert them")
+        images = len(self.shape) == 3 and x.ndim == 4
+        any_size = images and x.shape[1] == self.shape[0] and min(x.shape[2:]) > 0
+        if not any_size and x.shape[1:] != self.shape:
+            takes = f"{self.shape}, images also of another height and width"
+            raise InputError(f"the model takes {takes}, not {tuple(x.shape[1:])}")
+        return x.detach().float()
 
-        With `times` above 1 the residual after that many applications of f, which separates points far from the data
-        better, at a cost proportional to `times`. With `map` the mean over channels alone, (n, H, W), of images
-        (n, C, H, W) of any size.
-        """
-        squares = (self.project(x, times=times, batch=batch, advance=advance) - x.detach().float()).square()
-        return squares.mean(1) if map else squares.flatten(1).mean(1)
+
+def _build(metadata: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """The network that a file's header describes, with its weights; an error of any kind where these do not fit."""
+    config = recorded_network(metadata["model"])
+    shape = tuple(metadata["shape"])
+    with torch.device("meta"):  # what the header claims is checked against the file before it is allocated
+        network = build_network(config, shape)
+    network.load_state_dict(weights, assign=True)
+    if any(value.is_meta for value in network.buffers()):  # computed when a network is built, not saved
+        with torch.random.fork_rng(devices=[]):
+            network = build_network(config, shape)
+        network.load_state_dict(weights)
+    return network
 
 
 def _expanded(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask in the shape of images x; InputError where that is not possible."""
     if x.ndim == 4 and isinstance(mask, Tensor) and mask.dtype == torch.bool:
         with suppress(RuntimeError):
             return mask.expand_as(x)
-    given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-    raise InputError(f"the mask is {given}: give a bool tensor that broadcasts to {tuple(x.shape)}")
+    raise InputError(f"the mask does not fit: give a bool tensor that broadcasts to {tuple(x.shape)}")
 
 
-def save_model(
-    file: Path,
-    weights: Mapping[str, Tensor],
-    metadata: dict[str, Any],
-    prior: Mapping[str, Tensor],
-    latents: Mapping[str, Tensor],
-) -> None:
-    """Write one safetensors file with the states of network, prior and latents; `metadata` names their kinds."""
-    tensors = {name: _float32(value.detach()).cpu().contiguous() for name, value in weights.items()}
-    tensors |= {_STATE + name: value.cpu().contiguous() for name, value in prior.items()}
-    tensors |= {_NOISE + name: value.cpu().contiguous() for name, value in latents.items()}
-    if metadata.get("dtype") == "float16":
-        tensors = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
-        fits = all(bool(torch.isfinite(value).all()) for value in tensors.values())
-        require((fits, "the model has weights beyond 65504, which float16 does not hold: store it as float32"))
-    save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
-
-
-def _float32(value: Tensor) -> Tensor:
-    """In float32, but for counters and masks."""
-    return value.float() if value.is_floating_point() else value
+def _part_of(state: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with the prefix, without it."""
+    found = {}
+    for name, value in (state or {}).items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = value
+    return found
 
 
 def _read_settings(section: str, kind: Any, record: Mapping[str, Any]) -> Any:

@@ -6,7 +6,6 @@ step is odd, so that patterns of a network, whose strides are even, lie the othe
 cancel alike everywhere. At a third of the side sharpness varied by a fifth. A smaller image is reflected.
 """
 
-import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,53 +20,70 @@ Read = Callable[[int, int], Tensor]
 
 
 def blended(
-    f: Callable[[Tensor], Tensor], read: Read, size: tuple[int, int], tile: tuple[int, int]
+    f: Callable[[Tensor], Tensor],
+    read: Read,
+    size: tuple[int, ...],
+    tile: tuple[int, ...],
 ) -> Iterator[Tensor]:
     """f of images of `size` (height, width), as bands of rows (n, C, r, W) from top to bottom.
 
     f takes and returns tiles (m, C, *tile). Of the images one row of tiles is in memory at a time.
     """
-    (height, width), (high, wide) = size, tile
+    height, width = size
+    high, wide = tile
     tops, down = _windows(height, high)
     lefts, across = _windows(width, wide)
-    before: Tensor | None = None
+    overlap: Tensor | None = None  # rows of the tiles above that lie in this row of tiles as well
     for number, top in enumerate(tops):
-        band = _reflected(_reflected(read(top, min(top + high, height)), high, 2), wide, 3)
+        band = read(top, min(top + high, height))
+        band = _reflected(band, high, dim=2)
+        band = _reflected(band, wide, dim=3)
         tiles = torch.stack([band[..., left : left + wide] for left in lefts], dim=1)
         answers = f(tiles.flatten(0, 1)).view(tiles.shape)
         rows = torch.zeros_like(band)
-        for left, window, answer in zip(lefts, across.to(band), answers.unbind(1), strict=True):
-            rows[..., left : left + wide] += window * answer
+        windows = across.to(band)
+        for turn, left in enumerate(lefts):
+            rows[..., left : left + wide] += windows[turn] * answers[:, turn]
         rows *= down[number].to(band)[:, None]
-        if before is not None:
-            rows[:, :, : before.shape[2]] += before
-        end = tops[number + 1] - top if number + 1 < len(tops) else high
-        rows, before = rows[:, :, :end], rows[:, :, end:]
-        yield _middle(_middle(rows, height, 2), width, 3)
+        if overlap is not None:
+            rows[:, :, : overlap.shape[2]] += overlap
+        end = high
+        if number + 1 < len(tops):
+            end = tops[number + 1] - top
+        overlap = rows[:, :, end:]
+        done = _middle(rows[:, :, :end], height, dim=2)
+        yield _middle(done, width, dim=3)
 
 
 def count(size: tuple[int, int], tile: tuple[int, int]) -> int:
     """How many tiles an image of `size` (height, width) takes."""
-    return math.prod(len(_windows(length, side)[0]) for length, side in zip(size, tile, strict=True))
+    tops, _ = _windows(size[0], tile[0])
+    lefts, _ = _windows(size[1], tile[1])
+    return len(tops) * len(lefts)
 
 
 def _windows(length: int, side: int) -> tuple[list[int], Tensor]:
     """Where tiles of `side` pixels start along `length`, and their windows (tiles, side), which sum to 1."""
-    room, step = max(0, length - side), min(side, round(STEP * side) | 1)
-    starts = np.array([*range(0, room, step), room])
+    last = max(0, length - side)
+    step = min(side, round(STEP * side) | 1)
+    starts = np.array([*range(0, last, step), last])
     window = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
     places = starts[:, None] + np.arange(side)
     total = np.bincount(places.ravel(), np.tile(window, len(starts)))
     return starts.tolist(), torch.from_numpy(window / total[places])
 
 
-def _reflected(band: Tensor, side: int, dim: int) -> Tensor:
+def _reflected(band: Tensor, side: int, *, dim: int) -> Tensor:
     """The band, continued at both ends of a dimension to `side` pixels if it is shorter."""
-    missing = max(0, side - band.shape[dim])
-    index = np.pad(np.arange(band.shape[dim]), (missing // 2, missing - missing // 2), "reflect")
-    return band.index_select(dim, torch.from_numpy(index).to(band.device)) if missing else band
+    missing = side - band.shape[dim]
+    if missing <= 0:
+        return band
+    before = missing // 2
+    index = np.pad(np.arange(band.shape[dim]), (before, missing - before), "reflect")
+    return band.index_select(dim, torch.from_numpy(index).to(band.device))
 
 
-def _middle(rows: Tensor, length: int, dim: int) -> Tensor:
+def _middle(rows: Tensor, length: int, *, dim: int) -> Tensor:
     """Rows without what _reflected added to the image."""
-    return rows.narrow(dim, max(0, rows.shape[dim] - length) // 2, min(length, rows.shape[dim]))
+    added = max(0, rows.shape[dim] - length)
+    return rows.narrow(dim, added // 2, rows.shape[dim] - added)

@@ -19,10 +19,9 @@ from naign.errors import require
 from naign.evaluate.recorded import fingerprint, recorded
 from naign.evaluate.report import with_copies
 from naign.evaluate.runs import folder_of
-from naign.model.hub import PREFIX
+from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
 from naign.model.scale import scaled
-from naign.model.weights import shipped_model
 from naign.neighbours import CopiesOptions
 from naign.neighbours.images import Images
 from naign.neighbours.rows import Rows, Space, compare, firsts

@@ -19,7 +19,7 @@ from naign.config import Config, to_dict
 from naign.data.loader import Stream
 from naign.distributed.engine import Engine
 from naign.errors import InputError
-from naign.model.naign import save_model
+from naign.model.files import save_model
 from naign.model.prior import Latents, Prior
 from naign.storage.local import write_atomically
 from naign.training.run_folder import damage_named, open_tensors, read_model
@@ -169,14 +169,14 @@ def snapshot(
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": partial(save_file, moments)}
     if rank == 0:
         metadata = describe(config, stream, state)
-        drawn = {name: _copied(value) for name, value in prior.state_dict().items()}
-        noise = {name: _copied(value) for name, value in latents.state_dict().items()}
+        drawn = {f"prior.{name}": _copied(value) for name, value in prior.state_dict().items()}
+        drawn |= {f"latents.{name}": _copied(value) for name, value in latents.state_dict().items()}
         if prior.learns:
             fit = {name: _copied(value) for name, value in prior.training_state().items()}
             files[PRIOR] = partial(save_file, fit)
-        files["model.safetensors"] = lambda file: save_model(file, weights, metadata, drawn, noise)
+        files["model.safetensors"] = lambda file: save_model(file, weights, metadata, drawn)
         if engine.ema is not None:
-            files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, drawn, noise)
+            files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, drawn)
         trainer = asdict(state) | {
             "epoch": stream.order.epochs(state.round),
             "world_size": world,

@@ -1,6 +1,7 @@
 """Which weights a place stands for: of a run the best checkpoint where patience ended it, else the newest."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,24 +19,24 @@ from naign.storage.store import open_store
 from tests.checkpoint.written import write_checkpoint
 
 METADATA = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
+BEST = "step-00000010"
+LAST = "step-00000050"
 
 
-def write_run(
-    folder: Path, *, patience: object = 2, best: object = "step-00000010", samples: int = 50, average: bool = False
-) -> Path:
+def write_run(folder, *, patience=2, best=BEST, samples=50, average=False):
     """A run of checkpoints after 1 and 5 rounds, whose quality was measured every 2 rounds and best after the first."""
-    for number, rounds in enumerate((1, 5)):
-        torch.manual_seed(number)
+    for rounds, name in ((1, BEST), (5, LAST)):
+        torch.manual_seed(rounds)
         model = NAIGN(build_network(recorded_network(METADATA["model"]), (1, 8, 8)), METADATA)
 
-        def fill(place: Path, model: NAIGN = model, rounds: int = rounds) -> None:
+        def fill(place, model=model, rounds=rounds):
             model.save_pretrained(place)
             if average:
                 (place / "model.safetensors").rename(place / "ema.safetensors")
                 (place / "model.safetensors").write_bytes(b"what resuming needs")
             (place / "trainer.json").write_text(json.dumps({"round": rounds}))
 
-        write_checkpoint(folder / f"checkpoints/step-000000{rounds}0", fill)
+        write_checkpoint(folder / "checkpoints" / name, fill)
     settings = {"quality": {"rounds": 2, "patience": patience, "samples": 50}, "data": {"path": "data/digits"}}
     measured = measured_by({"quality.samples": samples, "data.path": "data/digits"})
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -43,57 +44,58 @@ def write_run(
     return folder
 
 
+def chosen(place):
+    model = NAIGN.from_pretrained(place)
+    return model.choice, model.checkpoint
+
+
 @pytest.mark.parametrize(
-    ("settings", "choice"),
+    ("settings", "expected"),
     [
-        ({}, "best"),
-        ({"patience": 3}, "last"),
-        ({"patience": 0}, "last"),
-        ({"patience": "two"}, "last"),
-        ({"samples": 60}, "last"),  # measured otherwise than the run now measures
-        ({"best": "step-00000077"}, "last"),
-        ({"best": "../elsewhere"}, "last"),
-        ({"best": None}, "last"),
+        ({}, ("best", BEST)),
+        ({"patience": 3}, ("last", LAST)),
+        ({"patience": 0}, ("last", LAST)),
+        ({"patience": "two"}, ("last", LAST)),
+        ({"samples": 60}, ("last", LAST)),  # measured otherwise than the run now measures
+        ({"best": "step-00000077"}, ("last", LAST)),
+        ({"best": "../elsewhere"}, ("last", LAST)),
+        ({"best": None}, ("last", LAST)),
     ],
 )
-def test_the_best_checkpoint_is_taken_where_patience_ended_the_run(tmp_path, settings, choice):
-    model = NAIGN.from_pretrained(write_run(tmp_path, **settings))
-    assert (model.choice, model.checkpoint) == (choice, {"best": "step-00000010", "last": "step-00000050"}[choice])
-    assert torch.equal(model.sample(2), NAIGN.from_pretrained(tmp_path / "checkpoints" / model.checkpoint).sample(2))
+def test_the_best_checkpoint_is_taken_where_patience_ended_the_run(tmp_path, settings, expected):
+    run = write_run(tmp_path, **settings)
+    assert chosen(run) == expected
+    checkpoint = run / "checkpoints" / expected[1]
+    assert torch.equal(NAIGN.from_pretrained(run).sample(2), NAIGN.from_pretrained(checkpoint).sample(2))
 
 
-@pytest.mark.parametrize("missing", ["config.yaml", "best.json", "checkpoints/step-00000010/manifest.json"])
+@pytest.mark.parametrize("missing", ["config.yaml", "best.json", f"checkpoints/{BEST}/manifest.json"])
 def test_the_newest_is_taken_where_files_are_missing(tmp_path, missing):
     (write_run(tmp_path) / missing).unlink()
-    assert NAIGN.from_pretrained(tmp_path).choice == "last"
+    assert chosen(tmp_path) == ("last", LAST)
 
 
 def test_a_checkpoint_and_an_exported_folder_are_no_choice(tmp_path):
-    newest = write_run(tmp_path / "run") / "checkpoints/step-00000050"
+    newest = write_run(tmp_path / "run") / "checkpoints" / LAST
     for place in (newest, newest / "model.safetensors"):
-        model = NAIGN.from_pretrained(place)
-        assert (model.choice, model.checkpoint) == ("", "")
+        assert chosen(place) == ("", "")
 
 
-@pytest.mark.parametrize("average", [False, True])
-def test_one_file_of_a_bucket_is_fetched(tmp_path, bucket, monkeypatch, average):
-    run = write_run(tmp_path / "run", average=average)
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
+def test_one_file_of_a_bucket_is_fetched(tmp_path, bucket, monkeypatch, file):
+    run = write_run(tmp_path / "run", average=file == "ema.safetensors")
     for checkpoint in (run / "checkpoints").iterdir():
         upload(checkpoint, bucket, [file.name for file in checkpoint.iterdir()])
     for name in ("config.yaml", "best.json"):
         open_store(bucket).put(name, (run / name).read_bytes())
-    fetched: list[str] = []
+    fetched = []
     locate = in_bucket.locate
     monkeypatch.setattr(in_bucket, "locate", lambda url: fetched.append(url) or locate(url))
-    model = NAIGN.from_pretrained(f"{bucket}/")
-    assert (model.choice, model.checkpoint) == ("best", "step-00000010")
-    assert torch.equal(model.sample(2), NAIGN.from_pretrained(run).sample(2))
-    file = "ema.safetensors" if average else "model.safetensors"
-    assert fetched == [f"{bucket}/checkpoints/step-00000010/{file}"]
-
-    open_store(f"{bucket}/checkpoints/step-00000010").put(file, b"damaged")
-    model = NAIGN.from_pretrained(bucket)
-    assert (model.choice, model.checkpoint) == ("last", "step-00000050")
+    assert chosen(f"{bucket}/") == ("best", BEST)
+    assert fetched == [f"{bucket}/checkpoints/{BEST}/{file}"]
+    assert torch.equal(NAIGN.from_pretrained(bucket).sample(2), NAIGN.from_pretrained(run).sample(2))
+    open_store(f"{bucket}/checkpoints/{BEST}").put(file, b"damaged")
+    assert chosen(bucket) == ("last", LAST)
 
 
 def test_a_bucket_without_checkpoints_is_refused(bucket):
@@ -101,12 +103,21 @@ def test_a_bucket_without_checkpoints_is_refused(bucket):
         NAIGN.from_pretrained(f"{bucket}/run")
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_says_so(tmp_path):
-    write_run(tmp_path / "run")
-    for file in (tmp_path / "run/checkpoints").glob("*/model.safetensors"):
-        file.write_bytes(b"x")
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(tmp_path, caplog):
+    run = write_run(tmp_path / "run", patience=0)
+    (run / "checkpoints/step-00000099").mkdir()  # is being written
+    assert chosen(run) == ("last", LAST)
+    assert not caplog.text
+    (run / "checkpoints" / LAST / "model.safetensors").write_bytes(b"cut")
+    assert chosen(run) == ("last", BEST)
+    assert f"{LAST} is damaged or incomplete" in caplog.text
+    assert "step-00000099" not in caplog.text
+    (run / "checkpoints" / BEST / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match="all checkpoints of '.*run' are damaged or incomplete: copy one again"):
-        NAIGN.from_pretrained(tmp_path / "run")
+        NAIGN.from_pretrained(run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(InputError, match="has no complete checkpoint and no model.safetensors"):
+        NAIGN.from_pretrained(run)
 
 
 @pytest.mark.parametrize("place", ["https://h/x?SECRET", "https:h?SECRET", "hf://me/x?SECRET", "s3:b?SECRET"])

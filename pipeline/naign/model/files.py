@@ -1,0 +1,297 @@
+"""Files of a model: where they are read from (a run, a checkpoint, a folder, a bucket, the hub or models/ of this
+package), how they are written, as safetensors or ONNX, and how they are uploaded. No pickle is ever read.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import constants  # all else where it is used: it takes 0.1 s, and trainings rarely need it
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from naign import shipped
+from naign.checkpoint.bucket import fetch_file, newest_first
+from naign.checkpoint.writer import is_complete
+from naign.errors import Damaged, InputError, Unavailable, check_address, one_line
+from naign.storage.local import write_atomically
+from naign.storage.store import is_in_bucket, open_store
+
+log = logging.getLogger("naign.model")
+
+WEIGHTS = "model.safetensors"
+FILES = ("ema.safetensors", WEIGHTS)  # the weights of a checkpoint are in the first of these that it has
+PREFIX = "hf://"  # of the names of models on the hub
+LOGIN = "(`hf auth login`, or HF_TOKEN)"
+TOLERANCE = 1e-5  # of an ONNX program against f, absolute and relative
+
+_KEY = "naign"  # in the safetensors header: a JSON object that describes the model
+_STATES = ("prior.", "latents.")  # begin the names of their tensors
+
+
+class Weights(NamedTuple):
+    """The file that holds a model's weights."""
+
+    file: Path
+    checkpoint: str = ""  # of a run: the checkpoint's name
+
+
+@contextmanager
+def open_weights(place: str | Path, **options: Any) -> Iterator[Weights]:
+    """The file with the weights of `place`, as NAIGN.from_pretrained chooses it; of a bucket that one file is fetched,
+    and is temporary. `options` are those of `download`. Raises InputError if there is none.
+    """
+    address = str(place)
+    check_address(address)
+    if address.startswith(PREFIX):
+        yield Weights(download(address.removeprefix(PREFIX), **options))
+    elif is_in_bucket(address):
+        open_store(address)  # raises InputError for what is no address
+        run = address.rstrip("/")
+        with tempfile.TemporaryDirectory() as folder:
+
+            def fetch(name: str) -> Path:
+                return fetch_file(run, name, FILES, Path(folder))
+
+            found = _find_in_run(run, fetch)
+            if found is None:
+                raise InputError(f"{run} holds no complete checkpoint: has the training written one yet?")
+            yield found
+    else:
+        named = shipped_model(place)
+        yield Weights(named) if named else _find_locally(Path(place))
+
+
+def shipped_model(place: str | Path) -> Path | None:
+    """The weights of the model in models/ of that name; None where there is none, and where a path has that name."""
+    name = str(place)
+    file = shipped("models") / name / WEIGHTS
+    if name != Path(name).name or os.path.lexists(name) or not os.path.isfile(file):
+        return None
+    return file
+
+
+def _find_locally(place: Path) -> Weights:
+    """The weights of a file, a run, a checkpoint or an exported folder on this machine."""
+    if os.path.isfile(place):  # unlike Path.is_file, False for what no file can be called
+        return Weights(place)
+    if not os.path.isdir(place):
+        missing = f"no run or model at '{place}': there is no {os.path.abspath(place)}"
+        elsewhere = "a model of the Hugging Face hub is hf://user/model, a run in a bucket s3://bucket/prefix"
+        raise InputError(f"{missing}; {elsewhere}, the one that comes with naign mnist")
+
+    def take(name: str) -> Path:
+        checkpoint = place / "checkpoints" / name
+        if not is_complete(checkpoint):
+            raise Damaged(f"{checkpoint} is damaged or incomplete")
+        return _first_file(checkpoint)
+
+    return _find_in_run(str(place.absolute()), take) or Weights(_first_file(place))
+
+
+def _first_file(folder: Path) -> Path:
+    """The first of FILES in a checkpoint or an exported folder."""
+    for name in FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"'{folder}' has no complete checkpoint and no {WEIGHTS}: has its training got that far?")
+
+
+def _find_in_run(run: str, take: Callable[[str], Path]) -> Weights | None:
+    """The weights of a run's newest undamaged checkpoint.
+
+    `run` is a folder or a bucket; `take` returns the weights of the checkpoint of a name, or raises Damaged. None if
+    the run has no checkpoint.
+    """
+    names = list(newest_first(run))
+    for name in names:
+        try:
+            return Weights(take(name), name)
+        except Damaged as error:
+            log.warning("skipped: %s", one_line(error))
+    if names:
+        raise InputError(f"all checkpoints of '{run}' are damaged or incomplete: copy one again, or train anew")
+    return None
+
+
+def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors, in float32, of a safetensors file.
+
+    Raises InputError for a file that cannot be read, and for values that are not finite.
+    """
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            metadata = dict(opened.metadata() or {})
+            tensors = {name: _float32(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
+    if not _all_finite(tensors):
+        raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
+    return metadata, tensors
+
+
+def read_model(file: Path) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """The JSON that describes a model, its weights, and the state of prior and latents.
+
+    Raises InputError as `read_tensors`, and for a file that this program did not write.
+    """
+    metadata, tensors = read_tensors(file)
+    if _KEY not in metadata:
+        raise InputError(f"{file} has no '{_KEY}' entry in its header: it was not written by this program")
+    weights = {}
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith(_STATES):
+            state[name] = value
+        else:
+            weights[name] = value
+    return metadata[_KEY], weights, state
+
+
+def save_model(
+    file: Path,
+    weights: Mapping[str, Tensor],
+    metadata: dict[str, Any],
+    state: Mapping[str, Tensor],  # of prior and latents, as NAIGN.state
+) -> None:
+    """Write one safetensors file, in float32, or in float16 if metadata["dtype"] says so. `metadata` names the kinds of
+    the network, the latents and the prior.
+    """
+    tensors = {}
+    for name, value in weights.items():
+        tensors[name] = _float32(value.detach()).cpu().contiguous()
+    for name, value in state.items():
+        tensors[name] = value.cpu().contiguous()
+    if metadata.get("dtype") == "float16":
+        for name, value in tensors.items():
+            if value.is_floating_point():
+                tensors[name] = value.half()
+        if not _all_finite(tensors):
+            raise InputError("the model has weights beyond 65504, which float16 does not hold: store it as float32")
+    save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def _float32(value: Tensor) -> Tensor:
+    """In float32, but for counters and masks."""
+    return value.float() if value.is_floating_point() else value
+
+
+def _all_finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+
+def write_onnx(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    file: Path,
+) -> float | None:
+    """Write f as an ONNX program: `x`, (n, *shape) float32, to `projected`, the same. The network is on the CPU.
+
+    Returns the largest difference from f in onnxruntime; None where that is not installed. Raises InputError, and
+    writes nothing, where packages are missing, the network cannot be exported or the difference is above TOLERANCE.
+    """
+    try:
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    except ImportError as error:
+        raise InputError(f"--format onnx needs onnxscript ({error}): in a checkout, pip install -e '.[onnx]'") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what torch itself does
+            program = torch.onnx.export(
+                network,
+                (torch.zeros(2, *shape),),
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                input_names=["x"],
+                output_names=["projected"],
+                verbose=False,
+            )
+        assert program is not None
+        ClearMetadataAndDocStringPass()(program.model)  # stack traces with paths of this machine
+        content = program.model_proto.SerializeToString()
+    except Exception as error:  # the exporter's, or protobuf's, which holds at most 2 GiB
+        raise InputError(f"torch cannot export this network to ONNX: {one_line(error)}") from None
+    largest = None
+    if importlib.util.find_spec("onnxruntime"):
+        x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            (actual,) = program(x)
+            expected = network(x)
+        largest = float((actual - expected).abs().max())
+        if not torch.allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE):
+            raise InputError(f"in onnxruntime the program differs from f by {largest:.2g}: it is not written")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, content)
+    return largest
+
+
+def download(name: str, **options: Any) -> Path:
+    """The weights of user/model on the hub or in its cache; `options` are hf_hub_download's. Raises InputError."""
+    from huggingface_hub import errors, hf_hub_download
+
+    _has_token(options.get("token"))
+    try:
+        return Path(hf_hub_download(name, WEIGHTS, **options))
+    except errors.RepositoryNotFoundError:
+        reason = f"there is none of this name, or it is shown only after a login {LOGIN}"
+    except errors.LocalEntryNotFoundError as error:
+        reason = f"the hub does not answer, and the cache has no copy: {one_line(error.__cause__ or error)}"
+    except errors.EntryNotFoundError:
+        reason = f"it has no {WEIGHTS}, which is all that is read: pickles (.bin, .pt) never are"
+    except Exception as error:  # the HTTP library's, the file system's, or an answer in another form than expected
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    raise InputError(f"no model at {PREFIX}{name} ({constants.ENDPOINT}): {reason}")
+
+
+def check_login(name: str) -> None:
+    """Raise InputError unless `name` is user/model and there is a token: HF_TOKEN or that of a login."""
+    if "/" not in name:
+        raise InputError(f"'{name}' is no name on the hub: write user/{name}")
+    if not _has_token(None):
+        raise InputError(f"uploading {name} needs a login to the hub {LOGIN}")
+
+
+def _has_token(token: str | bool | None) -> bool:
+    """Whether there is a token. InputError where a message of the HTTP library could show it, or a password."""
+    from huggingface_hub import get_token
+
+    secret = token if isinstance(token, str) else get_token() or ""
+    if not (secret.isascii() and secret.isprintable()):
+        raise InputError(f"the token for the hub has characters that no token has: renew the login {LOGIN}")
+    if "@" in constants.ENDPOINT:
+        raise InputError("HF_ENDPOINT holds a user or a password: give a token as HF_TOKEN instead")
+    return bool(secret)
+
+
+def upload(folder: Path, name: str, *, private: bool = False) -> str:
+    """Upload all files of a folder to a repository of the hub, which is made if there is none; returns its address.
+
+    Nothing is sent to a public repository that should be private. Raises InputError without a login or where the hub
+    refuses, Unavailable where a retry may help. No message holds the token.
+    """
+    from huggingface_hub import HfApi
+
+    check_login(name)
+    try:
+        api = HfApi()
+        address = api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.model_info(name).private:
+            raise InputError(f"{name} is public: make it private on the hub first, or leave out --private")
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a NAIGN model")
+    except InputError:
+        raise
+    except Exception as error:  # as in `download`
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        text = f"{name} was not uploaded to the hub ({constants.ENDPOINT}): {type(error).__name__}: {one_line(error)}"
+        if 400 <= status < 500 or isinstance(error, ValueError):
+            raise InputError(text) from None
+        raise Unavailable(text) from None
+    return str(address)
