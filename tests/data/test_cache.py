@@ -34,8 +34,8 @@ pytestmark = pytest.mark.slow  # together
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("naign.data.cache.BLOCK", BLOCK)
-    monkeypatch.setattr("naign.data.reader.PART", 200_000)
+    monkeypatch.setattr("naign.data.cache.CHUNK", BLOCK)
+    monkeypatch.setattr("naign.data.reader.REQUEST", 200_000)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def block(folder: Path, path: str, name: str) -> Path:
     """The file of a first block that holds some of a shard or table."""
     for shard in Manifest.load(path).split("train").shards:
         if name == shard.name:
-            return folder / f"{shard.sha256}-000003"
+            return folder / f"{shard.pages}-tar-000003"
         if name == table_name(shard.name):
             return folder / f"{shard.pages}-000000"
     raise AssertionError(name)

@@ -114,8 +114,8 @@ def test_a_configuration_lists_them(three: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"data:\n  path:\n  - {tmp_path}/a\n  - path: {tmp_path}/b\n    weight: 2\n")
     config = load(str(tmp_path / "c.yaml"))
     assert [found.path for found in DataSets(config.data).configs] == [f"{tmp_path}/a", f"{tmp_path}/b"]
-    assert DataSets(config.data).weights == [1.0, 2.0]
-    assert members(DataConfig(path="[a, {path: b, weight: 1e-9}]"))[1][1] == 1e-9  # which YAML reads as text
+    assert [member.weight for member in members(config.data)] == [1.0, 2.0]
+    assert members(DataConfig(path="[a, {path: b, weight: 1e-9}]"))[1].weight == 1e-9  # which YAML reads as text
 
 
 def test_shares_add_up() -> None:
@@ -128,15 +128,15 @@ def test_shares_add_up() -> None:
     [
         ("[]", "write paths in brackets"),
         ("[{weight: 3}]", "has the entry {'weight': 3}"),
-        ("[{path: <a>, weigth: 3}]", "has the entry"),
-        ("[<a>, {path: <a>, weight: 0}]", "the weight 0: a weight is a positive number"),
+        ("[{path: <a>, weigth: 3}]", "unknown key 'weigth'; did you mean 'weight'"),
+        ("[<a>, {path: <a>, weight: 0}]", "the weight 0.0: it must be a positive number"),
         ("[<a>, {path: <a>, weight: .nan}]", "the weight nan"),
-        ("[<a>, {path: <a>, weight: many}]", "the weight 'many'"),
-        (f"[<a>, {{path: <a>, weight: {10**400}}}]", "the weight 1000"),
+        ("[<a>, {path: <a>, weight: many}]", "weight is 'many': it must be float"),
+        (f"[<a>, {{path: <a>, weight: {10**400}}}]", "weight is 1000.*: it must be float"),
         ("[<a>, {path: <a>, weight: 0.001}]", "has no image in a round of 24: raise its weight"),
         ("[<a>, nowhere]", "nowhere: no data set here"),
         ("[<a>, <b>]", r"numbered \(1, 8, 8\) and numbered \(1, 4, 4\) do not go together"),
-        ("[<a>, <b>", "no list"),
+        ("[<a>, <b>", "is not a list"),
     ],
 )
 def test_lists_that_are_none(tmp_path: Path, path: str, message: str) -> None:

@@ -19,14 +19,14 @@ from naign.data.format.audit import verify
 from naign.data.format.indexing import index
 from naign.data.loader import Stream, read_split
 from naign.data.resize import Resize, resized
-from naign.data.sample import OTHERS, draws
+from naign.data.sample import OTHERS, row_numbers
 from naign.errors import InputError
 from tests.data.numbered import add
 
 PHOTOS = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 """Two photographs of 640 x 427."""
 
-WINDOWS = draws(3, 0, 0, 12, windows=True)[:, OTHERS:]
+WINDOWS = row_numbers(3, 0, 0, 12, windows=True)[:, OTHERS:]
 
 
 def stored(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -113,7 +113,7 @@ def test_fits(size: tuple[int, int]) -> None:
 
 def test_random_windows_have_the_areas_and_shapes_of_torchvision() -> None:
     resize = Resize(height=8, width=8, fit="random")
-    drawn = draws(1, 0, 0, 4000, windows=True)[:, OTHERS:]
+    drawn = row_numbers(1, 0, 0, 4000, windows=True)[:, OTHERS:]
     boxes = np.array([resize.box(300, 300, row) for row in drawn])
     left, top, right, bottom = boxes.T
     assert left.min() == 0 == top.min() and right.max() == 300 == bottom.max()

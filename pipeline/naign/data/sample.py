@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from naign.data.decode import Array, decode_array, decode_image, fits
 from naign.data.format.labels import label_text, parse_number
@@ -15,8 +14,7 @@ SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  
 AS_STORED = Resize()
 REPACK = "repack the data set"
 
-Draws = npt.NDArray[np.float64]  # (rows, OTHERS), and with random windows (rows, OTHERS + WINDOW): uniform in [0, 1)
-OTHERS = 4  # numbers of a row that crop and flip take
+OTHERS = 4  # random numbers of a row that crop and flip take; those of its window follow
 
 
 def decode(
@@ -25,7 +23,7 @@ def decode(
     shard: str,  # for messages
     into: Array | None = None,
     resize: Resize = AS_STORED,
-    drawn: Numbers | None = None,  # a row of Draws; None: the central window
+    drawn: Numbers | None = None,  # a row of row_numbers; None: the central window
 ) -> tuple[Array, int]:
     """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
     InputError, which names shard and key, where one is not as the manifest says, or cannot be decoded.
@@ -68,19 +66,25 @@ def label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
     return number
 
 
-def draws(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Draws:
-    """The random numbers of rows [first, last) of a round: Philox counted by row, so that any part is drawn alone."""
-    uniform = _uniform(seed, round + 2**63, first, last, OTHERS)
-    return np.hstack([uniform, _uniform(seed, round + 3 * 2**62, first, last, WINDOW)]) if windows else uniform
+def row_numbers(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Numbers:
+    """Uniform numbers in [0, 1) for rows [first, last) of a round: (rows, OTHERS), and WINDOW more a row for `windows`.
+
+    They are Philox's, counted by row, so that those of any rows can be drawn alone.
+    """
+    numbers = _uniform(seed, round + 2**63, first, last, OTHERS)
+    if windows:
+        numbers = np.hstack([numbers, _uniform(seed, round + 3 * 2**62, first, last, WINDOW)])
+    return numbers
 
 
-def _uniform(seed: int, stream: int, first: int, last: int, count: int) -> Draws:
+def _uniform(seed: int, stream: int, first: int, last: int, count: int) -> Numbers:
     """Rows of `count` numbers of a stream, which must be one that no order of shards has."""
     blocks = -(-count // 4)  # of Philox, which counts in fours
     key = np.array([seed % 2**64, stream], np.uint64)
-    raw: Any = np.random.Philox(key=key, counter=[first * blocks, 0, 0, 0]).random_raw(4 * blocks * (last - first))
-    uniform: Draws = (raw >> np.uint64(11)).reshape(-1, 4 * blocks)[:, :count] * 2.0**-53
-    return uniform
+    generator: Any = np.random.Philox(key=key, counter=[first * blocks, 0, 0, 0])
+    raw = generator.random_raw(4 * blocks * (last - first))
+    numbers: Numbers = (raw >> np.uint64(11)).reshape(-1, 4 * blocks)[:, :count] * 2.0**-53
+    return numbers
 
 
 def crop(image: Array, size: int, drawn: Numbers | None = None, where: str = "") -> Array:

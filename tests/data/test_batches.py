@@ -12,12 +12,13 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from naign import NAIGN, nearest, open_dataset
+from naign.data.batches import ImageBatch
 from naign.data.format.indexing import index
 from naign.data.format.writer import pack
-from naign.data.loader import Rows, fill, read_split
+from naign.data.loader import read_split
+from naign.data.reader import Raw, Reader, Row
+from naign.data.scale import scaled
 from naign.errors import InputError
-from naign.model.scale import scaled
-from naign.training.batches import Batch
 from tests.data.numbered import numbered, rewrite
 
 
@@ -29,7 +30,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def keys(batches: Iterable[Batch]) -> list[str]:
+def keys(batches: Iterable[ImageBatch]) -> list[str]:
     return [key for batch in batches for key in batch.keys]
 
 
@@ -222,18 +223,20 @@ def test_damage_is_named_when_its_batch_comes(tmp_path: Path) -> None:
 
 def test_a_batch_in_work_is_waited_for(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is inside torch when the interpreter ends would abort it."""
-    ended = list[int]()
+    decode = Reader.row
+    begun = list[str]()
+    ended = list[str]()
 
-    def slow(rows: Rows, *arguments: Any, **options: Any) -> list[str]:
-        problems = fill(rows, *arguments, **options)
-        time.sleep(0.2)
-        ended.append(len(rows.keys))
-        return problems
+    def slow(reader: Reader, raw: Raw, *rest: Any) -> Row:
+        begun.append(raw.sample["__key__"])
+        time.sleep(0.05)
+        ended.append(raw.sample["__key__"])
+        return decode(reader, raw, *rest)
 
-    monkeypatch.setattr("naign.training.batches.fill", slow)
+    monkeypatch.setattr(Reader, "row", slow)
     for _ in open_dataset(small, batch=4):
         break
-    assert ended == [4, 4]
+    assert begun == ended and len(ended) >= 4
 
 
 def test_the_other_names() -> None:
