@@ -8,7 +8,7 @@ from naign.data.decode import Array, decode_array, decode_image, fits
 from naign.data.format.labels import label_text, parse_number
 from naign.data.format.manifest import INDEX, Manifest
 from naign.data.resize import WINDOW, Numbers, Resize, channels, resized, resized_array
-from naign.errors import InputError
+from naign.errors import InputError, require
 
 SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  # of an array's member, by kind
 AS_STORED = Resize()
@@ -29,15 +29,18 @@ def decode(
     InputError, which names shard and key, where one is not as the manifest says, or cannot be decoded.
     """
     where = f"{shard}, key {sample['__key__']}"
-    suffix = next((suffix for suffix in SUFFIXES[manifest.kind] if suffix in sample), None)
-    if suffix is None:
-        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES[manifest.kind])}: {REPACK}")
-    window = drawn[OTHERS:] if drawn is not None and resize.fit == "random" else None
+    suffixes = SUFFIXES[manifest.kind]
+    suffix = next((suffix for suffix in suffixes if suffix in sample), "")
+    require((suffix, f"{where}: no member ends in {' or '.join(suffixes)}: {REPACK}"))
     data = sample[suffix]
+    window = None
+    if drawn is not None and resize.fit == "random":
+        window = drawn[OTHERS:]
     try:
         if suffix == "npy":
             array = decode_array(data, manifest.shape, manifest.dtype)
-            array = resized_array(array, resize, window) if resize.height else array
+            if resize.height:
+                array = resized_array(array, resize, window)
         elif resize.height:
             array = resized(data, resize, window)
         else:
@@ -48,18 +51,22 @@ def decode(
         array = channels(array, 3)
     elif len(array) == 3 and manifest.shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
         array = array[:1]  # WebP has no grey
-    if not fits(array.shape, resize.shape(manifest.shape, where) if resize.height else manifest.shape):
+    shape = manifest.shape
+    if resize.height:
+        shape = resize.shape(shape, where)
+    if not fits(array.shape, shape):
         raise InputError(f"{where}: an image of shape {array.shape}, but {INDEX} says {manifest.shape}: {REPACK}")
     if resize.crop:
         array = crop(array, resize.crop, drawn, f"{where}: ")
-    return array, label(sample, manifest, where)
+    return array, _label(sample, manifest, where)
 
 
-def label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
-    """The number of a sample's label, -1 without one. Raises InputError for one that is none of the data set's."""
-    text, classes = label_text(sample, manifest.label, where), len(manifest.labels)
+def _label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
+    """The number of a sample's label, -1 without one. Raises InputError for a label that the data set does not have."""
+    text = label_text(sample, manifest.label, where)
     if text is None:
         return -1
+    classes = len(manifest.labels)
     number = manifest.numbers.get(text, -1) if manifest.label else parse_number(text)
     if number < 0 or (classes and number >= classes):
         raise InputError(f"{where}: label {text[:20]!r} is none of the {classes} in {INDEX}: {REPACK}")
@@ -92,6 +99,10 @@ def crop(image: Array, size: int, drawn: Numbers | None = None, where: str = "")
     _, height, width = image.shape
     if size > min(height, width):
         raise InputError(f"{where}{width}x{height} is less than data.crop={size}")
-    down, right = (0.5, 0.5) if drawn is None else drawn[:2].tolist()
-    top, left = int(down * (height - size + 1)), int(right * (width - size + 1))
+    down = 0.5
+    right = 0.5
+    if drawn is not None:
+        down, right = drawn[:2].tolist()
+    top = int(down * (height - size + 1))
+    left = int(right * (width - size + 1))
     return image[:, top : top + size, left : left + size]
