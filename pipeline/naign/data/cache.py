@@ -9,7 +9,9 @@ import contextlib
 import logging
 import os
 import re
+import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +47,7 @@ class CachedStore:
         self._folder = Path(os.path.expanduser(folder))
         self._limit = limit
         self._unmeasured = limit  # bytes that may have been added since the folder was last measured
+        self._locks = defaultdict[str, threading.Lock](threading.Lock)  # by file: threads do not fetch a chunk twice
         self._files = dict[str, tuple[str, int | None]]()  # prefix of names of chunks, and bytes, None if not known
         for shard in manifest.shards:
             self._files[shard.name] = (f"{shard.pages}-tar", shard.bytes)
@@ -71,10 +74,11 @@ class CachedStore:
         for start in range(first // CHUNK * CHUNK, last, CHUNK):
             end = min(start + CHUNK, size)
             file = self._folder / f"{prefix}-{start // CHUNK:06d}"
-            data = None if fresh else self._kept(file, end - start)
-            if data is None:
-                data = self._source.read(name, start, end, fresh=fresh)
-                self._keep(file, data)
+            with self._locks[file.name]:
+                data = None if fresh else self._kept(file, end - start)
+                if data is None:
+                    data = self._source.read(name, start, end, fresh=fresh)
+                    self._keep(file, data)
             chunks.append(data[max(0, first - start) : last - start])
         return b"".join(chunks)
 
