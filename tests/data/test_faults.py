@@ -210,7 +210,7 @@ def test_a_shard_that_was_missing_from_the_start_is_bad_input(remote: str) -> No
     store = open_store(remote)
     for shard in Manifest.load(remote).shards[1:]:
         store.delete(shard.name)
-    with Stream(DataConfig(path=remote), seed=3, round_size=ROUND) as stream:
-        with pytest.raises(InputError, match="no such object: check the path"):
-            for number in range(8):
-                stream.take(number)
+    stream = Stream(DataConfig(path=remote), seed=3, round_size=ROUND)
+    with stream, pytest.raises(InputError, match="no such object: check the path"):
+        for number in range(8):
+            stream.take(number)
