@@ -36,7 +36,7 @@ from naign.storage.store import was_there
 log = logging.getLogger("naign.data")
 
 PATIENCE = 5.0  # seconds to wait for the reading of rows that are no longer wanted
-TASK = 64  # rows that a thread decodes at once, at most
+TASK = 32  # rows that a thread decodes at once, at most
 BROKEN = 0.01  # largest share of samples that data.broken=skip passes over
 
 Stored = Generator[tuple[Reader, Raw]]
@@ -200,11 +200,14 @@ class ReadAhead:
             for begin in range(0, count, step):
                 if stop.is_set():
                     raise Stopped
-                samples = list(islice(stored, min(step, count - begin)))
-                self.rows_read += len(samples)
+                size = min(step, count - begin)
+                self.rows_read += size
+                samples: Iterable[tuple[Reader, Raw]] = islice(stored, size)
+                if workers > 1:
+                    samples = list(samples)
                 yield partial(rows.fill, begin, samples, numbers[begin:], flip=self._config.flip)
 
-        if workers == 1:
+        if workers == 1:  # sample by sample
             for fill in fills():
                 fill()
         else:

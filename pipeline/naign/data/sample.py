@@ -76,22 +76,20 @@ def _label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
 def row_numbers(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Numbers:
     """Uniform numbers in [0, 1) for rows [first, last) of a round: (rows, OTHERS), and WINDOW more a row for `windows`.
 
-    They are Philox's, counted by row, so that those of any rows can be drawn alone.
+    They are Philox's, counted by row, so that those of any rows can be drawn alone. No order of shards has the same
+    streams.
     """
-    numbers = _uniform(seed, round + 2**63, first, last, OTHERS)
+    streams = {round + 2**63: OTHERS}
     if windows:
-        numbers = np.hstack([numbers, _uniform(seed, round + 3 * 2**62, first, last, WINDOW)])
-    return numbers
-
-
-def _uniform(seed: int, stream: int, first: int, last: int, count: int) -> Numbers:
-    """Rows of `count` numbers of a stream, which must be one that no order of shards has."""
-    blocks = -(-count // 4)  # of Philox, which counts in fours
-    key = np.array([seed % 2**64, stream], np.uint64)
-    generator: Any = np.random.Philox(key=key, counter=[first * blocks, 0, 0, 0])
-    raw = generator.random_raw(4 * blocks * (last - first))
-    numbers: Numbers = (raw >> np.uint64(11)).reshape(-1, 4 * blocks)[:, :count] * 2.0**-53
-    return numbers
+        streams[round + 3 * 2**62] = WINDOW
+    found = []
+    for stream, count in streams.items():
+        blocks = -(-count // 4)  # of Philox, which counts in fours
+        key = np.array([seed % 2**64, stream], np.uint64)
+        generator: Any = np.random.Philox(key=key, counter=[first * blocks, 0, 0, 0])
+        raw = generator.random_raw(4 * blocks * (last - first)).reshape(-1, 4 * blocks)
+        found.append((raw[:, :count] >> np.uint64(11)) * 2.0**-53)
+    return np.hstack(found)
 
 
 def crop(image: Array, size: int, drawn: Numbers | None = None, where: str = "") -> Array:

@@ -1,5 +1,6 @@
 """Calls made by daemon threads ahead of need, in bounded memory."""
 
+import contextvars
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -27,7 +28,7 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
         except BaseException as error:  # re-raised where the result is asked for
             future.set_exception(error)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name=name, daemon=True).start()
     return future
 
 
