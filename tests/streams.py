@@ -20,7 +20,8 @@ class _Stream(io.RawIOBase):
     """A raw stream over pieces that follow one another."""
 
     def __init__(self, pieces: Generator[bytes]) -> None:
-        self._pieces, self._left = pieces, memoryview(b"")
+        self._pieces = pieces
+        self._left = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -28,7 +29,7 @@ class _Stream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer as far as the present piece reaches; 0 at the end."""
         if not self._left:
-            self._left = memoryview(next(filter(None, self._pieces), b""))
+            self._left = memoryview(next(self._pieces, b""))
         count = min(len(buffer), len(self._left))
         buffer[:count] = self._left[:count]
         self._left = self._left[count:]

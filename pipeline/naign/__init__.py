@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from naign.data.batches import open_dataset
     from naign.match.across_ranks import nearest
     from naign.model.naign import NAIGN
-    from naign.training.batches import open_dataset
 
 __all__ = ["NAIGN", "nearest", "open_dataset"]
 
 _MODULES = {
     "NAIGN": "naign.model.naign",
     "nearest": "naign.match.across_ranks",
-    "open_dataset": "naign.training.batches",
+    "open_dataset": "naign.data.batches",
 }
 
 # Set before torch loads OpenMP: waiting threads sleep instead of spinning. On an idle machine this costs nothing.

@@ -13,7 +13,7 @@ from naign.data.dataset import DataConfig
 from naign.data.decode import encode
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
-from naign.data.sample import draws
+from naign.data.sample import row_numbers
 from naign.errors import InputError
 from tests.data.numbered import Members, numbered, rewrite, take
 
@@ -56,9 +56,9 @@ def test_evaluation_sees_the_central_window(larger: str) -> None:
 
 
 def test_draws_of_any_rows_are_those_of_all() -> None:
-    every = draws(7, 3, 0, 100)
-    assert np.array_equal(every[40:60], draws(7, 3, 40, 60))
-    assert not np.array_equal(every, draws(7, 4, 0, 100)) and every.min() >= 0 and every.max() < 1
+    every = row_numbers(7, 3, 0, 100)
+    assert np.array_equal(every[40:60], row_numbers(7, 3, 40, 60))
+    assert not np.array_equal(every, row_numbers(7, 4, 0, 100)) and every.min() >= 0 and every.max() < 1
     assert abs(every.mean() - 0.5) < 0.05
 
 

@@ -18,28 +18,31 @@ import torch
 from naign.data.dataset import DataConfig
 from naign.data.decode import decode_array, encode
 from naign.data.format.manifest import Manifest
-from naign.data.format.writer import pack
-from naign.data.loader import Rows, Stream, read_split
+from naign.data.loader import Stream, read_split
 from naign.data.order import Order, pieces
 from naign.data.reader import Reader, Row
 from naign.errors import InputError
 from naign.storage.s3_client import client
 from naign.storage.store import open_store
 from pipeline.train import pack_missing
-from tests.data.numbered import Members, numbered, rewrite
+from tests.data.numbered import Members, rewrite
 
 ROUND = 12
+Taken = tuple[list[str], list[int]]
+"""Keys and epochs of a round."""
 
 
-def take(path: str, rounds: list[int], world: int = 1, workers: int = 0) -> list[tuple[list[str], list[int]]]:
-    """Keys and epochs of whole rounds, put together from the ranks; checks that all columns belong together."""
-    found: list[tuple[list[str], list[int]]] = [([], []) for _ in rounds]
+def take(path: str, rounds: list[int], world: int = 1, workers: int = 0, **settings: Any) -> list[Taken]:
+    """Whole rounds, put together from the ranks; checks that all columns belong together."""
+    found: list[Taken] = [([], []) for _ in rounds]
+    config = DataConfig(path=path, workers=workers, **settings)
     for rank in range(world):
-        with Stream(DataConfig(path=path, workers=workers), seed=5, round_size=ROUND, rank=rank, world=world) as stream:
+        with Stream(config, seed=5, round_size=ROUND, rank=rank, world=world) as stream:
             for (keys, epochs), round in zip(found, rounds, strict=True):
                 taken = stream.take(round)
                 indices = taken.images[:, 0, 0, 0]
-                assert taken.images.shape == (ROUND // world, 1, 4, 4) and taken.images.dtype == torch.uint8
+                assert taken.images.shape == (ROUND // world, 1, 4, 4)
+                assert taken.images.dtype == torch.uint8
                 assert taken.keys == [f"train-{index:03d}" for index in indices.tolist()]
                 assert torch.equal(taken.labels, indices.long() % 2)
                 keys += taken.keys
@@ -49,19 +52,15 @@ def take(path: str, rounds: list[int], world: int = 1, workers: int = 0) -> list
 
 def test_rounds_follow_the_plan(packed: str) -> None:
     images, _ = read_split(packed, "train")
-    sizes = [shard.samples for shard in Manifest.load(packed).split("train").shards]
-    start = np.cumsum([0, *sizes])
-    order = Order(sizes=tuple(sizes), seed=5, round_size=ROUND)
-    rounds = take(packed, [0, 1, 2])
-    for number, (keys, epochs) in enumerate(rounds):
-        plan = [
-            (piece.epoch, int(images[start[piece.shard] + i, 0, 0, 0]))
-            for piece in pieces(order, number, 0, ROUND)
-            for i in range(piece.first, piece.last)
-        ]
-        assert plan == [(epoch, int(key[-3:])) for epoch, key in zip(epochs, keys, strict=True)]
-    first = [key for keys, epochs in rounds for key, epoch in zip(keys, epochs, strict=True) if epoch == 0]
-    assert sorted(first) == [f"train-{index:03d}" for index in range(23)]
+    sizes = Manifest.load(packed).split("train").sizes
+    starts = np.cumsum([0, *sizes])
+    order = Order(sizes=sizes, seed=5, round_size=ROUND)
+    for number, (keys, epochs) in enumerate(take(packed, [0, 1, 2])):
+        planned = []
+        for piece in pieces(order, number, 0, ROUND):
+            for sample in range(piece.first, piece.last):
+                planned.append((piece.epoch, int(images[starts[piece.shard] + sample, 0, 0, 0])))
+        assert planned == [(epoch, int(key[-3:])) for epoch, key in zip(epochs, keys, strict=True)]
 
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 0), (1, 2), (2, 2)])
@@ -69,29 +68,29 @@ def test_ranks_and_workers_change_nothing(packed: str, world: int, workers: int)
     assert take(packed, [3, 4, 5], world, workers) == take(packed, [3, 4, 5])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_rounds_in_any_order(packed: str, workers: int) -> None:
-    in_order = take(packed, [0, 1, 2, 3])
-    assert take(packed, [2, 3, 0, 0], workers=workers) == [in_order[2], in_order[3], in_order[0], in_order[0]]
+def test_rounds_in_any_order(packed: str) -> None:
+    rounds = take(packed, [0, 1, 2, 3])
+    assert take(packed, [2, 3, 0, 0], workers=2) == [rounds[2], rounds[3], rounds[0], rounds[0]]
 
 
-def test_reading_ahead_changes_nothing_and_leaves_the_random_state_alone(packed: str) -> None:
+def test_reading_ahead_changes_nothing_and_leaves_random_state_and_threads_alone(packed: str) -> None:
     state = torch.get_rng_state()
     threads = threading.active_count()
-    kinds: list[list[Rows]] = []
+    found = []
     for prefetch in (False, True):
         with Stream(DataConfig(path=packed, workers=2), seed=5, round_size=ROUND, prefetch=prefetch) as stream:
-            kinds.append([stream.take(round) for round in range(3)])
-    for plain, ahead in zip(*kinds, strict=True):
-        assert torch.equal(plain.images, ahead.images) and plain.keys == ahead.keys
+            found.append([stream.take(round) for round in range(3)])
+    for plain, ahead in zip(*found, strict=True):
+        assert torch.equal(plain.images, ahead.images)
+        assert plain.keys == ahead.keys
     assert torch.equal(state, torch.get_rng_state())
-    end = time.monotonic() + 10  # the queues' threads end by themselves, a moment later
+    end = time.monotonic() + 10  # threads end by themselves, a moment later
     while threading.active_count() > threads and time.monotonic() < end:
         time.sleep(0.01)
     assert threading.active_count() == threads
 
 
-def test_workers_are_no_processes(packed: str) -> None:
+def test_workers_are_threads(packed: str) -> None:
     """A process with gloo, CUDA or boto3 threads must not be forked: locks that these hold stay held in the child."""
     before = psutil.Process().children()
     with Stream(DataConfig(path=packed, workers=2), seed=5, round_size=ROUND) as stream:
@@ -101,11 +100,13 @@ def test_workers_are_no_processes(packed: str) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_are_counted_while_their_round_is_read(packed: str, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    told, rows, decode = threading.Event(), itertools.count(), Reader.row
+    seen = threading.Event()
+    rows = itertools.count()
+    decode = Reader.row
 
     def slow(*arguments: Any) -> Row:
         if next(rows) >= ROUND // 2:
-            assert told.wait(20)
+            assert seen.wait(20)
         return decode(*arguments)
 
     monkeypatch.setattr(Reader, "row", slow)
@@ -113,7 +114,7 @@ def test_rows_are_counted_while_their_round_is_read(packed: str, monkeypatch: py
 
         def look() -> bool:
             if stream.rows_read:
-                told.set()
+                seen.set()
             return False
 
         assert len(stream.take(0, look).keys) == stream.rows_read == ROUND
@@ -127,7 +128,8 @@ def test_a_manifest_is_found_without_a_listing(packed: str, bucket: str) -> None
     with Stream(DataConfig(path=bucket), seed=5, round_size=ROUND) as stream:
         assert len(stream.take(0).keys) == ROUND
     pack_missing(DataConfig(path=bucket, source="digits"), [])
-    assert "GetObject" in made and "ListObjectsV2" not in made
+    assert "GetObject" in made
+    assert "ListObjectsV2" not in made
 
 
 def test_nothing_is_packed_beside_indexed_tars(tmp_path: Path) -> None:
@@ -136,31 +138,27 @@ def test_nothing_is_packed_beside_indexed_tars(tmp_path: Path) -> None:
 
 
 def test_trace(packed: str, tmp_path: Path) -> None:
-    for rounds in ([0], [1]):  # a second run appends
-        for rank in range(2):
-            config = DataConfig(path=packed, trace=str(tmp_path / "trace"))
-            with Stream(config, seed=5, round_size=12, rank=rank, world=2) as stream:
-                for round in rounds:
-                    stream.take(round)
-    expected = take(packed, [0, 1])
+    trace = tmp_path / "trace"
+    expected = [take(packed, [round], world=2, trace=str(trace)) for round in (0, 1)]  # a second run appends
     for rank in range(2):
-        lines = (tmp_path / f"trace/rank-{rank:05d}.txt").read_text().splitlines()
-        part = slice(6 * rank, 6 * rank + 6)
-        assert lines == [
-            f"{epoch} {round} {key}"
-            for round, (keys, epochs) in enumerate(expected)
-            for epoch, key in zip(epochs[part], keys[part], strict=True)
-        ]
+        lines = []
+        for round, [(keys, epochs)] in enumerate(expected):
+            for row in range(6 * rank, 6 * rank + 6):
+                lines.append(f"{epochs[row]} {round} {keys[row]}")
+        assert (trace / f"rank-{rank:05d}.txt").read_text().splitlines() == lines
+    with pytest.raises(InputError, match=r"data.trace .* cannot be written"):
+        take(packed, [0], trace=f"{packed}/index.json")
 
 
 def test_part_of_a_split(packed: str) -> None:
     images, labels = read_split(packed, "train")
     some, _ = read_split(packed, "train", limit=13)
-    assert torch.equal(some, images[:13]) and len(labels) == 23
+    assert torch.equal(some, images[:13])
+    assert len(labels) == 23
     assert len(read_split(packed, "test", limit=99)[0]) == 5
 
 
-def test_without_labels(tmp_path: Path, packed: str) -> None:
+def test_without_labels(packed: str) -> None:
     rewrite(packed, "test-00000.tar", lambda members: [m for m in members if not m[0].endswith(".cls")])
     assert read_split(packed, "test")[1][0] == -1
 
@@ -190,19 +188,19 @@ def replaced(suffix: str, data: bytes) -> object:
     return change
 
 
+GREY = encode(np.zeros((1, 4, 4), np.uint8), "png")
+COLOUR = encode(np.zeros((3, 4, 4), np.uint8), "png")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (replaced(".png", b"\x89PNG\r\n\x1a\n"), r"train-00002.tar, key train-\d+: the .png cannot be decoded"),
-        (replaced(".png", encode(np.zeros((1, 4, 4), np.uint8), "png")[:-30]), r"train-00002.tar, key .* decoded"),
-        (replaced(".png", encode(np.zeros((3, 4, 4), np.uint8), "png")), r"00002.tar, key .* \(3, 4, 4\), but .*\(1,"),
+        (replaced(".png", GREY[:-30]), r"train-00002.tar, key train-\d+: the .png cannot be decoded"),
+        (replaced(".png", COLOUR), r"00002.tar, key .* \(3, 4, 4\), but .*\(1,"),
         (replaced(".cls", b"2"), r"00002.tar, key .*label '2' is none of the 2"),
-        (lambda members: members[:-2], r"00002.pages.npy: it is of another shard"),
-        (
-            lambda members: [*members, ("new.png", members[1][1])],
-            r"00002.pages.npy: it is of another shard",
-        ),
+        (lambda members: members[:-2], r"00002.pages.npy: "),
+        (lambda members: [*members, ("new.png", members[1][1])], r"00002.pages.npy: "),
         (lambda members: members[:-1], r"00002.tar, key train-\d+: no member ends in png"),
     ],
 )
@@ -210,31 +208,28 @@ def test_bad_shards_are_named(packed: str, change: object, message: str, workers
     rewrite(packed, "train-00002.tar", change)  # type: ignore[arg-type]
     with Stream(DataConfig(path=packed, workers=workers), seed=5, round_size=24) as stream:
         for _ in range(2):  # and again: an error does not jam the stream
-            with pytest.raises(InputError, match=message) as caught:
+            with pytest.raises(InputError, match=message):
                 stream.take(0)
-            assert "Traceback" not in str(caught.value)
 
 
-@pytest.mark.parametrize("keep", [0, 100, 600, 2048, 3000, 5120])
+@pytest.mark.parametrize("keep", [0, 600, 3000])
 def test_cut_and_foreign_shards_are_named(packed: str, keep: int) -> None:
     file = Path(packed) / "train-00002.tar"
     for data in (file.read_bytes()[:keep], b"not a tar " * keep):
         file.write_bytes(data)
-        stream = Stream(DataConfig(path=packed), seed=5, round_size=24)
-        with stream, pytest.raises(InputError, match=r"train-00002\.tar"):
-            stream.take(0)
+        with pytest.raises(InputError, match=r"train-00002\.tar"):
+            take(packed, [0, 1])
     file.unlink()
     with pytest.raises(InputError, match=r"train-00002\.tar: no such file"):
         read_split(packed, "train")
 
 
 def test_an_error_while_reading_ahead_comes_with_its_round(packed: str) -> None:
+    order = Order(sizes=Manifest.load(packed).split("train").sizes, seed=5, round_size=12)
+    first = {piece.shard for piece in pieces(order, 0, 0, 12)}
+    second = {piece.shard for piece in pieces(order, 1, 0, 12)}
+    (Path(packed) / f"train-{min(second - first):05d}.tar").unlink()
     with Stream(DataConfig(path=packed), seed=5, round_size=12) as stream:
-        order = Order(sizes=(5, 6, 6, 6), seed=5, round_size=12)
-        plan = pieces(order, 1, 0, 12)
-        first = {piece.shard for piece in pieces(order, 0, 0, 12)}
-        only_second = next(piece.shard for piece in plan if piece.shard not in first and not piece.epoch)
-        (Path(packed) / f"train-{only_second:05d}.tar").unlink()
         stream.take(0)
         with pytest.raises(InputError, match="no such file"):
             stream.take(1)
@@ -252,19 +247,11 @@ print(len(stream.take(0).keys))
     assert (done.returncode, done.stdout, done.stderr) == (0, "12\n", "")
 
 
-def test_a_large_sample_crosses_the_boundary_between_processes(tmp_path: Path) -> None:
-    pack(numbered(train=8, shape=(3, 64, 64)), str(tmp_path), shards=2, progress=False)
-    with Stream(DataConfig(path=str(tmp_path), workers=2), seed=0, round_size=8) as stream:
-        assert sorted(stream.take(0).images[:, 0, 0, 0].tolist()) == list(range(8))
-
-
-def test_arrays_are_decoded_by_threads_at_once_whoever_wrote_them() -> None:
+def test_arrays_by_others_are_decoded_by_threads_at_once() -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    plain, foreign = io.BytesIO(), io.BytesIO()
-    np.save(plain, array)
-    np.lib.format.write_array_header_1_0(foreign, {"descr": "<f4", "fortran_order": True, "shape": (2, 3)})
-    foreign.write(array.tobytes("F"))
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": True, "shape": (2, 3)})
+    stream.write(array.tobytes("F"))
     with ThreadPoolExecutor(8) as threads:
-        for data in (plain.getvalue(), foreign.getvalue()):
-            for found in threads.map(lambda data: decode_array(data, (2, 3), "float32"), [data] * 4000):
-                assert np.array_equal(found, array) and found.flags.writeable
+        for found in threads.map(lambda data: decode_array(data, (2, 3), "float32"), [stream.getvalue()] * 4000):
+            assert np.array_equal(found, array)

@@ -58,7 +58,7 @@ def test_naign_is_the_weighted_sum_of_its_terms(distance, third, denoising):
         "idempotence": d(f(f(z)), f(z)),
         "matched": d(f(f(z)), x),
     }[third]
-    expected = 2 * d(f(x), x) + 3 * d(f(z), x) + 0.5 * extra + denoising * d(f(damaged), x)
+    expected = 2 * d(f(x), x) + 3 * d(f(z), x) + extra + denoising * d(f(damaged), x)
     torch.testing.assert_close(terms["total"], expected)
 
 

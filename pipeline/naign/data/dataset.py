@@ -39,8 +39,6 @@ class DataConfig:
     broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
     """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead, up to
     1 % of the samples."""
-    check: bool = field(default=True, metadata=FREE)
-    """Check the SHA-256 of everything read, and read again what is wrong."""
     cache: str = field(default="", metadata=FREE)
     """Local folder that keeps what was read from s3://; ranks and pods may share it. Empty: none."""
     cache_gb: float = field(default=100.0, metadata=FREE | POSITIVE)

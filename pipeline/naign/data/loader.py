@@ -8,14 +8,13 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,19 +23,24 @@ from torch import Tensor
 from naign.data.dataset import DataConfig, check_config
 from naign.data.decode import Array
 from naign.data.format.manifest import size_problem
-from naign.data.mixing import DataSets, Stored, shares
-from naign.data.order import LANES, Order, Piece, check, parts, pieces, rank_rows
+from naign.data.mixing import DataSets, shares
+from naign.data.order import LANES, Order, Piece, Plan, Span, check, pieces, rank_rows
 from naign.data.reader import Raw, Reader
-from naign.data.sample import Draws, draws
-from naign.errors import InputError, Stopped
+from naign.data.resize import Numbers
+from naign.data.sample import row_numbers
+from naign.errors import InputError, Stopped, require
 from naign.storage.prefetch import in_background, in_order
 from naign.storage.retry import Tally
 from naign.storage.store import was_there
 
 log = logging.getLogger("naign.data")
 
-PATIENCE = 5.0  # seconds to wait for the reading of a round that is no longer wanted
+PATIENCE = 5.0  # seconds to wait for the reading of rows that are no longer wanted
+TASK = 32  # rows that a thread decodes at once, at most
 BROKEN = 0.01  # largest share of samples that data.broken=skip passes over
+
+Stored = Generator[tuple[Reader, Raw]]
+Spans = Callable[[], Iterator[Span]]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -48,160 +52,33 @@ class Rows:
     keys: list[str]  # n of them
     epochs: Tensor  # (n,) int64: in which epoch each row was taken
     tally: Tally = field(default_factory=Tally)  # what reading them has cost
-    broken: list[str] = field(default_factory=list)  # the problem of each sample that another one stands in for
+    broken: list[str] = field(default_factory=list)  # the problem of each sample that another one replaces
 
-
-class _Part(NamedTuple):
-    """Rows [first, last) of every round, read in one pass by one thread."""
-
-    first: int
-    last: int
-    readers: list[Reader]
-    stored: Stored  # of all rounds to come: what lies behind a round is fetched before it is asked for
-
-
-class _Reading(NamedTuple):
-    """A round being read in the background."""
-
-    round: int
-    stop: threading.Event
-    rows: Future[Rows]
-
-    def abandon(self) -> None:
-        """Stop soon, and wait for that: in vain while a store does not answer."""
-        self.stop.set()
-        wait([self.rows], PATIENCE)
-
-
-class Stream(AbstractContextManager["Stream"]):
-    """One rank's part of every round of a split. Use as a context manager, or close it."""
-
-    def __init__(
-        self, config: DataConfig, *, seed: int, round_size: int, rank: int = 0, world: int = 1, prefetch: bool = True
+    def fill(
+        self,
+        begin: int,
+        stored: Iterable[tuple[Reader, Raw]],
+        numbers: Numbers | None = None,  # random ones for each sample (sample.row_numbers); None: central windows
+        *,
+        flip: bool = False,  # mirror half of the images
     ) -> None:
-        """`seed` is of the order of shards, and of windows and mirroring; a round has `round_size` images over all
-        ranks; with `prefetch` the next one is read while one is used. InputError where the data set is missing, or a
-        round cannot be shared equally by the ranks.
-        """
-        check_config(config)
-        self.sets = DataSets(config)
-        self.manifest, self.shape = self.sets.manifest, self.sets.shape  # shape: of one row
-        self.order = self.sets.plan(seed, round_size)
-        check(round_size, world)
-        self._config, self._seed, self._prefetch = config, seed, prefetch
-        self._first, last = rank_rows(round_size, rank, world)
-        self._count, self._world = last - self._first, world  # rows of this rank, a round
-        self._trace = Path(config.trace) / f"rank-{rank:05d}.txt" if config.trace else None
-        try:
-            if self._trace:
-                self._trace.parent.mkdir(parents=True, exist_ok=True)
-                self._trace.open("a").close()
-        except (OSError, ValueError) as error:
-            raise InputError(f"data.trace {config.trace!r} cannot be written: {error}") from None
-        self._broken = self._rows = 0  # so far
-        self.rows_read = 0  # so far, over all rounds; it grows while `take` waits for a round that is arriving
-        self._unused: list[Array] = []  # memory of rounds
-        self._ahead: _Reading | None = None
-        self._parts: list[_Part] = []  # one a worker; they stand before round _next
-        self._next = 0
-        atexit.register(self.close)  # a thread inside torch while the interpreter goes down would abort it
-
-    def take(self, round: int, cancelled: Callable[[], bool] = lambda: False) -> Rows:
-        """This rank's part of a round: a function of the arguments of the Stream and `round` alone. Rounds may be asked
-        for in any order, but are read ahead one after the other.
-
-        Raises InputError, naming shard and key, for data that is damaged or not as its manifest says; Unavailable for a
-        store that stays out of reach; Gone where data that existed before are missing; Stopped if `cancelled`, asked a
-        few times a second, turns true.
-        """
-        ahead, self._ahead = self._ahead, None
-        if ahead and ahead.round != round:
-            ahead.abandon()
-            ahead = None
-        ahead = ahead or self._begin(round)
-        while not wait([ahead.rows], 0.2).done:
-            if cancelled():
-                ahead.abandon()
-                raise Stopped
-        with was_there(*self.sets.indexes):
-            rows = ahead.rows.result()
-        if self._prefetch:
-            self._ahead = self._begin(round + 1)
-        self._broken += len(rows.broken)
-        self._rows += len(rows.keys)
-        allow(rows.broken, self._broken, self._rows, self.order.total // self._world)
-        if self._trace:
-            with self._trace.open("a", errors="surrogateescape") as lines:
-                listed = zip(rows.epochs.tolist(), rows.keys, strict=True)
-                lines.writelines(f"{epoch} {round} {key}\n" for epoch, key in listed)
-        return rows
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        if self._ahead:
-            self._ahead.abandon()
-        self._ahead = None
-        self._close_parts()
-        atexit.unregister(self.close)
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _close_parts(self) -> None:
-        while self._parts:
-            self._parts.pop().stored.close()
-
-    def _begin(self, round: int) -> _Reading:
-        stop = threading.Event()
-        return _Reading(round, stop, in_background(partial(self._read, round, stop), f"read round {round}"))
-
-    def _read(self, round: int, stop: threading.Event) -> Rows:
-        if self._next != round:
-            self._close_parts()
-        if not self._parts:
-            self._parts = [
-                _Part(first, last, *self.order.open(self.sets, round, first, last))
-                for first, last in parts(self._first, self._first + self._count, max(1, self._config.workers))
-            ]
-        reads, self._parts = self._parts, []  # given back below, unless this round breaks off
-        rows = new_rows(self._memory())
-        calls = [partial(self._read_part, part, round, rows, stop) for part in reads]
-        try:
-            rows.broken.extend(chain.from_iterable(in_order(calls, len(calls))))
-        except BaseException:
-            stop.set()  # the other parts
-            raise
-        self._parts, self._next = reads, round + 1
-        return rows
-
-    def _read_part(self, part: _Part, round: int, rows: Rows, stop: threading.Event) -> list[str]:
-        """Fill a part's rows of the next round; the problems of broken samples. A part that fails is of no more use."""
-        drawn = draws(self._seed, round, part.first, part.last, windows=self._config.fit == "random")
-        try:
-            stored = self._counted(islice(part.stored, part.last - part.first), stop)
-            broken = fill(rows, part.first - self._first, stored, drawn, flip=self._config.flip)
-        except BaseException:
-            part.stored.close()
-            raise
-        for reader in part.readers:
-            rows.tally.merge(reader.store.tally.take())
-        return broken
-
-    def _counted(self, stored: Iterable[tuple[Reader, Raw]], stop: threading.Event) -> Iterator[tuple[Reader, Raw]]:
-        for one in stored:
-            if stop.is_set():
-                raise Stopped
-            yield one
-            self.rows_read += 1
-
-    def _memory(self) -> Array:
-        """Memory for a round's images: that of an earlier round if nothing refers to it any more, else new, whose first
-        touch costs page faults and zeroing, for images of 256 x 256 a fifth of the decoding.
-        """
-        memory = self._unused.pop() if self._unused else new_images(self.shape, self.manifest.dtype, self._count)
-        lent = memory.view()  # which the round's tensor holds, and all that are made of it
-        weakref.finalize(lent, self._unused.append, memory).atexit = False
-        return lent
+        """Decode samples into rows from `begin` on."""
+        images = self.images.numpy()
+        labels = self.labels.numpy()
+        epochs = self.epochs.numpy()
+        for row, (reader, raw) in enumerate(stored, begin):
+            place = images[row]
+            drawn = None if numbers is None else numbers[row - begin]
+            sample = reader.row(raw, place, drawn)
+            if sample.array is not place:
+                place[...] = sample.array
+            if flip and drawn is not None and place.ndim == 3 and drawn[2] < 0.5:
+                place[...] = place[..., ::-1]
+            labels[row] = sample.label
+            epochs[row] = sample.epoch
+            self.keys[row] = sample.key
+            if sample.broken:
+                self.broken.append(sample.broken)
 
 
 def new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
@@ -216,32 +93,16 @@ def new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
 
 def new_rows(images: Array) -> Rows:
     """Rows to be filled."""
-    labels, epochs = (torch.empty(len(images), dtype=torch.int64) for _ in range(2))
-    return Rows(images=torch.from_numpy(images), labels=labels, epochs=epochs, keys=[""] * len(images))
+    count = len(images)
+    return Rows(
+        images=torch.from_numpy(images),
+        labels=torch.empty(count, dtype=torch.int64),
+        keys=[""] * count,
+        epochs=torch.empty(count, dtype=torch.int64),
+    )
 
 
-def fill(
-    rows: Rows, begin: int, stored: Iterable[tuple[Reader, Raw]], draws: Draws | None = None, *, flip: bool = False
-) -> list[str]:
-    """Decode samples into rows from `begin` on; the problems of broken ones. Row by row, `draws` say which windows are
-    taken, and with `flip` which images are mirrored; None: the central windows.
-    """
-    images, labels, epochs = rows.images.numpy(), rows.labels.numpy(), rows.epochs.numpy()
-    broken = []
-    for row, (reader, raw) in enumerate(stored, begin):
-        place, drawn = images[row], None if draws is None else draws[row - begin]
-        sample = reader.row(raw, place, drawn)
-        if sample.array is not place:
-            place[...] = sample.array
-        if flip and drawn is not None and place.ndim == 3 and drawn[2] < 0.5:
-            place[...] = place[..., ::-1]
-        labels[row], epochs[row], rows.keys[row] = sample.label, sample.epoch, sample.key
-        if sample.broken:
-            broken.append(sample.broken)
-    return broken
-
-
-def allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
+def check_broken(problems: list[str], broken: int, rows: int, epoch: int) -> None:
     """Log the problems of samples. InputError if `broken`, all so far, are more than BROKEN of `rows` so far or of
     an epoch, whichever is more. One an epoch is always allowed.
     """
@@ -253,6 +114,201 @@ def allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
         raise InputError(f"{broken} broken samples of {rows} are more than {allowed}; the last: {problems[-1]}")
 
 
+class ReadAhead:
+    """Rows of one span after another: while one is used, threads read and decode the next.
+
+    Samples are fetched in one pass over all spans, so what lies behind a span is asked for before its turn.
+    """
+
+    def __init__(self, sets: DataSets, plan: Plan, seed: int, world: int, *, prefetch: bool = True) -> None:
+        self._sets = sets
+        self._plan = plan
+        self._seed = seed
+        self._epoch = plan.total // world  # rows of this rank in an epoch
+        self._prefetch = prefetch
+        self._config = sets.configs[0]  # all are decoded alike
+        self._readers: list[Reader] = []
+        self._stored: Stored | None = None  # the samples of all spans to come
+        self._next: Future[Rows] | None = None
+        self._unused: list[Array] = []  # memory of rows
+        self._taken = 0  # rows so far
+        self._broken = 0
+        self.rows_read = 0  # so far; it grows while `take` waits for rows that are arriving
+
+    def start(self, spans: Spans) -> None:
+        """Read these spans from now on."""
+        self.close()
+        if not self._readers:
+            self._readers = [self._sets.reader(number) for number in range(len(self._plan.orders))]
+        self._stop = threading.Event()
+        self._spans = spans()
+        self._stored = self._fetch(spans)
+        atexit.register(self.close)  # a thread inside torch while the interpreter goes down would abort it
+
+    def take(self, cancelled: Callable[[], bool] = lambda: False) -> Rows:
+        """The rows of the next span. Raises Stopped if `cancelled`, asked a few times a second, turns true. After an
+        error, start again.
+        """
+        self._begin()
+        reading = self._next
+        assert reading, "all spans have been taken"
+        try:
+            while not wait([reading], 0.2).done:
+                if cancelled():
+                    raise Stopped
+            rows = reading.result()
+        except BaseException:
+            self.close()
+            raise
+        self._next = None
+        if self._prefetch:
+            self._begin()
+        self._taken += len(rows.keys)
+        self._broken += len(rows.broken)
+        check_broken(rows.broken, self._broken, self._taken, self._epoch)
+        return rows
+
+    def close(self) -> None:
+        """Stop reading, and wait for that: in vain while a store does not answer."""
+        if self._next:
+            self._stop.set()
+            wait([self._next], PATIENCE)
+            self._next = None
+        if self._stored:
+            with suppress(ValueError):  # its thread still waits for a store, and ends it afterwards
+                self._stored.close()
+            self._stored = None
+        atexit.unregister(self.close)
+
+    def _begin(self) -> None:
+        """Read the next span, unless it is being read."""
+        if self._next or not self._stored:
+            return
+        span = next(self._spans, None)
+        if span:
+            self._next = in_background(partial(self._read, span, self._stored, self._stop), f"read round {span[0]}")
+
+    def _read(self, span: Span, stored: Stored, stop: threading.Event) -> Rows:
+        round, first, last = span
+        workers = max(1, self._config.workers)
+        count = last - first
+        rows = new_rows(self._memory(count))
+        numbers = row_numbers(self._seed, round, first, last, windows=self._config.fit == "random")
+        step = max(1, min(TASK, count // workers))
+
+        def fills() -> Iterator[Callable[[], None]]:
+            for begin in range(0, count, step):
+                if stop.is_set():
+                    raise Stopped
+                size = min(step, count - begin)
+                self.rows_read += size
+                samples: Iterable[tuple[Reader, Raw]] = islice(stored, size)
+                if workers > 1:
+                    samples = list(samples)
+                yield partial(rows.fill, begin, samples, numbers[begin:], flip=self._config.flip)
+
+        if workers == 1:  # sample by sample
+            for fill in fills():
+                fill()
+        else:
+            for _ in in_order(fills(), workers):
+                pass
+        for reader in self._readers:
+            rows.tally.merge(reader.store.tally.take())
+        return rows
+
+    def _fetch(self, spans: Spans) -> Stored:
+        """The stored samples of spans, in the order of their rows, and the reader of each."""
+        with ExitStack() as stack:
+            streams = []
+            for number, reader in enumerate(self._readers):
+                samples = reader.raw(self._plan.pieces(number, spans()))
+                streams.append(stack.enter_context(closing(samples)))
+            for _, first, last in spans():
+                for owner in self._plan.owners(first, last):
+                    yield self._readers[owner], next(streams[owner])
+
+    def _memory(self, count: int) -> Array:
+        """Memory for images: that of earlier rows if nothing refers to it any more, else new, whose first touch costs
+        page faults and zeroing, for images of 256 x 256 a fifth of the decoding.
+        """
+        memory = self._unused.pop() if self._unused else None
+        if memory is None or len(memory) < count:
+            memory = new_images(self._sets.shape, self._sets.manifest.dtype, count)
+        lent = memory[:count]  # which the rows' tensor holds, and all that are made of it
+        weakref.finalize(lent, self._unused.append, memory).atexit = False
+        return lent
+
+
+class Stream(AbstractContextManager["Stream"]):
+    """One rank's part of every round of a split. Use as a context manager, or close it."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,  # of the order of shards, and of windows and mirroring
+        round_size: int,  # images a round, over all ranks
+        rank: int = 0,
+        world: int = 1,
+        prefetch: bool = True,  # read the next round while one is used
+    ) -> None:
+        """Raises InputError where the data set is missing, or the ranks cannot share a round equally."""
+        check_config(config)
+        self.sets = DataSets(config)
+        self.manifest = self.sets.manifest
+        self.shape = self.sets.shape  # of one row
+        self.order = self.sets.plan(seed, round_size)
+        check(round_size, world)
+        self._share = rank_rows(round_size, rank, world)
+        self._ahead = ReadAhead(self.sets, self.order, seed, world, prefetch=prefetch)
+        self._next = -1  # the round that is taken next without a new start
+        self._trace: Path | None = None
+        if config.trace:
+            self._trace = Path(config.trace) / f"rank-{rank:05d}.txt"
+            try:
+                self._trace.parent.mkdir(parents=True, exist_ok=True)
+                self._trace.open("a").close()
+            except (OSError, ValueError) as error:
+                raise InputError(f"data.trace {config.trace!r} cannot be written: {error}") from None
+
+    @property
+    def rows_read(self) -> int:
+        """Rows so far; it grows while `take` waits for a round that is arriving."""
+        return self._ahead.rows_read
+
+    def take(self, round: int, cancelled: Callable[[], bool] = lambda: False) -> Rows:
+        """This rank's part of a round: a function of the arguments of the Stream and `round` alone. Rounds may be asked
+        for in any order, but are read ahead one after the other.
+
+        Raises InputError, naming shard and key, for data that is damaged or not as its manifest says; Unavailable for a
+        store that stays out of reach; Gone where data that existed before are missing; Stopped if `cancelled`, asked a
+        few times a second, turns true.
+        """
+        with was_there(*self.sets.indexes):
+            if round != self._next:
+                self._ahead.start(partial(self._spans, round))
+            self._next = -1
+            rows = self._ahead.take(cancelled)
+        self._next = round + 1
+        if self._trace:
+            with self._trace.open("a", errors="surrogateescape") as lines:
+                for epoch, key in zip(rows.epochs.tolist(), rows.keys, strict=True):
+                    lines.write(f"{epoch} {round} {key}\n")
+        return rows
+
+    def _spans(self, round: int) -> Iterator[Span]:
+        for number in count(round):
+            yield number, *self._share
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._ahead.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """A split, or a random subset of `limit` samples, in the order of its shards: images (n, C, H, W) uint8, resized
     without chance, or points (n, D) float32; labels (n,) int64. `data` may be a path. Raises InputError as Stream does.
@@ -261,29 +317,31 @@ def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) 
     sets = DataSets(config)
     total = sets.manifest.split(split).samples
     count = total if limit is None else min(limit, total)
-    chosen = [(sets.reader(place, split), cut) for place, cut in enumerate(_some(sets, split, count)) if cut]
+    sizes = [manifest.splits[split].sizes if split in manifest.splits else () for manifest in sets.manifests]
+    chosen = list[tuple[Reader, list[Piece]]]()
+    for number, wanted in enumerate(shares([sum(one) for one in sizes], count)):
+        if wanted:
+            first = sets.manifests[number].dealt or wanted == sum(sizes[number])
+            chosen.append((sets.reader(number, split), _some(sizes[number], wanted, first=first)))
     for reader, cut in chosen:
-        for number in sorted({piece.shard for piece in cut}):
-            if problem := size_problem(reader.store, reader.shards[number]):
-                raise InputError(problem)  # before memory is allocated for samples that are not there
-    with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as samples:
-        rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
-        broken = fill(rows, 0, samples)
-    allow(broken, len(broken), count, total)
+        for shard in {piece.shard for piece in cut}:
+            problem = size_problem(reader.store, reader.shards[shard])
+            require((not problem, problem))  # before memory is allocated for samples that are not there
+    rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
+    with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as stored:
+        rows.fill(0, stored)
+    check_broken(rows.broken, len(rows.broken), count, total)
     return rows.images.contiguous(), rows.labels
 
 
-def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
-    """Samples of each data set in proportion to its size: the first ones where `naign pack` dealt them, else blocks."""
-    there = [manifest.splits[split].samples if split in manifest.splits else 0 for manifest in sets.manifests]
-    chosen = list[list[Piece]]()
-    for manifest, wanted in zip(sets.manifests, shares(there, count), strict=True):
-        sizes = manifest.splits[split].sizes if wanted else ()
-        if manifest.dealt or wanted == sum(sizes):
-            starts = accumulate(sizes, initial=0)
-            lasts = [min(size, wanted - start) for size, start in zip(sizes, starts, strict=False)]
-            cut = [Piece(epoch=0, shard=number, first=0, last=last) for number, last in enumerate(lasts) if last > 0]
-        else:
-            cut = pieces(Order(sizes=sizes, seed=0, round_size=wanted, lanes=LANES), 0, 0, wanted)
-        chosen.append(cut)
-    return chosen
+def _some(sizes: Sequence[int], count: int, *, first: bool) -> list[Piece]:
+    """So many samples of shards of these sizes: the first ones, or blocks from all over them."""
+    if not first:
+        return pieces(Order(sizes=tuple(sizes), seed=0, round_size=count, lanes=LANES), 0, 0, count)
+    found = []
+    for shard, size in enumerate(sizes):
+        last = min(size, count)
+        if last:
+            found.append(Piece(epoch=0, shard=shard, first=0, last=last))
+        count -= last
+    return found

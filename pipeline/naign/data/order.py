@@ -1,11 +1,12 @@
-"""Who reads what: pure functions from (manifest, seed, round, rank) to pieces of shards.
+"""Which images a rank reads: pure functions from (sizes of shards, seed, round, rank) to pieces of shards.
 
 Epoch e visits every shard once, in an order that depends on (seed, e) alone, and the images of a shard in their order.
-Where shards are no random subsets, that sequence is cut into lanes, and a block of each lane is taken in turn. Round r
+Where shards are not random subsets, that sequence is cut into lanes, and a block of each lane is taken in turn. Round r
 takes the next N images, also beyond the end of an epoch, and rank k of W the k-th equal part of the round. So the
 images of a round, and the row of each, are the same for every world size and number of workers.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -16,9 +17,10 @@ import numpy.typing as npt
 
 from naign.errors import InputError, require
 
+Span = tuple[int, int, int]  # rows [first, last) of a round, as (round, first, last)
 Longs = npt.NDArray[np.int64]
-LANES = 128  # where shards are no random subsets
-BLOCK = 16  # consecutive images of a shard that are taken together then; pages end at multiples of it (format/pages.py)
+LANES = 128  # where shards are not random subsets
+BLOCK = 16  # consecutive images of a shard that lanes take together; pages end at multiples of it (format/pages.py)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -31,9 +33,9 @@ class Piece:
     last: int
 
 
-@dataclass(kw_only=True, frozen=True, eq=False)  # compared by identity: plans are cached by it
+@dataclass(kw_only=True, frozen=True, eq=False)  # compared by identity: epochs are cached by it
 class Order:
-    """All that says in which order the images of a split come, and in which rounds."""
+    """All that determines in which order the images of a split come, and in which rounds."""
 
     sizes: tuple[int, ...]  # samples of each shard
     seed: int
@@ -48,9 +50,60 @@ class Order:
     def describe(self) -> str:
         """Which images a round takes and what happens at the end of an epoch, for a log."""
         rounds, left = divmod(self.total, self.round_size)
-        end = "; a round goes on into the next epoch" if left else f" of {rounds} rounds"
-        lanes = f"; {BLOCK} in turn from each of {self.lanes} places" if self.lanes > 1 else ""
-        return f"each of {self.total} images once an epoch{end}{lanes}"
+        text = f"each of {self.total} images once an epoch"
+        if left:
+            text += "; a round goes on into the next epoch"
+        else:
+            text += f" of {rounds} rounds"
+        if self.lanes > 1:
+            text += f"; {BLOCK} in turn from each of {self.lanes} places"
+        return text
+
+
+@dataclass(kw_only=True, frozen=True, eq=False)
+class Plan:
+    """The rounds of one or several data sets: each has a fixed, evenly mixed part of every round, and own epochs."""
+
+    orders: tuple[Order, ...]  # of each data set; its round_size is its part of a round
+
+    @property
+    def total(self) -> int:
+        """Images of all data sets."""
+        return sum(order.total for order in self.orders)
+
+    def epochs(self, rounds: int) -> float:
+        """The number of epochs in that many rounds, of the data set with the fewest."""
+        return min(rounds * order.round_size / order.total for order in self.orders)
+
+    def describe(self) -> str:
+        """Which images a round takes and what happens at the end of an epoch, for a log."""
+        if len(self.orders) == 1:
+            return self.orders[0].describe()
+        return "; ".join(f"{order.round_size} a round: {order.describe()}" for order in self.orders)
+
+    @cached_property
+    def _owners(self) -> Longs:
+        """For each row of a round, the data set it comes from."""
+        sizes = [order.round_size for order in self.orders]
+        positions = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+        owners: Longs = np.repeat(np.arange(len(sizes)), sizes)
+        return owners[np.argsort(positions, kind="stable")]
+
+    def owners(self, start: int, stop: int) -> list[int]:
+        """For each of the rows [start, stop) of a round, the number of the data set it comes from."""
+        if len(self.orders) == 1:
+            return [0] * (stop - start)
+        owners: list[int] = self._owners[start:stop].tolist()
+        return owners
+
+    def pieces(self, number: int, spans: Iterable[Span]) -> Iterator[Piece]:
+        """What data set `number` contributes to spans, in order."""
+        mine = self._owners == number if len(self.orders) > 1 else None
+        for round, start, stop in spans:
+            if mine is not None:
+                start = int(np.count_nonzero(mine[:start]))
+                stop = int(np.count_nonzero(mine[:stop]))
+            yield from pieces(self.orders[number], round, start, stop)
 
 
 def check_seed(seed: int) -> None:
@@ -58,28 +111,22 @@ def check_seed(seed: int) -> None:
     require((0 <= seed < 2**64, f"--seed {seed}: use a whole number from 0 to 2**64 - 1"))
 
 
+def count_lanes(shuffle: int, *, dealt: bool) -> int:
+    """From how many places images are taken in turn: `shuffle`, or for 0 what suits shards that are `dealt` or not."""
+    if shuffle:
+        return shuffle
+    return 1 if dealt else LANES
+
+
 def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
-    """0 to count - 1 in an order that depends on the arguments alone: of the shards of an epoch, say, the `stream`. It
-    sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19).
+    """0 to count - 1 in an order that depends on the arguments alone: `stream` is the epoch, for its shards.
+
+    It sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19).
     """
     key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
-    draws: Any = np.random.Philox(key=key).random_raw(count)
-    order: list[int] = np.argsort(draws, kind="stable").tolist()
+    numbers: Any = np.random.Philox(key=key).random_raw(count)
+    order: list[int] = np.argsort(numbers, kind="stable").tolist()
     return order
-
-
-@lru_cache(maxsize=4)
-def _epoch(order: Order, epoch: int, groups: int) -> tuple[Longs, Longs]:
-    """The shards of an epoch in random order (n,), and the positions (n + 1,) at which they start and end. With fewer
-    `groups` than shards, so many runs of consecutive ones, often of one class, each stay together, in random order.
-    """
-    count = len(order.sizes)
-    shards = np.array(shuffled(count, order.seed, epoch), np.int64)
-    if groups < count:
-        group = shards * groups // count
-        _, begins, group = np.unique(group, return_index=True, return_inverse=True)
-        shards = shards[np.argsort(begins[group], kind="stable")]  # groups by where their first shard stands
-    return shards, np.concatenate([[0], np.cumsum(np.array(order.sizes, np.int64)[shards])])
 
 
 def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
@@ -90,104 +137,116 @@ def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
     bits = (-(-count // sweeps)).bit_length()
     corput = np.array([int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits)])
     step, sweep = np.divmod(np.arange(count), sweeps)
-    order: Longs = np.lexsort((corput[step], -sweep if backwards else sweep))
+    if backwards:
+        sweep = -sweep
+    order: Longs = np.lexsort((corput[step], sweep))
     return order
 
 
 class _Lanes:
-    """An epoch of blocks that are taken in turn from lanes; its images are numbered in that order. The whole blocks of
-    all shards, laid end to end, are cut into lanes whose lengths differ by one at most. A turn takes the next block of
-    each lane. The rest of each shard, less than a block, follows at the end of the epoch.
+    """Blocks taken in turn from lanes. All blocks, laid end to end, are cut into lanes whose lengths differ by one at
+    most. A turn takes the next block of each lane.
     """
 
-    def __init__(self, lengths: Longs, lanes: int, width: int) -> None:
-        """`lengths` (n,) are those of the shards in their order; a round takes `width` blocks."""
-        self._ends = np.cumsum(lengths // BLOCK)  # blocks up to the end of each shard
-        self._blocks = int(self._ends[-1])
-        self._lanes = max(1, min(lanes, self._blocks))
-        self._turns = self._blocks // self._lanes  # that take a block of each lane; one more takes those of longer ones
-        edges = np.arange(self._lanes + 1) * self._blocks // self._lanes
-        self._firsts, longer = edges[:-1], np.flatnonzero(np.diff(edges) > self._turns)
+    def __init__(self, blocks: Longs, lanes: int, width: int) -> None:
+        """`blocks` (n,) has the number of whole blocks of each shard; a round takes `width` blocks."""
+        self.count = int(blocks.sum())
+        self._starts = np.cumsum(blocks) - blocks  # blocks before each shard
+        self._lanes = max(1, min(lanes, self.count))
+        self._turns = self.count // self._lanes  # of all lanes; one more takes the last block of the longer ones
+        edges = np.arange(self._lanes + 1) * self.count // self._lanes
+        self._firsts = edges[:-1]
         # Every second turn goes backwards: its first blocks lie apart from the last ones of the turn before.
-        self._orders = np.stack([_spread(self._lanes, width), _spread(self._lanes, width, backwards=True)])
-        self._last = longer[_spread(len(longer), width)]
-        shards = np.flatnonzero(lengths % BLOCK)
-        self._rests = shards[_spread(len(shards), width)]
-        self._lengths = lengths
-        sizes = np.cumsum(lengths[self._rests] % BLOCK)
-        self._edges = self._blocks * BLOCK + np.concatenate([[0], sizes])  # images before each rest, and at the end
+        self._turn_orders = [_spread(self._lanes, width), _spread(self._lanes, width, backwards=True)]
+        longer = np.flatnonzero(np.diff(edges) > self._turns)
+        self._last_turn = longer[_spread(len(longer), width)]
 
-    def runs(self, begin: int, end: int) -> list[tuple[int, int, int]]:
-        """Images [begin, end) of the epoch as runs: (place of the shard in the epoch's order, first, last) in it."""
-        parts = zip(self._of_blocks(begin, end), self._of_rests(begin, end), strict=True)
-        shards, firsts, starts, sizes = map(np.concatenate, parts)
-        lows, highs = firsts + np.maximum(begin - starts, 0), firsts + np.minimum(end - starts, sizes)
-        runs: list[tuple[int, int, int]] = []
-        for shard, first, last in zip(shards.tolist(), lows.tolist(), highs.tolist(), strict=True):
-            if runs and runs[-1][0] == shard and runs[-1][2] == first:
-                runs[-1] = (shard, runs[-1][1], last)
-            else:
-                runs.append((shard, first, last))
-        return runs
-
-    def _of_blocks(self, begin: int, end: int) -> tuple[Longs, Longs, Longs, Longs]:
-        """The blocks with images in [begin, end): shards, first samples, first images, and sizes."""
-        places = np.arange(begin // BLOCK, min(-(-end // BLOCK), self._blocks))
-        turns, indexes = np.divmod(places, self._lanes)
-        lanes = self._orders[turns % 2, indexes]
-        final = turns == self._turns
-        lanes[final] = self._last[indexes[final]]
-        numbers = self._firsts[lanes] + turns
-        shards = np.searchsorted(self._ends, numbers, "right")
-        firsts = (numbers - self._ends[shards] + self._lengths[shards] // BLOCK) * BLOCK
-        return shards, firsts, places * BLOCK, np.full(len(places), BLOCK)
-
-    def _of_rests(self, begin: int, end: int) -> tuple[Longs, Longs, Longs, Longs]:
-        """The same of the rests of shards."""
-        low = max(0, int(np.searchsorted(self._edges, begin, "right")) - 1)
-        high = min(int(np.searchsorted(self._edges, end)), len(self._rests))
-        shards = self._rests[low:high]
-        sizes = self._lengths[shards] % BLOCK
-        return shards, self._lengths[shards] - sizes, self._edges[low:high], sizes
+    def block(self, place: int) -> tuple[int, int]:
+        """The block that is taken at this place: its shard's place, and its number among the blocks of the shard."""
+        turn, index = divmod(place, self._lanes)
+        lanes = self._last_turn if turn == self._turns else self._turn_orders[turn % 2]
+        block = int(self._firsts[lanes[index]]) + turn
+        shard = int(np.searchsorted(self._starts, block, "right")) - 1
+        return shard, block - int(self._starts[shard])
 
 
-@lru_cache(maxsize=4)
-def _lanes(order: Order, epoch: int) -> tuple[Longs, _Lanes]:
-    width = max(1, round(order.round_size / BLOCK))
-    shards, edges = _epoch(order, epoch, width)
-    return shards, _Lanes(np.diff(edges), order.lanes, width)
+def _grouped(shards: Longs, count: int) -> Longs:
+    """Shards (n,) reordered so that each of `count` runs of consecutive numbers, often of one class, stays together."""
+    if count >= len(shards):
+        return shards
+    _, begins, groups = np.unique(shards * count // len(shards), return_index=True, return_inverse=True)
+    return shards[np.argsort(begins[groups], kind="stable")]  # groups by where their first shard stands
 
 
-def spans(order: Order, round: int) -> list[tuple[int, int, int]]:
-    """The (epoch, first, last) positions within epochs that make up a round, in order."""
-    assert order.total > 0 and order.round_size > 0 and round >= 0
-    cut, at, end = [], round * order.round_size, (round + 1) * order.round_size
-    while at < end:
-        epoch, first = divmod(at, order.total)
-        last = min(first + end - at, order.total)
-        cut.append((epoch, first, last))
-        at += last - first
-    return cut
+class _Epoch:
+    """The order of an epoch's images: blocks from lanes in turn, then runs of images, one after the other.
+
+    With one lane there are no blocks, and a run is a whole shard. With more, it is the rest of a shard, less than a
+    block.
+    """
+
+    def __init__(self, order: Order, epoch: int) -> None:
+        self._epoch = epoch
+        self._sizes = np.array(order.sizes, np.int64)
+        self.shards = np.array(shuffled(len(order.sizes), order.seed, epoch), np.int64)
+        self._runs = self.shards
+        self._begin = 0  # images before the first run
+        lengths = self._sizes[self._runs]
+        if order.lanes > 1:
+            width = max(1, round(order.round_size / BLOCK))  # blocks a round
+            self.shards = _grouped(self.shards, width)
+            sizes = self._sizes[self.shards]
+            self._lanes = _Lanes(sizes // BLOCK, order.lanes, width)
+            self._begin = self._lanes.count * BLOCK
+            rests = self.shards[sizes % BLOCK > 0]
+            self._runs = rests[_spread(len(rests), width)]
+            lengths = self._sizes[self._runs] % BLOCK
+        self._run_ends = self._begin + np.cumsum(lengths)
+
+    def pieces(self, begin: int, end: int) -> Iterator[Piece]:
+        """Images [begin, end) of the epoch, in order."""
+        for start in range(begin // BLOCK * BLOCK, min(end, self._begin), BLOCK):
+            place, block = self._lanes.block(start // BLOCK)
+            low = max(begin, start)
+            high = min(end, start + BLOCK)
+            yield self._piece(self.shards[place], low, high, block * BLOCK - start)
+        begin = max(begin, self._begin)
+        run = int(np.searchsorted(self._run_ends, begin, "right"))
+        while begin < end:
+            shard = self._runs[run]
+            run_end = int(self._run_ends[run])
+            stop = min(end, run_end)
+            yield self._piece(shard, begin, stop, int(self._sizes[shard]) - run_end)  # a run ends where its shard does
+            begin = stop
+            run += 1
+
+    def _piece(self, shard: np.int64, begin: int, end: int, offset: int) -> Piece:
+        """The piece of a shard that images [begin, end) of the epoch are; its samples are numbered `offset` higher."""
+        return Piece(
+            epoch=self._epoch,
+            shard=int(shard),
+            first=begin + offset,
+            last=end + offset,
+        )
+
+
+@lru_cache(maxsize=16)
+def _epoch(order: Order, epoch: int) -> _Epoch:
+    return _Epoch(order, epoch)
 
 
 def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
     """What rows [start, stop) of a round are, in order."""
     assert 0 <= start <= stop <= order.round_size
-    cut = []
-    row = 0  # of the first position of the span
-    for epoch, first, last in spans(order, round):
-        begin, end = max(first, first + start - row), min(last, first + stop - row)
-        row += last - first
-        if begin < end and order.lanes > 1:
-            shards, lanes = _lanes(order, epoch)
-            for place, a, b in lanes.runs(begin, end):
-                cut.append(Piece(epoch=epoch, shard=int(shards[place]), first=a, last=b))
-        elif begin < end:
-            shards, edges = _epoch(order, epoch, len(order.sizes))
-            low, high = int(np.searchsorted(edges, begin, "right")) - 1, int(np.searchsorted(edges, end))
-            for shard, (a, b) in zip(shards[low:high].tolist(), pairwise(edges[low : high + 1].tolist()), strict=True):
-                cut.append(Piece(epoch=epoch, shard=shard, first=max(begin - a, 0), last=min(end, b) - a))
-    return cut
+    found = list[Piece]()
+    begin = round * order.round_size + start  # counted over all epochs
+    end = round * order.round_size + stop
+    while begin < end:
+        epoch, first = divmod(begin, order.total)
+        last = min(first + end - begin, order.total)
+        found += _epoch(order, epoch).pieces(first, last)
+        begin += last - first
+    return found
 
 
 def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
@@ -199,13 +258,17 @@ def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
 
 def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     """[start, stop) cut into `count` consecutive ranges whose lengths differ by one at most."""
-    return list(pairwise(start + (stop - start) * i // count for i in range(count + 1)))
+    edges = [start + (stop - start) * number // count for number in range(count + 1)]
+    return list(pairwise(edges))
 
 
 def check(round_size: int, world: int) -> None:
     """Raise InputError, with the arithmetic, where so many ranks cannot share a round equally."""
-    if round_size < world or round_size % world:
-        near = max(1, round(round_size / world)) * world
-        arithmetic = f"{round_size} = {round_size // world} x {world} + {round_size % world}"
-        shared = f"a round of {round_size} images cannot be shared equally by {world} ranks ({arithmetic})"
-        raise InputError(f"{shared}: use {near}, for example")
+    share, left = divmod(round_size, world)
+    if share and not left:
+        return
+    near = max(1, round(round_size / world)) * world
+    raise InputError(
+        f"a round of {round_size} images cannot be shared equally by {world} ranks "
+        f"({round_size} = {share} x {world} + {left}): use {near}, for example"
+    )

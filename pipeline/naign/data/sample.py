@@ -3,20 +3,18 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from naign.data.decode import Array, decode_array, decode_image, fits
 from naign.data.format.labels import label_text, parse_number
 from naign.data.format.manifest import INDEX, Manifest
 from naign.data.resize import WINDOW, Numbers, Resize, channels, resized, resized_array
-from naign.errors import InputError
+from naign.errors import InputError, require
 
 SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  # of an array's member, by kind
 AS_STORED = Resize()
 REPACK = "repack the data set"
 
-Draws = npt.NDArray[np.float64]  # (rows, OTHERS), and with random windows (rows, OTHERS + WINDOW): uniform in [0, 1)
-OTHERS = 4  # numbers of a row that crop and flip take
+OTHERS = 4  # random numbers of a row that crop and flip take; those of its window follow
 
 
 def decode(
@@ -25,21 +23,24 @@ def decode(
     shard: str,  # for messages
     into: Array | None = None,
     resize: Resize = AS_STORED,
-    drawn: Numbers | None = None,  # a row of Draws; None: the central window
+    drawn: Numbers | None = None,  # a row of row_numbers; None: the central window
 ) -> tuple[Array, int]:
     """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
     InputError, which names shard and key, where one is not as the manifest says, or cannot be decoded.
     """
     where = f"{shard}, key {sample['__key__']}"
-    suffix = next((suffix for suffix in SUFFIXES[manifest.kind] if suffix in sample), None)
-    if suffix is None:
-        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES[manifest.kind])}: {REPACK}")
-    window = drawn[OTHERS:] if drawn is not None and resize.fit == "random" else None
+    suffixes = SUFFIXES[manifest.kind]
+    suffix = next((suffix for suffix in suffixes if suffix in sample), "")
+    require((suffix, f"{where}: no member ends in {' or '.join(suffixes)}: {REPACK}"))
     data = sample[suffix]
+    window = None
+    if drawn is not None and resize.fit == "random":
+        window = drawn[OTHERS:]
     try:
         if suffix == "npy":
             array = decode_array(data, manifest.shape, manifest.dtype)
-            array = resized_array(array, resize, window) if resize.height else array
+            if resize.height:
+                array = resized_array(array, resize, window)
         elif resize.height:
             array = resized(data, resize, window)
         else:
@@ -50,37 +51,45 @@ def decode(
         array = channels(array, 3)
     elif len(array) == 3 and manifest.shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
         array = array[:1]  # WebP has no grey
-    if not fits(array.shape, resize.shape(manifest.shape, where) if resize.height else manifest.shape):
+    shape = manifest.shape
+    if resize.height:
+        shape = resize.shape(shape, where)
+    if not fits(array.shape, shape):
         raise InputError(f"{where}: an image of shape {array.shape}, but {INDEX} says {manifest.shape}: {REPACK}")
     if resize.crop:
         array = crop(array, resize.crop, drawn, f"{where}: ")
-    return array, label(sample, manifest, where)
+    return array, _label(sample, manifest, where)
 
 
-def label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
-    """The number of a sample's label, -1 without one. Raises InputError for one that is none of the data set's."""
-    text, classes = label_text(sample, manifest.label, where), len(manifest.labels)
+def _label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
+    """The number of a sample's label, -1 without one. Raises InputError for a label that the data set does not have."""
+    text = label_text(sample, manifest.label, where)
     if text is None:
         return -1
+    classes = len(manifest.labels)
     number = manifest.numbers.get(text, -1) if manifest.label else parse_number(text)
     if number < 0 or (classes and number >= classes):
         raise InputError(f"{where}: label {text[:20]!r} is none of the {classes} in {INDEX}: {REPACK}")
     return number
 
 
-def draws(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Draws:
-    """The random numbers of rows [first, last) of a round: Philox counted by row, so that any part is drawn alone."""
-    uniform = _uniform(seed, round + 2**63, first, last, OTHERS)
-    return np.hstack([uniform, _uniform(seed, round + 3 * 2**62, first, last, WINDOW)]) if windows else uniform
+def row_numbers(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Numbers:
+    """Uniform numbers in [0, 1) for rows [first, last) of a round: (rows, OTHERS), and WINDOW more a row for `windows`.
 
-
-def _uniform(seed: int, stream: int, first: int, last: int, count: int) -> Draws:
-    """Rows of `count` numbers of a stream, which must be one that no order of shards has."""
-    blocks = -(-count // 4)  # of Philox, which counts in fours
-    key = np.array([seed % 2**64, stream], np.uint64)
-    raw: Any = np.random.Philox(key=key, counter=[first * blocks, 0, 0, 0]).random_raw(4 * blocks * (last - first))
-    uniform: Draws = (raw >> np.uint64(11)).reshape(-1, 4 * blocks)[:, :count] * 2.0**-53
-    return uniform
+    They are Philox's, counted by row, so that those of any rows can be drawn alone. No order of shards has the same
+    streams.
+    """
+    streams = {round + 2**63: OTHERS}
+    if windows:
+        streams[round + 3 * 2**62] = WINDOW
+    found = []
+    for stream, count in streams.items():
+        blocks = -(-count // 4)  # of Philox, which counts in fours
+        key = np.array([seed % 2**64, stream], np.uint64)
+        generator: Any = np.random.Philox(key=key, counter=[first * blocks, 0, 0, 0])
+        raw = generator.random_raw(4 * blocks * (last - first)).reshape(-1, 4 * blocks)
+        found.append((raw[:, :count] >> np.uint64(11)) * 2.0**-53)
+    return np.hstack(found)
 
 
 def crop(image: Array, size: int, drawn: Numbers | None = None, where: str = "") -> Array:
@@ -88,6 +97,10 @@ def crop(image: Array, size: int, drawn: Numbers | None = None, where: str = "")
     _, height, width = image.shape
     if size > min(height, width):
         raise InputError(f"{where}{width}x{height} is less than data.crop={size}")
-    down, right = (0.5, 0.5) if drawn is None else drawn[:2].tolist()
-    top, left = int(down * (height - size + 1)), int(right * (width - size + 1))
+    down = 0.5
+    right = 0.5
+    if drawn is not None:
+        down, right = drawn[:2].tolist()
+    top = int(down * (height - size + 1))
+    left = int(right * (width - size + 1))
     return image[:, top : top + size, left : left + size]

@@ -21,10 +21,15 @@ from torch import Tensor
 
 log = logging.getLogger("naign.philox")
 
-LATENT, SCALE, IMAGINARY, NOISE, ORDER, DAMAGE, CLASS, LEARN = range(8)
-"""Streams, 16 at most: independent draws for one (seed, round, id). Latents; the component of a mixture; the imaginary
-part of the latents `fourier`; noise that an objective adds to images; the order of a round's rows; other damage to
-images; the class of a sample; what a prior is fitted with."""
+# Streams, 16 at most: independent draws for one (seed, round, id).
+LATENT = 0
+SCALE = 1  # the component of a mixture
+IMAGINARY = 2  # the imaginary part of the latents `fourier`
+NOISE = 3  # noise that an objective adds to images
+ORDER = 4  # the order of a round's rows
+DAMAGE = 5  # other damage to images
+CLASS = 6  # the class of a sample
+LEARN = 7  # what a prior is fitted with
 
 MAX_ID = 2**62
 SAMPLES = 2**32 - 1  # round of latents that training never draws: of samples, pictures and measurements
@@ -38,12 +43,16 @@ _CHUNK = {"cpu": 1 << 14, "cuda": 1 << 24}
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:
     """Philox-4x32-10 of four int64 tensors that hold 32-bit words: four such tensors of the broadcast shape."""
     a, b, c, d = counter
-    k0, k1 = key
-    for _ in range(10):
+    for number in range(10):
+        key0 = (key[0] + number * _WEYL[0]) & _WORD
+        key1 = (key[1] + number * _WEYL[1]) & _WORD
         # The 64-bit product wraps in int64 with the right bits; the mask removes the sign that the shift extends.
-        p0, p1 = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (((p1 >> 32) & _WORD) ^ b ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ d ^ k1, p0 & _WORD)
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+        first = a * _MULTIPLIERS[0]
+        second = c * _MULTIPLIERS[1]
+        a = ((second >> 32) & _WORD) ^ b ^ key0
+        b = second & _WORD
+        c = ((first >> 32) & _WORD) ^ d ^ key1
+        d = first & _WORD
     return [a, b, c, d]
 
 
@@ -52,31 +61,33 @@ def _unit(words: Tensor) -> Tensor:
     return (words.float() + 0.5) * 2.0**-32
 
 
-def _box_muller(words: list[Tensor]) -> list[Tensor]:
-    values: list[Tensor] = []
-    for first, second in (words[:2], words[2:]):
-        radius = torch.sqrt(-2.0 * torch.log(_unit(first)))
-        angle = _unit(second) * (2.0 * math.pi)
-        values += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return values
+def _box_muller(first: Tensor, second: Tensor) -> list[Tensor]:
+    radius = torch.sqrt(-2.0 * torch.log(first))
+    angle = second * (2.0 * math.pi)
+    return [radius * torch.cos(angle), radius * torch.sin(angle)]
 
 
 @torch.library.custom_op("naign::philox", mutates_args=())
 def _drawn(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals: bool) -> Tensor:
     """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64. One operation for torch."""
-    if ids.is_cuda and (drawn := _by_one_kernel(ids, blocks, seed, round, stream, normals)) is not None:
-        return drawn
-    transform, device = _box_muller if normals else partial(map, _unit), ids.device
+    if ids.is_cuda:
+        drawn = _by_one_kernel(ids, blocks, seed, round, stream, normals)
+        if drawn is not None:
+            return drawn
+    device = ids.device
     out = torch.empty(len(ids), blocks, 4, dtype=torch.float32, device=device)
     key = (seed & _WORD, (seed >> 32) & _WORD)
     block = torch.arange(blocks, device=device) | (stream >> 2) << 30
     rows = max(1, _CHUNK.get(device.type, _CHUNK["cpu"]) // max(blocks, 1))
     for start in range(0, len(ids), rows):
-        part = ids[start : start + rows, None]
-        high = (part >> 32) | (stream & 3) << 30
-        counter = (block, torch.full_like(part, round), part & _WORD, high)
-        for lane, values in enumerate(transform(philox(counter, key))):
-            out[start : start + rows, :, lane] = values
+        some = ids[start : start + rows, None]
+        high = (some >> 32) | (stream & 3) << 30
+        counter = (block, torch.full_like(some, round), some & _WORD, high)
+        values = [_unit(words) for words in philox(counter, key)]
+        if normals:
+            values = [*_box_muller(*values[:2]), *_box_muller(*values[2:])]
+        for lane, numbers in enumerate(values):
+            out[start : start + rows, :, lane] = numbers
     return out
 
 
@@ -96,7 +107,8 @@ def _by_one_kernel(*arguments: Any) -> Tensor | None:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # no Triton, or none of what it needs, such as a C compiler
-            _one_kernel, kind = False, type(error).__name__
+            _one_kernel = False
+            kind = type(error).__name__
             log.warning("random numbers take 160 launches a draw instead of one: Triton fails (%s: %s)", kind, error)
     return None
 

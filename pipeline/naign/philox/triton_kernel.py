@@ -22,18 +22,30 @@ def _draw(ids, out, blocks, count, round, low, high, block_bits, id_bits, NORMAL
     first = tl.full((SIZE,), 0xD2511F53, tl.uint32)
     second = tl.full((SIZE,), 0xCD9E8D57, tl.uint32)
     for _ in tl.static_range(10):
-        over0, under0 = tl.umulhi(a, first), a * first
-        over1, under1 = tl.umulhi(c, second), c * second
-        a, b, c, d = over1 ^ b ^ key0, under1, over0 ^ d ^ key1, under0
+        over0 = tl.umulhi(a, first)
+        under0 = a * first
+        over1 = tl.umulhi(c, second)
+        under1 = c * second
+        a = over1 ^ b ^ key0
+        b = under1
+        c = over0 ^ d ^ key1
+        d = under0
         key0 += tl.full((SIZE,), 0x9E3779B9, tl.uint32)
         key1 += tl.full((SIZE,), 0xBB67AE85, tl.uint32)
-    to = out + at * 4
-    a, b, c, d = _unit(a), _unit(b), _unit(c), _unit(d)
+    a = _unit(a)
+    b = _unit(b)
+    c = _unit(c)
+    d = _unit(d)
     if NORMALS:
-        radius, angle = tl.sqrt_rn(-2.0 * tl.log(a)), b * 6.283185307179586
-        a, b = radius * tl.cos(angle), radius * tl.sin(angle)
-        radius, angle = tl.sqrt_rn(-2.0 * tl.log(c)), d * 6.283185307179586
-        c, d = radius * tl.cos(angle), radius * tl.sin(angle)
+        radius = tl.sqrt_rn(-2.0 * tl.log(a))
+        angle = b * 6.283185307179586
+        a = radius * tl.cos(angle)
+        b = radius * tl.sin(angle)
+        radius = tl.sqrt_rn(-2.0 * tl.log(c))
+        angle = d * 6.283185307179586
+        c = radius * tl.cos(angle)
+        d = radius * tl.sin(angle)
+    to = out + at * 4
     tl.store(to, a, mask=inside)
     tl.store(to + 1, b, mask=inside)
     tl.store(to + 2, c, mask=inside)
@@ -50,7 +62,17 @@ def drawn(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals:
     out = torch.empty(len(ids), blocks, 4, dtype=torch.float32, device=ids.device)
     count = len(ids) * blocks
     if count:
-        key, bits = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), ((stream >> 2) << 30, (stream & 3) << 30)
-        grid = (triton.cdiv(count, _SIZE),)
-        _draw[grid](ids.contiguous(), out, blocks, count, round, *key, *bits, NORMALS=normals, SIZE=_SIZE)
+        _draw[(triton.cdiv(count, _SIZE),)](
+            ids.contiguous(),
+            out,
+            blocks,
+            count,
+            round,
+            low=seed & 0xFFFFFFFF,
+            high=(seed >> 32) & 0xFFFFFFFF,
+            block_bits=(stream >> 2) << 30,
+            id_bits=(stream & 3) << 30,
+            NORMALS=normals,
+            SIZE=_SIZE,
+        )
     return out

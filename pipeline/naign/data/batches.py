@@ -1,12 +1,8 @@
 """Batches of a packed data set for a training loop of one's own: `naign.open_dataset`."""
 
-import atexit
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import cycle, islice, repeat
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,20 +13,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from naign.data.dataset import DataConfig, check_config, lists_data_sets
 from naign.data.format.manifest import is_count
-from naign.data.loader import PATIENCE, Rows, allow, fill, new_images, new_rows
+from naign.data.loader import ReadAhead
 from naign.data.mixing import DataSets
-from naign.data.order import check_seed, parts, pieces
-from naign.data.sample import draws
+from naign.data.order import Span, check_seed, parts
+from naign.data.scale import scaled
 from naign.errors import require
-from naign.model.scale import scaled
 from naign.settings.read import build
-from naign.storage.prefetch import in_background
-
-Step = tuple[int, int, int]  # this rank's positions [first, last) of a batch in the epoch, and where the batch ends
-Reading = tuple[Rows, int, Future[list[str]]]  # of a batch: its end, and the problems of broken samples once it is read
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """One rank's part of a batch."""
 
     images: Tensor  # (n, C, H, W) float32 in [-1, 1]; (n, D) float32 of points
@@ -38,7 +29,7 @@ class Batch(NamedTuple):
     keys: list[str]  # n of them
 
 
-class Batches(IterableDataset[Batch]):
+class Batches(IterableDataset[ImageBatch]):
     """A split of a data set as this rank's batches; see `open_dataset`."""
 
     def __init__(self, config: DataConfig, *, batch: int, seed: int, rank: int | None, world: int | None) -> None:
@@ -52,16 +43,22 @@ class Batches(IterableDataset[Batch]):
             ((rank is None) == (world is None), "give both rank and world, or neither"),
             (rank is None or world is None or 0 <= rank < world, f"rank is {rank}: it must lie in [0, world={world})"),
         )
-        self._place = None if rank is None or world is None else (rank, world)
-        self._sets, self._config, self._batch, self._seed = DataSets(config), config, int(batch), int(seed)
-        self.manifest, self.shape = self._sets.manifest, self._sets.shape  # names of labels; shape of one image
-        shards = self.manifest.split(config.split).shards
+        self._config = config
+        self._batch = int(batch)
+        self._seed = int(seed)
+        self._rank = rank
+        self._world = world
+        self._sets = DataSets(config)
+        self.manifest = self._sets.manifest  # has the names of labels
+        self.shape = self._sets.shape  # of one image
+        split = self.manifest.split(config.split)
         # A round as long as the epoch: the order depends neither on the batch nor on the number of ranks.
-        (self._order,) = self._sets.plan(seed, sum(shard.samples for shard in shards)).orders
-        content = repr((self._order.lanes, [(shard.pages, shard.samples) for shard in shards]))
+        self._plan = self._sets.plan(self._seed, split.samples)
+        content = repr((self._plan.orders[0].lanes, [(shard.pages, shard.samples) for shard in split.shards]))
         self._digest = hashlib.sha256(content.encode()).hexdigest()
-        self.epoch = self._position = 0  # images of this epoch that all ranks together have yielded
-        self._broken = self._rows = 0  # of this rank
+        self.epoch = 0
+        self._position = 0  # images of this epoch that all ranks together have yielded
+        self._moves = 0  # counts iterations and loaded states
 
     def state_dict(self) -> dict[str, int | str]:
         """Epoch, and position in it after the batches yielded so far: equal on all ranks after equally many of them."""
@@ -77,47 +74,48 @@ class Batches(IterableDataset[Batch]):
             (is_count(epoch) and is_count(position), "the state was not made by open_dataset(...).state_dict()"),
             (order == self._digest, f"the state is of another data set, split or shuffle than {where}"),
             (seed == self._seed, f"the state is of seed {seed}, not {self._seed}: open the data set with that seed"),
-            (position <= self._order.total, f"the state is of image {position} of the {self._order.total} of {where}"),
+            (position <= self._plan.total, f"the state is of image {position} of the {self._plan.total} of {where}"),
         )
-        self.epoch, self._position = epoch, position
+        self.epoch = epoch
+        self._position = position
+        self._moves += 1
 
-    def __iter__(self) -> Iterator[Batch]:
-        there = dist.is_available() and dist.is_initialized()
-        rank, world = self._place or ((dist.get_rank(), dist.get_world_size()) if there else (0, 1))
+    def __iter__(self) -> Iterator[ImageBatch]:
+        rank, world = self._find_rank()
         self._check(world)
-        epoch, position, ahead = self.epoch, self._position, deque[Reading]()
-        begun = self._begin(partial(self._steps, position, rank, world), epoch)
-
-        def finish() -> None:
-            wait([reading for *_, reading in ahead], PATIENCE)
-
-        atexit.register(finish)  # a thread inside torch while the interpreter goes down would abort it
+        self._moves += 1
+        moves = self._moves
+        spans = partial(self._spans, self.epoch, self._position, rank, world)
+        ahead = ReadAhead(self._sets, self._plan, self._seed, world)
         try:
-            ahead.extend(islice(begun, max(1, self._config.workers)))
-            while ahead:
-                rows, end, reading = ahead[0]
-                problems = reading.result()
-                ahead.popleft()
-                ahead.extend(islice(begun, 1))
-                self._broken, self._rows = self._broken + len(problems), self._rows + len(rows.keys)
-                allow(problems, self._broken, self._rows, self._order.total // world)
-                self._move((epoch, position), (epoch, end))
-                position = end
-                yield Batch(scaled(rows.images), rows.labels, rows.keys)
-            self._move((epoch, position), (epoch + 1, 0))
+            ahead.start(spans)
+            for end in self._ends(self._position, world):
+                rows = ahead.take()
+                self._check_moves(moves)
+                self._position = end
+                yield ImageBatch(scaled(rows.images), rows.labels, rows.keys)
+            self._check_moves(moves)
+            self.epoch += 1
+            self._position = 0
         finally:
-            finish()
-            atexit.unregister(finish)
+            ahead.close()
 
-    def _move(self, since: tuple[int, int], to: tuple[int, int]) -> None:
-        """Move from one (epoch, position) to another. InputError if an iteration is not at the first one any more."""
+    def _find_rank(self) -> tuple[int, int]:
+        if self._rank is not None and self._world is not None:
+            return self._rank, self._world
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        return 0, 1
+
+    def _check_moves(self, moves: int) -> None:
+        """Raise InputError where `moves` have become more: the iteration is no longer where it was."""
         other = "another iteration of the data set, or load_state_dict, has moved it since: use one iteration at a time"
-        require((since == (self.epoch, self._position), other))
-        self.epoch, self._position = to
+        require((moves == self._moves, other))
 
     def _check(self, world: int) -> None:
         """Raise InputError where images would be lost or repeated, or ranks have unequally many batches."""
-        left, after = self._order.total - self._position, {"epoch": self.epoch + 1, "position": 0}
+        left = self._plan.total - self._position
+        after = {"epoch": self.epoch + 1, "position": 0}
         begin = f"use fewer ranks, or begin the next epoch, by load_state_dict(state | {after})"
         divided = world > 1 and _divided_by_accelerate(self)
         remedy = "iterate over the data set itself, and move batches to accelerator.device"
@@ -128,27 +126,20 @@ class Batches(IterableDataset[Batch]):
             (not divided, f"accelerator.prepare divides this rank's batches among the ranks once more: {remedy}"),
         )
 
-    def _steps(self, start: int, rank: int, world: int) -> Iterator[Step]:
-        """The batches up to the epoch's end; the last is of another size, so that each rank has equally many."""
-        end = start
-        while (begin := end) < self._order.total:
-            end = begin + self._batch
-            if self._order.total - end < world:
-                end = self._order.total
-            yield *parts(begin, end, world)[rank], end
+    def _ends(self, position: int, world: int) -> Iterator[int]:
+        """Where batches end, up to the epoch's end; the last is of another size, so that each rank has equally many."""
+        while position < self._plan.total:
+            position += self._batch
+            if self._plan.total - position < world:
+                position = self._plan.total
+            yield position
 
-    def _begin(self, steps: Callable[[], Iterator[Step]], epoch: int) -> Iterator[Reading]:
-        """Begin to read one batch after the other, in turn from a stream of samples for each worker."""
-        streams, width = [], max(1, self._config.workers)
-        for turn in range(width):
-            reader, mine = self._sets.reader(0), islice(steps(), turn, None, width)
-            wanted = (piece for first, last, _ in mine for piece in pieces(self._order, epoch, first, last))
-            streams.append(zip(repeat(reader), reader.raw(wanted), strict=False))
-        for (first, last, end), stored in zip(steps(), cycle(streams), strict=False):
-            rows = new_rows(new_images(self.shape, self.manifest.dtype, last - first))
-            drawn = draws(self._seed, epoch, first, last, windows=self._config.fit == "random")
-            read = partial(fill, rows, 0, islice(stored, last - first), drawn, flip=self._config.flip)
-            yield rows, end, in_background(read, f"read batch {first}")
+    def _spans(self, epoch: int, position: int, rank: int, world: int) -> Iterator[Span]:
+        """This rank's part of each batch."""
+        for end in self._ends(position, world):
+            first, last = parts(position, end, world)[rank]
+            yield epoch, first, last
+            position = end
 
 
 def _divided_by_accelerate(dataset: Batches) -> bool:

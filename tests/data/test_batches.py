@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-from naign import NAIGN, nearest, open_dataset
+import naign
+from naign import open_dataset
+from naign.data.batches import ImageBatch
 from naign.data.format.indexing import index
 from naign.data.format.writer import pack
-from naign.data.loader import Rows, fill, read_split
+from naign.data.loader import read_split
+from naign.data.reader import Raw, Reader, Row
+from naign.data.scale import scaled
 from naign.errors import InputError
-from naign.model.scale import scaled
-from naign.training.batches import Batch
 from tests.data.numbered import numbered, rewrite
 
 
@@ -29,7 +32,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def keys(batches: Iterable[Batch]) -> list[str]:
+def keys(batches: Iterable[ImageBatch]) -> list[str]:
     return [key for batch in batches for key in batch.keys]
 
 
@@ -40,50 +43,49 @@ def test_a_batch_has_images_in_the_scale_of_the_model_labels_and_keys(small: str
     places = [int(name.removeprefix("test-")) for name in names]
     order = stored[:, 0, 0, 0].tolist()
     rows = [order.index(place) for place in places]
-    assert torch.equal(images, scaled(stored[rows])) and torch.equal(labels, numbers[rows])
-    assert images.dtype == torch.float32 and labels.dtype == torch.int64 and -1 <= images.min() < images.max() <= 1
+    assert torch.equal(images, scaled(stored[rows]))
+    assert torch.equal(labels, numbers[rows])
+    assert images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert -1 <= images.min() < images.max() <= 1
 
 
-@pytest.mark.parametrize(("batch", "world"), [(1, 1), (4, 1), (4, 2), (7, 3), (8, 8), (11, 2), (30, 4), (23, 23)])
+@pytest.mark.parametrize(("batch", "world"), [(1, 1), (4, 2), (7, 3), (8, 8), (30, 4), (23, 23)])
 def test_every_image_comes_once_an_epoch_and_ranks_have_equally_many_batches(
     small: str, batch: int, world: int
 ) -> None:
     whole = keys(open_dataset(small, batch=1))
     ranks = [open_dataset(small, batch=batch, rank=rank, world=world) for rank in range(world)]
     for epoch in range(2):
-        parts = [list(rank) for rank in ranks]
-        assert len({len(part) for part in parts}) == 1
-        joined = [key for step in zip(*parts, strict=True) for key in keys(step)]
-        assert len(joined) == 23 and set(joined) == set(whole)
-        assert epoch or joined == whole  # the same order
-        assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
-        assert ranks[0].state_dict()["epoch"] == ranks[0].epoch == epoch + 1
+        found = list[str]()
+        for batches in zip(*ranks, strict=True):
+            found += keys(batches)
+        assert len(found) == 23
+        assert set(found) == set(whole)
+        if epoch == 0:
+            assert found == whole  # the same order
+        for rank in ranks:
+            assert rank.state_dict() == ranks[0].state_dict()
+            assert rank.epoch == epoch + 1
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-@pytest.mark.parametrize("stop", [1, 2, 5, 6])
+@pytest.mark.parametrize("stop", [1, 2, 6])
 def test_a_state_is_resumed_with_other_ranks_and_another_batch(small: str, stop: int, workers: int) -> None:
-    states, before = [], list[str]()
+    whole = keys(open_dataset(small))
+    before = list[str]()
     for rank in (0, 1):
         dataset = open_dataset(small, batch=4, rank=rank, world=2, workers=workers)
-        for count, batch in enumerate(dataset, 1):
-            before += batch.keys
-            if count == stop:
-                break
-        states.append(json.loads(json.dumps(dataset.state_dict())))
-    assert states[0] == states[1]
+        before += keys(islice(dataset, stop))
+        state = json.loads(json.dumps(dataset.state_dict()))
     for world, size in ((1, 4), (2, 4), (3, 5), (8, 10)):
         after = list[str]()
         for rank in range(world):
             dataset = open_dataset(small, batch=size, rank=rank, world=world)
-            dataset.load_state_dict(states[0])
-            if stop == 5 and world == 8:
-                with pytest.raises(InputError, match=r"3 images left of the epoch .* \{'epoch': 1, 'position': 0\}"):
-                    next(iter(dataset))
-                continue
+            dataset.load_state_dict(state)
             after += keys(dataset)
             assert dataset.epoch == 1
-        assert (stop == 5 and world == 8) or len(before + after) == 23 == len(set(before + after))
+        assert sorted(before + after) == sorted(whole)
 
 
 def test_an_iteration_that_was_left_is_continued(small: str) -> None:
@@ -141,10 +143,8 @@ def test_loaders_of_torch_and_torchdata(small: str) -> None:
         next(iter(DataLoader(open_dataset(small, batch=4), batch_size=None, num_workers=1)))
     stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
     loader = stateful(open_dataset(small, batch=4), batch_size=None)
-    for count, _ in enumerate(loader, 1):
-        if count == 2:
-            state = loader.state_dict()
-            break
+    assert keys(islice(loader, 2)) == whole[:8]
+    state = loader.state_dict()
     resumed = stateful(open_dataset(small, batch=4), batch_size=None)
     resumed.load_state_dict(state)
     assert keys(resumed) == whole[8:]
@@ -166,20 +166,16 @@ def test_a_second_division_by_accelerate_is_refused(small: str, dispatch: bool) 
     [
         ({"path": "nowhere"}, "nowhere: no data set"),
         ({"path": "[a, b]"}, "one data set"),
-        ({"path": ""}, "data.path is empty"),
         ({"split": "val"}, "no split 'val', only train, test"),
         ({"batch": 0}, "batch is 0"),
         ({"seed": -1}, "seed -1"),
         ({"rank": 0}, "both rank and world"),
         ({"rank": 2, "world": 2}, "rank is 2"),
         ({"trace": "x"}, "no setting trace"),
-        ({"fit": "none"}, "data.fit"),
         ({"crop": 5}, "data.crop=5 is more"),
         ({"batch": 2, "rank": 0, "world": 3}, "none for some of 3 ranks"),
-        ({"batch": 99, "rank": 0, "world": 24}, "23 images left of the epoch are too few for 24 ranks"),
+        ({"batch": 99, "rank": 0, "world": 24}, r"23 images left .* too few for 24 ranks.*'epoch': 1, 'position': 0"),
         ({"batch": 2.5}, "batch is 2.5"),
-        ({"seed": None}, "seed None"),
-        ({"size": (8, 8)}, "size is .* it must be str"),
         ({"workers": "two"}, "workers is 'two': it must be int"),
     ],
 )
@@ -192,7 +188,6 @@ def test_wrong_arguments_are_refused(small: str, options: dict[str, Any], part: 
     ("state", "part"),
     [
         ({}, "not made by"),
-        ({"position": True}, "not made by"),
         ({"epoch": -1}, "not made by"),
         ({"position": 24}, "image 24 of the 23"),
         ({"seed": 1}, "seed 1, not 0"),
@@ -222,21 +217,24 @@ def test_damage_is_named_when_its_batch_comes(tmp_path: Path) -> None:
 
 def test_a_batch_in_work_is_waited_for(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is inside torch when the interpreter ends would abort it."""
-    ended = list[int]()
+    decode = Reader.row
+    begun = list[str]()
+    ended = list[str]()
 
-    def slow(rows: Rows, *arguments: Any, **options: Any) -> list[str]:
-        problems = fill(rows, *arguments, **options)
-        time.sleep(0.2)
-        ended.append(len(rows.keys))
-        return problems
+    def slow(reader: Reader, raw: Raw, *rest: Any) -> Row:
+        begun.append(raw.sample["__key__"])
+        time.sleep(0.05)
+        ended.append(raw.sample["__key__"])
+        return decode(reader, raw, *rest)
 
-    monkeypatch.setattr("naign.training.batches.fill", slow)
+    monkeypatch.setattr(Reader, "row", slow)
     for _ in open_dataset(small, batch=4):
         break
-    assert ended == [4, 4]
+    assert begun == ended and len(ended) >= 4
 
 
 def test_the_other_names() -> None:
-    distances, ids = nearest(torch.zeros(2, 3), torch.eye(3), 7)
-    assert distances.tolist() == [1, 1] and ids.tolist() == [7, 7]
-    assert NAIGN.from_pretrained.__doc__
+    distances, ids = naign.nearest(torch.zeros(2, 3), torch.eye(3), 7)
+    assert distances.tolist() == [1, 1]
+    assert ids.tolist() == [7, 7]
+    assert naign.NAIGN.from_pretrained.__doc__
