@@ -63,7 +63,7 @@ def test_the_wheel_trains_and_measures_in_an_empty_folder(tagged: Path, tmp_path
     wheel, archive = dist / "naign-7.8.9-py3-none-any.whl", dist / "naign-7.8.9.tar.gz"
     assert sorted(dist.iterdir()) == [wheel, archive]
     with tarfile.open(archive) as opened:
-        assert {"naign-7.8.9/tests/conftest.py", "naign-7.8.9/k8s/base/job.yaml"} <= set(opened.getnames())
+        assert {"naign-7.8.9/tests/conftest.py", "naign-7.8.9/k8s/job.yaml"} <= set(opened.getnames())
     run(
         tmp_path,
         sys.executable,
