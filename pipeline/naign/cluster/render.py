@@ -196,4 +196,3 @@ def render_slurm(job: Job) -> str:
             lines.append(line)
     lines += ["", f'set -- {shlex.join(options)} --run.path={path} "$@"', "", body.rstrip()]
     return "\n".join(lines)
-

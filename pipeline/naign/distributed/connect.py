@@ -52,7 +52,7 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
     backend, connecting = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout + 60)
     # Before training, one rank may download data or a checkpoint for long. In training the watchdog ends ranks sooner.
     collective = max(connecting, timedelta(hours=2))
-    if many and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if many:
         _connect_ranks(backend, connecting, collective)
     accelerator = Accelerator(
         # Without cpu=True Accelerate takes ranks without a GPU for unconnected ones; with it, it skips DeepSpeed.
@@ -98,20 +98,27 @@ def choose_precision(on_cpu: bool) -> str:
 
 
 def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
-    """Initialize the process group under torchrun or Accelerate, over a store that rank 0 opens for this attempt. The
-    launcher's, which survives restarts and keeps addresses of dead ranks, only publishes the port of that store.
+    """Initialize the process group over a store that rank 0 opens: at MASTER_PORT, or on a port of its own where the
+    launcher's store has that port (torchrun, accelerate launch). That one, which survives restarts and keeps addresses
+    of dead ranks, then only publishes the port.
     """
     host = os.environ["MASTER_ADDR"]
-    main_port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
-    launcher = TCPStore(host, main_port, world, is_master=False, timeout=connecting)
-    if rank == 0:
+    port = int(os.environ["MASTER_PORT"])
+    rank = int(os.environ["RANK"])
+    world = int(os.environ["WORLD_SIZE"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store = TCPStore(host, port, world, is_master=rank == 0, timeout=connecting, wait_for_workers=False)
+    elif rank == 0:
         store = TCPStore(host, 0, world, is_master=True, timeout=connecting, wait_for_workers=False)
+        launcher = TCPStore(host, port, world, is_master=False, timeout=connecting)
         launcher.set("port", str(store.port))
     else:
+        launcher = TCPStore(host, port, world, is_master=False, timeout=connecting)
         end = time.monotonic() + connecting.total_seconds()
         while True:
+            port = int(launcher.get("port"))
             with suppress(OSError):  # a port that refuses connections is an earlier attempt's
-                socket.create_connection((host, port := int(launcher.get("port"))), timeout=5).close()
+                socket.create_connection((host, port), timeout=5).close()
                 break
             if time.monotonic() > end:
                 raise PeerLost(f"rank {rank} waited {connecting} for rank 0, on {host}")

@@ -1,7 +1,7 @@
 """SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask for a checkpoint and exit code 75, once all ranks agree.
 
 The handler and the agreement are here; training/loop.py writes the checkpoint. Before the first round a signal ends the
-program at once (`leave_when_asked` of errors.py).
+program at once (`process.leave_when_asked`).
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed import distributed_c10d as c10d
 
 from naign.distributed.ranks import SideGroup
-from naign.errors import die_with_launcher, on_signals
+from naign.process import die_with_launcher, on_signals
 
 POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
