@@ -37,9 +37,7 @@ class Meeting:
 
     def host(self, index: int, **changed: Any) -> Hosts:
         given = {"start": "a", "hosts": self.count, "within": 20.0, "ranks": 1, "generation": 0, "since": 0, **changed}
-        place = Place(
-            orchestrator="test", index=index, hosts=given["hosts"], head="localhost", start=given["start"]
-        )
+        place = Place(orchestrator="test", index=index, hosts=given["hosts"], head="localhost", start=given["start"])
         made = Hosts(place, port=self.port, ranks=given["ranks"], within=given["within"])
         made.generation = made._newest = given["generation"]
         made.since = given["since"]

@@ -18,7 +18,6 @@ stays, unless its generation is older; the other one must leave, so that they do
 import asyncio
 import contextlib
 import json
-import random
 import socket
 import sys
 import time
@@ -40,7 +39,6 @@ SOON = 3.0  # seconds that ranks have to notice by themselves that another host 
 LIMIT = 5  # starts in a row of the same hosts that may end early
 LONG = 600.0  # seconds of training after which a start has not ended early
 LINE = 4096  # bytes of a message, at most
-Check = Callable[[str], None]
 
 
 def program() -> str:
@@ -267,16 +265,14 @@ class Hosts:
         others = range(1, self._place.hosts)
         while not self._failure and len(self._guests) < len(others):
             missing = [str(index) for index in others if index not in self._guests]
-            more = " ..." if len(missing) > 8 else ""
-            check(f"host {', '.join(missing[:8])}{more} of {self._place.hosts}")
+            check(f"host {', '.join(missing[:8])} of {self._place.hosts}")
             await asyncio.sleep(0.1)
         if self._failure:
             raise self._failure
         generation = self._newest + 1
-        same = self.generation == self._newest
-        for guest in self._guests.values():
-            same = same and guest.hello.generation > 0
-        since = self.since if same else generation
+        since = generation
+        if self.generation == self._newest and all(guest.hello.generation for guest in self._guests.values()):
+            since = self.since  # the same hosts
         answer = Answer(go=True, generation=generation, since=since, port=free_port())
         writers = {index: guest.writer for index, guest in self._guests.items()}
         address = _plain(writers[1].get_extra_info("sockname"))
@@ -382,14 +378,17 @@ class Hosts:
             check(f"host 0 ({head}){reason}")
             reason = ""
             try:
-                reader, writer = await self._connect()
+                # Of several addresses one may be that of a pod of an earlier start, or of a machine that is gone.
+                opening = asyncio.open_connection(place.head, self._port, limit=LINE, happy_eyeballs_delay=2)
+                reader, writer = await asyncio.wait_for(opening, 10)
+                notice_death(writer)
                 writer.write(hello.line())
                 answer = await _read_answer(reader, lambda: check(f"an answer of {head}, where a program listens"))
             except socket.gaierror as error:
                 reason = f": no address of that name ({error.strerror})"
             except ValueError:
                 reason = ": another program answers there"
-            except OSError:
+            except (OSError, TimeoutError):
                 pass
             else:
                 if answer.go:
@@ -398,38 +397,22 @@ class Hosts:
                     return links
                 writer.close()
                 refusal = printable(answer.reason) or "host 0 rejected this one"
-                _raise_for(answer.code, refusal)
+                for kind in (InputError, Unavailable, PeerLost):
+                    if answer.code == kind.code:
+                        raise kind(refusal)
                 reason = f": {refusal}"
             await asyncio.sleep(0.5)
-
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect to one of host 0's addresses, in random order: one may be that of a pod of an earlier start."""
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(self._place.head, self._port, type=socket.SOCK_STREAM)
-        for *_, address in random.sample(found, len(found)):
-            with contextlib.suppress(OSError, TimeoutError):
-                opening = asyncio.open_connection(str(address[0]), self._port, limit=LINE)
-                reader, writer = await asyncio.wait_for(opening, 5)
-                notice_death(writer)
-                return reader, writer
-        raise OSError(f"no address of {self._place.head} answers")
-
-
-def _raise_for(code: int, reason: str) -> None:
-    for kind in (InputError, Unavailable, PeerLost):
-        if code == kind.code:
-            raise kind(reason)
 
 
 async def _read_answer(reader: asyncio.StreamReader, check: Callable[[], None]) -> Answer:
     """Host 0's answer. OSError if the connection closes, ValueError if another program answers."""
-    line = b""
-    while not line:
+    line = None
+    while line is None:
         check()
         with contextlib.suppress(TimeoutError):
             line = await asyncio.wait_for(reader.readline(), 1)
-            if not line:
-                raise ConnectionAbortedError
+    if not line:
+        raise ConnectionAbortedError
     answer = Answer.read(line)
     if answer.go and not 0 < answer.since <= answer.generation:
         raise ValueError("a generation before its first")
@@ -451,7 +434,7 @@ async def wait_for(condition: Callable[[], object], within: float) -> None:
         await asyncio.sleep(0.05)
 
 
-def _time_limit(within: float) -> Check:
+def _time_limit(within: float) -> Callable[[str], None]:
     """Returns a function for the wait loop: it logs who is missing every EVERY seconds and raises PeerLost after
     `within`.
     """

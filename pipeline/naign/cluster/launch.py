@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from naign.cluster.hosts import Hosts, Links, program, say, wait_for
+from naign.cluster.metrics import Metrics
 from naign.cluster.place import RANKS, Place, find_place, find_port
 from naign.cluster.ranks import AUDITS, MEANINGS, Ranks, become_rank, find_engine, require_gpus
 from naign.errors import InputError, Outcome, PeerLost, Unavailable, kind_of
@@ -116,7 +117,7 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
     os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # so that ranks end with this process
     async with Hosts(place, port=options.port, ranks=processes, within=options.wait) as hosts:
         try:
-            server = _serve_metrics(options.metrics, place)
+            server = Metrics(options.metrics, place.index) if options.metrics else None
             engine = find_engine(options.engine, config.train.precision, place.hosts * processes)
             on_gpus = require_gpus(options.gpus, processes, engine)
             if on_gpus and place.hosts * processes > 1:
@@ -203,15 +204,6 @@ async def _end(code: int, killed: bool, links: Links, config: Any, place: Place,
         if links.codes.get(0) != Outcome.DONE:
             code = Outcome.INTERRUPTED if asked else Outcome.PEER_LOST
     return code
-
-
-def _serve_metrics(port: int, place: Place) -> Any:
-    """The server of /metrics and /healthz; None without a port."""
-    if not port:
-        return None
-    from naign.cluster.metrics import Metrics
-
-    return Metrics(port, place.index)
 
 
 def _record_collectives(run: Path) -> None:

@@ -39,19 +39,7 @@ POSSIBLE = {
     "mixed_precision": ("no", "fp16", "bf16"),
     "gpu_ids": ("all",),
 }
-"""Values of a configuration of Accelerate with which training can start."""
-
-DEEPSPEED = {
-    "zero_stage": "ZERO_STAGE",
-    "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
-    "offload_optimizer_nvme_path": "OFFLOAD_OPTIMIZER_NVME_PATH",
-    "offload_param_device": "OFFLOAD_PARAM_DEVICE",
-    "offload_param_nvme_path": "OFFLOAD_PARAM_NVME_PATH",
-    "zero3_init_flag": "ZERO3_INIT",
-    "zero3_save_16bit_model": "ZERO3_SAVE_16BIT_MODEL",
-    "deepspeed_config_file": "CONFIG_FILE",
-}
-"""Keys of deepspeed_config, and the variable ACCELERATE_DEEPSPEED_... from which Accelerate reads each in a rank."""
+"""Values of a configuration of Accelerate with which training can start, the first if it is not given."""
 
 
 def find_engine(name: str, precision: str = "", ranks: int = 2) -> dict[str, Any]:
@@ -87,19 +75,15 @@ def _read_engine(file: Path, ranks: int) -> dict[str, Any]:
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise ValueError("it has no distributed_type")
     for key, values in POSSIBLE.items():
-        value = config.get(key)
-        if value in (None, False):  # `no` without quotes is False in YAML
-            value = {"distributed_type": "NO", "mixed_precision": "no"}.get(key, values[0])
-            config[key] = value
-        if value not in values:
-            raise ValueError(f"{key} is {value}: it must be one of {', '.join(values)}")
+        config[key] = config.get(key) or values[0]  # `no` without quotes is False in YAML
+        if config[key] not in values:
+            raise ValueError(f"{key} is {config[key]}: it must be one of {', '.join(values)}")
     if config["distributed_type"] == "NO" and ranks > 1:
         raise ValueError(f"distributed_type is NO, which starts one rank, and there are to be {ranks}")
     deepspeed = config.get("deepspeed_config") or {}
-    stage = str(deepspeed.get("zero_stage", 0))
-    if stage not in ("0", "1", "2", "3"):
-        raise ValueError(f"deepspeed_config.zero_stage is {stage}: it must be 0, 1, 2 or 3")
-    settings = str(deepspeed.get("deepspeed_config_file") or "none")
+    if str(deepspeed.get("zero_stage", 0)) not in ("0", "1", "2", "3"):
+        raise ValueError(f"deepspeed_config.zero_stage is {deepspeed['zero_stage']}: it must be 0, 1, 2 or 3")
+    settings = deepspeed.get("deepspeed_config_file", "none")
     if settings != "none" and not os.path.isfile(settings):
         raise ValueError(f"deepspeed_config_file {settings}: no such file")
     return config
@@ -121,10 +105,9 @@ def environment_of(engine: Mapping[str, Any]) -> dict[str, str]:
         variables["ACCELERATE_USE_DEEPSPEED"] = "true"
         variables["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(settings)
         variables["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # zero.py sets that of the run
-        for key, name in DEEPSPEED.items():
-            if settings.get(key) is not None:
-                value = str(settings[key])
-                variables[f"ACCELERATE_DEEPSPEED_{name}"] = value if key.endswith(("_path", "_file")) else value.lower()
+        for key, value in settings.items():
+            name = key.removeprefix("deepspeed_").removesuffix("_flag").upper()  # zero3_init_flag: ..._ZERO3_INIT
+            variables[f"ACCELERATE_DEEPSPEED_{name}"] = value if isinstance(value, str) else str(value).lower()
     return variables
 
 

@@ -24,7 +24,8 @@ class StopRequest:
 
     def __init__(self, *, within: float = math.inf, world: int = 1, timeout: float = 660) -> None:
         self.requested = False
-        self._within, self._deadline = within, math.inf
+        self._within = within
+        self._deadline = math.inf
         self._group = SideGroup(world, timeout=timeout)
         self._store: Any = c10d.PrefixStore("stop", c10d._get_default_store()) if world > 1 else None
         on_signals(self._handle)
@@ -63,7 +64,10 @@ class StopPoll:
     """Polls for a stop request in a phase where all ranks poll equally often; they communicate about twice a second."""
 
     def __init__(self, stop: StopRequest) -> None:
-        self._stop, self._stride, self._calls, self._last = stop, 2, 0, time.monotonic()
+        self._stop = stop
+        self._stride = 2
+        self._calls = 0
+        self._last = time.monotonic()
 
     def __call__(self) -> bool:
         """Collective: whether to stop here, the same on every rank."""
@@ -73,6 +77,8 @@ class StopPoll:
         now = time.monotonic()
         stopping, elapsed = self._stop.poll_stop(now - self._last)
         # A function of values that all ranks share, so that their strides stay equal; the first one times a step.
-        self._stride = max(1, min(8 * self._stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
-        self._calls, self._last = 0, now
+        wanted = int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))
+        self._stride = max(1, min(8 * self._stride, wanted))
+        self._calls = 0
+        self._last = now
         return stopping
