@@ -1,4 +1,4 @@
-"""`naign launch --metrics`: what Prometheus reads of two hosts, /healthz of a run that hangs; collectives of a hang."""
+"""`naign launch --metrics`: what Prometheus reads, /healthz of a run that hangs; collectives of a hang."""
 # ruff: noqa: F811
 
 import contextlib
@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -249,87 +248,6 @@ def test_the_dashboard_and_the_page_name_series_that_exist(beaten, monkeypatch):
     exist = set(re.findall(r"^(naign_\w+)", page.page(), re.M))
     assert documented() == exist
     assert {name for expression in expressions() for name in re.findall(r"naign_\w+", expression)} <= exist
-
-
-@pytest.fixture
-def prometheus(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Start it for some ports of this machine. Returns its address."""
-    program, started = shutil.which("prometheus"), list[subprocess.Popen[bytes]]()
-    if program is None:
-        pytest.skip("no prometheus here (Debian: prometheus)")
-
-    def serve(*ports: int) -> str:
-        targets, port = json.dumps([f"localhost:{port}" for port in ports]), free_port()
-        jobs = f"[{{job_name: naign, static_configs: [{{targets: {targets}}}]}}]"
-        config = tmp_path / "prometheus.yml"
-        config.write_text(f"global: {{scrape_interval: 1s}}\nscrape_configs: {jobs}\n")
-        listen = f"--web.listen-address=127.0.0.1:{port}"
-        options = (f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/tsdb", listen)
-        with (tmp_path / "prometheus.log").open("wb") as log:
-            started.append(subprocess.Popen([program, *options], stdout=log, stderr=log))
-        # It listens before its storage is open, and answers a query with 503 until then.
-        until(lambda: get(port, "/-/ready")[0] == 200, (tmp_path / "prometheus.log").read_text)
-        return f"http://127.0.0.1:{port}"
-
-    yield serve
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def query(address: str, expression: str) -> list[dict[str, Any]]:
-    """What Prometheus answers: series, each with its labels and newest value."""
-    url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            results: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-            return results
-    except urllib.error.HTTPError as error:
-        raise AssertionError(f"{expression}: {error.read().decode()}") from None
-    except OSError:
-        return []
-
-
-@pytest.mark.slow
-def test_prometheus_reads_two_hosts_one_of_which_is_replaced(start, prometheus, digits, tmp_path):
-    ports = (free_port(), free_port())
-    meeting = f"--port={free_port()}"
-    named = {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost", "NAIGN_START": "s"}
-    training = (f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
-
-    def begin(index: int) -> subprocess.Popen[str]:
-        more = {"JOB_COMPLETION_INDEX": str(index), **named}
-        return start(meeting, f"--metrics={ports[index]}", *training, **more)  # type: ignore[no-any-return]
-
-    hosts = [begin(0), begin(1)]
-    address = prometheus(*ports)
-
-    def log() -> str:
-        text = (tmp_path / "prometheus.log").read_text()
-        return "".join([text, *(host.communicate()[1] for host in hosts if host.poll() is not None)])
-
-    for series in ("naign_rounds_total", "naign_images_total"):
-        until(lambda: len(query(address, f"{series} > 4")) == 2, log)  # noqa: B023
-        instances = [entry["metric"]["instance"] for entry in query(address, series)]
-        assert sorted(instances) == sorted(f"localhost:{port}" for port in ports)
-    rounds, images = (query(address, f"min({series})")[0] for series in ("naign_rounds_total", "naign_images_total"))
-    assert float(rounds["value"][1]) > 4 and float(images["value"][1]) >= 256 * 4
-    for expression in expressions():
-        if "gpu" not in expression:
-            expression = expression.replace("$run", ".*").replace("$window", "1m")
-            until(lambda: query(address, expression), lambda: expression)  # noqa: B023
-    assert [get(port, "/healthz")[0] for port in ports] == [200, 200]
-    hosts[1].kill()
-    hosts[1].wait()
-    hosts[1] = begin(1)
-    for series, value in (("generation", "2"), ("restarts_total", "1")):
-        until(lambda: [entry["value"][1] for entry in query(address, f"naign_{series}")] == [value] * 2, log)  # noqa: B023
-    until(lambda: len(query(address, "naign_rounds_total > 0")) == 2, log)
-    for host in hosts:
-        host.send_signal(signal.SIGTERM)
-    output = [host.communicate(timeout=60)[1] for host in hosts]
-    assert [host.returncode for host in hosts] == [INTERRUPTED] * 2, output
-    assert not [text for text in output if "Traceback" in text]
 
 
 IMPATIENT = """
