@@ -1,5 +1,7 @@
 """GPUs that a run cannot have are told in a sentence before anything is waited for. The answers here are torch's."""
 
+import os
+
 import pytest
 import torch
 
@@ -71,6 +73,16 @@ def test_gpus_are_looked_at_before_the_bucket(torch_says, code, machine, monkeyp
     assert launch.main(["--gpus=2", "--run.remote=s3://bucket/run"]) == code
     said = capsys.readouterr().err
     assert "--gpus 2: 2 GPUs are needed" in said and "bucket" not in said and len(said.splitlines()) == 1
+
+
+def test_a_node_that_lost_a_gpu_of_its_job_is_no_bad_input(machine, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(launch, "on_signals", lambda *_: None)
+    slurm = {"PROCID": "0", "NNODES": "1", "NTASKS": "1", "STEP_ID": "0", "GPUS_ON_NODE": "8"}
+    os.environ |= {f"SLURM_{name}": value for name, value in slurm.items()} | {"NAIGN_HEAD": "localhost"}
+    machine(count=7)
+    assert launch.main([]) == FAILED
+    assert "8 GPUs are needed on this host, torch can use 7" in capsys.readouterr().err
 
 
 def test_more_ranks_than_gpus_are_refused(machine, monkeypatch, capsys):

@@ -119,7 +119,10 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
         try:
             server = Metrics(options.metrics, place.index) if options.metrics else None
             engine = find_engine(options.engine, config.train.precision, place.hosts * processes)
-            on_gpus = require_gpus(options.gpus, processes, engine)
+            wanted = options.gpus
+            if place.orchestrator == "Slurm" and not options.engine:
+                wanted = wanted or place.processes  # the GPUs of this node that are the job's
+            on_gpus = require_gpus(wanted, processes, engine)
             if on_gpus and place.hosts * processes > 1:
                 _record_collectives(Path(config.run.path))
             if _is_done(config, place):

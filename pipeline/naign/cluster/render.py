@@ -15,10 +15,8 @@ from naign.config import Config, check, load, to_dict
 from naign.errors import InputError, printable, require
 from naign.settings.read import read_yaml
 
-_HOST = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?"
-_PART = r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
-# github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII.
-IMAGE = rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
+# [host[:port]/]name[:tag][@digest], in ASCII.
+IMAGE = r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?"
 # docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html.
 BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
 NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
