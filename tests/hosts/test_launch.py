@@ -203,7 +203,7 @@ def test_one_rank_under_an_engine_keeps_its_code(start):
     job = start("--processes=1", "--engine=single", "--data.path=nowhere", "--run.path=run")
     errors = job.communicate(timeout=200)[1]
     assert job.returncode == BAD_INPUT and "Traceback" not in errors
-    assert "the rank of this host ended with code 2, bad configuration" in errors.splitlines()[-1]
+    assert "rank 0 of this host ended with code 2, bad configuration" in errors.splitlines()[-1]
 
 
 @pytest.mark.slow
