@@ -45,7 +45,7 @@ def get(port: int, page: str) -> tuple[int, str]:
         return 0, ""
 
 
-def until(condition: Callable[[], Any], log: Callable[[], str], seconds: float = 120) -> None:
+def until(condition: Callable[[], Any], log: Callable[[], str], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, log()
@@ -151,13 +151,22 @@ def test_gpus_are_read_by_nvml(monkeypatch):
         return SimpleNamespace(gpu=75)
 
     fake = ModuleType("pynvml")
-    memory = SimpleNamespace(used=3, total=8)
-    functions = {"nvmlInit": lambda: None, "nvmlDeviceGetCount": lambda: 2, "nvmlDeviceGetHandleByIndex": int}
-    functions |= {"nvmlDeviceGetMemoryInfo": lambda index: memory, "nvmlDeviceGetUtilizationRates": utilization}
-    vars(fake).update(functions, NVMLError=NVMLError)
+    vars(fake).update(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=int,
+        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=3, total=8),
+        nvmlDeviceGetUtilizationRates=utilization,
+    )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    series = {f'gpu_memory_{name}bytes{{gpu="{gpu}"}}': size for gpu in "01" for name, size in (("used_", 3), ("", 8))}
-    assert metrics.read_gpus() == series | {'gpu_utilization_ratio{gpu="0"}': 0.75}
+    assert metrics.read_gpus() == {
+        'gpu_memory_used_bytes{gpu="0"}': 3,
+        'gpu_memory_bytes{gpu="0"}': 8,
+        'gpu_utilization_ratio{gpu="0"}': 0.75,
+        'gpu_memory_used_bytes{gpu="1"}': 3,
+        'gpu_memory_bytes{gpu="1"}': 8,
+    }
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert metrics.read_gpus() == {}
 
@@ -276,5 +285,5 @@ def test_healthz_goes_bad_when_rounds_stop_and_recovers(start, digits, tmp_path)
     trainer.resume()
     until(lambda: get(port, "/healthz")[0] == 200, log)
     job.send_signal(signal.SIGTERM)
-    output = job.communicate(timeout=60)[1]
+    output = job.communicate(timeout=200)[1]
     assert job.returncode == INTERRUPTED and "Traceback" not in output, output

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -91,14 +92,15 @@ Start = Callable[..., Ranks]
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
     """Start ranks that run a Python program each."""
 
     def begin(*programs: str, within: float = 0.0) -> Ranks:
         waiting = iter(programs)
         head = "import json, os, signal, sys, time\n"
         monkeypatch.setattr(module, "command_of", lambda _: [sys.executable, "-c", head + next(waiting)])
-        return Ranks([], find_engine("cpu"), PLACE, ALONE, count=len(programs), within=within)
+        count = len(programs)
+        return Ranks([], find_engine("cpu"), PLACE, ALONE, folder=tmp_path, count=count, within=within)
 
     return begin
 
@@ -175,11 +177,11 @@ def test_what_ranks_have_started_is_killed_with_them(start, tmp_path):
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_ranks_of_several_hosts_find_each_other(monkeypatch):
+def test_ranks_of_several_hosts_find_each_other(monkeypatch, tmp_path):
     seen = list[dict[str, Any]]()
     monkeypatch.setattr(subprocess, "Popen", lambda command, env: seen.append(env))
     place = Place(orchestrator="Kubernetes", index=1, hosts=3, head="a")
-    Ranks([], find_engine("cpu"), place, ALONE, count=2, within=1)
+    Ranks([], find_engine("cpu"), place, ALONE, folder=tmp_path, count=2, within=1)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [[env[name] for name in names] for env in seen] == [
         ["2", "0", "6", "2", "127.0.0.1", "29555"],

@@ -139,12 +139,21 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
             asked.at_once = True
             links = await _meet(hosts, place)
             asked.at_once = False
-            ranks = Ranks(training, engine, place, links, count=processes, within=config.stop.within)
-            with ranks, TemporaryDirectory() as scratch:
+            with TemporaryDirectory() as scratch:
                 if server and not is_audit:
                     server.watch(Path(scratch) / "heartbeat", links.generation)
                 begun = time.monotonic()
-                code, killed = await _watch(ranks, links, asked)
+                ranks = Ranks(
+                    training,
+                    engine,
+                    place,
+                    links,
+                    folder=Path(scratch),
+                    count=processes,
+                    within=config.stop.within,
+                )
+                with ranks:
+                    code, killed = await _watch(ranks, links, asked)
             hosts.note_training(time.monotonic() - begun, timeout=config.train.timeout)
             code = await _end(code, killed, links, config, place, asked)
             _send_collectives(Path(config.run.path), config.run.remote)

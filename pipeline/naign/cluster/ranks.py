@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,6 +146,7 @@ class Ranks:
         place: Place,
         links: Links,
         *,
+        folder: Path,  # for the reasons of their ends
         count: int,  # on each host
         within: float,  # seconds that a rank may take to end
     ) -> None:
@@ -154,7 +154,7 @@ class Ranks:
         self._killed: set[int] = set()  # ranks that this launcher killed
         self._asked: signal.Signals | None = None
         self._deadline = math.inf
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
         world = place.hosts * count
         shared = {**os.environ, **environment_of(engine)}
@@ -174,14 +174,13 @@ class Ranks:
             self._processes.append(subprocess.Popen(command_of(arguments), env=shared | own))
 
     def _error_file(self, local: int) -> Path:
-        return Path(self._folder.name) / f"{local}.json"
+        return self._folder / f"{local}.json"
 
     def __enter__(self) -> "Ranks":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        self._folder.cleanup()
 
     def running(self) -> bool:
         """Whether a rank still runs. Once one has failed the others are asked to end, and killed in the end."""
