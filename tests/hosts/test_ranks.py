@@ -127,7 +127,7 @@ SAID = "open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write(json.dumps({'mess
     ("programs", "code", "said"),
     [
         (("", ""), DONE, ""),
-        (("sys.exit(76)", SAID, "sys.exit(1)"), BAD_INPUT, "rank 1 of this host ended with code 2, .*: no such thing"),
+        ((ends(76), SAID, ends(1)), BAD_INPUT, "rank 1 of this host ended with code 2, .*: no such thing"),
         (("time.sleep(1); sys.exit(76)", ends(1)), FAILED, "rank 1 of this host ended with code 1, crashed"),
         (("time.sleep(1); sys.exit(75)", ends(76)), PEER_LOST, "rank 1 of this host ended with code 76, a rank"),
         (("sys.exit(3)", SLEEP), 3, "rank 0 of this host ended with code 3, crashed"),
