@@ -18,7 +18,7 @@ from naign.checkpoint.writer import newest_checkpoint
 from naign.cluster import launch
 from naign.cluster.hosts import Hosts
 from naign.cluster.place import Place
-from naign.errors import BAD_INPUT, INTERRUPTED, PEER_LOST
+from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from naign.process import SIGNALS, on_signals
 from tests.conftest import PYTHONPATH, ROOT, SMALL, environment
 from tests.hosts.cluster import possible
@@ -97,8 +97,8 @@ def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "REACH", 0.0)
 
 
-def test_a_bucket_out_of_reach_is_refused(unanswered, handlers, capsys):
-    assert launch.main(["--run.remote=s3://bucket/run"]) == BAD_INPUT
+def test_a_bucket_out_of_reach_ends_a_start_with_a_code_that_restarts(unanswered, handlers, capsys):
+    assert launch.main(["--run.remote=s3://bucket/run"]) == FAILED
     last = capsys.readouterr().err.splitlines()[-1]
     assert "run.remote cannot be reached" in last and "http://127.0.0.1:9" in last
 

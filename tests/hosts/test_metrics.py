@@ -186,7 +186,6 @@ def test_a_port_in_use_ends_before_training(handlers, capsys, monkeypatch, tmp_p
     ("gpus", "options", "given", "files"),
     [
         (2, (), {}, "run/nccl/rank_"),
-        (2, (), {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/x/mine_"}, "/x/mine_"),
         (2, (), {"TORCH_FR_DUMP_TEMP_FILE": "/y/mine_"}, "/y/mine_"),
         (2, ("--engine=cpu",), {}, None),
         (2, ("--processes=1",), {}, None),

@@ -220,10 +220,8 @@ async def _end(code: int, killed: bool, links: Links, config: Any, place: Place,
 
 def _record_collectives(run: Path) -> None:
     """Have torch write each rank's newest collectives to nccl/rank_N in `run` if NCCL hangs, or as the user set it."""
-    known = os.environ.get  # also by older names: torch/csrc/distributed/c10d/FlightRecorder.hpp
-    files = known("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{run.absolute()}/nccl/rank_")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", files)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", known("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{run.absolute()}/nccl/rank_")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
@@ -243,7 +241,7 @@ def _send_collectives(run: Path, remote: str) -> None:
 def _is_done(config: Any, place: Place) -> bool:
     """Whether the run is finished: in its bucket or, for one of several hosts, in the folder that they share.
 
-    Raises InputError or Unavailable where the bucket does not answer for REACH seconds.
+    Raises Unavailable where the bucket does not answer for REACH seconds.
     """
     from naign.training.run_folder import is_done
 
@@ -258,6 +256,6 @@ def _is_done(config: Any, place: Place) -> bool:
             reason = str(error).partition(". Check ")[0]
             if time.monotonic() > end:
                 problem = f"run.remote cannot be reached: {reason}"
-                raise InputError(f"{problem}; check its name and AWS_ENDPOINT_URL") from None
+                raise Unavailable(f"{problem}; check its name and AWS_ENDPOINT_URL") from None
             say(f"waiting for {kept}: {reason}")
     return False
