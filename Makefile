@@ -120,10 +120,6 @@ docs: $(VENV)/.tested
 	$(BIN)/python docs/settings.py
 	$(BIN)/python docs/build_site.py
 
-# A copy rather than a link, so that `kubectl apply -f` takes its address in a repository, too.
-k8s/job.yaml: k8s/base/job.yaml
-	{ echo "# Generated from k8s/base/job.yaml, which is the one to edit, by: make k8s/job.yaml"; cat $<; } > $@
-
 docs/tour.ipynb: docs/tour.py | $(VENV)/.tested
 	$(BIN)/jupytext --quiet --update --to ipynb --output $@ $<
 

@@ -51,6 +51,7 @@ ROOMS = {
     "philox": "random numbers by (seed, round, id)",
     "settings": "bounds of settings, choices by name",
     "terminal": "progress bars",
+    "process": "signals, and how a process ends",
     "errors": "errors and exit codes",
 }
 

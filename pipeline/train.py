@@ -5,7 +5,8 @@
 import gc
 import sys
 
-from naign.errors import INTERRUPTED, exit_on_input_error, leave, leave_on_failure, leave_when_asked, record_exit
+from naign.errors import Outcome, exit_on_input_error
+from naign.process import leave, leave_on_failure, leave_when_asked
 
 if __name__ == "__main__":
     leave_when_asked()  # before imports of seconds: there is nothing to keep until training handles signals itself
@@ -40,8 +41,7 @@ def main() -> None:
         part()
         accelerator.end_training()
         if not finished or trackers_hang():
-            leave(0 if finished else INTERRUPTED)
-        record_exit(0)
+            leave(Outcome.DONE if finished else Outcome.INTERRUPTED)
 
 
 if __name__ == "__main__":

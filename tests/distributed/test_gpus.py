@@ -1,5 +1,7 @@
 """GPUs that a run cannot have are told in a sentence before anything is waited for. The answers here are torch's."""
 
+import os
+
 import pytest
 import torch
 
@@ -47,9 +49,9 @@ def machine(monkeypatch):
             InputError,
             r"too old \(found .* \(torch \S+ is for CUDA 13.0\): see nvidia-smi",
         ),
-        ({"said": HIDDEN}, InputError, "No CUDA GPUs are available .* nvidia.com/gpu"),
+        ({"said": HIDDEN}, Unavailable, "No CUDA GPUs are available .* nvidia.com/gpu"),
         ({"said": UNKNOWN}, Unavailable, "CUDA unknown error"),
-        ({"count": 4}, InputError, "8 GPUs are needed on this host, torch can use 4: ask for fewer, or give the host"),
+        ({"count": 7}, Unavailable, "8 GPUs are needed on this host, torch can use 7: a GPU may have failed; else ask"),
     ],
 )
 def test_gpus_that_are_missing(torch_says, kind, said, machine):
@@ -62,7 +64,7 @@ def test_gpus_that_are_missing(torch_says, kind, said, machine):
 
 
 @pytest.mark.parametrize(
-    ("torch_says", "code"), [({"said": NO_DRIVER}, BAD_INPUT), ({"said": UNKNOWN}, FAILED), ({"count": 1}, BAD_INPUT)]
+    ("torch_says", "code"), [({"said": NO_DRIVER}, BAD_INPUT), ({"said": UNKNOWN}, FAILED), ({"count": 1}, FAILED)]
 )
 def test_gpus_are_looked_at_before_the_bucket(torch_says, code, machine, monkeypatch, capsys):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -73,10 +75,20 @@ def test_gpus_are_looked_at_before_the_bucket(torch_says, code, machine, monkeyp
     assert "--gpus 2: 2 GPUs are needed" in said and "bucket" not in said and len(said.splitlines()) == 1
 
 
+def test_a_node_that_lost_a_gpu_of_its_job_is_no_bad_input(machine, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(launch, "on_signals", lambda *_: None)
+    slurm = {"PROCID": "0", "NNODES": "1", "NTASKS": "1", "STEP_ID": "0", "GPUS_ON_NODE": "8"}
+    os.environ |= {f"SLURM_{name}": value for name, value in slurm.items()} | {"NAIGN_HEAD": "localhost"}
+    machine(count=7)
+    assert launch.main([]) == FAILED
+    assert "8 GPUs are needed on this host, torch can use 7" in capsys.readouterr().err
+
+
 def test_more_ranks_than_gpus_are_refused(machine, monkeypatch, capsys):
     machine(count=2)
     monkeypatch.setattr(launch, "on_signals", lambda *_: None)
-    assert launch.main(["--processes=4", "--run.remote=s3://bucket/run"]) == BAD_INPUT
+    assert launch.main(["--processes=4", "--run.remote=s3://bucket/run"]) == FAILED
     assert "4 ranks on GPUs are to start here (on CPUs: --engine cpu): 4 GPUs are needed" in capsys.readouterr().err
     machine(built=False)
     assert launch.main(["--engine=gpus", "--processes=2", "--run.remote=s3://bucket/run"]) == BAD_INPUT
@@ -84,7 +96,7 @@ def test_more_ranks_than_gpus_are_refused(machine, monkeypatch, capsys):
     machine(count=2)
     for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="4 ranks were started here: 4 GPUs are needed on this host, torch can use 2"):
+    with pytest.raises(Unavailable, match="4 ranks were started here: 4 GPUs are needed on this host, torch can use 2"):
         build_accelerator()
     machine(said=OLD_DRIVER)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")

@@ -13,7 +13,8 @@ from naign.distributed import host
 def four_cores(monkeypatch):
     """A machine of four cores, of which this process may use 0, 1, 2 and 5."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(host, "_cores", lambda: {0, 1, 2, 5})
+    monkeypatch.setattr(host, "_allowed_cores", lambda: {0, 1, 2, 5})
+    monkeypatch.setattr(host.joblib, "cpu_count", lambda: 4)
     yield
     torch.set_num_threads(before)
 
@@ -25,6 +26,14 @@ def test_cores_are_shared_among_ranks(asked, local, threads, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     host.set_threads(asked)
     assert torch.get_num_threads() == threads
+
+
+def test_a_containers_quota_is_heeded(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("joblib.externals.loky.backend.context._cpu_count_cgroup", lambda count: 1)
+    monkeypatch.setenv("RANK", "0")
+    host.set_threads(0)
+    assert torch.get_num_threads() == 1
 
 
 def test_without_a_launcher_the_environment_is_heeded(monkeypatch):

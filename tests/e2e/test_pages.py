@@ -18,7 +18,7 @@ from PIL import Image
 
 from naign.cli.main import COMMANDS
 from naign.cluster.launch import build_parser
-from naign.cluster.local_ranks import AUDITS
+from naign.cluster.ranks import AUDITS
 from naign.config import parse
 from naign.data.format.writer import pack
 from naign.data.sources.catalog import load

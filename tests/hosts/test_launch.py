@@ -1,28 +1,25 @@
 """`naign launch` itself: what signals do to it, and what the other hosts learn of a mistake on the first."""
 
+import asyncio
 import contextlib
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
-from torch.distributed import DistNetworkError
 
 from naign.checkpoint.writer import newest_checkpoint
-from naign.cluster import launch, local_ranks
-from naign.cluster.exit_codes import Ending
-from naign.cluster.meeting import meet
+from naign.cluster import launch
+from naign.cluster.hosts import Hosts
 from naign.cluster.place import Place
-from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, SIGNALS, on_signals
+from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
+from naign.process import SIGNALS, on_signals
 from tests.conftest import PYTHONPATH, ROOT, SMALL, environment
 from tests.hosts.cluster import possible
 from tests.servers import free_port
@@ -61,46 +58,10 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_what_is_waited_for_after_the_ranks(number, handlers):
-    ending = Ending(patience=60)
-    ending.listen()
-    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
-    begun = time.monotonic()
-    assert ending.judge(FAILED) == FAILED and ending.asked
-    assert time.monotonic() - begun < 5
-
-
 def test_what_nohup_ignores_stays_ignored(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     on_signals(lambda *_: None)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and callable(signal.getsignal(signal.SIGTERM))
-
-
-CHILDLESS = SimpleNamespace(Process=lambda: SimpleNamespace(children=list))
-"""psutil, where this process has no children: it may have servers of other tests."""
-
-
-def test_agents_that_do_not_reach_each_other_are_told_as_a_lost_host(handlers, capsys, monkeypatch, tmp_path):
-    def start(_):
-        time.sleep(1)
-        raise DistNetworkError("The client socket has timed out")
-
-    monkeypatch.setattr(local_ranks, "load_launcher", lambda: (lambda _: None, start))
-    monkeypatch.setattr("naign.cluster.local_ranks.QUIET", 0.2)
-    monkeypatch.setattr(local_ranks, "psutil", CHILDLESS)
-    place = Place(orchestrator="Kubernetes", index=1, hosts=2, head="a")
-    code = local_ranks.run_ranks(tmp_path / "engine.yaml", place, 1, "10.0.0.1", 29500, [], Ending(patience=60))
-    quiet, last = capsys.readouterr().err.splitlines()
-    assert code == PEER_LOST and "host 0 (10.0.0.1, port 29500) is not reached" in last and "timed out" in last
-    assert "no ranks after" in quiet and "do all hosts reach port 29500" in quiet
-
-
-def test_one_rank_that_a_signal_ended_is_not_called_a_crash(handlers, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(local_ranks, "load_launcher", lambda: (lambda _: None, lambda _: sys.exit(1)))
-    ending, alone = Ending(patience=60, alone=True), Place(orchestrator="this machine")
-    assert local_ranks.run_ranks(tmp_path / "engine.yaml", alone, 1, "127.0.0.1", 0, [], ending) == FAILED
-    assert ending.killed and "the rank of this host ended with code 1, killed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -109,7 +70,7 @@ def test_one_rank_that_a_signal_ended_is_not_called_a_crash(handlers, tmp_path, 
         ("--port=0", "argument --port: 0: it must lie between 1 and 65535"),
         ("--gpus=1025", "argument --gpus: 1025: it must lie between 0 and 1024"),
         ("--wait=nan", "argument --wait: nan: it must lie between 1 and"),
-        ("--reach=soon", "argument --reach: invalid number value: 'soon'"),
+        ("--metrics=soon", "argument --metrics: invalid number value: 'soon'"),
     ],
 )
 def test_an_option_out_of_bounds_is_refused(option, errors, handlers, capsys):
@@ -125,20 +86,48 @@ def test_messages_begin_with_the_command_as_typed(command, handlers, capsys, mon
     assert capsys.readouterr().err.startswith(f"naign {command}: error: ")
 
 
+@pytest.fixture
+def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket out of reach."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr("naign.storage.retry.ATTEMPTS", 1, raising=False)
+    monkeypatch.setattr(launch, "REACH", 0.0)
+
+
+def test_a_bucket_out_of_reach_ends_a_start_with_a_code_that_restarts(unanswered, handlers, capsys):
+    assert launch.main(["--run.remote=s3://bucket/run"]) == FAILED
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "run.remote cannot be reached" in last and "http://127.0.0.1:9" in last
+
+
+def test_a_pod_that_is_replaced_after_the_run_was_done_ends(train, digits, handlers, capsys, monkeypatch, tmp_path):
+    """Host 0 completed and never comes again: its folder, which all hosts share, tells."""
+    options = [f"--data.path={digits}", *SMALL, "--train.images=512", f"--run.path={tmp_path}/run"]
+    assert train(*options).returncode == 0
+    for name, value in {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost", "JOB_COMPLETION_INDEX": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch.main(["--wait=1", *options]) == 0
+    assert f"nothing left to do: the run in {tmp_path}/run is done" in capsys.readouterr().err
+    assert launch.main(["--wait=1", *options, "--train.images=1024", "--resume=changed"]) == PEER_LOST
+
+
 BUCKET = """
-import os, signal, sys, threading, time
+import contextlib, os, signal, threading, time
 from naign.cli import main as cli
 from naign.cluster import launch
 
 answers = iter((lambda: False, lambda: time.sleep(60)))  # of the bucket: not done; then it is silent
 launch._is_done = lambda *_: next(answers)()
+launch.Ranks = lambda *_, **__: contextlib.nullcontext()
 
-def run_ranks(*given):
-    given[-1].listen()
+async def watch(*_):
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    return 0
+    return 0, False
 
-launch.run_ranks = run_ranks
+launch._watch = watch
 cli.main()
 """
 
@@ -146,13 +135,13 @@ cli.main()
 @pytest.mark.slow
 def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_started_again(start):
     job = start("--processes=2", "--run.remote=s3://bucket/run", program=("-c", BUCKET))
-    errors = job.communicate(timeout=50)[1]
+    errors = job.communicate(timeout=200)[1]
     assert job.returncode == INTERRUPTED and "stopped on request" in errors and "Traceback" not in errors
 
 
 def training(start: Callable[..., subprocess.Popen[str]], folder: Path, *options: str) -> subprocess.Popen[str]:
     """A long run in `folder` that has trained for some rounds."""
-    metrics, deadline = folder / "run/metrics.jsonl", time.monotonic() + 60
+    metrics, deadline = folder / "run/metrics.jsonl", time.monotonic() + 300
     job = start(*options, *SMALL, "--train.images=307200", "--run.path=run")
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
         assert time.monotonic() < deadline and job.poll() is None, job.communicate()[1]
@@ -178,7 +167,7 @@ def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(start, digit
     """With one rank by Ctrl-C; with two see SIGHUP below."""
     job = training(start, tmp_path, "--processes=1", "--engine=single", f"--data.path={digits}")
     os.killpg(job.pid, signal.SIGINT)
-    errors = job.communicate(timeout=60)[1]
+    errors = job.communicate(timeout=200)[1]
     assert job.returncode == INTERRUPTED and "Traceback" not in errors
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
 
@@ -194,7 +183,7 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint(command, digits, tmp_path
         os.chdir(ROOT)
         os.execve(sys.executable, [sys.executable, *command, *options], environment())
     os.set_blocking(terminal, False)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
         assert time.monotonic() < deadline
         with contextlib.suppress(BlockingIOError):
@@ -209,65 +198,32 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint(command, digits, tmp_path
     assert newest and newest.name != "step-00000000"
 
 
-ENGINE = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: 'no'\nuse_cpu: true\n"
-
-
-@pytest.mark.parametrize(
-    ("more", "reason"),
-    [("gpu_ids: '0'\n", "Less than two GPU ids"), ("dynamo_config: {dynamo_backend: FOO}\n", "Unknown dynamo backend")],
-)
-def test_an_engine_that_accelerate_refuses_is_refused(more, reason, handlers, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(local_ranks, "psutil", CHILDLESS)
-    (tmp_path / "mine.yaml").write_text(ENGINE + more)
-    assert launch.main(["--processes=2", f"--engine={tmp_path}/mine.yaml", f"--run.path={tmp_path}/run"]) == BAD_INPUT
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "the configuration of Accelerate (--engine)" in line and reason in line
-
-
-def test_a_missing_deepspeed_is_one_line(handlers, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(local_ranks, "psutil", CHILDLESS)
-    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: False)
-    engine, run = str(ROOT / "launch/zero2.yaml"), str(tmp_path / "run")
-    assert launch.main(["--processes=2", f"--engine={engine}", f"--run.path={run}"]) == BAD_INPUT
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "the configuration of Accelerate (--engine): DeepSpeed is not installed" in line
-
-
-@pytest.mark.slow
-def test_an_engine_that_starts_one_rank_is_refused_for_two(start, digits, tmp_path):
-    job = start("--processes=2", "--engine=single", f"--data.path={digits}", *SMALL, "--run.path=run")
-    lines = job.communicate(timeout=60)[1]
-    assert job.returncode == BAD_INPUT and "started this process alone" in lines and "Traceback" not in lines
-
-
 @pytest.mark.slow
 def test_one_rank_under_an_engine_keeps_its_code(start):
     job = start("--processes=1", "--engine=single", "--data.path=nowhere", "--run.path=run")
-    errors = job.communicate(timeout=60)[1]
+    errors = job.communicate(timeout=200)[1]
     assert job.returncode == BAD_INPUT and "Traceback" not in errors
-    assert "the rank of this host ended with code 2, bad configuration" in errors.splitlines()[-1]
+    assert "rank 0 of this host ended with code 2, bad configuration" in errors.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_a_host_lost_before_there_are_ranks_is_waited_for_and_signals_are_heeded(start, digits):
-    """Torch's agent waits for that of the other host, in C++."""
-    port, meeting = free_port(), free_port()
+def test_a_host_that_is_lost_at_once_is_waited_for_and_signals_are_heeded(start, digits):
+    port = free_port()
     named = {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost", "JOB_COMPLETION_INDEX": "0", "NAIGN_START": "s"}
-    options = (f"--port={port}", f"--meeting-port={meeting}", f"--data.path={digits}", "--run.path=run")
-    job = start(*options, **named)
-    other = Place(orchestrator="Kubernetes", index=1, hosts=2, head="localhost", start="s")
-    links = meet(other, None, port=meeting, within=60)
-    assert links.generation == 1
-    for peer in links._peers.values():
-        peer.close()  # as if the host were gone
-    links = meet(other, None, port=meeting, within=60)
-    assert links.generation == 2 and job.poll() is None
-    time.sleep(1)
+    job = start(f"--port={port}", f"--data.path={digits}", "--run.path=run", **named)
+    place = Place(orchestrator="Kubernetes", index=1, hosts=2, head="localhost", start="s")
+
+    async def run() -> None:
+        for generation in (1, 2):
+            links = await Hosts(place, port=port, ranks=1, within=60).meet()
+            assert links.generation == generation and job.poll() is None
+            links.close()  # as if the host were gone
+        await asyncio.sleep(1)
+
+    asyncio.run(run())
     job.send_signal(signal.SIGTERM)
     errors = job.communicate(timeout=30)[1]
-    assert job.returncode == INTERRUPTED and errors.count("this host stays") == 1, errors
+    assert job.returncode == INTERRUPTED and errors.count("this host stays") >= 1, errors
     assert "stopped on request" in errors.splitlines()[-1]
 
 
@@ -337,7 +293,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.5, 2.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, seconds, digits, tmp_path):
     """As the first process of a container where namespaces can be made: it ignores signals without handlers."""
@@ -384,14 +340,10 @@ def test_a_signal_ends_a_pack_that_is_the_first_process_of_a_container(tmp_path)
 
 @pytest.mark.slow
 def test_a_mistake_on_the_first_host_ends_all(start):
-    meeting = free_port()
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        options = (f"--port={port}", f"--meeting-port={meeting}")
-        hosts = [
-            start(*options, NAIGN_HOSTS="2", NAIGN_HEAD="localhost", JOB_COMPLETION_INDEX=str(index))
-            for index in range(2)
-        ]
-        words = [host.communicate(timeout=60)[1] for host in hosts]
-    assert [host.returncode for host in hosts] == [BAD_INPUT] * 2
-    assert all(f"port {port} cannot be opened on host 0" in errors.splitlines()[-1] for errors in words)
+    named = {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost"}
+    port = f"--port={free_port()}"
+    first = start(port, "--engine=zero9", JOB_COMPLETION_INDEX="0", **named)
+    second = start(port, JOB_COMPLETION_INDEX="1", **named)
+    for host in (first, second):
+        errors = host.communicate(timeout=200)[1]
+        assert host.returncode == BAD_INPUT and "--engine zero9 is neither a file" in errors.splitlines()[-1]

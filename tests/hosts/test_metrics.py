@@ -1,6 +1,7 @@
-"""`naign launch --metrics`: what Prometheus reads of two hosts, /healthz of a run that hangs; collectives of a hang."""
+"""`naign launch --metrics`: what Prometheus reads, /healthz of a run that hangs; collectives of a hang."""
 # ruff: noqa: F811
 
+import contextlib
 import json
 import math
 import os
@@ -8,25 +9,23 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
 
 from naign.cluster import launch, metrics
 from naign.cluster.metrics import Metrics
-from naign.errors import BAD_INPUT, INTERRUPTED
+from naign.errors import BAD_INPUT, INTERRUPTED, PEER_LOST, PeerLost
 from naign.observe.heartbeat import Heartbeat
 from tests.conftest import ROOT, SMALL
 from tests.hosts.test_launch import handlers, start  # noqa: F401
@@ -46,7 +45,7 @@ def get(port: int, page: str) -> tuple[int, str]:
         return 0, ""
 
 
-def until(condition: Callable[[], Any], log: Callable[[], str], seconds: float = 120) -> None:
+def until(condition: Callable[[], Any], log: Callable[[], str], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, log()
@@ -130,26 +129,16 @@ def test_short_rounds_have_the_least_limit_and_a_host_that_waits_for_others_is_h
     other.server_close()
 
 
-def test_clients_that_hang_make_way_for_a_probe_beyond_a_number(page, capfd):
-    port, before = page.server_address[1], threading.active_count()
-    hanging = [socket.create_connection(("localhost", port)) for _ in range(80)]
+def test_clients_that_hang_or_go_away_do_not_keep_a_probe_from_its_answer(page, capfd, monkeypatch):
+    monkeypatch.setattr(metrics._Handler, "timeout", 0.5)
+    before = threading.active_count()
+    port = page.server_address[1]
+    hanging = [socket.create_connection(("localhost", port)) for _ in range(40)]
     assert get(port, "/healthz")[0] == 200
-    until(lambda: threading.active_count() <= before + metrics.CLIENTS, str, seconds=metrics.REQUEST / 2)
-    for client in hanging:  # with a reset
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
     until(lambda: threading.active_count() <= before, str)
+    for client in hanging:
+        client.close()
     assert get(port, "/healthz")[0] == 200 and not capfd.readouterr().err
-
-
-def test_a_client_that_sends_a_byte_from_time_to_time_is_ended(page, monkeypatch):
-    monkeypatch.setattr(metrics, "REQUEST", 1.0)
-    begin = time.monotonic()
-    with socket.create_connection(("localhost", page.server_address[1])) as client, pytest.raises(OSError):
-        while time.monotonic() < begin + 20:
-            client.sendall(b"G")
-            time.sleep(0.1)
-    assert time.monotonic() - begin < 10
 
 
 def test_gpus_are_read_by_nvml(monkeypatch):
@@ -162,13 +151,22 @@ def test_gpus_are_read_by_nvml(monkeypatch):
         return SimpleNamespace(gpu=75)
 
     fake = ModuleType("pynvml")
-    memory = SimpleNamespace(used=3, total=8)
-    functions = {"nvmlInit": lambda: None, "nvmlDeviceGetCount": lambda: 2, "nvmlDeviceGetHandleByIndex": int}
-    functions |= {"nvmlDeviceGetMemoryInfo": lambda index: memory, "nvmlDeviceGetUtilizationRates": utilization}
-    vars(fake).update(functions, NVMLError=NVMLError)
+    vars(fake).update(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=int,
+        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=3, total=8),
+        nvmlDeviceGetUtilizationRates=utilization,
+    )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    series = {f'gpu_memory_{name}bytes{{gpu="{gpu}"}}': size for gpu in "01" for name, size in (("used_", 3), ("", 8))}
-    assert metrics.read_gpus() == series | {'gpu_utilization_ratio{gpu="0"}': 0.75}
+    assert metrics.read_gpus() == {
+        'gpu_memory_used_bytes{gpu="0"}': 3,
+        'gpu_memory_bytes{gpu="0"}': 8,
+        'gpu_utilization_ratio{gpu="0"}': 0.75,
+        'gpu_memory_used_bytes{gpu="1"}': 3,
+        'gpu_memory_bytes{gpu="1"}': 8,
+    }
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert metrics.read_gpus() == {}
 
@@ -188,7 +186,6 @@ def test_a_port_in_use_ends_before_training(handlers, capsys, monkeypatch, tmp_p
     ("gpus", "options", "given", "files"),
     [
         (2, (), {}, "run/nccl/rank_"),
-        (2, (), {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/x/mine_"}, "/x/mine_"),
         (2, (), {"TORCH_FR_DUMP_TEMP_FILE": "/y/mine_"}, "/y/mine_"),
         (2, ("--engine=cpu",), {}, None),
         (2, ("--processes=1",), {}, None),
@@ -208,10 +205,20 @@ def test_ranks_on_gpus_leave_their_collectives_in_the_runs_folder(
     names = [f"TORCH_{name}" for name in ("FR_DUMP_TEMP_FILE", "FR_BUFFER_SIZE", "NCCL_DUMP_ON_TIMEOUT")]
     monkeypatch.setattr(os, "environ", {name: text for name, text in os.environ.items() if name not in names} | given)
     monkeypatch.setattr("naign.distributed.host.count_gpus", lambda: gpus)
-    monkeypatch.setattr(launch, "run_ranks", lambda *_: seen.update(os.environ) or 0)
-    monkeypatch.setattr(launch, "become_rank", lambda *_: seen.update(os.environ))
+
+    async def watch(*_: Any) -> tuple[int, bool]:
+        seen.update(os.environ)
+        return 0, False
+
+    def become(*_: Any) -> NoReturn:
+        seen.update(os.environ)
+        raise PeerLost("only one rank")
+
+    monkeypatch.setattr(launch, "Ranks", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "_watch", watch)
+    monkeypatch.setattr(launch, "become_rank", become)
     options = ("--processes=2", *options, f"--run.path={tmp_path}/run")
-    assert launch.main(options) == 0
+    assert launch.main(options) == (PEER_LOST if "--processes=1" in options else 0)
     if files is None:
         assert not seen.keys() & set(names)
     else:
@@ -251,86 +258,6 @@ def test_the_dashboard_and_the_page_name_series_that_exist(beaten, monkeypatch):
     assert {name for expression in expressions() for name in re.findall(r"naign_\w+", expression)} <= exist
 
 
-@pytest.fixture
-def prometheus(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Start it for some ports of this machine. Returns its address."""
-    program, started = shutil.which("prometheus"), list[subprocess.Popen[bytes]]()
-    if program is None:
-        pytest.skip("no prometheus here (Debian: prometheus)")
-
-    def serve(*ports: int) -> str:
-        targets, port = json.dumps([f"localhost:{port}" for port in ports]), free_port()
-        jobs = f"[{{job_name: naign, static_configs: [{{targets: {targets}}}]}}]"
-        config = tmp_path / "prometheus.yml"
-        config.write_text(f"global: {{scrape_interval: 1s}}\nscrape_configs: {jobs}\n")
-        listen = f"--web.listen-address=127.0.0.1:{port}"
-        options = (f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/tsdb", listen)
-        with (tmp_path / "prometheus.log").open("wb") as log:
-            started.append(subprocess.Popen([program, *options], stdout=log, stderr=log))
-        # It listens before its storage is open, and answers a query with 503 until then.
-        until(lambda: get(port, "/-/ready")[0] == 200, (tmp_path / "prometheus.log").read_text)
-        return f"http://127.0.0.1:{port}"
-
-    yield serve
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def query(address: str, expression: str) -> list[dict[str, Any]]:
-    """What Prometheus answers: series, each with its labels and newest value."""
-    url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            results: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-            return results
-    except urllib.error.HTTPError as error:
-        raise AssertionError(f"{expression}: {error.read().decode()}") from None
-    except OSError:
-        return []
-
-
-@pytest.mark.slow
-def test_prometheus_reads_two_hosts_one_of_which_is_replaced(start, prometheus, digits, tmp_path):
-    ports, options = (free_port(), free_port()), (f"--port={free_port()}", f"--meeting-port={free_port()}")
-    named = {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost", "NAIGN_START": "s"}
-    training = (f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
-
-    def begin(index: int) -> subprocess.Popen[str]:
-        more = {"JOB_COMPLETION_INDEX": str(index), **named}
-        return start(*options, f"--metrics={ports[index]}", *training, **more)  # type: ignore[no-any-return]
-
-    hosts = [begin(0), begin(1)]
-    address = prometheus(*ports)
-
-    def log() -> str:
-        text = (tmp_path / "prometheus.log").read_text()
-        return "".join([text, *(host.communicate()[1] for host in hosts if host.poll() is not None)])
-
-    for series in ("naign_rounds_total", "naign_images_total"):
-        until(lambda: len(query(address, f"{series} > 4")) == 2, log)  # noqa: B023
-        instances = [entry["metric"]["instance"] for entry in query(address, series)]
-        assert sorted(instances) == sorted(f"localhost:{port}" for port in ports)
-    rounds, images = (query(address, f"min({series})")[0] for series in ("naign_rounds_total", "naign_images_total"))
-    assert float(rounds["value"][1]) > 4 and float(images["value"][1]) >= 256 * 4
-    for expression in expressions():
-        if "gpu" not in expression:
-            expression = expression.replace("$run", ".*").replace("$window", "1m")
-            until(lambda: query(address, expression), lambda: expression)  # noqa: B023
-    assert [get(port, "/healthz")[0] for port in ports] == [200, 200]
-    hosts[1].kill()
-    hosts[1].wait()
-    hosts[1] = begin(1)
-    for series, value in (("generation", "2"), ("restarts_total", "1")):
-        until(lambda: [entry["value"][1] for entry in query(address, f"naign_{series}")] == [value] * 2, log)  # noqa: B023
-    until(lambda: len(query(address, "naign_rounds_total > 0")) == 2, log)
-    for host in hosts:
-        host.send_signal(signal.SIGTERM)
-    output = [host.communicate(timeout=60)[1] for host in hosts]
-    assert [host.returncode for host in hosts] == [INTERRUPTED] * 2, output
-    assert not [text for text in output if "Traceback" in text]
-
-
 IMPATIENT = """
 from naign.cli.main import main
 from naign.cluster import metrics
@@ -357,5 +284,5 @@ def test_healthz_goes_bad_when_rounds_stop_and_recovers(start, digits, tmp_path)
     trainer.resume()
     until(lambda: get(port, "/healthz")[0] == 200, log)
     job.send_signal(signal.SIGTERM)
-    output = job.communicate(timeout=60)[1]
+    output = job.communicate(timeout=200)[1]
     assert job.returncode == INTERRUPTED and "Traceback" not in output, output

@@ -1,14 +1,63 @@
-"""launch/slurm.sbatch on a real Slurm of two nodes: trains, is signalled, queues itself again, goes on, ends."""
+"""launch/slurm.sbatch: what is rendered of it; on a real Slurm of two nodes it is signalled, goes on, and ends."""
 
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL
+from naign.cluster.job import Job
+from naign.cluster.render import render_slurm
+from tests.conftest import ROOT, SMALL
 from tests.hosts.slurm import Slurm, possible
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(possible()), reason=possible() or "possible")]
+real = pytest.mark.skipif(bool(possible()), reason=possible() or "possible")
+
+
+def with_programs(folder: Path, script: str, **programs: str) -> subprocess.CompletedProcess[str]:
+    """Run a batch script where Slurm's programs are shell scripts."""
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    environ = {
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "HOME": "/home/me",
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": "10",
+    }
+    return subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def options_of(script: str, folder: Path) -> list[str]:
+    """What a script gives to `naign launch`."""
+    done = with_programs(folder, script, srun='printf "%s\\n" "$@"')
+    assert done.returncode == 0, done.stderr
+    words = done.stderr.splitlines()
+    return words[words.index("launch") + 1 :]
+
+
+def test_a_script_is_rendered(tmp_path):
+    script = render_slurm(Job(nodes=4, gpus=2, data="/shared/my mnist", run="/shared/runs/a"))
+    lines = script.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    for option in ("job-name=a", "nodes=4", "gpus-per-node=2", "mem=32G", "signal=USR1@120", "requeue"):
+        name = option.partition("=")[0]
+        assert [line for line in lines if line.startswith(f"#SBATCH --{name}")] == [f"#SBATCH --{option}"]
+    options = options_of(script, tmp_path)
+    assert {"--data.path=/shared/my mnist", "--run.path=/shared/runs/a", "--run.remote="} <= set(options)
+
+
+def test_no_other_user_can_own_the_folder_of_a_run_in_a_bucket(tmp_path):
+    options = options_of(render_slurm(Job(data="s3://bucket/d", run="s3://bucket/runs/a")), tmp_path)
+    assert "--run.remote=s3://bucket/runs/a" in options
+    assert "--run.path=/home/me/naign-runs/bucket-runs-a" in options
+
+
+def test_a_host_that_is_lost_after_ten_planned_stops_does_not_end_the_job(tmp_path):
+    srun = "echo >> starts; [ $(wc -l < starts) = 2 ] || exit 76"
+    done = with_programs(tmp_path, (ROOT / "launch/slurm.sbatch").read_text(), srun=srun)
+    assert done.returncode == 0, done.stdout
+    assert "ended with 76: all hosts start again" in done.stdout
 
 
 def until(met, slurm: Slurm, place: Path, seconds: float = 120) -> None:
@@ -20,6 +69,8 @@ def until(met, slurm: Slurm, place: Path, seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
+@real
+@pytest.mark.slow
 def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
     place = tmp_path / "submitted"
     place.mkdir()
@@ -46,6 +97,8 @@ def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
     assert "ended with 75: queued again" in said and f"start 1.0 of job {job}" in said
 
 
+@real
+@pytest.mark.slow
 def test_a_mistake_ends_the_job(digits, tmp_path):
     place = tmp_path / "submitted"
     place.mkdir()
@@ -56,6 +109,8 @@ def test_a_mistake_ends_the_job(digits, tmp_path):
     assert "no multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()
 
 
+@real
+@pytest.mark.slow
 def test_hosts_start_again_within_the_allocation_until_bad_input_of_one_ends_the_job(tmp_path):
     place = tmp_path / "submitted"
     (place / ".venv/bin").mkdir(parents=True)

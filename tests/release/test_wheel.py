@@ -82,7 +82,7 @@ def test_the_wheel_trains_and_measures_in_an_empty_folder(tagged: Path, tmp_path
     archive = dist / "naign-7.8.9.tar.gz"
     assert sorted(dist.iterdir()) == [wheel, archive]
     with tarfile.open(archive) as opened:
-        assert {"naign-7.8.9/tests/conftest.py", "naign-7.8.9/k8s/base/job.yaml"} <= set(opened.getnames())
+        assert {"naign-7.8.9/tests/conftest.py", "naign-7.8.9/k8s/job.yaml"} <= set(opened.getnames())
     install = ["install", "-q", "--no-deps", "--no-compile", "--target", str(site)]
     run(tmp_path, *python_m, "pip", *install, str(wheel))
     for folder in ("configs", "launch", "k8s", "models"):

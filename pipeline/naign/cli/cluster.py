@@ -46,20 +46,19 @@ def launch() -> None:
 
 
 def render(what: Positional[Literal["k8s", "slurm"]], /, *, job: Annotated[Job, tyro.conf.arg(name="")]) -> None:
-    """Print the manifests or the Slurm script of a training; its memory and traffic go to stderr.
+    """Print the manifests or the Slurm script of a training.
 
     Args:
         what: k8s for kubectl apply -f -, slurm for sbatch.
     """
-    from naign.cluster.render import predict, render_k8s, render_slurm
+    from naign.cluster.render import render_k8s, render_slurm
 
-    text = render_k8s(job) if what == "k8s" else render_slurm(job)
-    if job.data.startswith("s3://"):
-        print(f"reading {job.data}", file=sys.stderr, flush=True)
-    cost = predict(job)
-    print(text)
-    unset = what == "k8s" and not job.endpoint and "AWS_ENDPOINT_URL" in os.environ
-    print(cost + "\nAWS_ENDPOINT_URL is set here and not in the manifests: give --endpoint" * unset, file=sys.stderr)
+    if what == "slurm":
+        print(render_slurm(job))
+        return
+    print(render_k8s(job))
+    if not job.endpoint and "AWS_ENDPOINT_URL" in os.environ:
+        print("AWS_ENDPOINT_URL is set here and not in the manifests: give --endpoint", file=sys.stderr)
 
 
 def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:

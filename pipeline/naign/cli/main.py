@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from naign.errors import leave_when_asked
+from naign.process import leave_when_asked
 
 
 def _end(number: int, _: object) -> NoReturn:

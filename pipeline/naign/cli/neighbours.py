@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from naign.cli.model import Run
-from naign.errors import exit_on_input_error, leave_on_failure, leave_when_asked, record_exit
+from naign.errors import exit_on_input_error
 from naign.neighbours import CopiesOptions, DuplicatesOptions
+from naign.process import leave_on_failure, leave_when_asked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,4 +62,3 @@ def _ranks() -> Iterator["Accelerator"]:
         yield accelerator
         part()
         accelerator.end_training()
-        record_exit(0)

@@ -5,11 +5,11 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from naign.errors import InputError, one_line, require
+from naign.errors import InputError, one_line
 
 MOST = 99_999  # largest index, number of hosts and generation: `_number` reads five digits
 RANKS = 1024  # on a host
-PORTS = (29400, 29500)  # default ports of host 0: where hosts wait for each other, and the rendezvous of the ranks
+PORT = 29400  # default port where host 0 meets the others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +22,6 @@ class Place:
     head: str = "localhost"  # name or address of host 0, as the others reach it
     start: str = ""  # id of this start of the job: hosts of an earlier one may still be running
     processes: int = 0  # ranks on this host; 0: one a GPU, or one
-    generation: int = 0  # of the last meeting of this start that this host took part in
-    since: int = 0  # the generation since which the hosts are the same and none trained for long
 
     @property
     def is_replaced(self) -> bool:
@@ -39,52 +37,81 @@ def find_place(environ: Mapping[str, str]) -> Place:
     - Kubeflow Trainer v2, or whoever sets torchrun's options: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR.
     - Slurm: one task of `srun` a node. A batch script that calls no srun is alone, on its one node.
 
-    Without any of them the host is alone. A host that meets the others again (meeting.py) sets NAIGN_GENERATION and
-    NAIGN_SINCE itself. Raises InputError where variables are missing or contradictory.
+    Without any of them the host is alone. Raises InputError where variables are missing or contradictory.
     """
-    generation, since = (_number(environ, name, default=0) for name in ("NAIGN_GENERATION", "NAIGN_SINCE"))
-    processes, start = 0, environ.get("NAIGN_START", "")
     if "NAIGN_HOSTS" in environ:
-        name, index, hosts = "Kubernetes", _number(environ, "JOB_COMPLETION_INDEX"), _number(environ, "NAIGN_HOSTS")
-        head = _text(environ, "NAIGN_HEAD")
+        place = Place(
+            orchestrator="Kubernetes",
+            index=_number(environ, "JOB_COMPLETION_INDEX"),
+            hosts=_number(environ, "NAIGN_HOSTS"),
+            head=_text(environ, "NAIGN_HEAD"),
+            start=environ.get("NAIGN_START", ""),
+        )
     elif "PET_NNODES" in environ:
-        name, hosts, per_node = "Kubeflow", _number(environ, "PET_NNODES"), environ.get("PET_NPROC_PER_NODE", "auto")
-        index = _number(environ, "PET_NODE_RANK", default=0 if hosts == 1 else None)
-        head = environ.get("PET_MASTER_ADDR", "localhost")
-        processes = _number(environ, "PET_NPROC_PER_NODE") if per_node.isdecimal() else 0
-    elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" not in environ:  # the batch script itself
-        hosts = _number(environ, "SLURM_NNODES", default=1)
-        require((hosts == 1, f"this job has {hosts} nodes: start training with srun, as launch/slurm.sbatch does"))
-        return Place(orchestrator="none")
+        place = _of_kubeflow(environ)
     elif "SLURM_PROCID" in environ:
-        tasks, nodes = environ.get("SLURM_NTASKS"), environ.get("SLURM_NNODES")
-        wanted = "one a node is wanted (--ntasks-per-node=1), which starts that node's ranks"
-        require((tasks == nodes, f"srun started {tasks} tasks on {nodes} nodes: {wanted}"))
-        name, index, hosts = "Slurm", _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NNODES")
-        head = environ.get("NAIGN_HEAD") or _first_node(_text(environ, "SLURM_JOB_NODELIST"))
-        parts = {"SLURM_JOB_ID": "", "SLURM_RESTART_COUNT": "0", "SLURM_STEP_ID": "0"}
-        start = ".".join(environ.get(variable, default) for variable, default in parts.items())
+        place = _of_slurm(environ)
     elif "JOB_COMPLETION_INDEX" in environ:
         remedy = "say how many pods train together, or 1 if each trains alone in a --run.path of its own"
         raise InputError(f"this is a pod of an Indexed Job, but NAIGN_HOSTS is not set: {remedy}")
     else:
         return Place(orchestrator="none")
-    named = all(re.fullmatch(r"[\w:-]{1,63}", label, re.ASCII) for label in head.rstrip(".").split("."))
-    remedy = "make NAIGN_HOSTS, or completions and parallelism of the Job, the number of hosts everywhere"
-    require(
-        (named, f"'{head[:300]}' is no name of a host: see NAIGN_HEAD in k8s/job.yaml"),
-        (0 <= index < hosts, f"{name} says that this is host {index} of {hosts}, counted from 0: {remedy}"),
-        (since <= generation, f"NAIGN_SINCE ({since}) is more than NAIGN_GENERATION ({generation}): set neither"),
-        (processes <= RANKS, f"{processes} ranks on this host: at most {RANKS} are possible"),
+    labels = place.head.rstrip(".").split(".")
+    if not all(re.fullmatch(r"[\w:-]{1,63}", label, re.ASCII) for label in labels):
+        raise InputError(f"'{place.head[:300]}' is not a name of a host: see NAIGN_HEAD in k8s/job.yaml")
+    if not place.index < place.hosts:
+        counted = f"{place.orchestrator} says that this is host {place.index} of {place.hosts}, counted from 0"
+        remedy = "make NAIGN_HOSTS, or completions and parallelism of the Job, the number of hosts everywhere"
+        raise InputError(f"{counted}: {remedy}")
+    if place.processes > RANKS:
+        raise InputError(f"{place.processes} ranks on this host: at most {RANKS} are possible")
+    return place
+
+
+def _of_kubeflow(environ: Mapping[str, str]) -> Place:
+    hosts = _number(environ, "PET_NNODES")
+    has_number = environ.get("PET_NPROC_PER_NODE", "auto").isdecimal()
+    return Place(
+        orchestrator="Kubeflow",
+        index=_number(environ, "PET_NODE_RANK", default="0" if hosts == 1 else ""),
+        hosts=hosts,
+        head=environ.get("PET_MASTER_ADDR", "localhost"),
+        start=environ.get("NAIGN_START", ""),
+        processes=_number(environ, "PET_NPROC_PER_NODE") if has_number else 0,
     )
-    met = {"generation": generation, "since": since}
-    return Place(orchestrator=name, index=index, hosts=hosts, head=head, start=start, processes=processes, **met)
 
 
-def find_ports(environ: Mapping[str, str]) -> tuple[int, int]:
-    """PORTS; on Slurm, where jobs share nodes, two derived from the job id, below the ephemeral ports (32768)."""
+def _of_slurm(environ: Mapping[str, str]) -> Place:
+    hosts = _number(environ, "SLURM_NNODES", default="1")
+    if "SLURM_STEP_ID" not in environ:  # the batch script itself
+        if hosts > 1:
+            raise InputError(f"this job has {hosts} nodes: start training with srun, as launch/slurm.sbatch does")
+        return Place(orchestrator="none")
+    tasks = environ.get("SLURM_NTASKS")
+    if tasks != str(hosts):
+        wanted = "one a node is wanted (--ntasks-per-node=1), which starts that node's ranks"
+        raise InputError(f"srun started {tasks} tasks on {hosts} nodes: {wanted}")
+    parts = (
+        environ.get("SLURM_JOB_ID", ""),
+        environ.get("SLURM_RESTART_COUNT", "0"),
+        environ.get("SLURM_STEP_ID", "0"),
+    )
+    return Place(
+        orchestrator="Slurm",
+        index=_number(environ, "SLURM_PROCID"),
+        hosts=hosts,
+        head=environ.get("NAIGN_HEAD") or _first_node(_text(environ, "SLURM_JOB_NODELIST")),
+        start=".".join(parts),
+        processes=_number(environ, "SLURM_GPUS_ON_NODE", default="0"),
+    )
+
+
+def find_port(environ: Mapping[str, str]) -> int:
+    """PORT; on Slurm, where jobs share nodes, one derived from the job id, below the ephemeral ports (32768)."""
     job = environ.get("SLURM_JOB_ID", "")
-    return (first := 20_000 + int(job[-9:]) % 6000 * 2, first + 1) if job.isdecimal() else PORTS
+    if not job.isdecimal():
+        return PORT
+    return 20_000 + int(job[-9:]) % 12_000
 
 
 def _first_node(nodes: str) -> str:
@@ -97,16 +124,15 @@ def _first_node(nodes: str) -> str:
         raise InputError(f"scontrol cannot name the nodes of '{nodes}' ({reason}): set NAIGN_HEAD") from None
 
 
-def _text(environ: Mapping[str, str], name: str) -> str:
-    if not environ.get(name, "").strip():
+def _text(environ: Mapping[str, str], name: str, default: str = "") -> str:
+    text = environ.get(name, "").strip() or default
+    if not text:
         raise InputError(f"the variable {name} is not set, which says where this host stands: see k8s/job.yaml")
-    return environ[name].strip()
+    return text
 
 
-def _number(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:
-    if default is not None and not environ.get(name, "").strip():
-        return default
-    text = _text(environ, name)
+def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    text = _text(environ, name, default)
     if not text.isdecimal() or len(text) > 5:
         raise InputError(f"the variable {name} is '{text[:40]}': it must be a number from 0 to 99999")
     return int(text)

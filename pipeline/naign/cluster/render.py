@@ -1,11 +1,10 @@
-"""Manifests and scripts for a job of any size, from those in k8s/ and launch/, and what the job computes and stores."""
+"""Manifests and scripts for a job of any size, from k8s/job.yaml and launch/slurm.sbatch."""
 
 import hashlib
 import json
 import math
 import re
 import shlex
-from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -13,47 +12,46 @@ import yaml
 from naign import shipped
 from naign.cluster.job import Job
 from naign.config import Config, check, load, to_dict
-from naign.data.mixing import DataSets
-from naign.errors import InputError, Unavailable, printable, require
+from naign.errors import InputError, printable, require
 from naign.settings.read import read_yaml
-from naign.storage.retry import give_up_after
-from naign.storage.store import use_endpoint
 
-_HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
-# github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII.
-IMAGE = rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
+# [host[:port]/]name[:tag][@digest], in ASCII.
+IMAGE = r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?"
 # docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html.
 BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
 NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
+SLURM = "launch/slurm.sbatch"
 
 
-def _check_options(*rules: tuple[str, str, str, str]) -> None:
-    """InputError for the first (option, value, pattern, what it must be) whose value does not match."""
-    for option, value, pattern, must in rules:
-        if not (value.isprintable() and re.fullmatch(pattern, value, re.ASCII)):
-            shown = re.sub(".*@", "...@", value, flags=re.DOTALL)  # without user and password
-            raise InputError(f"{option} {printable(shown)}{must}")
+def _require_match(option: str, value: str, pattern: str, must: str) -> None:
+    """InputError, which shows no user and password, for an option's value that does not match."""
+    if not (value.isprintable() and re.fullmatch(pattern, value, re.ASCII)):
+        shown = re.sub(".*@", "...@", value, flags=re.DOTALL)
+        raise InputError(f"{option} {printable(shown)}{must}")
 
 
 def configure(job: Job) -> Config:
     """The run's configuration. Raises InputError where it does not fit the size of the job."""
-    hosts, place = f"{job.nodes} nodes of {job.gpus} GPUs", rf"(?!.*://).*\S.*|{BUCKET}"
-    bucket = ": write s3://bucket/prefix, a bucket's name as S3 wants it, or for Slurm a shared folder"
+    size = f"{job.nodes} nodes of {job.gpus} GPUs"
     require(
-        (job.nodes >= 1 and job.gpus >= 0, f"{hosts}: at least one node, and no fewer than 0 GPUs"),
-        (job.ranks <= 2**16, f"{hosts} are too many"),
+        (job.nodes >= 1 and job.gpus >= 0, f"{size}: at least one node, and no fewer than 0 GPUs"),
+        (job.ranks <= 2**16, f"{size} are too many"),
     )
-    _check_options(
-        ("--name", job.name, NAME, ": small letters, digits and '-', at most 42, as Kubernetes wants names"),
-        ("--data", job.data, place, bucket),
-        ("--run", job.run, place, bucket),
-    )
+    _require_match("--name", job.name, NAME, ": small letters, digits and '-', at most 42, as Kubernetes wants names")
+    folder_or_bucket = rf"(?!.*://).*\S.*|{BUCKET}"
+    for option, place in (("--data", job.data), ("--run", job.run)):
+        must = ": write s3://bucket/prefix, a bucket's name as S3 wants it, or for Slurm a shared folder"
+        _require_match(option, place, folder_or_bucket, must)
     settings = load(str(job.config)) if job.config else Config()
-    settings.data.path, settings.run.path, settings.run.remote = job.data, job.run, ""
+    settings.data.path = job.data
+    settings.run.path = job.run
+    settings.run.remote = ""
     if job.run.startswith("s3://"):
-        settings.run.path, settings.run.remote = f"/run/naign/{job.name}", job.run.rstrip("/")
+        settings.run.path = f"/run/naign/{job.name}"
+        settings.run.remote = job.run.rstrip("/")
     check(settings)
-    batch, least = settings.train.batch, job.ranks * settings.train.accumulate
+    batch = settings.train.batch
+    least = job.ranks * settings.train.accumulate
     remedy = f"set a multiple of {least} in --config, match.round to one of that; a run that exists needs other --nodes"
     require((batch % least == 0, f"train.batch={batch} cannot be shared by {job.ranks} ranks: {remedy}"))
     return settings
@@ -61,22 +59,24 @@ def configure(job: Job) -> Config:
 
 def render_k8s(job: Job) -> str:
     """job.yaml for this job, for `kubectl apply -f -`, with a bucket instead of its S3 server."""
-    settings, name, account = configure(job), job.name, job.service_account
-    bucket = ": pods share a bucket only: give s3://bucket/prefix"
+    settings = configure(job)
+    account = job.service_account
+    for option, place in (("--data", job.data), ("--run", job.run)):
+        _require_match(option, place, "s3://.*", ": pods share a bucket only: give s3://bucket/prefix")
+    _require_match("--image", job.image, IMAGE, " is not a name of an image: [registry/]name[:tag][@digest]")
+    account_name = r"([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?)?"
+    _require_match("--service-account", account, account_name, " is not a name of a service account")
+    _require_match("--region", job.region, r"[a-z0-9-]+", " is not a name of a region, such as eu-west-1")
     address = ": it must be http://host:port or https://host, without user and password"
-    _check_options(
-        ("--data", job.data, "s3://.*", bucket),
-        ("--run", job.run, "s3://.*", bucket),
-        ("--image", job.image, IMAGE, " is no name of an image: [registry/]name[:tag][@digest]"),
-        ("--service-account", account, r"([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?)?", " is no name of a service account"),
-        ("--region", job.region, r"[a-z0-9-]+", " is no name of a region, as eu-west-1"),
-        ("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", address),
-    )
-    if "within" not in ((read_yaml(str(job.config)).get("stop") if job.config else None) or {}):
+    _require_match("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", address)
+    written: dict[str, Any] = read_yaml(str(job.config)) if job.config else {}
+    if "within" not in (written.get("stop") or {}):
         settings.stop.within = 60
     access = f"the role of the service account {account}" if account else "the Secret naign-s3, if there is one"
+    name = job.name
+    images = settings.train.batch // job.ranks
     head = (
-        f"# {name}: {job.nodes} pods {f'of {job.gpus} GPUs' if job.gpus else 'without GPUs'}\n"
+        f"# {name}: {job.nodes} pods, {job.gpus} GPUs each; {images} images a step and rank\n"
         "#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
         f"#   wait      kubectl wait --for=condition=Ready pod -l app.kubernetes.io/name={name} --timeout=30m\n"
         f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={job.nodes}\n"
@@ -89,28 +89,49 @@ class _Dumper(yaml.SafeDumper):
     """Writes texts of several lines as blocks, to be read and edited."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+        style = "|" if "\n" in text else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
+def _rename(value: Any, names: dict[str, str]) -> Any:
+    """The value, with those of its keys `name`, `subdomain`, ... that `names` has replaced."""
+    if isinstance(value, list):
+        return [_rename(item, names) for item in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {}
+    for key, item in value.items():
+        if key in ("name", "subdomain", "value", "app.kubernetes.io/name") and isinstance(item, str):
+            renamed[key] = names.get(item, item)
+        else:
+            renamed[key] = _rename(item, names)
+    return renamed
+
+
 def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     """The objects of job.yaml but those of its S3 server, with the job's name, size and configuration."""
-    name, gpus = job.name, job.gpus
-    text = shipped("k8s/base/job.yaml").read_text()
-    # No run's name has a dot, so that none can be that of another run's ConfigMap for its store.
-    text = re.sub(r"\bname: naign-store(?![\w-])", f'name: "{name}.store"', text)
-    text = re.sub(r"\b(name|subdomain): naign(?![\w-])", rf'\1: "{name}"', text)
-    text = text.replace("naign-0.naign", f"{name}-0.{name}")
-    every = yaml.safe_load_all(text)
-    objects = [item for item in every if item["metadata"]["labels"]["app.kubernetes.io/name"] == name]
+    # A run's name has no dot, so the ConfigMap of one run's store never has the name of another run.
+    names = {
+        "naign": job.name,
+        "naign-store": f"{job.name}.store",
+        "naign-0.naign": f"{job.name}-0.{job.name}",
+    }
+    shipped_objects = yaml.safe_load_all(shipped("k8s/job.yaml").read_text())
+    kept = [item for item in shipped_objects if item["metadata"]["labels"]["app.kubernetes.io/name"] == "naign"]
+    objects: list[dict[str, Any]] = _rename(kept, names)
     store, run, _, training = objects
-    store["data"] = {"AWS_REGION": job.region} | ({"AWS_ENDPOINT_URL": job.endpoint} if job.endpoint else {})
+    store["data"] = {"AWS_REGION": job.region}
+    if job.endpoint:
+        store["data"]["AWS_ENDPOINT_URL"] = job.endpoint
     run["data"]["run.yaml"] = yaml.safe_dump(to_dict(settings), sort_keys=False)
-    store["immutable"] = run["immutable"] = True
+    store["immutable"] = True
+    run["immutable"] = True
     spec = training["spec"]
-    spec["completions"] = spec["parallelism"] = job.nodes
+    spec["completions"] = job.nodes
+    spec["parallelism"] = job.nodes
     # The API server then refuses a second `apply` under one name: replaced pods would read the other run's settings.
     digest = hashlib.sha256(json.dumps([store["data"], run["data"]]).encode()).hexdigest()
     spec["template"]["metadata"]["annotations"] = {"naign/config-sha256": digest}
@@ -118,80 +139,58 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     pod["terminationGracePeriodSeconds"] = math.ceil(settings.stop.within) + 30
     (container,) = pod["containers"]
     container["image"] = job.image
-    next(each for each in container["env"] if each["name"] == "NAIGN_HOSTS")["value"] = str(job.nodes)
+    for variable in container["env"]:
+        if variable["name"] == "NAIGN_HOSTS":
+            variable["value"] = str(job.nodes)
     if job.service_account:
         pod["serviceAccountName"] = job.service_account
         del container["envFrom"][1]  # keys of a Secret would go before the role
-    if gpus:
-        next(each for each in pod["volumes"] if each["name"] == "shm")["emptyDir"]["sizeLimit"] = f"{4 * gpus}Gi"
-        container["command"][2:2] = ["--gpus", str(gpus)]
-        container["resources"] = {
-            "requests": {"cpu": str(3 * gpus), "memory": f"{12 * gpus}Gi"},
-            "limits": {"nvidia.com/gpu": str(gpus), "memory": f"{32 * gpus}Gi"},
-        }
-        pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    if job.gpus:
+        _add_gpus(pod, job.gpus)
     return objects
+
+
+def _add_gpus(pod: dict[str, Any], gpus: int) -> None:
+    """Request GPUs for a pod's container, with processors, memory and shared memory for them."""
+    (container,) = pod["containers"]
+    container["command"][2:2] = ["--gpus", str(gpus)]
+    container["resources"] = {
+        "requests": {"cpu": str(3 * gpus), "memory": f"{12 * gpus}Gi"},
+        "limits": {"nvidia.com/gpu": str(gpus), "memory": f"{32 * gpus}Gi"},
+    }
+    pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    for volume in pod["volumes"]:
+        if volume["name"] == "shm":
+            volume["emptyDir"]["sizeLimit"] = f"{4 * gpus}Gi"
 
 
 def render_slurm(job: Job) -> str:
     """launch/slurm.sbatch for this job, for `sbatch`, with the options filled in. Its image is not used."""
-    settings, config = configure(job), job.config
-    remote = settings.run.remote
-    copied = f"/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', remote.removeprefix('s3://'))}"
-    options = [
-        *([f"--config={config.resolve() if config.is_file() else config}"] if config else []),
-        f"--data.path={job.data}",
-        f"--run.path={copied if remote else settings.run.path}",
-        f"--run.remote={remote}",  # also if that is empty: the configuration may have one
-        f"--train.precision={settings.train.precision}",
+    settings = configure(job)
+    options = []
+    if job.config:
+        known = job.config.resolve() if job.config.is_file() else job.config
+        options.append(f"--config={known}")
+    options.append(f"--data.path={job.data}")
+    options.append(f"--run.remote={settings.run.remote}")  # also if that is empty: the configuration may have one
+    options.append(f"--train.precision={settings.train.precision}")
+    path = shlex.quote(job.run)
+    if settings.run.remote:
+        # In the home folder, since another user could own a folder in /tmp whose name can be guessed.
+        path = '"$HOME"/naign-runs/' + re.sub(r"[^A-Za-z0-9.-]+", "-", job.run.removeprefix("s3://"))
+    resources = {"job-name": job.name, "nodes": job.nodes}
+    if job.gpus:
+        resources |= {"gpus-per-node": job.gpus, "cpus-per-task": 4 * job.gpus, "mem": f"{16 * job.gpus}G"}
+    head, _, body = shipped(SLURM).read_text().partition("\n\n")
+    lines = [
+        "#!/bin/bash",
+        "#   sbatch FILE [--section.key=value ...]",
+        f"#   squeue --me; tail -f {job.name}-*-host*.log; scancel JOBID",
+        *(f"#SBATCH --{option}={value}" for option, value in resources.items()),
     ]
-    each = {"gpus-per-node": job.gpus, "cpus-per-task": 4 * job.gpus, "mem": f"{16 * job.gpus}G"} if job.gpus else {}
-    gpus = "".join(f"#SBATCH --{option}={value}\n" for option, value in each.items())
-    text = re.sub(r"launch/slurm\.sbatch( --.*)?", "FILE", shipped("launch/slurm.sbatch").read_text())
-    text = re.sub(r"#SBATCH --nodes=\d+\n", f"#SBATCH --nodes={job.nodes}\n{gpus}", text)
-    text = re.sub(r"naign(?=-\*)|(?<=--job-name=)naign", job.name, text)  # also in the names of its logs
-    return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()
-
-
-def predict(job: Job) -> str:
-    """A table of what the run computes, stores and sends: counted from its configuration, without any speed."""
-    import torch
-
-    from naign.model.networks import build_network
-    from naign.model.prior import build_prior
-    from naign.observe.speed import fit_flops, forward_flops
-
-    settings, unknown, stored = load(str(job.config)) if job.config else Config(), "", 0
-    shape: tuple[int, ...] = (1, 28, 28)
-    labels: tuple[str, ...] = ("unknown",)
-    use_endpoint(job.endpoint)
-    try:
-        with give_up_after(0):  # a cluster's bucket is often out of reach from here
-            sets = DataSets(replace(settings.data, path=job.data))
-        shape, labels = sets.shape, sets.manifest.labels
-        stored = sum(shard.bytes for split in sets.manifest.splits.values() for shard in split.shards)
-    except (InputError, Unavailable) as error:
-        unknown = f"\ncounted with images of 1x28x28, since {job.data} cannot be read from here: {error}"
-    with torch.device("meta"):
-        network = build_network(settings.model, shape)
-        prior = build_prior(settings.prior, shape, network, labels=labels)
-        drawn, saved = (sum(t.nbytes for t in state().values()) for state in (prior.state_dict, prior.training_state))
-    weights, forward = sum(value.nbytes for value in network.parameters()), forward_flops(network, shape)
-    match, train, keep = settings.match, settings.train, settings.checkpoint.keep
-    images, pool, width = match.round * train.passes, match.pool * settings.objective.needs_match, math.prod(shape)
-    generate, search = pool * forward, 2 * width * match.round * pool
-    fit = images * fit_flops(forward, settings.objective.forwards)
-    sent = match.round * (width * 4 + 16 * job.ranks) * bool(pool) + images // train.batch * 2 * weights
-    rounds, copies = -(-train.images // images), 4 + bool(train.ema)  # weights, gradients, two moments; average
-    between = f"; {sent / 1e9:.2g} GB between nodes" if job.nodes > 1 else ""
-    rows = (
-        ("GPUs" if job.gpus else "CPU hosts", f"{job.ranks}, {train.batch // job.ranks} images a step each"),
-        ("parameters", f"f {weights / 4e6:.2f} M, prior {drawn / 4e6:.2f} M; {forward / 1e9:.2f} GFLOP a forward of f"),
-        ("data", f"{stored / 1e9:.2f} GB" if stored else "unknown"),
-        ("a rank", f"{(copies * weights + saved) / 1e9:.2g} GB of weights, optimizers, f's gradients; no activations"),
-        ("a checkpoint", f"{((copies - 1) * weights + (copies - 3) * drawn + saved) / 1e9:.3f} GB, {keep} kept"),
-        ("a round", f"{(generate + search + fit) / 1e12:.2g} TFLOP: generate {generate / 1e12:.2g}, search at most"
-         f" {search / 1e12:.2g}, fit {fit / 1e12:.2g}{', learn (the prior) not counted' * prior.learns}{between}"),
-        ("the run", f"{rounds} rounds, {rounds * (generate + search + fit) / 1e15:.2g} PFLOP"),
-    )  # fmt: skip
-    return "\n".join(f"{name:12}  {text}" for name, text in rows) + unknown
+    for line in head.splitlines():
+        option = line.removeprefix("#SBATCH --").partition("=")[0]
+        if line.startswith("#SBATCH") and option not in resources:
+            lines.append(line)
+    lines += ["", f'set -- {shlex.join(options)} --run.path={path} "$@"', "", body.rstrip()]
+    return "\n".join(lines)

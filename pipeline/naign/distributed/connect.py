@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
 from naign.distributed.host import check_bf16, check_gpus, check_versions, count_ranks, why_unfit
-from naign.errors import InputError, PeerLost, require
+from naign.errors import InputError, PeerLost
 
 
 def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: int = 1) -> Accelerator:
@@ -25,54 +25,77 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
     (`choose_precision`), or '' for that of the launcher. A step has `accumulate` micro-batches. Raises InputError where
     the launcher's configuration contradicts the arguments or the machine.
     """
-    world, ranks = count_ranks("WORLD_SIZE"), count_ranks()  # in all; of this host
-    many = world > 1
+    world = count_ranks("WORLD_SIZE")
+    local = count_ranks()  # of this host
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     on_cpu = use_cpu == "true" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    started = "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ
-    require((started, "the launcher started this process alone (MULTI_CPU): use a configuration like launch/cpu.yaml"))
-    if many and not deepspeed and on_cpu and use_cpu == "false":
-        check_gpus("the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)", ranks)
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        alone = "the launcher started this process alone (MULTI_CPU)"
+        raise InputError(f"{alone}: use a configuration like launch/cpu.yaml")
+    if world > 1 and not deepspeed and on_cpu and use_cpu == "false":
+        check_gpus("the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)", local)
     if not on_cpu:
-        check_gpus(f"{ranks} ranks were started here", ranks)
-        require(*((not (problem := why_unfit(index)), problem) for index in range(ranks)))
-        if precision == "bf16":
-            check_bf16()
+        _check_cards(local, precision)
     if deepspeed:
         _check_deepspeed(on_cpu)
-    for name in ("TORCH_DEVICE", "DYNAMO_BACKEND", "DEBUG_MODE", "" if deepspeed else "GRADIENT_ACCUMULATION_STEPS"):
-        os.environ.pop(f"ACCELERATE_{name}", None)  # the run's settings decide
-    if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() != "true" or not many:
-        os.environ.pop("FSDP_VERSION", None)  # not from a launcher of these ranks
-    elif os.environ.setdefault("FSDP_VERSION", "1") != "2":  # FsdpEngine shards, not Accelerate
-        raise InputError("the launcher's configuration asks for FSDP 1: set fsdp_version: 2 in fsdp_config")
-    check_versions("torch", "accelerate")
+    _forget_settings(sharded=world > 1, deepspeed=deepspeed)
+    check_versions("torch")
     mixed = _mixed_precision(precision, on_cpu=on_cpu, deepspeed=deepspeed)
-    backend, connecting = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout + 60)
+    backend = "gloo" if on_cpu else "nccl"
+    connecting = timedelta(seconds=timeout + 60)
     # Before training, one rank may download data or a checkpoint for long. In training the watchdog ends ranks sooner.
     collective = max(connecting, timedelta(hours=2))
-    if many and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    handlers = []
+    if world > 1:
         _connect_ranks(backend, connecting, collective)
+    if world > 1 or deepspeed:
+        handlers = [InitProcessGroupKwargs(backend=backend, timeout=collective)]
     accelerator = Accelerator(
         # Without cpu=True Accelerate takes ranks without a GPU for unconnected ones; with it, it skips DeepSpeed.
         cpu=on_cpu and not deepspeed,
         mixed_precision=mixed,
         gradient_accumulation_steps=accumulate,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=collective)] if many or deepspeed else [],
+        kwargs_handlers=handlers,
     )
     if not on_cpu:
         repeat_bits()
-    connected = not many or accelerator.distributed_type != DistributedType.NO  # else each rank would train alone
-    require((connected, f"Accelerate connects none of {world} ranks: compare its configuration with those in launch/"))
+    if world > 1 and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone
+        raise InputError(f"Accelerate connects none of {world} ranks: compare its configuration with those in launch/")
     return accelerator
+
+
+def _check_cards(local: int, precision: str) -> None:
+    """Raise InputError or Unavailable where the ranks of this host cannot each use a GPU."""
+    check_gpus(f"{local} ranks were started here", local)
+    for index in range(local):
+        problem = why_unfit(index)
+        if problem:
+            raise InputError(problem)
+    if precision == "bf16":
+        check_bf16()
+
+
+def _forget_settings(*, sharded: bool, deepspeed: bool) -> None:
+    """Remove what a launcher's configuration says of settings that the run decides; InputError for FSDP 1."""
+    names = ["TORCH_DEVICE", "DYNAMO_BACKEND", "DEBUG_MODE"]
+    if not deepspeed:
+        names.append("GRADIENT_ACCUMULATION_STEPS")
+    for name in names:
+        os.environ.pop(f"ACCELERATE_{name}", None)
+    use_fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true"  # FsdpEngine shards, not Accelerate
+    if not use_fsdp or not sharded:
+        os.environ.pop("FSDP_VERSION", None)  # not from a launcher of these ranks
+    elif os.environ.setdefault("FSDP_VERSION", "1") != "2":
+        raise InputError("the launcher's configuration asks for FSDP 1: set fsdp_version: 2 in fsdp_config")
 
 
 def repeat_bits() -> None:
     """Make a GPU compute the same bits each time, so that a resumed run equals one that never stopped. Operations
     without a deterministic algorithm warn. cuBLAS needs a fixed workspace, which pipeline/naign/__init__.py sets.
     """
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not each new tensor
 
@@ -80,38 +103,51 @@ def repeat_bits() -> None:
 def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
     """Accelerate's `mixed_precision` for train.precision; InputError where the launcher's configuration differs."""
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("fp32", "no")
-    if precision == "auto":
-        precision = "" if configured != "no" or deepspeed else choose_precision(on_cpu)
-    mixed = {"": configured, "fp32": "no"}.get(precision, precision)
-    conflict = f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}"
-    require((configured in ("no", mixed), f"{conflict}: remove one"))
-    require((mixed != "fp16" or not on_cpu, "fp16 needs a GPU: use --train.precision=bf16 or fp32 here"))
+    if precision == "auto" and configured == "no" and not deepspeed:
+        precision = choose_precision(on_cpu)
+    mixed = configured
+    if precision not in ("", "auto"):
+        mixed = precision.replace("fp32", "no")
+    if configured not in ("no", mixed):
+        said = f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}"
+        raise InputError(f"{said}: remove one")
+    if mixed == "fp16" and on_cpu:
+        raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
     return mixed
 
 
 def choose_precision(on_cpu: bool) -> str:
     """bf16 where the processor or GPU multiplies it natively, else fp32: elsewhere it is slower than float32."""
-    if not on_cpu:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16")) else "fp32"
+    if on_cpu:
+        able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
+    else:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if fast else "fp32"
 
 
 def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
-    """Initialize the process group under torchrun or Accelerate, over a store that rank 0 opens for this attempt. The
-    launcher's, which survives restarts and keeps addresses of dead ranks, only publishes the port of that store.
+    """Initialize the process group over a store that rank 0 opens: at MASTER_PORT, or on a port of its own where the
+    launcher's store has that port (torchrun, accelerate launch). That one, which survives restarts and keeps addresses
+    of dead ranks, then only publishes the port.
     """
     host = os.environ["MASTER_ADDR"]
-    main_port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
-    launcher = TCPStore(host, main_port, world, is_master=False, timeout=connecting)
-    if rank == 0:
+    port = int(os.environ["MASTER_PORT"])
+    rank = int(os.environ["RANK"])
+    world = int(os.environ["WORLD_SIZE"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store = TCPStore(host, port, world, is_master=rank == 0, timeout=connecting, wait_for_workers=False)
+    elif rank == 0:
         store = TCPStore(host, 0, world, is_master=True, timeout=connecting, wait_for_workers=False)
+        launcher = TCPStore(host, port, world, is_master=False, timeout=connecting)
         launcher.set("port", str(store.port))
     else:
+        launcher = TCPStore(host, port, world, is_master=False, timeout=connecting)
         end = time.monotonic() + connecting.total_seconds()
         while True:
+            port = int(launcher.get("port"))
             with suppress(OSError):  # a port that refuses connections is an earlier attempt's
-                socket.create_connection((host, port := int(launcher.get("port"))), timeout=5).close()
+                socket.create_connection((host, port), timeout=5).close()
                 break
             if time.monotonic() > end:
                 raise PeerLost(f"rank {rank} waited {connecting} for rank 0, on {host}")
@@ -122,7 +158,8 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
 
 def _check_deepspeed(on_cpu: bool) -> None:
     """Raise InputError where the launcher asks for DeepSpeed and it cannot work."""
-    if missing := [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]:
+    missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
         lacking = f"the launcher's configuration asks for DeepSpeed, which needs {' and '.join(missing)}"
         raise InputError(f"{lacking}: in a checkout, pip install -e '.[deepspeed]'")
     if on_cpu and not shutil.which(os.environ.get("CXX", "c++")):

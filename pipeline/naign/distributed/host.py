@@ -12,27 +12,24 @@ from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import NoReturn
 
+import joblib
 import psutil
 import torch
 
 from naign import shipped
-from naign.errors import InputError, Unavailable, one_line, require
+from naign.errors import InputError, Unavailable, one_line
 
 log = logging.getLogger("naign.distributed")
 
-BROKEN = ("CUDA driver initialization failed", "CUDA unknown error")
-"""Parts of what torch says of a driver out of order: another host, or a reboot, may help."""
+MAY_PASS = ("CUDA driver initialization failed", "CUDA unknown error", "No CUDA GPUs are available")
+"""Parts of what torch says where GPUs or their driver are out of order: another host, or a reboot, may help."""
 
 TESTED = {"torch": ">=2.13,<2.14", "accelerate": ">=1.10,<1.16", "deepspeed": ">=0.17,<0.20"}
 """The versions that pass the tests. pyproject.toml admits newer ones, as long as they have the INTERNALS."""
 
 INTERNALS = {  # names that may change with any release, by library; zero.py checks those of DeepSpeed's objects itself
     "torch": ("torch.distributed.distributed_c10d._get_default_store",),
-    "accelerate": (
-        "accelerate.commands.config.config_args.load_config_from_file",
-        "accelerate.commands.launch.launch_command",
-        "accelerate.commands.launch.launch_command_parser",
-    ),
+    "accelerate": (),
     "deepspeed": (
         "deepspeed.ops.__compatible_ops__",
         "deepspeed.runtime.engine.DeepSpeedEngine.get_global_grad_norm",
@@ -45,48 +42,54 @@ INTERNALS = {  # names that may change with any release, by library; zero.py che
 
 
 def count_ranks(name: str = "LOCAL_WORLD_SIZE") -> int:
-    """Ranks on this host or, of WORLD_SIZE, in all. InputError if a variable of the launcher is no number."""
+    """Ranks on this host or, of WORLD_SIZE, in all. InputError if a variable of the launcher is not a number."""
     for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
         value = os.environ.get(variable, "1")
-        is_number = value.removeprefix("-").isdecimal()
-        require((is_number, f"the environment's {variable} is {value[:40]!r}, which is no number: unset it"))
+        if not value.removeprefix("-").isdecimal():
+            raise InputError(f"the environment's {variable} is {value[:40]!r}, which is not a number: unset it")
     return max(1, int(os.environ.get(name, "1")))
 
 
 def set_threads(threads: int) -> None:
     """CPU threads of this rank. 0: OMP_NUM_THREADS, or its share of the cores under a launcher, which exports 1."""
-    ranks = count_ranks()
     launched = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if threads or launched or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads or max(1, len(_cores()) // ranks))
+    if threads:
+        torch.set_num_threads(threads)
+    elif launched or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, joblib.cpu_count() // count_ranks()))
 
 
 def warn_of_others(seconds: float = 0.2) -> None:
     """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on:
     threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says).
     """
-    threads, ranks, cores = torch.get_num_threads(), count_ranks(), _cores()
+    threads = torch.get_num_threads()
     if threads == 1:
         return
+    ranks = count_ranks()
+    cores = joblib.cpu_count()
     before = time.process_time()
     shares = psutil.cpu_percent(seconds, percpu=True)
     ours = (time.process_time() - before) / seconds  # of threads that read ahead
-    busy = max(0.0, sum(shares[core] for core in cores if core < len(shares)) / 100 - ours)
-    if threads * ranks > len(cores) - busy + 0.5:
-        fewer = max(1, round(len(cores) - busy) // ranks)
+    allowed = _allowed_cores()
+    busy = max(0.0, sum(share for core, share in enumerate(shares) if core in allowed) / 100 - ours)
+    if threads * ranks > cores - busy + 0.5:
+        fewer = max(1, round(cores - busy) // ranks)
         slower = "threads that wait for one another may train many times slower than fewer would"
-        log.warning(f"other programs keep {busy:.1f} of {len(cores)} cores busy: {slower}, try --train.threads={fewer}")
+        log.warning(f"other programs keep {busy:.1f} of {cores} cores busy: {slower}, try --train.threads={fewer}")
 
 
-def _cores() -> set[int]:
-    """The cores that this process may use."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def _allowed_cores() -> set[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def keep_memory() -> None:
     """Have glibc keep freed memory, on Linux: page faults of new tensors took 0.4 s of a CPU round of 2.0 s."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if sys.platform == "linux" and mallopt:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: the largest it takes
 
@@ -97,13 +100,20 @@ def count_gpus() -> int:
 
 
 def check_gpus(asked: str, needed: int) -> None:
-    """InputError, beginning with `asked`, if torch can use fewer than `needed` GPUs; Unavailable if a driver fails."""
-    if needed <= (count := count_gpus()):
+    """Raise an error that begins with `asked` if torch can use fewer than `needed` GPUs: InputError where it cannot use
+    any on such a host, Unavailable where a GPU or its driver is missing today and may be back after a restart.
+    """
+    count = count_gpus()
+    if needed <= count:
         return
     more = "nvidia.com/gpu in the pod's limits, --gpus-per-node under Slurm, CUDA_VISIBLE_DEVICES elsewhere"
-    reason = f"ask for fewer, or give the host more: {more}" if count else why_none()
-    kind = Unavailable if any(sign in reason for sign in BROKEN) else InputError
-    raise kind(f"{asked}: {needed} GPUs are needed on this host, torch can use {count}: {reason}")
+    reason = f"a GPU may have failed; else ask for fewer, or give the host more: {more}"
+    if not count:
+        reason = why_none()
+    message = f"{asked}: {needed} GPUs are needed on this host, torch can use {count}: {reason}"
+    if count or any(sign in reason for sign in MAY_PASS):
+        raise Unavailable(message)
+    raise InputError(message)
 
 
 def why_none() -> str:
@@ -122,12 +132,16 @@ def why_none() -> str:
 def why_unfit(index: int = 0) -> str:
     """Why the installed torch has no code for a GPU, and what to do about it; "" if it has."""
     major, minor = torch.cuda.get_device_capability(index)
-    # Machine code (sm_86) runs on later GPUs of its major version, PTX (compute_86) on all later ones.
-    built = [(code[:2], int(code.partition("_")[2].rstrip("af"))) for code in torch.cuda.get_arch_list()]
-    fits = (code <= 10 * major + minor and (kind != "sm" or code // 10 == major) for kind, code in built)
-    if not torch.version.cuda or not built or any(fits):
+    built = torch.cuda.get_arch_list()
+    if not torch.version.cuda or not built:
         return ""
-    remedy = f"built for {' '.join(torch.cuda.get_arch_list())}: use another GPU or the CPU, or another build of torch"
+    for name in built:
+        kind, _, number = name.partition("_")
+        code = int(number.rstrip("af"))
+        # Machine code (sm_86) runs on later GPUs of its major version, PTX (compute_86) on all later ones.
+        if code <= 10 * major + minor and (kind == "compute" or code // 10 == major):
+            return ""
+    remedy = f"built for {' '.join(built)}: use another GPU or the CPU, or another build of torch"
     card = f"GPU {index}, {torch.cuda.get_device_name(index)}, has compute capability {major}.{minor}"
     return f"{card}, torch {torch.__version__} is {remedy}"
 
@@ -142,27 +156,39 @@ def check_bf16() -> None:
 def faiss_builds() -> list[str]:
     """The builds of FAISS that share the package folder `faiss`, by name and version. Does not import FAISS."""
     spec = importlib.util.find_spec("faiss")
-    folders = [Path(place).parent for place in spec.submodule_search_locations or ()] if spec else []
-    packages = [Distribution.at(info) for folder in folders for info in folder.glob("faiss*-info")]
-    return sorted(f"{p.name} {p.version}" for p in packages if any(f.parts[0] == "faiss" for f in p.files or ()))
+    if spec is None:
+        return []
+    builds = []
+    for place in spec.submodule_search_locations or ():
+        for info in Path(place).parent.glob("faiss*-info"):
+            package = Distribution.at(info)
+            if any(file.parts[0] == "faiss" for file in package.files or ()):
+                builds.append(f"{package.name} {package.version}")
+    return sorted(builds)
 
 
 def describe_faiss() -> str:
     """The installed build of FAISS, and the GPU build that fits torch's CUDA."""
-    builds, which = faiss_builds(), runpy.run_path(str(shipped("launch/faiss-gpu/which.py")))
+    builds = faiss_builds()
+    which = runpy.run_path(str(shipped("launch/faiss-gpu/which.py")))
     fitting = str(which["build"](torch.version.cuda)).replace("==", " ")
-    missing = f"; {fitting} fits CUDA {torch.version.cuda} (docs/gpus.md)" * bool(fitting and fitting not in builds)
-    return f"FAISS: {', '.join(builds) or 'none'}{missing}"
+    text = f"FAISS: {', '.join(builds) or 'none'}"
+    if fitting and fitting not in builds:
+        text += f"; {fitting} fits CUDA {torch.version.cuda} (docs/gpus.md)"
+    return text
 
 
 def why_no_faiss() -> str:
     """Why FAISS cannot be used, and the remedy: it is missing, or two builds wrote over each other's files in one
     folder. Then it is an accident which code runs, and uninstalling one removes files of the other. "" if it can.
     """
-    builds, spec = faiss_builds(), importlib.util.find_spec("faiss")
+    builds = faiss_builds()
+    spec = importlib.util.find_spec("faiss")
     if len(builds) < 2 and spec and spec.origin:
         return ""
-    problem = f"FAISS is a mixture of {' and '.join(builds)}" if len(builds) > 1 else "FAISS is missing"
+    problem = "FAISS is missing"
+    if len(builds) > 1:
+        problem = f"FAISS is a mixture of {' and '.join(builds)}"
     names = " ".join(sorted({"faiss-cpu", *(build.split()[0] for build in builds)}))
     return f"{problem}: pip uninstall -y {names}, then pip install faiss-cpu, or the GPU build as docs/gpus.md has it"
 

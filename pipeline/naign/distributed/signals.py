@@ -1,7 +1,7 @@
 """SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask for a checkpoint and exit code 75, once all ranks agree.
 
 The handler and the agreement are here; training/loop.py writes the checkpoint. Before the first round a signal ends the
-program at once (`leave_when_asked` of errors.py).
+program at once (`process.leave_when_asked`).
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed import distributed_c10d as c10d
 
 from naign.distributed.ranks import SideGroup
-from naign.errors import die_with_launcher, on_signals
+from naign.process import die_with_launcher, on_signals
 
 POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
@@ -24,7 +24,8 @@ class StopRequest:
 
     def __init__(self, *, within: float = math.inf, world: int = 1, timeout: float = 660) -> None:
         self.requested = False
-        self._within, self._deadline = within, math.inf
+        self._within = within
+        self._deadline = math.inf
         self._group = SideGroup(world, timeout=timeout)
         self._store: Any = c10d.PrefixStore("stop", c10d._get_default_store()) if world > 1 else None
         on_signals(self._handle)
@@ -63,7 +64,10 @@ class StopPoll:
     """Polls for a stop request in a phase where all ranks poll equally often; they communicate about twice a second."""
 
     def __init__(self, stop: StopRequest) -> None:
-        self._stop, self._stride, self._calls, self._last = stop, 2, 0, time.monotonic()
+        self._stop = stop
+        self._stride = 2
+        self._calls = 0
+        self._last = time.monotonic()
         self.elapsed = 0.0  # seconds up to the last poll, on the slowest rank; the same on every rank
 
     def __call__(self) -> bool:
@@ -75,6 +79,8 @@ class StopPoll:
         stopping, elapsed = self._stop.poll_stop(now - self._last)
         self.elapsed += elapsed
         # A function of values that all ranks share, so that their strides stay equal; the first one times a step.
-        self._stride = max(1, min(8 * self._stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
-        self._calls, self._last = 0, now
+        wanted = int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))
+        self._stride = max(1, min(8 * self._stride, wanted))
+        self._calls = 0
+        self._last = now
         return stopping

@@ -55,11 +55,16 @@ class Watchdog:
     """
 
     def __init__(self, *, rank: int, world: int, timeout: float, every: float = 5.0) -> None:
-        self.phase, self.round = "setup", 0
-        self._order, self._beats, self._since = 0, 0, time.monotonic()
-        self._rank, self._world = rank, world
+        self.phase = "setup"
+        self.round = 0
+        self._order = 0
+        self._beats = 0
+        self._since = time.monotonic()
+        self._rank = rank
+        self._world = world
+        self._timeout = timeout
+        self._every = min(every, timeout / 10)
         self._say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
-        self._timeout, self._every = timeout, min(every, timeout / 10)
         self._store: Store | None = None
         self._seen: dict[int, Seen] = {}  # of the other ranks
         self._collectives = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")  # where torch writes them, before the rank
@@ -69,8 +74,13 @@ class Watchdog:
 
     def enter(self, phase: str, round: int) -> None:
         """This rank begins a phase of a round, which is progress."""
-        self._order = self._order + 1 if round == self.round else 1
-        self.phase, self.round, self._beats, self._since = phase, round, 0, time.monotonic()
+        if round != self.round:
+            self._order = 0
+        self._order += 1
+        self.phase = phase
+        self.round = round
+        self._beats = 0
+        self._since = time.monotonic()
 
     def beat(self) -> None:
         """Progress inside a phase: a step, a block. Costs two assignments and a look at the clock."""
@@ -100,13 +110,15 @@ class Watchdog:
             while not self._stop.is_set():
                 # If this thread cannot run for so long, no Python code can: faulthandler ends the process.
                 exit_after(self._timeout + self._every + 3 * PATIENCE, file=2)
-                now, idle = time.monotonic(), time.monotonic() - self._since
+                now = time.monotonic()
+                idle = now - self._since
                 if idle >= self._timeout:
                     self._give_up()
                     continue
                 # Only ranks that wait read, and less often than they post, since each reads the posts of all.
                 read = idle > 2 * self._every and now >= read_at
-                read_at = now + max(self._every, self._timeout / 20) if read else read_at
+                if read:
+                    read_at = now + max(self._every, self._timeout / 20)
                 self._exchange(read=read)
                 self._stop.wait(max(0.0, min(self._every, self._since + self._timeout - time.monotonic())))
             if not self._lost:
@@ -144,9 +156,13 @@ class Watchdog:
         """Post, and read the posts of all if `read`. Raises nothing and takes PATIENCE seconds at most."""
         if self._world == 1:
             return
-        key, text = str(self._rank), json.dumps(self._post(state))
-        others = [str(rank) for rank in range(self._world) if rank != self._rank] if read else []
-        store, self._store = self._store, None  # one that failed, or still hangs, is not used again
+        key = str(self._rank)
+        text = json.dumps(self._post(state))
+        others = []
+        if read:
+            others = [str(rank) for rank in range(self._world) if rank != self._rank]
+        store = self._store
+        self._store = None  # one that failed, or still hangs, is not used again
         try:
             # In a thread: the store's own timeout does not cover a host that vanished.
             swapped = in_background(lambda: swap(store or connect(), key, text, others), "watchdog's store")
@@ -154,10 +170,14 @@ class Watchdog:
         except Exception as error:
             self._lost = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return
-        self._lost, now = "", time.monotonic()
+        self._lost = ""
+        now = time.monotonic()
         for rank, value in posts.items():
-            post, (known, first, _) = Post(*json.loads(value)), self._seen.get(rank, (None, 0.0, 0.0))
-            self._seen[rank] = post, first if known == post else now, now
+            post = Post(*json.loads(value))
+            first = now
+            if rank in self._seen and self._seen[rank][0] == post:
+                first = self._seen[rank][1]
+            self._seen[rank] = (post, first, now)
 
 
 def exit_after(seconds: float, *, file: int) -> None:
@@ -184,27 +204,38 @@ def swap(store: Store, key: str, text: str, others: list[str]) -> tuple[Store, d
     store.set(key, text)
     if others and not store.check(others):  # reading a missing key would block
         others = [key for key in others if store.check([key])]
-    return store, dict(zip(map(int, others), store.multi_get(others) if others else [], strict=True))
+    if not others:
+        return store, {}
+    return store, dict(zip(map(int, others), store.multi_get(others), strict=True))
 
 
 def describe(rank: int, world: int, mine: Post, seen: Mapping[int, Seen], *, silence: float, lost: str = "") -> str:
-    """Where this rank is stuck, and a line each of the others: those that are not there, then the hindmost first.
+    """Where this rank is stuck, and a line for each of the others: first those that are not there, then the hindmost.
     A rank is silent if its post did not change for `silence` seconds; `lost` is why the store cannot be reached.
     """
-    rows, now = [], time.monotonic()  # rows: with what they are sorted by
-    for other, (post, first, last) in seen.items():
-        absent, mark = False, ": BEHIND" if post[:3] < mine[:3] else ""
-        if post.state == "left" and post[:2] <= mine[:2]:
-            absent, mark = True, ": LEFT"
-        elif post.state == "at work" and last - first > silence:
-            absent, mark = True, f": SILENT for {now - first:.0f} s"
-        text = f"in {post}, last progress {post.idle + now - first:.0f} s ago, host {post.host}{mark}"
-        rows.append((not absent, post[:3], other, text))
-    missing = set(range(world)) - {rank, *seen} if seen or not lost else set()
-    rows += [(False, (0, 0, 0), other, "MISSING, never heard of") for other in missing]
-    lines = [f"rank {rank} has made no progress for {mine.idle:.0f} s in {mine}"]
+    head = f"rank {rank} has made no progress for {mine.idle:.0f} s in {mine}"
     if lost:
-        lines[0] += f"; the store cannot be reached ({lost}): rank 0, which holds it, is gone"
-    lines += [f"rank {other} {text}" for *_, other, text in sorted(rows)]
-    more = len(lines) - 1 - NAMED
-    return "\n  ".join([*lines[: NAMED + 1], *([f"and {more} more"] if more > 0 else [])])
+        head += f"; the store cannot be reached ({lost}): rank 0, which holds it, is gone"
+    now = time.monotonic()
+    rows = []  # each after what it is sorted by
+    for other, (post, first, last) in seen.items():
+        is_there = True
+        mark = ""
+        if post[:3] < mine[:3]:
+            mark = ": BEHIND"
+        if post.state == "left" and post[:2] <= mine[:2]:
+            is_there = False
+            mark = ": LEFT"
+        elif post.state == "at work" and last - first > silence:
+            is_there = False
+            mark = f": SILENT for {now - first:.0f} s"
+        idle = post.idle + now - first
+        text = f"rank {other} in {post}, last progress {idle:.0f} s ago, host {post.host}{mark}"
+        rows.append((is_there, post[:3], other, text))
+    if seen or not lost:
+        for other in set(range(world)) - {rank, *seen}:
+            rows.append((False, (0, 0, 0), other, f"rank {other} MISSING, never heard of"))
+    lines = [text for *_, text in sorted(rows)]
+    if len(lines) > NAMED:
+        lines[NAMED:] = [f"and {len(lines) - NAMED} more"]
+    return "\n  ".join([head, *lines])
