@@ -69,8 +69,8 @@ SETS = {
 }
 WHOLE = "NAIGN, whole recipe, all classes"
 DENSE = "configs/mnist.yaml"
-ALONE = ("--objective.imle=0", "--prior.name=gaussian")
-IMLE = ("--objective.imle=0.3", "--prior.components=50", "--prior.begin=0.225", "--prior.alone=0.04")
+ALONE = ("--objective.imle=0", "--latents.name=gaussian")
+IMLE = ("--objective.imle=0.3", "--prior.components=50", )
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "NAIGN, with IMLE": (DENSE, (*IMLE, "--train.images=83968")),
     "denoising autoencoder": (DENSE, (*ALONE, "--train.images=172032")),

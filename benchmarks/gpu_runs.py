@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TRAIN = (sys.executable, str(ROOT / "pipeline/train.py"), "--report.pictures=0")
 NAIGN = (sys.executable, "-m", "naign.cli")
-LATENTS = ("--prior.name=gaussian",)
+LATENTS = ("--latents.name=gaussian",)
 """Latents without a prior that learns."""
 ROUND = 512
 STEPS = ROUND // 32

@@ -81,7 +81,7 @@ SETS = {
         further=("--match.round=1024", "--train.lr=1e-3", "--train.warmup=640"),
     ),
 }
-OPTIONS = ("--objective.damage=holes", "--objective.reconstruction=0", "--prior.name=gaussian")
+OPTIONS = ("--objective.damage=holes", "--objective.reconstruction=0", "--latents.name=gaussian")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -150,7 +150,7 @@ def image_map(train: Tensor) -> Map:
 def networks(name: str, data: Data) -> dict[str, tuple[str, list[str]]]:
     """Configuration and options by title."""
     whole = f"--data.path={place(name)}"
-    holes = ["--objective.damage=holes", "--objective.reconstruction=0", "--prior.name=gaussian"]
+    holes = ["--objective.damage=holes", "--objective.reconstruction=0", "--latents.name=gaussian"]
     asked = {f"f of {data.recipe}": (data.recipe, [whole])}
     asked["f of that network, damage=holes"] = (data.recipe, [*holes, f"--train.images={HOLES[name]}", whole])
     if data.left_out:

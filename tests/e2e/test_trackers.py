@@ -64,8 +64,8 @@ EVERYTHING = [
     "--objective.denoising=1",
     "--objective.third=matched",
     "--prior.name=flow",
-    "--prior.begin=0",
-    "--prior.alone=0",
+    
+    
     "--prior.width=16",
     "--prior.passes=1",
 ]

@@ -24,7 +24,7 @@ FIRST = torch.zeros(1, dtype=torch.int64)  # the id of a seed's first latent
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    metadata = {"shape": list(SHAPE), "prior": {"name": "gaussian"}}
+    metadata = {"shape": list(SHAPE), "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
     return NAIGN(build_network(ConvConfig(width=4, depth=0, code=6), SHAPE), metadata)
 
 
@@ -66,7 +66,7 @@ def assert_ends_at(way, model, first, last):
 
 
 def test_the_way_between_gaussian_latents_keeps_their_law():
-    large = NAIGN(torch.nn.Conv2d(1, 1, 1), {"shape": [1, 64, 64], "prior": {"name": "gaussian"}})
+    large = NAIGN(torch.nn.Conv2d(1, 1, 1), {"shape": [1, 64, 64], "latents": {"name": "gaussian"}, "prior": {"name": "none"}})
     way = large.between(3, 4, steps=9)
     assert_ends_at(way, large, 3, 4)
     assert (way.flatten(1).std(1) - 1).abs().max() < 0.05  # in the middle of a line it would be 0.7

@@ -157,7 +157,7 @@ def measure_scaled(digits, tmp_path, monkeypatch):
     """Measures f(x) = factor x."""
 
     def measure_scaled(factor):
-        model = NAIGN(Scaled(factor), {"shape": [1, 8, 8], "prior": {"name": "gaussian"}})
+        model = NAIGN(Scaled(factor), {"shape": [1, 8, 8], "latents": {"name": "gaussian"}, "prior": {"name": "none"}})
         monkeypatch.setattr(NAIGN, "from_pretrained", lambda folder, device: model)
         return measure(tmp_path, data=digits, samples=100)
 

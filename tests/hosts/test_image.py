@@ -83,7 +83,7 @@ def test_the_image_has_what_a_run_needs_and_a_change_of_code_is_its_last_layer(t
         "--model.width=8",
         "--model.code=16",
         "--report.pictures=0",
-        "--prior.name=smooth",
+        "--latents.name=smooth",
     )
     steps = f"/app/launch/entrypoint {shlex.join([*small, *sizes])} && naign evaluate /tmp/run && weed version"
     assert "done: the run lies in /tmp/run" in run("sh", "-c", steps)

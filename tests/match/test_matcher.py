@@ -113,7 +113,7 @@ def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
 def test_matched_latents_drawn_anew_are_those_of_the_pool():
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 12, 12)).eval()
-    prior, made = build_prior(PriorConfig(name="gaussian"), (1, 12, 12), network), {}
+    prior, made = build_prior(LatentsConfig(name="gaussian"), (1, 12, 12), network), {}
 
     @torch.inference_mode()
     def sample(ids):

@@ -120,7 +120,7 @@ def test_a_checkpoint_has_the_buffers_of_its_step(config, tmp_path):
     with Stream(config.data, seed=0, round_size=config.match.round) as stream:
         engine.forward(torch.randn(4, 1, 8, 8))
         before = copies(engine.bare)
-        prior = build_prior(PriorConfig(name="gaussian"), stream.shape, engine.bare)
+        prior = build_prior(LatentsConfig(name="gaussian"), stream.shape, engine.bare)
         copy, files = snapshot(config, stream, engine, Position(), prior)
     engine.forward(torch.randn(4, 1, 8, 8))  # training goes on while the files are written
     copy()

@@ -18,7 +18,7 @@ from naign.settings.budget import measured_by
 from naign.storage.store import open_store
 from tests.checkpoint.written import write_checkpoint
 
-METADATA = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
+METADATA = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
 BEST = "step-00000010"
 LAST = "step-00000050"
 

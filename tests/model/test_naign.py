@@ -13,7 +13,7 @@ from naign.model.networks import build_network, recorded_network
 
 CONV = {"name": "conv", "width": 4, "depth": 1, "code": 8}
 SPATIAL = {"name": "spatial", "width": 4, "depth": 0, "code": 2}
-DESCRIPTION = {"model": CONV, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
+DESCRIPTION = {"model": CONV, "shape": [1, 8, 8], "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
 
 
 def make(**more):
@@ -186,9 +186,9 @@ def test_what_is_no_model_is_refused(tmp_path):
         ({"shape": [1, 12, 12]}, ""),
         ({"shape": "x"}, ""),
         ({"prior": {"name": "cauchy"}}, ""),
-        ({"prior": {"name": "fourier"}}, ""),
+        ({"latents": {"name": "fourier"}, "prior": {"name": "none"}}, ""),
         ({"prior": {"name": "flow"}}, ""),
-        ({"prior": {"name": "gaussian", "grid": 4}}, ""),
+        ({"latents": {"name": "gaussian", "grid": 4}, "prior": {"name": "none"}}, ""),
         ({"prior": "gaussian"}, ""),
         ({"prior": {}}, ""),
         ({"prior": {"name": "flow", "autoguidance": "a"}}, "prior.autoguidance is 'a': it must lie between"),

@@ -33,7 +33,7 @@ def save(tmp_path):
         network = build_network(find_network(settings["name"])[0](**settings), shape)
         for value in network.parameters():  # some begin as zero
             nn.init.normal_(value, std=0.3)
-        metadata = {"model": settings, "shape": list(shape), "prior": {"name": "gaussian"}}
+        metadata = {"model": settings, "shape": list(shape), "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
         NAIGN(network, metadata).save_pretrained(tmp_path / "run")
         return str(tmp_path / "run")
 

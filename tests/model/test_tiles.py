@@ -41,7 +41,7 @@ def photos():
 def model(photos):
     windows = photos[:, 0].unfold(1, SIDE, 5).unfold(2, SIDE, 5)
     network = Principal(windows.reshape(-1, 1, SIDE, SIDE), 200)
-    return NAIGN(network, {"shape": [1, SIDE, SIDE], "prior": {"name": "gaussian"}})
+    return NAIGN(network, {"shape": [1, SIDE, SIDE], "latents": {"name": "gaussian"}, "prior": {"name": "none"}})
 
 
 def reader(x):

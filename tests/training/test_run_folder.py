@@ -32,13 +32,13 @@ from naign.training.run_folder import claim, find_claimed
 from naign.training.state import PartialRound, Position, restore, restore_weights, snapshot
 from tests.checkpoint.written import write_checkpoint
 
-PRIOR = build_prior(PriorConfig(name="gaussian"), (1, 8, 8), torch.nn.Identity())
+PRIOR = build_prior(LatentsConfig(name="gaussian"), (1, 8, 8), torch.nn.Identity())
 POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 
 
 def make(folder, digits, seed=0):
     """A configuration, its stream and its engine after one step."""
-    config = Config(prior=PriorConfig(name="gaussian"))
+    config = Config(prior=LatentsConfig(name="gaussian"))
     config.run.path = str(folder)
     config.data.path = digits
     config.model.width = 8
