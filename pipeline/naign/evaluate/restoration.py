@@ -1,4 +1,4 @@
-"""How well f repairs the damage of data/degrade.py, in three measures, beside trivial answers.
+"""How well f repairs the damage of data/damage.py, in three measures, beside trivial answers.
 
 A number alone says nothing: on MNIST all-black scores a mean absolute error of 0.26. So the damaged image itself, all
 black, the per-pixel median of the training set and the nearest training image are measured with it.

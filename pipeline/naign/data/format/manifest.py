@@ -175,7 +175,7 @@ def _check(manifest: Manifest) -> None:
     sizes: dict[str, int] = {}
     for name, split in manifest.splits.items():
         for shard in split.shards:
-            check_shard(shard)
+            _check_shard(shard)
             _demand(shard.name not in sizes, f"shard {shard.name} is listed twice")
             sizes[shard.name] = shard.samples
         total = sum(split.sizes)
@@ -187,7 +187,7 @@ def _check(manifest: Manifest) -> None:
         _demand(ascend and places[-1] < sizes[name] + len(places), f"without does not list places of shard {name!r}")
 
 
-def check_shard(shard: Shard) -> None:
+def _check_shard(shard: Shard) -> None:
     """Raise ValueError or TypeError for an entry that no shard can have."""
     name = shard.name
     _demand(name.isprintable() and 0 < len(name.encode()) < 256, f"{name!r} is not the name of a file")
