@@ -49,7 +49,7 @@ def package(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(package: Path, tmp_path: Path) -> None:
-    with_package = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(package)]))
+    with_package = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "pipeline"), str(package)]))
 
     def run(*command: str, code: int = 0, env: dict[str, str] = with_package) -> str:
         done = subprocess.run(
