@@ -14,7 +14,7 @@ from naign.checkpoint.bucket import (
     fetch_shown,
     mirror,
     newest_first,
-    round_of,
+    read_trainer,
     take_over,
 )
 from naign.checkpoint.manifest import BEST, MANIFEST, best_named, prune
@@ -176,13 +176,13 @@ def test_the_round_of_a_checkpoint_costs_one_request_a_file(bucket, monkeypatch)
     open_store(folder).put(MANIFEST, json.dumps({"files": entries}).encode())
     asked = []
     client().meta.events.register("before-call.s3.HeadObject", lambda **_: asked.append(threading.current_thread()))
-    assert round_of(remote, "step-00000007") == 7
+    assert read_trainer(remote, "step-00000007") == {"round": 7}
     assert len(asked) == len(entries) + 2  # the manifest and trainer.json
     assert len(set(asked)) > 8
     open_store(f"{folder}/state").put("rank-00003-of-00020.safetensors", b"longer")
-    assert round_of(remote, "step-00000007") == -1
+    assert read_trainer(remote, "step-00000007") == {}
     open_store(f"{folder}/state").delete("rank-00003-of-00020.safetensors")
-    assert round_of(remote, "step-00000007") == -1
+    assert read_trainer(remote, "step-00000007") == {}
 
 
 class Stranger:

@@ -19,7 +19,7 @@ from tests.model.test_files import write_run
 
 
 def save_model(folder, network, shape, prior=None, state=None):
-    metadata = {"model": network, "shape": list(shape), "prior": prior or {"name": "gaussian"}}
+    metadata = {"model": network, "shape": list(shape), "prior": prior or {"name": "none"}}
     torch.manual_seed(0)
     NAIGN(build_network(recorded_network(network), shape), metadata, state).save_pretrained(folder)
     return str(folder)
@@ -167,11 +167,8 @@ def test_points_are_not_damaged(points, tmp_path):
         cli.restore(points, (tmp_path / "points.csv",), damage="noise")
 
 
-@pytest.mark.parametrize(
-    ("patience", "chosen"), [(2, "the best checkpoint, step-00000010"), (0, "the last checkpoint")]
-)
-def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digits, patience, chosen):
-    run = str(write_run(tmp_path / "run", patience=patience))
+def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digits):
+    run = str(write_run(tmp_path / "run"))
     for command in (
         lambda: cli.sample(run, n=2, to=tmp_path / "samples.png"),
         lambda: cli.score(run, (tmp_path / "samples.png",)),
@@ -179,21 +176,24 @@ def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digi
         lambda: cli.evaluate(run, data=digits, samples=20, device="cpu"),
     ):
         command()
-        assert f"{run}: {chosen}" in capsys.readouterr().err
+        assert f"{run}: the newest checkpoint, step-00000050" in capsys.readouterr().err
     cli.sample(str(tmp_path / "model"), n=2, to=tmp_path / "samples.png")
     assert "checkpoint" not in capsys.readouterr().err
-    record = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["checkpoint"]
-    assert record["choice"] in chosen
-    assert record["choice"] in (tmp_path / "run/evaluation/report.html").read_text()
+    record = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+    assert record["checkpoint"] == "step-00000050"
+    assert "step-00000050" in (tmp_path / "run/evaluation/report.html").read_text()
 
 
-@pytest.mark.parametrize(("weights", "warned"), [([1.0, 0.0], True), ([0.5, 0.5], False)])
-def test_a_prior_that_has_not_begun_is_warned_of(tmp_path, capsys, weights, warned):
-    state = {"weights": torch.tensor(weights), "means": torch.zeros(2, 8), "factors": torch.eye(8).expand(2, 8, 8)}
-    network = {"name": "conv", "width": 4, "code": 8}
-    model = save_model(tmp_path / "model", network, (1, 8, 8), {"name": "gmm", "components": 2}, state)
-    cli.sample(model, n=2, to=tmp_path / "a.png")
-    assert ("stopped before prior.begin" in capsys.readouterr().err) == warned
+@pytest.mark.parametrize(("fitted", "warned"), [(0.5, True), (1.0, False)])
+def test_a_prior_that_is_not_fitted_is_warned_of(tmp_path, capsys, fitted, warned):
+    metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "fitted": fitted}
+    metadata["prior"] = {"name": "gmm", "components": 2}
+    state = {"weights": torch.ones(2) / 2, "means": torch.zeros(2, 8), "factors": torch.eye(8).expand(2, 8, 8)}
+    state = {f"prior.{name}": value for name, value in state.items()}
+    network = build_network(recorded_network(metadata["model"]), (1, 8, 8))
+    NAIGN(network, metadata, state).save_pretrained(tmp_path / "model")
+    cli.sample(str(tmp_path / "model"), n=2, to=tmp_path / "a.png")
+    assert ("stopped before its prior was fitted" in capsys.readouterr().err) == warned
 
 
 def test_options_of_another_prior_are_refused(model):

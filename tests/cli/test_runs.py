@@ -19,7 +19,6 @@ from naign.config import Config, to_dict
 from naign.errors import InputError
 from naign.evaluate.compare import read_sides, settings_that_differ
 from naign.evaluate.runs import find_runs, read_settings
-from naign.settings.budget import measured_by
 from tests.conftest import SMALL
 
 ROUND = 256  # images
@@ -70,9 +69,6 @@ def listed(folder, capsys):
 def test_a_folder_of_runs_as_a_table_and_as_json(tmp_path, capsys):
     a_run(tmp_path / "best", 1024, checkpoint=1024, evaluated=1.5, age=7200)
     a_run(tmp_path / "group/killed", 768, checkpoint=512)
-    a_run(tmp_path / "patient", 768, checkpoint=768, quality__rounds=1, quality__patience=2)
-    best = {"fd": 49.0, "round": 1, "measured": measured_by(read_settings(tmp_path / "patient"))}
-    (tmp_path / "patient/best.json").write_text(json.dumps(best))
     a_run(tmp_path / "copied", 512)
     busy = a_run(tmp_path / "busy", 256, checkpoint=0)
     with FileLock(busy / ".lock"):
@@ -82,7 +78,6 @@ def test_a_folder_of_runs_as_a_table_and_as_json(tmp_path, capsys):
         "busy": "training",
         "copied": "unknown",
         "group/killed": "stopped",
-        "patient": "done",
     }
     assert list(found) == sorted(found)
     assert found["best"].pop("bytes") > 1000
@@ -164,7 +159,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(
-    "name", ["evaluation/metrics.json", "best.json", "checkpoints/step-00000016/trainer.json", "metrics.jsonl"]
+    "name", ["evaluation/metrics.json", "checkpoints/step-00000016/trainer.json", "metrics.jsonl"]
 )
 def test_files_of_a_run_may_hold_anything(tmp_path, name):
     folder = a_run(tmp_path / "run", 512, checkpoint=512, evaluated=2.0)

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from pipeline.train import build_accelerator, exit_on_input_error, peers_missed
 from naign.distributed.signals import StopRequest
 from naign.distributed.watchdog import Watchdog
-from naign.training.round import read_round
+from naign.training.loop import read_round
 
 rank, lost, wait = int(os.environ["RANK"]), int(sys.argv[1]), sys.argv[2]
 
@@ -38,8 +38,8 @@ class Stream:
 with exit_on_input_error("train"), peers_missed():
     accelerator, stop = build_accelerator(), StopRequest(world=2, timeout=60)
     accelerator.wait_for_everyone()
-    read_round(SimpleNamespace(accelerator=accelerator, stop=stop, watchdog=Watchdog(rank=rank, world=2, timeout=60)),
-        Stream(), 0)
+    watchdog = Watchdog(rank=rank, world=2, timeout=60)
+    read_round(SimpleNamespace(accelerator=accelerator, stop=stop, watchdog=watchdog, stream=Stream()), 0)
 """
 
 

@@ -64,8 +64,7 @@ EVERYTHING = [
     "--objective.denoising=1",
     "--objective.third=matched",
     "--prior.name=flow",
-    
-    
+    "--prior.images=256",
     "--prior.width=16",
     "--prior.passes=1",
 ]

@@ -66,7 +66,8 @@ def assert_ends_at(way, model, first, last):
 
 
 def test_the_way_between_gaussian_latents_keeps_their_law():
-    large = NAIGN(torch.nn.Conv2d(1, 1, 1), {"shape": [1, 64, 64], "latents": {"name": "gaussian"}, "prior": {"name": "none"}})
+    metadata = {"shape": [1, 64, 64], "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
+    large = NAIGN(torch.nn.Conv2d(1, 1, 1), metadata)
     way = large.between(3, 4, steps=9)
     assert_ends_at(way, large, 3, 4)
     assert (way.flatten(1).std(1) - 1).abs().max() < 0.05  # in the middle of a line it would be 0.7

@@ -11,7 +11,7 @@ from torch.distributions import Laplace, Normal, kl_divergence
 from naign import config
 from naign.errors import InputError
 from naign.model import networks
-from naign.model.losses import Batch, choose_distance, compute_losses
+from naign.model.losses import Batch, compute_losses, find_distance
 from naign.model.naign import NAIGN
 from naign.model.prior import build_prior
 from naign.philox import normal
@@ -33,7 +33,7 @@ def total_loss(settings, network, images, latents=None):
     batch = Batch(
         images=images,
         latents=latents,
-        distance=choose_distance(settings, None),
+        distance=find_distance(settings),
         frozen=network,
         normals=normals,
     )

@@ -16,9 +16,9 @@ from naign.config import Config
 from naign.data.loader import Stream
 from naign.model import networks
 from naign.model.naign import NAIGN
-from naign.model.prior import PriorConfig, build_prior
+from naign.model.prior import LatentsConfig, Prior, PriorConfig, build_latents
 from naign.training.engines import build_engine
-from naign.training.state import Position, snapshot
+from naign.training.state import State, snapshot
 from tests.conftest import ROOT, SMALL, environment
 
 
@@ -120,11 +120,12 @@ def test_a_checkpoint_has_the_buffers_of_its_step(config, tmp_path):
     with Stream(config.data, seed=0, round_size=config.match.round) as stream:
         engine.forward(torch.randn(4, 1, 8, 8))
         before = copies(engine.bare)
-        prior = build_prior(LatentsConfig(name="gaussian"), stream.shape, engine.bare)
-        copy, files = snapshot(config, stream, engine, Position(), prior)
+        latents = build_latents(LatentsConfig(name="gaussian"), stream.shape)
+        prior = Prior(PriorConfig(), stream.shape)
+        taken = snapshot(config, stream, engine, State(), latents, prior)
     engine.forward(torch.randn(4, 1, 8, 8))  # training goes on while the files are written
-    copy()
-    files["model.safetensors"](tmp_path / "model.safetensors")
+    taken.copy()
+    taken.files["model.safetensors"](tmp_path / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], before[name]) for name in STATE)
 

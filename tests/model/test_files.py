@@ -1,4 +1,4 @@
-"""Which weights a place stands for: of a run the best checkpoint where patience ended it, else the newest."""
+"""Which weights a place stands for: of a run those of the newest undamaged checkpoint."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from naign.checkpoint import bucket as in_bucket
 from naign.checkpoint.bucket import upload
@@ -14,18 +13,22 @@ from naign.cli.files import write_samples
 from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network, recorded_network
-from naign.settings.budget import measured_by
 from naign.storage.store import open_store
 from tests.checkpoint.written import write_checkpoint
 
-METADATA = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
-BEST = "step-00000010"
+METADATA = {
+    "model": {"name": "conv", "width": 4, "code": 8},
+    "shape": [1, 8, 8],
+    "latents": {"name": "gaussian"},
+    "prior": {"name": "none"},
+}
+BEFORE = "step-00000010"
 LAST = "step-00000050"
 
 
-def write_run(folder, *, patience=2, best=BEST, samples=50, average=False):
-    """A run of checkpoints after 1 and 5 rounds, whose quality was measured every 2 rounds and best after the first."""
-    for rounds, name in ((1, BEST), (5, LAST)):
+def write_run(folder, *, average=False):
+    """A run of checkpoints after 1 and 5 rounds."""
+    for rounds, name in ((1, BEFORE), (5, LAST)):
         torch.manual_seed(rounds)
         model = NAIGN(build_network(recorded_network(METADATA["model"]), (1, 8, 8)), METADATA)
 
@@ -37,48 +40,20 @@ def write_run(folder, *, patience=2, best=BEST, samples=50, average=False):
             (place / "trainer.json").write_text(json.dumps({"round": rounds}))
 
         write_checkpoint(folder / "checkpoints" / name, fill)
-    settings = {"quality": {"rounds": 2, "patience": patience, "samples": 50}, "data": {"path": "data/digits"}}
-    measured = measured_by({"quality.samples": samples, "data.path": "data/digits"})
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "best.json").write_text(json.dumps({"checkpoint": best, "fd": 2.5, "round": 1, "measured": measured}))
     return folder
 
 
 def chosen(place):
-    model = NAIGN.from_pretrained(place)
-    return model.choice, model.checkpoint
+    return NAIGN.from_pretrained(place).checkpoint
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, ("best", BEST)),
-        ({"patience": 3}, ("last", LAST)),
-        ({"patience": 0}, ("last", LAST)),
-        ({"patience": "two"}, ("last", LAST)),
-        ({"samples": 60}, ("last", LAST)),  # measured otherwise than the run now measures
-        ({"best": "step-00000077"}, ("last", LAST)),
-        ({"best": "../elsewhere"}, ("last", LAST)),
-        ({"best": None}, ("last", LAST)),
-    ],
-)
-def test_the_best_checkpoint_is_taken_where_patience_ended_the_run(tmp_path, settings, expected):
-    run = write_run(tmp_path, **settings)
-    assert chosen(run) == expected
-    checkpoint = run / "checkpoints" / expected[1]
+def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path):
+    run = write_run(tmp_path)
+    assert chosen(run) == LAST
+    checkpoint = run / "checkpoints" / LAST
     assert torch.equal(NAIGN.from_pretrained(run).sample(2), NAIGN.from_pretrained(checkpoint).sample(2))
-
-
-@pytest.mark.parametrize("missing", ["config.yaml", "best.json", f"checkpoints/{BEST}/manifest.json"])
-def test_the_newest_is_taken_where_files_are_missing(tmp_path, missing):
-    (write_run(tmp_path) / missing).unlink()
-    assert chosen(tmp_path) == ("last", LAST)
-
-
-def test_a_checkpoint_and_an_exported_folder_are_no_choice(tmp_path):
-    newest = write_run(tmp_path / "run") / "checkpoints" / LAST
-    for place in (newest, newest / "model.safetensors"):
-        assert chosen(place) == ("", "")
+    for place in (checkpoint, checkpoint / "model.safetensors"):
+        assert chosen(place) == ""
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
@@ -86,16 +61,14 @@ def test_one_file_of_a_bucket_is_fetched(tmp_path, bucket, monkeypatch, file):
     run = write_run(tmp_path / "run", average=file == "ema.safetensors")
     for checkpoint in (run / "checkpoints").iterdir():
         upload(checkpoint, bucket, [file.name for file in checkpoint.iterdir()])
-    for name in ("config.yaml", "best.json"):
-        open_store(bucket).put(name, (run / name).read_bytes())
     fetched = []
     locate = in_bucket.locate
     monkeypatch.setattr(in_bucket, "locate", lambda url: fetched.append(url) or locate(url))
-    assert chosen(f"{bucket}/") == ("best", BEST)
-    assert fetched == [f"{bucket}/checkpoints/{BEST}/{file}"]
+    assert chosen(f"{bucket}/") == LAST
+    assert fetched == [f"{bucket}/checkpoints/{LAST}/{file}"]
     assert torch.equal(NAIGN.from_pretrained(bucket).sample(2), NAIGN.from_pretrained(run).sample(2))
-    open_store(f"{bucket}/checkpoints/{BEST}").put(file, b"damaged")
-    assert chosen(bucket) == ("last", LAST)
+    open_store(f"{bucket}/checkpoints/{LAST}").put(file, b"damaged")
+    assert chosen(bucket) == BEFORE
 
 
 def test_a_bucket_without_checkpoints_is_refused(bucket):
@@ -104,15 +77,15 @@ def test_a_bucket_without_checkpoints_is_refused(bucket):
 
 
 def test_a_damaged_checkpoint_is_not_passed_over_in_silence(tmp_path, caplog):
-    run = write_run(tmp_path / "run", patience=0)
+    run = write_run(tmp_path / "run")
     (run / "checkpoints/step-00000099").mkdir()  # is being written
-    assert chosen(run) == ("last", LAST)
+    assert chosen(run) == LAST
     assert not caplog.text
     (run / "checkpoints" / LAST / "model.safetensors").write_bytes(b"cut")
-    assert chosen(run) == ("last", BEST)
+    assert chosen(run) == BEFORE
     assert f"{LAST} is damaged or incomplete" in caplog.text
     assert "step-00000099" not in caplog.text
-    (run / "checkpoints" / BEST / "model.safetensors").write_bytes(b"cut")
+    (run / "checkpoints" / BEFORE / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match="all checkpoints of '.*run' are damaged or incomplete: copy one again"):
         NAIGN.from_pretrained(run)
     shutil.rmtree(run / "checkpoints")

@@ -17,7 +17,8 @@ from naign.model.networks import build_network, recorded_network
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
+    metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8]}
+    metadata |= {"latents": {"name": "gaussian"}, "prior": {"name": "none"}}
     return NAIGN(build_network(recorded_network(metadata["model"]), (1, 8, 8)), metadata)
 
 

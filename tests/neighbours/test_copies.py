@@ -49,7 +49,8 @@ class Copier(nn.Module):
 def copier(planted: str, monkeypatch: pytest.MonkeyPatch) -> NAIGN:
     """A model that three of 300 samples of seed 0 show to have memorised."""
     small_blocks(monkeypatch)
-    metadata = {"shape": SHAPE, "latents": {"name": "gaussian"}, "prior": {"name": "none"}, "config": {"data": {"path": planted}}}
+    metadata = {"shape": SHAPE, "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
+    metadata["config"] = {"data": {"path": planted}}
     model = NAIGN(Copier(), metadata)
     model.network.latents.copy_(model.latent(torch.tensor(list(COPIED))))
     monkeypatch.setattr(NAIGN, "from_pretrained", lambda run, device: model)

@@ -23,22 +23,22 @@ from naign.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
 from naign.config import Config
 from naign.data.loader import Stream
 from naign.errors import Gone, InputError
-from naign.match.matcher import Match
 from naign.model.networks import build_network
-from naign.model.prior import PriorConfig, build_prior
+from naign.model.prior import LatentsConfig, Prior, PriorConfig, build_latents
 from naign.training import run_folder
 from naign.training.engines import build_engine
 from naign.training.run_folder import claim, find_claimed
-from naign.training.state import PartialRound, Position, restore, restore_weights, snapshot
+from naign.training.state import State, restore, restore_weights, snapshot
 from tests.checkpoint.written import write_checkpoint
 
-PRIOR = build_prior(LatentsConfig(name="gaussian"), (1, 8, 8), torch.nn.Identity())
-POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
+LATENTS = build_latents(LatentsConfig(name="gaussian"), (1, 8, 8))
+PRIOR = Prior(PriorConfig(), (1, 8, 8))
+POSITION = State(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 
 
 def make(folder, digits, seed=0):
     """A configuration, its stream and its engine after one step."""
-    config = Config(prior=LatentsConfig(name="gaussian"))
+    config = Config(latents=LatentsConfig(name="gaussian"), prior=PriorConfig())
     config.run.path = str(folder)
     config.data.path = digits
     config.model.width = 8
@@ -53,10 +53,10 @@ def make(folder, digits, seed=0):
         return config, stream, engine
 
 
-def write(config, stream, engine, position=POSITION, partial=None):
+def write(config, stream, engine, position=POSITION):
     writer = Writer(Path(config.run.path), keep=2)
-    files = snapshot(config, stream, engine, position, PRIOR, partial)
-    writer.start(f"step-{position.step:08d}", *files)
+    taken = snapshot(config, stream, engine, position, LATENTS, PRIOR)
+    writer.start(taken.name, taken.copy, taken.files)
     assert writer.join()
 
 
@@ -74,7 +74,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
     config, stream, engine = run
     before = {name: value.detach().clone() for name, value in engine.bare.named_parameters()}
     averaged = {name: value.clone() for name, value in engine.ema.named_parameters()}
-    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), PRIOR)
+    taken = snapshot(config, stream, engine, replace(POSITION, step=31), LATENTS, PRIOR)
     with engine.micro_batch():
         engine.backward(engine.forward(torch.randn(4, *stream.shape)).square().sum())
     step = Thread(target=engine.step)
@@ -82,7 +82,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
     step.join(0.5)
     assert step.is_alive()
     writer = Writer(Path(config.run.path), keep=2)
-    writer.start("step-00000031", copy, files)
+    writer.start(taken.name, taken.copy, taken.files)
     step.join(30)
     assert not step.is_alive()
     assert writer.join()
@@ -96,9 +96,9 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
 def test_a_step_goes_on_where_copying_fails(run):
     config, stream, engine = run
     engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
-    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), PRIOR)
+    taken = snapshot(config, stream, engine, replace(POSITION, step=31), LATENTS, PRIOR)
     writer = Writer(Path(config.run.path), keep=2)
-    writer.start("step-00000031", copy, files)
+    writer.start(taken.name, taken.copy, taken.files)
     assert engine.copied.wait(30)
     with pytest.raises(RuntimeError, match="could not be written .*AttributeError"):
         writer.join()
@@ -107,7 +107,7 @@ def test_a_step_goes_on_where_copying_fails(run):
 
 def resume(checkpoint, engine):
     restore_weights(checkpoint, engine.bare)
-    return restore(checkpoint, engine, size=2048)
+    return restore(checkpoint, engine)
 
 
 def rewrite(checkpoint, name, content):
@@ -127,7 +127,7 @@ def test_what_is_saved_comes_back(run, digits):
     config, _, engine = run
     newest, _, lock = claim(config)
     _, _, other = make(config.run.path, digits, seed=1)
-    assert resume(newest, other) == (POSITION, None)
+    assert resume(newest, other) == POSITION
     for (name, mine), (_, theirs) in zip(engine.states(), other.states(), strict=True):
         assert mine.keys() == {"weight", "exp_avg", "exp_avg_sq"}, name
         assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
@@ -137,28 +137,11 @@ def test_what_is_saved_comes_back(run, digits):
     lock.release()
 
 
-def test_a_partial_round_comes_back(run, digits):
-    config, stream, engine = run
-    ids = torch.arange(2048)
-    distances = torch.rand(2048)
-    sums = {"total": torch.tensor(1.25), "steps": torch.tensor(3.0)}
-    match = Match(ids=ids, distances=distances, values={"match/used": 0.5})
-    kept = PartialRound(world_size_at_start=2, match=match, sums=sums)
-    write(config, stream, engine, replace(POSITION, done=3, step=33), kept)
-    position, partial = resume(newest_checkpoint(Path(config.run.path) / "checkpoints"), engine)
-    assert partial.world_size_at_start == 2
-    assert position.done == 3
-    assert torch.equal(partial.match.ids, ids)
-    assert torch.equal(partial.match.distances, distances)
-    assert partial.sums == sums
-    assert partial.match.values == match.values
-
-
 def test_state_that_another_world_size_left_is_passed_over(run):
     config, _, engine = run
     newest = newest_checkpoint(Path(config.run.path) / "checkpoints")
     shutil.copy(newest / STATE, newest / "state/rank-00001-of-00004.safetensors")
-    assert resume(newest, engine) == (POSITION, None)
+    assert resume(newest, engine) == POSITION
 
 
 def test_a_folder_in_use_is_refused(run, monkeypatch):
@@ -232,7 +215,7 @@ STATE = "state/rank-00000-of-00001.safetensors"
     [
         (STATE, b"cos\nsystem\n(S'touch executed'\ntR."),
         (STATE, b""),
-        (STATE, save({"sums": torch.zeros(0)})),
+        (STATE, save({"other": torch.zeros(0)})),
         ("trainer.json", b"{}"),
         ("trainer.json", json.dumps({"round": "x", "images_seen": 1, "step": 1, "seconds": 0}).encode()),
         ("model.safetensors", b"no model"),
