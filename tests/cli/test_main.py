@@ -86,7 +86,7 @@ def test_nothing_is_overwritten(model, pictures):
 
 def test_a_file_that_is_not_a_picture_is_named(model, tmp_path, ended):
     (tmp_path / "x.png").write_bytes(b"text")
-    with pytest.raises(InputError, match="x.png: no picture"):
+    with pytest.raises(InputError, match=r"x.png: .*picture"):
         cli.score(model, (tmp_path / "x.png",))
     code, said = ended("score", model, tmp_path / "nowhere.png")
     assert code == 2
@@ -236,16 +236,6 @@ def test_a_full_disk_is_worth_another_try(model, tmp_path, monkeypatch, ended):
     assert code == 1
     assert "naign: failed: " in said
     assert "No space left" in said
-
-
-@pytest.mark.parametrize(("text", "problem"), [("", "is empty: write"), ("a\nb\na\n", "names 'a' twice: write each")])
-def test_names_of_labels_are_read_whole_or_refused(tmp_path, ended, text, problem):
-    file = tmp_path / "names.txt"
-    file.write_text(text)
-    code, said = ended("index", tmp_path, "--labels", file)
-    assert code == 2
-    assert "--labels" in said
-    assert problem in said
 
 
 def test_an_address_without_a_bucket_is_shown_as_given(ended):

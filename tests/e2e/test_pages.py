@@ -163,7 +163,7 @@ def runnable(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", filter(runnable, PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", list(filter(runnable, PAGES)), ids=lambda page: page.name)
 def test_blocks_of_a_page_run(page, prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True, symlinks=True)
     monkeypatch.chdir(tmp_path)

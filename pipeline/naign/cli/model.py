@@ -86,8 +86,9 @@ def evaluate(
         return
     for encoder, fd in ((metrics["encoder"], metrics["fd"]), ("", metrics["second"])):
         if fd:
-            values = f"{compared(fd, 'once'):.4g} for f(z), {number(fd['once_ratio'])} times the floor"
-            print(f"Frechet distance on {encoder or fd['encoder']}: {values} of {fd['floor']:.4g}")
+            values = f"{compared(fd, 'once'):.4g} for f(z); floor {fd['floor']:.4g} (training against test)"
+            times = f"f(z) is {number(fd['once_ratio'])} times that"
+            print(f"Frechet distance on {encoder or fd['encoder']}: {values}; {times}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for text in metrics["warnings"]:
