@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from naign.match.across_ranks import nearest
+    from naign.match.index import nearest
     from naign.model.naign import NAIGN
     from naign.training.batches import open_dataset
 
@@ -20,7 +20,7 @@ __all__ = ["NAIGN", "nearest", "open_dataset"]
 
 _MODULES = {
     "NAIGN": "naign.model.naign",
-    "nearest": "naign.match.across_ranks",
+    "nearest": "naign.match.index",
     "open_dataset": "naign.training.batches",
 }
 

@@ -12,7 +12,7 @@ import torch
 
 from naign import philox
 from naign.errors import InputError
-from naign.match.distances import load_faiss
+from naign.match.exact import load_faiss
 from naign.observe import doctor
 from naign.observe.doctor import examine, faiss, preflight, self_test
 
