@@ -18,7 +18,6 @@ from naign.model import encoders
 from naign.model.encoders import load_encoder
 from naign.model.losses import NaignConfig
 from naign.model.pretrained import Pretrained
-from naign.neighbours.rows import independent
 from naign.training.prepare import open_perceived
 
 CPU = torch.device("cpu")
@@ -102,15 +101,6 @@ def test_lite_measures_what_training_sees() -> None:
     leaf = a.clone().requires_grad_()
     distance(leaf, b).backward()
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all()) and float(leaf.grad.abs().sum()) > 0
-
-
-@wheel
-@pytest.mark.slow
-def test_features_of_an_image_do_not_depend_on_those_beside_it() -> None:
-    features = encoders.open_encoder("--encoder", "efficientnet-lite0", (3, 32, 32), CPU).features
-    images = torch.rand(40, 3, 32, 32) * 2 - 1
-    parts = [independent(features, images[start:end], start) for start, end in ((0, 7), (7, 40))]
-    assert torch.equal(torch.cat(parts), independent(features, images, 0))
 
 
 @wheel

@@ -1,7 +1,7 @@
 """Images as rows of values, in blocks that are the same for every number of ranks, and which rows are near each other.
 
 Each rank makes the blocks of its part once, and keeps them in a temporary file: all queries are compared with all
-candidates.
+candidates. A row may depend by rounding on those beside it, so results depend on blocks, and never on ranks.
 """
 
 import math
@@ -55,12 +55,12 @@ class Space:
             self.scale = 1
         self.size = max(ROWS, min(MOST, VALUES // max(values, self.dims)) // ROWS * ROWS)  # rows of a block
 
-    def values(self, images: Tensor, number: int) -> Tensor:
-        """What is kept of stored images (n, *shape) from `number` on: these, or features (n, 2, d) of their views."""
+    def values(self, images: Tensor) -> Tensor:
+        """What is kept of a block of stored images (n, *shape): these, or features (n, 2, d) of their views."""
         if self._encoder is None:
             return images
-        views = [independent(self._features, scaled(view), number) for view in (images, images.flip(-1))]
-        return torch.stack(views, dim=1)
+        views = [self._features(scaled(view)) for view in (images, images.flip(-1))]
+        return torch.stack(views, dim=1).cpu()
 
     def rows(self, values: Tensor) -> Tensor:
         """Rows (views, n, d) float32 of what `values` returned. Pixels stay whole numbers, so distances are exact."""
@@ -75,18 +75,7 @@ class Space:
 
     def _features(self, images: Tensor) -> Tensor:
         assert self._encoder is not None
-        return F.normalize(self._encoder.features(images).float())
-
-
-def independent(features: Callable[[Tensor], Tensor], images: Tensor, number: int) -> Tensor:
-    """Features (n, d) of images (n, *shape), of which no row depends on the rows beside it: a matrix product may round
-    a row by its place and the product's size, so image i, the first being `number`, is row i % ROWS of ROWS.
-    """
-    first = number % ROWS
-    last = first + len(images)
-    padded = images.new_zeros(max(1, math.ceil(last / ROWS)) * ROWS, *images.shape[1:])
-    padded[first:last] = images
-    return torch.cat([features(batch) for batch in padded.split(ROWS)])[first:last]
+        return F.normalize(self._encoder.features(images, batch=ROWS).float())
 
 
 class ImageRows:
@@ -98,14 +87,14 @@ class ImageRows:
         self.space = space
         self.first, self.last = block_range(count, space.size, ranks.rank, ranks.world)
         self.count = count
-        self._kept = space.values(read(0, 1), 0)[0].cpu()  # its shape and type are those of every image
+        self._kept = space.values(read(0, 1))[0]  # its shape and type are those of every image
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
         with progress(f"reading {name}", self.last - self.first, ranks) as bar:
             for low in range(self.first, self.last, space.size):
                 high = min(low + space.size, count)
-                values = space.values(read(low, high), low)
+                values = space.values(read(low, high))
                 try:
-                    values.cpu().numpy().tofile(self._file)
+                    values.numpy().tofile(self._file)
                 except OSError as error:
                     place = f"{tempfile.gettempdir()}: {error.strerror or error}"
                     raise InputError(f"{place}: set TMPDIR to a folder with more space") from None
