@@ -57,7 +57,12 @@ def test_a_bad_basis_widens_the_bound_but_drops_nothing_it_may_not():
     queries, candidates = draw(0, 60, 300), draw(1, 900, 300)
     basis = bound.find_basis(candidates, 30) + 0.01 * draw(2, 300, 30)
     exact, order = oracle(queries, candidates)
-    alive = sift(queries, candidates, exact[:, 0], frame_of(candidates, basis=basis, dtype=torch.bfloat16))
+    alive = sift(
+        queries,
+        candidates,
+        exact[:, 0],
+        frame_of(candidates, basis=basis, dtype=torch.bfloat16),
+    )
     assert alive.gather(1, torch.from_numpy(order)).all()
 
 

@@ -113,7 +113,10 @@ def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
 def test_matched_latents_drawn_anew_are_those_of_the_pool():
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 12, 12)).eval()
-    prior, made = build_prior(PriorConfig(name="gaussian"), (1, 12, 12), network), {}
+    prior, made = (
+        build_prior(PriorConfig(name="gaussian"), (1, 12, 12), network),
+        {},
+    )
 
     @torch.inference_mode()
     def sample(ids):
@@ -168,8 +171,15 @@ def test_images_that_all_want_the_same_samples_ask_few_times(monkeypatch):
     """As with a network that is not trained, whose samples lie close together: all images put them in one order."""
     searches = []
     search = matcher.search
-    monkeypatch.setattr(matcher, "search", lambda *given, **more: searches.append(1) or search(*given, **more))
-    images, table = draw(2, 300, 1, 1, 6).abs(), 0.01 * draw(3, 320, 1, 1, 1).expand(-1, 1, 1, 6)
+    monkeypatch.setattr(
+        matcher,
+        "search",
+        lambda *given, **more: searches.append(1) or search(*given, **more),
+    )
+    images, table = (
+        draw(2, 300, 1, 1, 6).abs(),
+        0.01 * draw(3, 320, 1, 1, 1).expand(-1, 1, 1, 6),
+    )
     match = match_table(images, table, assignment="one_to_one")
     assert match.ids.tolist() == greedy(exact(images, table))
     assert len(searches) <= 6
@@ -178,7 +188,11 @@ def test_images_that_all_want_the_same_samples_ask_few_times(monkeypatch):
 def test_what_is_reported_of_a_match():
     match = match_table()
     distances = exact(IMAGES, TABLE).min(1)
-    for name, value in (("", distances.mean()), ("_p10", np.quantile(distances, 0.1)), ("_p50", np.median(distances))):
+    for name, value in (
+        ("", distances.mean()),
+        ("_p10", np.quantile(distances, 0.1)),
+        ("_p50", np.median(distances)),
+    ):
         assert match.values[f"match/distance{name}"] == pytest.approx(value)
     assert match.values["match/used"] == len(match.ids.unique()) / 90
     assert match.values["match/rejected"] == 0 and match.values["match/measured"] >= 1
@@ -208,13 +222,19 @@ def test_the_streams_are_as_they_were_and_independent():
         ({"ratio": 0}, "match.ratio"),
         ({"round": 0}, "match.round"),
         ({"block": 0}, "match.block"),
-        ({"assignment": "fair"}, "match.assignment is 'fair': choose one of free, one_to_one"),
+        (
+            {"assignment": "fair"},
+            "match.assignment is 'fair': choose one of free, one_to_one",
+        ),
         (
             {"assignment": "one_to_one", "ratio": 0.5},
             "match.assignment=one_to_one gives no two images one sample, .* match.ratio=0.5",
         ),
         ({"reject_share": 1.0}, "match.reject_share"),
-        ({"assignment": "one_to_one", "reject_share": 0.1}, "match.reject_share needs match.assignment=free"),
+        (
+            {"assignment": "one_to_one", "reject_share": 0.1},
+            "match.reject_share needs match.assignment=free",
+        ),
         ({"method": "magic"}, "match.method is 'magic': choose one of auto"),
     ],
 )
@@ -234,7 +254,11 @@ def test_the_method_may_change_within_a_run_and_the_assignment_may_not():
 @pytest.mark.slow
 def test_a_run_with_everything_set_reports_it(train, digits, tmp_path):
     done = train(
-        f"--data.path={digits}", "--run.path=run", *SMALL, "--match.reject_share=0.2", "--train.images=1024"
+        f"--data.path={digits}",
+        "--run.path=run",
+        *SMALL,
+        "--match.reject_share=0.2",
+        "--train.images=1024",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "match: " in done.stdout + done.stderr

@@ -68,7 +68,16 @@ def test_nearest_returns_squared_distances_in_float32():
     skipped=st.sampled_from([0, 0, 3, 600]),
 )
 def test_any_problem_in_any_blocks(
-    kind, method, halves, seed, queries, candidates, dims, block, neighbours, skipped
+    kind,
+    method,
+    halves,
+    seed,
+    queries,
+    candidates,
+    dims,
+    block,
+    neighbours,
+    skipped,
 ):
     near, far = family(kind, seed, queries, candidates, dims)
     skip = torch.randperm(len(far), generator=torch.Generator().manual_seed(seed))[:skipped]
@@ -98,7 +107,12 @@ def test_threads_and_blocks_do_not_change_a_bit(case):
                 torch.set_num_threads(threads)
                 for size in (17, 100, 4096):
                     found = search(queries, in_blocks(candidates, size), 0, method=method)
-                    answers.add((tuple(found.distances.flatten().tolist()), tuple(found.ids.flatten().tolist())))
+                    answers.add(
+                        (
+                            tuple(found.distances.flatten().tolist()),
+                            tuple(found.ids.flatten().tolist()),
+                        )
+                    )
     finally:
         torch.set_num_threads(before)
     assert len(answers) == 1
@@ -174,7 +188,12 @@ def test_values_that_are_not_finite_are_refused(value, where):
         (draw(0, 5, 4), draw(1, 5, 3), 0, "are not rows of 4 values"),
         (draw(0, 5), draw(1, 5, 3), 0, "must be a matrix"),
         (draw(0, 5, 4), draw(1, 5, 4, 2), 0, "are not rows of 4 values"),
-        (draw(0, 5, 4).double(), draw(1, 5, 4).double(), 0, "must be float32, not float64"),
+        (
+            draw(0, 5, 4).double(),
+            draw(1, 5, 4).double(),
+            0,
+            "must be float32, not float64",
+        ),
         (draw(0, 5, 4), draw(1, 5, 4).half(), 0, "must be float32, not float16"),
         (draw(0, 5, 4), draw(1, 5, 4), 2**62 - 4, "leave .0, 2..62."),
         (draw(0, 5, 4), draw(1, 5, 4), -1, "leave .0, 2..62."),
@@ -218,7 +237,12 @@ def test_settings_that_make_products_coarser_change_nothing(method):
     try:
         torch.set_float32_matmul_precision("medium")
         torch.set_default_dtype(torch.float64)
-        found = search(queries.clone().requires_grad_(), candidates.T.contiguous().T, 0, method=method)
+        found = search(
+            queries.clone().requires_grad_(),
+            candidates.T.contiguous().T,
+            0,
+            method=method,
+        )
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -271,7 +295,13 @@ def test_a_distance_depends_on_no_other_pair(dims, device):
     values = torch.rand(50, dims, dtype=torch.float64)
     torch.testing.assert_close(halved_sum(values.clone()), values.sum(1))
     rows = torch.arange(400, device=device)
-    queries, candidates = draw(dims, 400, dims).to(device), draw(dims + 1, 400, dims).to(device)
+    queries, candidates = (
+        draw(dims, 400, dims).to(device),
+        draw(dims + 1, 400, dims).to(device),
+    )
     whole = exact_distances(queries, candidates, rows, rows)
     for count in (1, 2, 13, 64):
-        assert torch.equal(exact_distances(queries, candidates, rows[:count], rows[:count]), whole[:count])
+        assert torch.equal(
+            exact_distances(queries, candidates, rows[:count], rows[:count]),
+            whole[:count],
+        )

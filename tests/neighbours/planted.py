@@ -49,7 +49,13 @@ def plant(path: str, shards: int = 5) -> str:
         return Made(length=length, make=make)
 
     splits = {"train": split("train", TRAIN), "test": split("test", TEST)}
-    source = Source(name="planted", kind="image", shape=SHAPE, labels=("even", "odd"), splits=splits)
+    source = Source(
+        name="planted",
+        kind="image",
+        shape=SHAPE,
+        labels=("even", "odd"),
+        splits=splits,
+    )
     pack(source, path, shards=shards, progress=False)
     return path
 

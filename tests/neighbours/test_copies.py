@@ -22,7 +22,10 @@ from naign.neighbours.copies import copies, judge
 from naign.storage.store import open_store
 from tests.neighbours.planted import SHAPE, image, plant, small_blocks
 
-SAMPLES, COPIED = 300, {7: (40, False), 8: (41, True), 290: (640, False)}  # of training images, mirrored or not
+SAMPLES, COPIED = (
+    300,
+    {7: (40, False), 8: (41, True), 290: (640, False)},
+)  # of training images, mirrored or not
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,11 @@ class Copier(nn.Module):
 def copier(planted: str, monkeypatch: pytest.MonkeyPatch) -> NAIGN:
     """A model that three of 300 samples of seed 0 show to have memorised."""
     small_blocks(monkeypatch)
-    metadata = {"shape": SHAPE, "prior": {"name": "gaussian"}, "config": {"data": {"path": planted}}}
+    metadata = {
+        "shape": SHAPE,
+        "prior": {"name": "gaussian"},
+        "config": {"data": {"path": planted}},
+    }
     model = NAIGN(Copier(), metadata)
     model.network.latents.copy_(model.latent(torch.tensor(list(COPIED))))
     monkeypatch.setattr(NAIGN, "from_pretrained", lambda run, device: model)
@@ -75,15 +82,26 @@ def test_every_planted_copy_is_found_and_nothing_else(copier: NAIGN, planted: st
     for number, (original, mirrored) in COPIED.items():
         alike = ("train-005", "train-006", "train-640") if original == 640 else (f"train-{original:03d}",)
         assert near[number]["key"] in alike
-        assert (float(near[number]["distance"]), near[number]["mirrored"]) == (0, str(int(mirrored)))
+        assert (float(near[number]["distance"]), near[number]["mirrored"]) == (
+            0,
+            str(int(mirrored)),
+        )
     assert len(lines) == SAMPLES + 90 and found["test_share"] == pytest.approx(2 / 90)  # planted in the test images
     assert json.loads((tmp_path / "copies.json").read_text()) == found
-    assert {path.name for path in tmp_path.iterdir()} == {"copies.csv", "copies.json", "copies.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "copies.csv",
+        "copies.json",
+        "copies.png",
+    }
 
 
 def test_only_exact_copies_are_within_a_threshold_of_0(copier: NAIGN, tmp_path: Path) -> None:
     report = audit(samples=SAMPLES, to=str(tmp_path), threshold=0.0)
-    assert (report["threshold"], report["share"], report["test_share"]) == (0, 0.01, pytest.approx(1 / 90))
+    assert (report["threshold"], report["share"], report["test_share"]) == (
+        0,
+        0.01,
+        pytest.approx(1 / 90),
+    )
 
 
 def test_distances_are_those_of_brute_force(copier: NAIGN, planted: str, tmp_path: Path) -> None:
@@ -98,8 +116,17 @@ def test_distances_are_those_of_brute_force(copier: NAIGN, planted: str, tmp_pat
 
 
 def test_features_of_an_encoder(digits: str, save_untrained: Any, tmp_path: Path) -> None:
-    model = save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
-    found = copies(model, CopiesOptions(encoder="digits-cnn64", samples=10), Accelerator(cpu=True))
+    model = save_untrained(
+        tmp_path / "model",
+        data=digits,
+        shape=(1, 8, 8),
+        config=ConvConfig(width=4, code=8),
+    )
+    found = copies(
+        model,
+        CopiesOptions(encoder="digits-cnn64", samples=10),
+        Accelerator(cpu=True),
+    )
     assert found["encoder"] == "digits-cnn64" and 0 < found["threshold"] < 2
     assert (tmp_path / "model/evaluation/copies.png").exists()
 
@@ -107,13 +134,26 @@ def test_features_of_an_encoder(digits: str, save_untrained: Any, tmp_path: Path
 def test_the_default_threshold_is_a_quantile_of_the_test_images() -> None:
     samples = torch.tensor([1.0, 5.0, 10.0, 11.0], dtype=torch.float64)
     tests = torch.arange(1.0, 1001.0, dtype=torch.float64)
-    assert judge(samples, tests, None) == {"threshold": 10, "share": 0.75, "test_share": 0.01}
+    assert judge(samples, tests, None) == {
+        "threshold": 10,
+        "share": 0.75,
+        "test_share": 0.01,
+    }
 
 
 def test_a_report_shows_the_copies_of_its_model(tmp_path: Path) -> None:
-    store, page = open_store(str(tmp_path)), f"<p>before</p>{COPIES}{COPIES}<p>after</p>"
+    store, page = (
+        open_store(str(tmp_path)),
+        f"<p>before</p>{COPIES}{COPIES}<p>after</p>",
+    )
     assert with_copies(page, store, "a") == page
-    values = {"training_images": 5, "encoder": "pixels", "samples": 4, "threshold": 1.0, "weights": "a"}
+    values = {
+        "training_images": 5,
+        "encoder": "pixels",
+        "samples": 4,
+        "threshold": 1.0,
+        "weights": "a",
+    }
     values |= {"share": 0.25, "test_share": 0.25}
     store.put("copies.json", json.dumps(values).encode())
     store.put("copies.png", b"picture")
@@ -123,9 +163,18 @@ def test_a_report_shows_the_copies_of_its_model(tmp_path: Path) -> None:
 
 
 def test_the_command_and_the_report(
-    digits: str, save_untrained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    digits: str,
+    save_untrained: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
-    model = save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
+    model = save_untrained(
+        tmp_path / "model",
+        data=digits,
+        shape=(1, 8, 8),
+        config=ConvConfig(width=4, code=8),
+    )
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["naign", *arguments])
@@ -154,7 +203,11 @@ def test_the_command_and_the_report(
     ],
 )
 def test_bad_options_are_one_sentence(
-    options: dict[str, Any], message: str, copier: NAIGN, digits: str, tmp_path: Path
+    options: dict[str, Any],
+    message: str,
+    copier: NAIGN,
+    digits: str,
+    tmp_path: Path,
 ) -> None:
     options = {name: digits if value == "DIGITS" else value for name, value in options.items()}
     with pytest.raises(InputError, match=message):
@@ -170,4 +223,7 @@ def test_points_have_no_picture(points: str, save_untrained: Any, tmp_path: Path
     model = save_untrained(tmp_path / "model", data=points, shape=(2,), config=PointConfig(width=8))
     found = copies(model, CopiesOptions(samples=50), Accelerator(cpu=True))
     assert found["test_share"] == pytest.approx(0.01, rel=0.1)
-    assert {path.name for path in (tmp_path / "model/evaluation").iterdir()} == {"copies.csv", "copies.json"}
+    assert {path.name for path in (tmp_path / "model/evaluation").iterdir()} == {
+        "copies.csv",
+        "copies.json",
+    }

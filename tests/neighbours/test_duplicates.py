@@ -17,7 +17,15 @@ from naign.errors import InputError
 from naign.neighbours import rows
 from naign.neighbours.images import Images
 from tests.data.numbered import edit_index, numbered, rewrite
-from tests.neighbours.planted import GROUPS, TEST, TRAIN, audit, image, plant, small_blocks
+from tests.neighbours.planted import (
+    GROUPS,
+    TEST,
+    TRAIN,
+    audit,
+    image,
+    plant,
+    small_blocks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,11 @@ def test_every_planted_copy_is_found_and_nothing_else(planted: str, tmp_path: Pa
         redundant = {key for key, line in lines.items() if line["redundant"] == "1"}
         training = {key for key in lines if key.startswith("train")}
         assert redundant == training if len(training) < len(lines) else len(redundant) == len(training) - 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["duplicates.json", "groups.csv", "groups.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "duplicates.json",
+        "groups.csv",
+        "groups.png",
+    ]
 
 
 def test_distances_are_those_of_brute_force(planted: str, tmp_path: Path) -> None:
@@ -59,7 +71,10 @@ def test_distances_are_those_of_brute_force(planted: str, tmp_path: Path) -> Non
     mirrored = np.stack([pixels[..., ::-1] for _, pixels in every]).reshape(len(every), -1)
     near = {key: np.inf for key, _ in every}
     for at, (key, _) in enumerate(every):
-        squares = np.minimum(((stack - stack[at]) ** 2).mean(1), ((stack - mirrored[at]) ** 2).mean(1))
+        squares = np.minimum(
+            ((stack - stack[at]) ** 2).mean(1),
+            ((stack - mirrored[at]) ** 2).mean(1),
+        )
         squares[at] = np.inf
         near[key] = float(np.sqrt(squares.min()))
     lines = [line for group in groups_in(tmp_path).values() for line in group]
@@ -70,7 +85,14 @@ def test_distances_are_those_of_brute_force(planted: str, tmp_path: Path) -> Non
 
 def test_many_copies_of_one_image_are_all_pairs(tmp_path: Path) -> None:
     source = numbered(train=60, test=5)
-    train = Made(length=60, make=lambda index: (f"train-{index}", np.full((1, 4, 4), index // 30, np.uint8), 0))
+    train = Made(
+        length=60,
+        make=lambda index: (
+            f"train-{index}",
+            np.full((1, 4, 4), index // 30, np.uint8),
+            0,
+        ),
+    )
     source = replace(source, splits=dict(source.splits) | {"train": train})
     pack(source, str(tmp_path / "data"), shards=3, progress=False)
     found = audit(str(tmp_path / "data"), tmp_path / "to", threshold=0.5)
@@ -84,7 +106,11 @@ def test_known_broken_images_are_no_duplicates(planted: str, tmp_path: Path) -> 
     shard = manifest.split("train").shards[0].name
     images = Images(DataConfig(path=path), "train")
     key = images.places([0])[0].key
-    rewrite(path, shard, lambda members: [(name, b"" if name == f"{key}.png" else data) for name, data in members])
+    rewrite(
+        path,
+        shard,
+        lambda members: [(name, b"" if name == f"{key}.png" else data) for name, data in members],
+    )
     with pytest.raises(InputError, match=f"key {key}: the .png cannot be decoded"):
         audit(path, tmp_path / "to")
     edit_index(path, broken={shard: [key]})
@@ -97,8 +123,14 @@ def test_known_broken_images_are_no_duplicates(planted: str, tmp_path: Path) -> 
     ("options", "message"),
     [
         ({"threshold": -1.0}, "--threshold is -1.0: it must be 0 or more"),
-        ({"threshold": float("inf")}, "--threshold is inf: it must be 0 or more, below 1e6"),
-        ({"threshold": None, "encoder": "digits-cnn64"}, "have no default threshold"),
+        (
+            {"threshold": float("inf")},
+            "--threshold is inf: it must be 0 or more, below 1e6",
+        ),
+        (
+            {"threshold": None, "encoder": "digits-cnn64"},
+            "have no default threshold",
+        ),
         ({"encoder": "nothing"}, "encoder is 'nothing': choose one of"),
         ({"encoder": "mnist-cnn64"}, "--encoder 'mnist-cnn64' reads"),
         ({"to": "{file}/below"}, "file/below"),
@@ -166,5 +198,8 @@ def test_points_have_no_picture(points: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(rows, "MOST", 4096)
     found = audit(points, tmp_path, threshold=1e-6)
     assert int(str(found["images"])) > 1000 and not (tmp_path / "groups.png").exists()
-    with pytest.raises(InputError, match="--encoder mnist-cnn64 is for images, and these are points"):
+    with pytest.raises(
+        InputError,
+        match="--encoder mnist-cnn64 is for images, and these are points",
+    ):
         audit(points, tmp_path, encoder="mnist-cnn64", threshold=1.0)

@@ -23,10 +23,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_one_to_four_ranks_write_the_same_bytes(
-    digits: str, save_untrained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: str,
+    save_untrained: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plant(str(tmp_path / "data"))
-    save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
+    save_untrained(
+        tmp_path / "model",
+        data=digits,
+        shape=(1, 8, 8),
+        config=ConvConfig(width=4, code=8),
+    )
     monkeypatch.setenv(FOLDER, str(tmp_path))
     for world in (1, 2, 3, 4):
         on_ranks("audit_cases.audits", world, tmp_path / f"ranks{world}")
@@ -38,11 +46,29 @@ def test_one_to_four_ranks_write_the_same_bytes(
 def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
     path = plant(str(tmp_path / "data"))
     audit(path, tmp_path / "alone")
-    launched = naign("launch", "--processes=2", "duplicates", "--data", path, "--to", "two", real=True)
+    launched = naign(
+        "launch",
+        "--processes=2",
+        "duplicates",
+        "--data",
+        path,
+        "--to",
+        "two",
+        real=True,
+    )
     assert launched.returncode == 0 and "13 of 790 images are in 6 groups" in launched.stdout, launched.stderr
     assert naign("launch", "duplicates", "--data", path, "--to", "one", real=True).stdout
     accelerate = [option for option in train_command(ranks=2) if not option.endswith("train.py")]
-    command = [*accelerate, "-m", "naign.cli", "duplicates", "--data", path, "--to", "by-accelerate"]
+    command = [
+        *accelerate,
+        "-m",
+        "naign.cli",
+        "duplicates",
+        "--data",
+        path,
+        "--to",
+        "by-accelerate",
+    ]
     subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True)
     for name in RESULTS:
         expected = (tmp_path / "alone" / name).read_bytes()

@@ -189,13 +189,27 @@ class Sieve:
         """Queries (q, d) float32, finite."""
         encoded = encode(queries, frame)
         kappa = 2 * frame.eta * (1 + frame.eta) + 2 * frame.slack
-        corrections = torch.stack([2 * (encoded.error + kappa * encoded.length), 2 * encoded.length], 1) * _UP
+        corrections = (
+            torch.stack(
+                [2 * (encoded.error + kappa * encoded.length), 2 * encoded.length],
+                1,
+            )
+            * _UP
+        )
         one = torch.ones(len(queries), 3, dtype=frame.dtype, device=queries.device)
         self.frame = frame
         self._usable = encoded.usable
         self._square = encoded.square
         # A (q, width); its last three columns depend on the limit.
-        self._factor = torch.cat([2 * encoded.values, corrections.to(frame.dtype), one, torch.zeros_like(one)], 1)
+        self._factor = torch.cat(
+            [
+                2 * encoded.values,
+                corrections.to(frame.dtype),
+                one,
+                torch.zeros_like(one),
+            ],
+            1,
+        )
 
     def list_near(self, candidates: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which candidates (n, d) may be within `limit` (q,) float64, a squared distance, of the queries: pairs of rows

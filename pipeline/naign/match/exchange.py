@@ -60,7 +60,13 @@ class Ranks:
         mine = sizes[self.rank]
         out = torch.empty(self.world * mine, *rows.shape[1:], dtype=rows.dtype, device=self.link)
         with self._exchange("exchanging answers"):
-            dist.all_to_all_single(out, rows.to(self.link).contiguous(), [mine] * self.world, sizes, group=self.group)
+            dist.all_to_all_single(
+                out,
+                rows.to(self.link).contiguous(),
+                [mine] * self.world,
+                sizes,
+                group=self.group,
+            )
         self.received += out.nbytes * (self.world - 1) // self.world
         return out.view(self.world, mine, *rows.shape[1:]).to(rows.device)
 
@@ -94,4 +100,9 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
     link = torch.device("cpu")
     if dist.get_backend(group) == "nccl":
         link = torch.device("cuda", torch.cuda.current_device())
-    return Ranks(rank=dist.get_rank(group), world=dist.get_world_size(group), group=group, link=link)
+    return Ranks(
+        rank=dist.get_rank(group),
+        world=dist.get_world_size(group),
+        group=group,
+        link=link,
+    )

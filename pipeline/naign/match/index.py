@@ -113,7 +113,10 @@ def search(
         seeds = 0
         if low == 0:
             seeds = max(SEEDS, 2 * neighbours) // ranks.world
-        for part, part_ids in ((block[:seeds], ids[:seeds]), (block[seeds:], ids[seeds:])):
+        for part, part_ids in (
+            (block[:seeds], ids[:seeds]),
+            (block[seeds:], ids[seeds:]),
+        ):
             scan.add(part, part_ids)
             scan.limit = ranks.least(scan.limit)  # a candidate beyond any rank's is not among the nearest
 

@@ -15,7 +15,14 @@ from naign.match.exchange import Ranks, ranks_of
 from naign.match.index import Blocks, SearchResult, search
 from naign.match.pool import Pool
 from naign.match.scan import METHODS
-from naign.settings.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
+from naign.settings.constraints import (
+    FREE,
+    POSITIVE,
+    SHARE,
+    between,
+    check_fields,
+    one_of,
+)
 
 PROBE = 1024  # first samples of the pool, in whole blocks, of which `reject_share` is the share to reject
 
@@ -92,7 +99,13 @@ def match_round(
     def find(rows: Tensor, neighbours: int, assigned: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distances and ids, (len(rows), neighbours) each, of the nearest samples of some images."""
         blocks.skip = assigned
-        result = search(queries[rows], blocks, pool.first, method=config.method, neighbours=neighbours)
+        result = search(
+            queries[rows],
+            blocks,
+            pool.first,
+            method=config.method,
+            neighbours=neighbours,
+        )
         searches.append(result)
         return result.distances.cpu(), result.ids.cpu()
 
@@ -104,13 +117,21 @@ def match_round(
             near = nearest_images(blocks, queries, sum(counts[: ranks.rank]), config, ranks, searches)
             least = rejection_distance(near, config)
             rejected = (near < least).nonzero().flatten()
-            values = {"match/rejected": len(rejected) / config.pool, "match/reject": math.sqrt(least)}
+            values = {
+                "match/rejected": len(rejected) / config.pool,
+                "match/reject": math.sqrt(least),
+            }
         near_samples = find(torch.arange(len(queries)), 1, rejected)
         distances, ids = (nearest[:, 0] for nearest in near_samples)
 
     values |= summarize(distances, ids, counts, ranks)
     values |= costs(searches, pool.seconds, time.perf_counter() - start, ranks)
-    return Match(ids=ids, distances=distances.float(), values=values, described=f"match: {searches[-1].method}")
+    return Match(
+        ids=ids,
+        distances=distances.float(),
+        values=values,
+        described=f"match: {searches[-1].method}",
+    )
 
 
 def nearest_images(

@@ -59,7 +59,10 @@ class Pool:
             return self._kept[low]
         start = time.perf_counter()
         end = min(self._longest, low + self._size)
-        samples = self._generate(torch.arange(self.first + low, self.first + high), -(-(end - low) // self._block))
+        samples = self._generate(
+            torch.arange(self.first + low, self.first + high),
+            -(-(end - low) // self._block),
+        )
         made = samples.float().flatten(1)
         if self._keep:
             self._kept[low] = made

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from naign.match import bound
 from naign.match.bound import Frame, Sieve
-from naign.match.exact import NO_ID, exact_distances, pair_distances, propose, sort_lexically
+from naign.match.exact import (
+    NO_ID,
+    exact_distances,
+    pair_distances,
+    propose,
+    sort_lexically,
+)
 
 METHODS = ("auto", "flat", "bounded")
 LEAST_CANDIDATES = 2048  # of a rank
@@ -46,7 +52,12 @@ class Scan:
         count, dims = queries.shape
         self.queries = queries.contiguous()
         self.neighbours = neighbours
-        self.distances = torch.full((count, neighbours), torch.inf, dtype=torch.float64, device=queries.device)
+        self.distances = torch.full(
+            (count, neighbours),
+            torch.inf,
+            dtype=torch.float64,
+            device=queries.device,
+        )
         self.ids = torch.full((count, neighbours), NO_ID, device=queries.device)
         self.limit = self.distances.new_full((count,), torch.inf)
         """(q,) squared L2 beyond which no candidate is among the k nearest. Callers may lower it."""
@@ -122,7 +133,12 @@ class Scan:
             return
         first = first_copies(candidates, self.neighbours)  # of equal candidates only the first k can be kept
         for part in left.split(max(1, _PAIRS["cpu"] // len(first))):
-            self._measure(candidates, ids, part.repeat_interleave(len(first)), first.repeat(len(part)))
+            self._measure(
+                candidates,
+                ids,
+                part.repeat_interleave(len(first)),
+                first.repeat(len(part)),
+            )
 
     def _measure(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Measure pairs (s,) of a query and a candidate, each pair once, and merge them into the kept ones."""
@@ -134,7 +150,11 @@ class Scan:
                 some = some[may_win]
                 others = others[may_win]
             if len(some):
-                self._keep(some, exact_distances(self.queries, candidates, some, others), ids[others])
+                self._keep(
+                    some,
+                    exact_distances(self.queries, candidates, some, others),
+                    ids[others],
+                )
 
     def _may_win(self, candidates: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Which pairs can be among the nearest, (s,) bool, by their distances in float32."""
@@ -177,7 +197,12 @@ def choose_frame(queries: Tensor, candidates: Tensor) -> Frame:
     if bfloat16_is_faster(queries.device, torch.get_num_threads()):
         dtype = torch.bfloat16
     basis = bound.find_basis(centred, WIDTH)
-    return Frame(centre=centre, basis=basis, magnitude=float(centred.abs().max()), dtype=dtype)
+    return Frame(
+        centre=centre,
+        basis=basis,
+        magnitude=float(centred.abs().max()),
+        dtype=dtype,
+    )
 
 
 @lru_cache

@@ -51,18 +51,33 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
     threshold = options.threshold
     with together(accelerator):
         require(
-            (options.to or not run.startswith(PREFIX), f"{run} is on a hub: give a folder for the results with --to"),
-            (options.to or not shipped_model(run), f"{run} comes with naign: give a folder for the results with --to"),
-            (1 <= samples < 2**40, f"--samples is {samples}: it must be at least 1"),
+            (
+                options.to or not run.startswith(PREFIX),
+                f"{run} is on a hub: give a folder for the results with --to",
+            ),
+            (
+                options.to or not shipped_model(run),
+                f"{run} comes with naign: give a folder for the results with --to",
+            ),
+            (
+                1 <= samples < 2**40,
+                f"--samples is {samples}: it must be at least 1",
+            ),
             (0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"),
-            (threshold is None or 0 <= threshold < 1e6, f"--threshold is {threshold}: it must be 0 or more, below 1e6"),
+            (
+                threshold is None or 0 <= threshold < 1e6,
+                f"--threshold is {threshold}: it must be 0 or more, below 1e6",
+            ),
         )
         model = NAIGN.from_pretrained(run, device=accelerator.device)
         config, manifest, _ = recorded(model, run, options.data)
         train = Images(config, config.split)
         test = Images(config, "test")
         if accelerator.is_main_process and not model.prior.begun:
-            print(f"warning: {run} stopped before prior.begin: its samples are of one Gaussian", file=sys.stderr)
+            print(
+                f"warning: {run} stopped before prior.begin: its samples are of one Gaussian",
+                file=sys.stderr,
+            )
         space = Space(options.encoder, tuple(manifest.shape), accelerator.device)
     result = {
         "dataset": manifest.name,
@@ -111,7 +126,10 @@ def write(
         for (number, _, nearest, view), distance in zip(table.tolist(), values.tolist(), strict=True):
             place = places[nearest]
             lines.append((query, number, distance, place.shard, place.key, view))
-    store.put("copies.csv", as_csv(("query", "number", "distance", "shard", "key", "mirrored"), lines))
+    store.put(
+        "copies.csv",
+        as_csv(("query", "number", "distance", "shard", "key", "mirrored"), lines),
+    )
     if space.views > 1:
         store.put("copies.png", png(draw_pairs(tables[0], distances[0], draw, train)))
     result |= judge(distances[0], distances[1], threshold)
@@ -141,5 +159,10 @@ def draw_pairs(table: Tensor, distances: Tensor, draw: Draw, train: Images) -> I
         image = train.read(nearest, nearest + 1)
         if view:
             image = image.flip(-1)
-        pairs.append((f"{distances[row]:.3g}", scaled(torch.cat([draw(row, row + 1), image]))))
+        pairs.append(
+            (
+                f"{distances[row]:.3g}",
+                scaled(torch.cat([draw(row, row + 1), image])),
+            )
+        )
     return rows(pairs)

@@ -55,17 +55,32 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
             unknown = f"{manifest.kind}s by {encoder} have no default threshold: give --threshold, and look at groups"
             require((known, unknown))
             limit = THRESHOLDS[encoder]
-        require((0 <= limit < 1e6, f"--threshold is {limit}: it must be 0 or more, below 1e6"))
+        require(
+            (
+                0 <= limit < 1e6,
+                f"--threshold is {limit}: it must be 0 or more, below 1e6",
+            )
+        )
         broken = "error"
         if manifest.broken:
             broken = "skip"
         config = DataConfig(path=options.data, index=options.index, broken=broken)
         images = Images(config, *sorted(manifest.splits, key=lambda split: split != TRAIN))
-        require((len(images) > 1, f"{options.data} holds one image, which can have no duplicate"))
+        require(
+            (
+                len(images) > 1,
+                f"{options.data} holds one image, which can have no duplicate",
+            )
+        )
         space = Space(encoder, images.sets.shape, accelerator.device)
         every = ImageRows("images", len(images), images.read, space, ranks)
     near = find_near(every, every, ranks, accelerator.device, within=limit)
-    result = {"dataset": manifest.name, "images": len(images), "encoder": encoder, "threshold": limit}
+    result = {
+        "dataset": manifest.name,
+        "images": len(images),
+        "encoder": encoder,
+        "threshold": limit,
+    }
     with together(accelerator):
         if accelerator.is_main_process:
             low = near[:, :2].amin(1)
@@ -78,7 +93,10 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
 def write(pairs: Tensor, result: dict[str, Any], images: Images, space: Space, to: str) -> None:
     """Write the groups of pairs (p, 3): two numbers, and the bits of their squared distance; and add to `result`."""
     places = images.places(pairs[:, :2].unique().tolist())
-    broken = torch.tensor([number for number, place in places.items() if place.broken], dtype=torch.int64)
+    broken = torch.tensor(
+        [number for number, place in places.items() if place.broken],
+        dtype=torch.int64,
+    )
     pairs = pairs[~torch.isin(pairs[:, :2], broken).any(1)]  # in whose place another image was read
     groups = connect(pairs, space.distances(pairs[:, 2]))
     training = images.sets.manifest.splits.get(TRAIN)
@@ -98,9 +116,21 @@ def write(pairs: Tensor, result: dict[str, Any], images: Images, space: Space, t
     for name, group in enumerate(groups):
         for number, distance in group.items():
             place = places[number]
-            lines.append((name, place.split, place.shard, place.key, distance, int(number in redundant)))
+            lines.append(
+                (
+                    name,
+                    place.split,
+                    place.shard,
+                    place.key,
+                    distance,
+                    int(number in redundant),
+                )
+            )
     store = open_store(to)
-    store.put("groups.csv", as_csv(("group", "split", "shard", "key", "distance", "redundant"), lines))
+    store.put(
+        "groups.csv",
+        as_csv(("group", "split", "shard", "key", "distance", "redundant"), lines),
+    )
     store.delete("groups.png")
     if groups and space.views > 1:
         store.put("groups.png", png(draw_groups(groups, images)))
@@ -112,7 +142,10 @@ def connect(pairs: Tensor, distances: Tensor) -> list[Group]:
     numbers, ends = pairs[:, :2].unique(return_inverse=True)
     nearest = torch.full((len(numbers),), math.inf, dtype=torch.float64)
     nearest.scatter_reduce_(0, ends.T.flatten(), distances.repeat(2), "amin")
-    graph = coo_array((np.ones(len(ends)), tuple(ends.T.numpy())), shape=(len(numbers), len(numbers)))
+    graph = coo_array(
+        (np.ones(len(ends)), tuple(ends.T.numpy())),
+        shape=(len(numbers), len(numbers)),
+    )
     labels = connected_components(graph, directed=False)[1].tolist()
     groups = dict[int, Group]()
     for label, number, distance in zip(labels, numbers.tolist(), nearest.tolist(), strict=True):

@@ -111,7 +111,12 @@ class Images:
             while first < last:
                 start = self._edges[at]
                 end = self._edges[at + 1]
-                piece = Piece(epoch=0, shard=self._shards[at].number, first=first - start, last=min(last, end) - start)
+                piece = Piece(
+                    epoch=0,
+                    shard=self._shards[at].number,
+                    first=first - start,
+                    last=min(last, end) - start,
+                )
                 yield at, piece
                 first = end
                 at += 1

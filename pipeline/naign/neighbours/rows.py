@@ -26,7 +26,10 @@ from naign.terminal import DELAY
 
 PIXELS = "pixels"  # names no encoder: values are compared as they are
 ROWS = 256  # images embedded at once, always as many
-MOST, VALUES = 4096, 2**24  # rows of a block, and its float32 values: at most these, but at least ROWS rows
+MOST, VALUES = (
+    4096,
+    2**24,
+)  # rows of a block, and its float32 values: at most these, but at least ROWS rows
 ASKED = 2**25  # float32 values of the queries of a search, of all ranks, unless those of one block are more
 NEIGHBOURS = 8  # k of the first search within a distance, which grows by this factor
 MOST_PAIRS = 2**25  # of a rank's queries: 1 GB
@@ -41,7 +44,12 @@ class Space:
     def __init__(self, encoder: str, shape: tuple[int, ...], device: torch.device) -> None:
         """Pixels, or the features of the encoder of that name. InputError where it does not fit data of that shape."""
         images = len(shape) == 3
-        require((encoder == PIXELS or images, f"--encoder {encoder} is for images, and these are points"))
+        require(
+            (
+                encoder == PIXELS or images,
+                f"--encoder {encoder} is for images, and these are points",
+            )
+        )
         self._encoder = None
         self.views = 1
         if images:
@@ -81,7 +89,14 @@ class Space:
 class ImageRows:
     """The rows of `count` images. This rank has those of [first, last), which are whole blocks."""
 
-    def __init__(self, name: str, count: int, read: Callable[[int, int], Tensor], space: Space, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        read: Callable[[int, int], Tensor],
+        space: Space,
+        ranks: Ranks,
+    ) -> None:
         """Make this rank's blocks; `read(first, last)` returns stored images (n, *shape)."""
         self.name = name
         self.space = space
@@ -117,7 +132,12 @@ class ImageRows:
 
 
 def find_near(
-    queries: ImageRows, candidates: ImageRows, ranks: Ranks, device: torch.device, *, within: float = math.inf
+    queries: ImageRows,
+    candidates: ImageRows,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    within: float = math.inf,
 ) -> Tensor:
     """Collective: the nearest candidate of each query and view, or all candidates `within` a distance. Rows (m, 4)
     int64 of a query's number, its candidate's, the bits of their squared distance, which sort as it does, and the view.
@@ -168,7 +188,17 @@ def find_candidates(rows: Tensor, first: int, candidates: ImageRows, limit: floa
         query = asked[row]
         numbers = first + query % max(1, count)
         views = query // max(1, count)
-        parts.append(torch.stack([numbers, ids[row, column], squares[row, column].view(torch.int64), views], dim=1))
+        parts.append(
+            torch.stack(
+                [
+                    numbers,
+                    ids[row, column],
+                    squares[row, column].view(torch.int64),
+                    views,
+                ],
+                dim=1,
+            )
+        )
         asked = asked[more]
         left = max(ranks.collect(len(asked)))
         if not left:
@@ -186,4 +216,11 @@ def firsts(table: Tensor, columns: int) -> Tensor:
 
 def progress(what: str, total: int, ranks: Ranks) -> "tqdm[Never]":
     """A bar that counts images, on rank 0."""
-    return tqdm(desc=what, total=total, unit="image", delay=DELAY, leave=False, disable=ranks.rank > 0 or None)
+    return tqdm(
+        desc=what,
+        total=total,
+        unit="image",
+        delay=DELAY,
+        leave=False,
+        disable=ranks.rank > 0 or None,
+    )
