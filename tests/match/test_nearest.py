@@ -295,13 +295,9 @@ def test_a_distance_depends_on_no_other_pair(dims, device):
     values = torch.rand(50, dims, dtype=torch.float64)
     torch.testing.assert_close(halved_sum(values.clone()), values.sum(1))
     rows = torch.arange(400, device=device)
-    queries, candidates = (
-        draw(dims, 400, dims).to(device),
-        draw(dims + 1, 400, dims).to(device),
-    )
+    queries = draw(dims, 400, dims).to(device)
+    candidates = draw(dims + 1, 400, dims).to(device)
     whole = exact_distances(queries, candidates, rows, rows)
     for count in (1, 2, 13, 64):
-        assert torch.equal(
-            exact_distances(queries, candidates, rows[:count], rows[:count]),
-            whole[:count],
-        )
+        some = exact_distances(queries, candidates, rows[:count], rows[:count])
+        assert torch.equal(some, whole[:count])

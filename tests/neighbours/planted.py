@@ -12,7 +12,9 @@ from naign.data.sources.source import Example, Made, Source
 from naign.neighbours import DuplicatesOptions, rows
 from naign.neighbours.duplicates import duplicates
 
-TRAIN, TEST, SHAPE = 700, 90, (3, 8, 8)
+TRAIN = 700
+TEST = 90
+SHAPE = (3, 8, 8)
 COPIES = {  # what each planted image is: the original, mirrored or not, and its noise in levels
     ("train", 5): ("train", 640, False, 0),
     ("train", 6): ("train", 640, False, 0),  # three alike

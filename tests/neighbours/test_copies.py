@@ -142,10 +142,8 @@ def test_the_default_threshold_is_a_quantile_of_the_test_images() -> None:
 
 
 def test_a_report_shows_the_copies_of_its_model(tmp_path: Path) -> None:
-    store, page = (
-        open_store(str(tmp_path)),
-        f"<p>before</p>{COPIES}{COPIES}<p>after</p>",
-    )
+    store = open_store(str(tmp_path))
+    page = f"<p>before</p>{COPIES}{COPIES}<p>after</p>"
     assert with_copies(page, store, "a") == page
     values = {
         "training_images": 5,
@@ -153,8 +151,9 @@ def test_a_report_shows_the_copies_of_its_model(tmp_path: Path) -> None:
         "samples": 4,
         "threshold": 1.0,
         "weights": "a",
+        "share": 0.25,
+        "test_share": 0.25,
     }
-    values |= {"share": 0.25, "test_share": 0.25}
     store.put("copies.json", json.dumps(values).encode())
     store.put("copies.png", b"picture")
     shown = with_copies(page, store, "a")

@@ -55,7 +55,10 @@ def test_every_planted_copy_is_found_and_nothing_else(planted: str, tmp_path: Pa
         lines = {line["key"]: line for line in group}
         redundant = {key for key, line in lines.items() if line["redundant"] == "1"}
         training = {key for key in lines if key.startswith("train")}
-        assert redundant == training if len(training) < len(lines) else len(redundant) == len(training) - 1
+        if len(training) < len(lines):
+            assert redundant == training
+        else:
+            assert len(redundant) == len(training) - 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "duplicates.json",
         "groups.csv",
@@ -65,16 +68,13 @@ def test_every_planted_copy_is_found_and_nothing_else(planted: str, tmp_path: Pa
 
 def test_distances_are_those_of_brute_force(planted: str, tmp_path: Path) -> None:
     audit(planted, tmp_path, threshold=90.0)  # which random pairs are within as well
-    every = [(f"{split}-{number:03d}", image(split, number).astype(float))
-             for split, count in (("train", TRAIN), ("test", TEST)) for number in range(count)]  # fmt: skip
-    stack = np.stack([pixels for _, pixels in every]).reshape(len(every), -1)
-    mirrored = np.stack([pixels[..., ::-1] for _, pixels in every]).reshape(len(every), -1)
-    near = {key: np.inf for key, _ in every}
-    for at, (key, _) in enumerate(every):
-        squares = np.minimum(
-            ((stack - stack[at]) ** 2).mean(1),
-            ((stack - mirrored[at]) ** 2).mean(1),
-        )
+    every = {f"train-{number:03d}": image("train", number) for number in range(TRAIN)}
+    every |= {f"test-{number:03d}": image("test", number) for number in range(TEST)}
+    pixels = np.stack(list(every.values())).astype(float)
+    near = {}
+    for at, key in enumerate(every):
+        views = (pixels[at], pixels[at][..., ::-1])
+        squares = np.minimum(*(((pixels - view) ** 2).mean((1, 2, 3)) for view in views))
         squares[at] = np.inf
         near[key] = float(np.sqrt(squares.min()))
     lines = [line for group in groups_in(tmp_path).values() for line in group]

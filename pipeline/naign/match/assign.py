@@ -9,7 +9,8 @@ from torch import Tensor
 
 from naign.match.exchange import Ranks
 
-NEIGHBOURS, MOST_PAIRS = 16, 2**22
+NEIGHBOURS = 16
+MOST_PAIRS = 2**22
 """k of the first search. Each later one has four times as many, up to MOST_PAIRS in all."""
 
 

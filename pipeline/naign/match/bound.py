@@ -54,7 +54,8 @@ _WORKING_SET = {"cpu": 6 << 20, "cuda": 128 << 20}
 """float32 values treated at once: on a CPU to stay in the last-level cache, on a GPU in few launches."""
 _TILE = {"cpu": 1024, "cuda": 8192}
 """Rows of A in a product: on a CPU to stay in the last-level cache beside other ranks' tiles."""
-_MOST_GROUPS, _MOST_PAIRS = 7 / 8, 1 / 16
+_MOST_GROUPS = 7 / 8
+_MOST_PAIRS = 1 / 16
 """A query is given up if a larger share of the groups has a survivor, or a larger share of the candidates survives."""
 _FEW_GROUPS = 8  # a query with at most so many groups of survivors is not given up
 _FEW = 1 / 32  # share of the queries that are not given up in any case
@@ -255,13 +256,15 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for start in range(0, len(a), height):
         part = a[start : start + height]
         # A float has its sign bit in the place of an integer's.
-        signs = torch.mm(part, b.T, out=tile[: len(part)]).view(integer).view(-1, groups, GROUP)
+        products = torch.mm(part, b.T, out=tile[: len(part)])
+        signs = products.view(integer).view(-1, groups, GROUP)
         alive = signs.amax(2) >= 0
         crowded = alive.sum(1) > most_groups
         crowded &= crowded.sum() > len(part) * _FEW
         row, group = (alive & ~crowded[:, None]).nonzero(as_tuple=True)
         which, member = (signs[row, group] >= 0).nonzero(as_tuple=True)
-        row, column = row[which], group[which] * GROUP + member
+        row = row[which]
+        column = group[which] * GROUP + member
         many = torch.bincount(row, minlength=len(part)) > most_pairs
         many &= many.sum() > len(part) * _FEW
         crowded |= many

@@ -9,7 +9,8 @@ from torch import Tensor
 from naign.match.exchange import Ranks
 from naign.match.index import Blocks
 
-HELD_ROWS, HELD_VALUES = 4096, 2**26
+HELD_ROWS = 4096
+HELD_VALUES = 2**26
 """Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. For further
 searches a rank keeps its part of the pool if that has no more values; a larger part is generated again."""
 

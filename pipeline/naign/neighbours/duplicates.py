@@ -32,7 +32,8 @@ from naign.storage.store import open_store
 TRAIN = "train"
 THRESHOLDS = {"pixels": 10.0, "efficientnet-lite0": 0.44, "cifar10-cnn64": 0.14}
 """Default distances by encoder. Of the pairs of CIFAR-10 within them nearly all show the same photograph."""
-SHOWN, WIDEST = 24, 12  # groups in the picture, and images of each
+SHOWN = 24  # groups in the picture
+WIDEST = 12  # images of each
 
 Group = dict[int, float]
 """Distance of each image of a group to the nearest other one, by number, ascending."""

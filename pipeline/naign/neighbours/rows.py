@@ -26,10 +26,9 @@ from naign.terminal import DELAY
 
 PIXELS = "pixels"  # names no encoder: values are compared as they are
 ROWS = 256  # images embedded at once, always as many
-MOST, VALUES = (
-    4096,
-    2**24,
-)  # rows of a block, and its float32 values: at most these, but at least ROWS rows
+MOST = 4096
+VALUES = 2**24
+"""Rows of a block, and its float32 values: at most these, but at least ROWS rows."""
 ASKED = 2**25  # float32 values of the queries of a search, of all ranks, unless those of one block are more
 NEIGHBOURS = 8  # k of the first search within a distance, which grows by this factor
 MOST_PAIRS = 2**25  # of a rank's queries: 1 GB
