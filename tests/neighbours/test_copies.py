@@ -22,10 +22,9 @@ from naign.neighbours.copies import copies, judge
 from naign.storage.store import open_store
 from tests.neighbours.planted import SHAPE, image, plant, small_blocks
 
-SAMPLES, COPIED = (
-    300,
-    {7: (40, False), 8: (41, True), 290: (640, False)},
-)  # of training images, mirrored or not
+SAMPLES = 300
+COPIED = {7: (40, False), 8: (41, True), 290: (640, False)}
+"""Samples that are copies: of which training image, mirrored or not."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,9 @@ class Copier(nn.Module):
         made = x.clone()
         for latent, (number, mirrored) in zip(self.latents, COPIED.values(), strict=True):
             pixels = torch.from_numpy(image("train", number).copy())
-            made[(x == latent).flatten(1).all(1)] = scaled(pixels.flip(-1) if mirrored else pixels)
+            if mirrored:
+                pixels = pixels.flip(-1)
+            made[(x == latent).flatten(1).all(1)] = scaled(pixels)
         return made
 
 
