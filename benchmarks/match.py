@@ -55,7 +55,7 @@ from match_ranks import CHUNK, Job, on_ranks
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 from torch import Tensor
 
-from naign.match.index import search
+from naign.match.across_ranks import search
 
 FITTED = ((1, 1), (0.5, 1), (1, 0.25), (0.25, 0.25))
 CHECKED = ((1, 0.125), (0.5, 0.5))

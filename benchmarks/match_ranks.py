@@ -17,7 +17,7 @@ import torch.distributed as dist
 from match_data import Case, Record, read_rows
 from torch import Tensor
 
-from naign.match.index import Blocks, search
+from naign.match.across_ranks import Blocks, search
 
 CHUNK = 4096
 """Candidates that a rank makes at once."""
@@ -100,7 +100,7 @@ def run_job(job: Job, case: Case, rank: int, world: int) -> Record:
 
         found = search(queries, Blocks(rows=share, make=make, size=CHUNK), first, method=job.method)
         ids, received, exchange = found.ids[:, 0].numpy(), found.received, found.exchange
-        coordinates = int(found.method.split()[2]) if found.method[0] == "b" else 0  # bounded on 119 coordinates
+        coordinates = int(found.method.split()[2]) if found.method[0] in "pr" else 0  # projected on 119 coordinates
     seconds, memory = time.perf_counter() - start - exchange, status("VmHWM") - before
     times = {"seconds": seconds, "exchange": exchange}
     return {**times, "received": received, "coordinates": coordinates, "memory": memory, "ids": ids}

@@ -24,7 +24,7 @@ from naign.data.format.manifest import Manifest, Shard
 from naign.data.format.pages import Pager, Table, parse_table
 from naign.data.order import BLOCK, Order, Piece, _epoch, _lanes, pieces, rank_rows
 from naign.data.reader import Reader
-from naign.match.pool import block_range
+from naign.match.matcher import block_range
 from naign.storage.local import LocalStore
 from naign.training.fit import fit
 from naign.training.loop import checkpoint
@@ -45,7 +45,7 @@ def rounds_on(world: int, images: int, pool: int, rounds: int) -> list[Record]:
             "--train.precision=fp32",
         ]
         options += [f"--match.ratio={pool / images}", "--match.block=32", "--train.batch=64", "--prior.name=gaussian"]
-        options += ["--match.method=bounded", "--model.width=32", "--train.images=1000000", "--train.ema=0.9"]
+        options += ["--match.method=rounded", "--model.width=32", "--train.images=1000000", "--train.ema=0.9"]
         return on_ranks(world, "forkserver", measure, parse(options), rounds)
 
 
