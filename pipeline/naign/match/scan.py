@@ -114,18 +114,22 @@ class Scan:
         near = self.queries[rows] - centre
         far = candidates - centre
         proposed, columns = propose(near, far, count)
-        proved = (torch.isfinite(proposed) & (columns >= 0)).all(1)
-        norms = near.norm(dim=1).double().square() + far.norm(dim=1).double().square().max()
-        error = 4 * self._relative * norms[:, None] + 4 * self._absolute
-        least = proposed.double() - error
+        finite = torch.isfinite(proposed) & (columns >= 0)
+        proved = finite.all(1)
+        near_square = near.norm(dim=1).double().square()
+        far_square = far.norm(dim=1).double().square().max()
+        error = 4 * self._relative * (near_square + far_square) + 4 * self._absolute
+        proposed = proposed.double()
         if count >= self.neighbours:
-            most = (proposed.double() + error)[:, self.neighbours - 1]
+            most = proposed[:, self.neighbours - 1] + error
             most = torch.where(proved, most, torch.inf)
             self.limit[rows] = torch.minimum(self.limit[rows], most)
         reach = self._reach()[rows]
+        least = proposed - error[:, None]
         if count < len(candidates):
             proved &= least[:, -1] > reach
-        which, place = ((least <= reach[:, None]) & proved[:, None]).nonzero(as_tuple=True)
+        may_win = (least <= reach[:, None]) & proved[:, None]
+        which, place = may_win.nonzero(as_tuple=True)
         self._measure(candidates, ids, rows[which], columns[which, place])
 
         left = rows[~proved]
@@ -174,7 +178,8 @@ class Scan:
         order = sort_lexically(all_rows, all_distances, all_ids)
         # Each query has at least its k old entries.
         first = torch.searchsorted(all_rows[order], queries)
-        best = order[first[:, None] + torch.arange(self.neighbours, device=rows.device)]
+        places = torch.arange(self.neighbours, device=rows.device)
+        best = order[first[:, None] + places]
         self.distances[queries] = all_distances[best]
         self.ids[queries] = all_ids[best]
         self.limit[queries] = torch.minimum(self.limit[queries], self.distances[queries, -1])
@@ -222,11 +227,13 @@ def first_copies(rows: Tensor, count: int) -> Tensor:
     """Indices, ascending, of the rows (n, d) but those with `count` equal rows before them. Rows are compared with the
     first one of the same norm.
     """
-    kind = rows.norm(dim=1).unique(return_inverse=True)[1]
+    norms = rows.norm(dim=1)
+    _, kind = norms.unique(return_inverse=True)
     order = kind.argsort(stable=True)
     first = order[torch.searchsorted(kind[order], kind)]
-    other = (rows != rows[first]).any(1).long()
-    order = sort_lexically(kind, other)  # of each kind the copies come first
-    place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(kind[order], kind[order])
-    kept = (place < count) | (other[order] > 0)
+    differ = (rows != rows[first]).any(1).long()
+    order = sort_lexically(kind, differ)  # of each kind the copies come first
+    kind = kind[order]
+    place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(kind, kind)
+    kept = (place < count) | (differ[order] > 0)
     return order[kept].sort().values
