@@ -70,7 +70,10 @@ SETS = {
 WHOLE = "NAIGN, whole recipe, all classes"
 DENSE = "configs/mnist.yaml"
 ALONE = ("--objective.imle=0", "--latents.name=gaussian")
-IMLE = ("--objective.imle=0.3", "--prior.components=50", )
+IMLE = (
+    "--objective.imle=0.3",
+    "--prior.components=50",
+)
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "NAIGN, with IMLE": (DENSE, (*IMLE, "--train.images=83968")),
     "denoising autoencoder": (DENSE, (*ALONE, "--train.images=172032")),

@@ -44,7 +44,7 @@ from naign import philox
 from naign.distributed.connect import repeat_bits
 from naign.errors import InputError, exit_on_input_error
 from naign.match import Blocks, bound, search
-from naign.match.distances import faiss_on, load_faiss
+from naign.match.exact import load_faiss
 
 sys.path.insert(0, str(ROOT))
 

@@ -261,7 +261,8 @@ def save_untrained() -> Callable[..., str]:
         torch.manual_seed(0)
         metadata: dict[str, Any] = {
             "shape": list(shape),
-            "latents": {"name": "gaussian"}, "prior": {"name": "none"},
+            "latents": {"name": "gaussian"},
+            "prior": {"name": "none"},
             "model": dataclasses.asdict(config),
         }
         metadata |= {"seed": 7, "images_seen": 12_345, "config": {"data": {"path": data}} if data else {}}

@@ -47,7 +47,8 @@ def test_match_compares_with_faiss(digits: str, tmp_path: Path) -> None:
     metadata = {
         "model": asdict(config),
         "shape": [1, 8, 8],
-        "latents": {"name": "smooth", "grid": 4}, "prior": {"name": "none"},
+        "latents": {"name": "smooth", "grid": 4},
+        "prior": {"name": "none"},
     }
     model = NAIGN(build_network(config, (1, 8, 8)), metadata)
     model.save_pretrained(tmp_path / "runs/digits")

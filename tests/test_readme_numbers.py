@@ -208,7 +208,8 @@ def test_the_drawings_are_those_of_their_scripts() -> None:
 
 def test_the_picture_at_the_top_shows_two_runs_and_a_drawing(tmp_path: Path) -> None:
     config = ConvConfig(width=8, code=16)
-    model = {"model": {"name": "conv", "width": 8, "code": 16}, "shape": [1, 28, 28], "latents": {"name": "smooth"}, "prior": {"name": "none"}}
+    model = {"model": {"name": "conv", "width": 8, "code": 16}, "shape": [1, 28, 28]}
+    model |= {"latents": {"name": "smooth"}, "prior": {"name": "none"}}
     NAIGN(build_network(config, (1, 28, 28)), model).save_pretrained(tmp_path / "mnist")
     runs = []
     for name, side in (("mnist", 56), ("cifar10_cpu", 64)):

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from naign.data.batches import open_dataset
-    from naign.match.across_ranks import nearest
+    from naign.match.index import nearest
     from naign.model.naign import NAIGN
 
 __all__ = ["NAIGN", "nearest", "open_dataset"]
 
 _MODULES = {
     "NAIGN": "naign.model.naign",
-    "nearest": "naign.match.across_ranks",
+    "nearest": "naign.match.index",
     "open_dataset": "naign.data.batches",
 }
 

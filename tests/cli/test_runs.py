@@ -18,7 +18,7 @@ from naign.cli.runs import compare, runs
 from naign.config import Config, to_dict
 from naign.errors import InputError
 from naign.evaluate.compare import read_sides, settings_that_differ
-from naign.evaluate.runs import find_runs, read_settings
+from naign.evaluate.runs import find_runs
 from tests.conftest import SMALL
 
 ROUND = 256  # images
@@ -158,9 +158,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name", ["evaluation/metrics.json", "checkpoints/step-00000016/trainer.json", "metrics.jsonl"]
-)
+@pytest.mark.parametrize("name", ["evaluation/metrics.json", "checkpoints/step-00000016/trainer.json", "metrics.jsonl"])
 def test_files_of_a_run_may_hold_anything(tmp_path, name):
     folder = a_run(tmp_path / "run", 512, checkpoint=512, evaluated=2.0)
     other = a_run(tmp_path / "other", 256)

@@ -18,7 +18,7 @@ def audits(rank: int, world: int) -> list[str]:
     folder = Path(os.environ[FOLDER])
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch)
-        audit(str(folder / "data"), folder / f"{world}/pixels", drop=str(folder / f"{world}/thin"))
+        audit(str(folder / "data"), folder / f"{world}/pixels")
         options = CopiesOptions(encoder="digits-cnn64", samples=700, to=str(folder / f"{world}/copies"))
         copies(str(folder / "model"), options, Accelerator(cpu=True))
     return [str(rank)]

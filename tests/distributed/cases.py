@@ -10,7 +10,6 @@ from torch import Tensor
 
 from naign import errors
 from naign.distributed.ranks import part, together
-from naign.errors import InputError
 from naign.match import assign
 from naign.match.matcher import Match, MatchConfig, match_round
 from naign.model.networks import ConvConfig, build_network
@@ -60,7 +59,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "free": {},
     "reject_share": {"reject_share": 0.3},
     "one_to_one": {"assignment": "one_to_one"},
-    "one_to_one of the rest": {"assignment": "one_to_one", "reject_share": 0.3},
 }
 
 
@@ -73,15 +71,6 @@ def match(rank: int, world: int) -> dict[str, dict[str, Any]]:
         values = {key: value for key, value in values.items() if key not in ("match/measured", "match/received")}
         answers[name] = {"ids": found.ids, "distances": found.distances, "values": values}
     return answers
-
-
-def rejected(rank: int, world: int) -> str:
-    """The message where rejection leaves fewer samples than there are images."""
-    try:
-        matched({"reject_share": 0.95, "assignment": "one_to_one"}, rank, world)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 class Narrower(errors.Damaged):

@@ -24,12 +24,6 @@ def test_the_match_is_the_same_on_every_world_size_whatever_is_set(tmp_path):
 
 
 @pytest.mark.slow
-def test_rejection_that_leaves_too_few_is_an_error_on_all(tmp_path):
-    first, second = on_ranks("cases.rejected", 2, tmp_path)
-    assert first == second and "lower match.reject_share, or raise match.ratio" in first
-
-
-@pytest.mark.slow
 def test_two_ranks_match_as_one_does_in_the_first_round_and_learn_as_well(train, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--train.images=20000", "--checkpoint.rounds=100"]
     for ranks in (1, 2):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from naign.errors import InputError
 from naign.model.encoders import load_encoder, open_encoder
-from naign.neighbours.rows import independent
 
 CPU = torch.device("cpu")
 LITE = "efficientnet-lite0"
@@ -41,15 +40,6 @@ def test_lite_gives_maps_of_five_scales_and_features():
     grey = torch.rand(2, 1, 28, 28) * 2 - 1
     coloured = grey.expand(-1, 3, -1, -1)
     assert torch.equal(encoder.features(grey), encoder.features(coloured))
-
-
-@wheel
-@pytest.mark.slow
-def test_features_of_an_image_do_not_depend_on_those_beside_it():
-    features = load_encoder(LITE).features
-    images = torch.rand(40, 3, 32, 32) * 2 - 1
-    parts = [independent(features, images[:7], 0), independent(features, images[7:], 7)]
-    assert torch.equal(torch.cat(parts), independent(features, images, 0))
 
 
 @wheel

@@ -12,7 +12,9 @@ from naign.data.sources.source import Example, Made, Source
 from naign.neighbours import DuplicatesOptions, rows
 from naign.neighbours.duplicates import duplicates
 
-TRAIN, TEST, SHAPE = 700, 90, (3, 8, 8)
+TRAIN = 700
+TEST = 90
+SHAPE = (3, 8, 8)
 COPIES = {  # what each planted image is: the original, mirrored or not, and its noise in levels
     ("train", 5): ("train", 640, False, 0),
     ("train", 6): ("train", 640, False, 0),  # three alike
@@ -49,7 +51,13 @@ def plant(path: str, shards: int = 5) -> str:
         return Made(length=length, make=make)
 
     splits = {"train": split("train", TRAIN), "test": split("test", TEST)}
-    source = Source(name="planted", kind="image", shape=SHAPE, labels=("even", "odd"), splits=splits)
+    source = Source(
+        name="planted",
+        kind="image",
+        shape=SHAPE,
+        labels=("even", "odd"),
+        splits=splits,
+    )
     pack(source, path, shards=shards, progress=False)
     return path
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from naign.errors import InputError
-from naign.match.distances import load_faiss
+from naign.match.exact import load_faiss
 from naign.observe.doctor import examine, faiss, preflight
 
 ROOT = Path(__file__).parents[2]

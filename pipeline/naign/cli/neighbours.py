@@ -28,7 +28,6 @@ def copies(run: Run, /, *, options: Annotated[CopiesOptions, tyro.conf.arg(name=
             print("a much larger share of samples than of test images is a sign of copies")
             if not result["threshold"]:
                 print("the threshold is 0, as test images are training images, too: give --threshold, or drop them")
-            print(f"median distance to the nearest: {result['median']:.4g}, of test images {result['test_median']:.4g}")
 
 
 def duplicates(*, options: Annotated[DuplicatesOptions, tyro.conf.arg(name="")]) -> None:

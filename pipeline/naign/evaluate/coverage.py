@@ -12,7 +12,8 @@ Sets are centred first: squared distances, expanded in float32, |a|^2 + |b|^2 - 
 import torch
 from torch import Tensor
 
-from naign.match.distances import flat, pairwise
+from naign import match
+from naign.match.exact import squares
 
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 BLOCK = 1000  # rows of a distance matrix held at a time: 1,000 x 10,000 float32 are 40 MB
@@ -22,7 +23,7 @@ def radii(features: Tensor, k: int) -> Tensor:
     """(n, d) -> (n,): squared distance of every point to its k-th nearest other point of the same set."""
     parts = []
     for start in range(0, len(features), BLOCK):
-        block = pairwise(features[start : start + BLOCK], features)
+        block = squares(features[start : start + BLOCK], features)
         block.diagonal(start).zero_()  # exactly, whatever the rounding: the point itself is the first of k + 1
         parts.append(block.topk(k + 1, dim=1, largest=False).values[:, k])  # kthvalue is nine times slower
     return torch.cat(parts)
@@ -38,13 +39,17 @@ def coverage(real: Tensor, samples: Tensor, *, k: int = NEIGHBOURS) -> dict[str,
     if min(len(real), len(samples)) <= k:
         raise ValueError(f"{len(real)} real and {len(samples)} sampled rows: both must be more than k = {k}")
     centre = real.double().mean(0)
-    real, samples = (real.double() - centre).float(), (samples.double() - centre).float()
-    real_radii, sample_radii = radii(real, k), radii(samples, k)
+    real = (real.double() - centre).float()
+    samples = (samples.double() - centre).float()
+    real_radii = radii(real, k)
+    sample_radii = radii(samples, k)
     inside = torch.zeros(len(samples), dtype=torch.int64)  # real balls that hold the sample
-    recalled = covered = 0
+    recalled = 0
+    covered = 0
     for start in range(0, len(real), BLOCK):
-        block = pairwise(real[start : start + BLOCK], samples)
-        holds = block <= real_radii[start : start + BLOCK, None]
+        part = slice(start, start + BLOCK)
+        block = squares(real[part], samples)
+        holds = block <= real_radii[part, None]
         inside += holds.sum(0)
         covered += int(holds.any(1).sum())
         recalled += int((block <= sample_radii).any(1).sum())
@@ -64,7 +69,5 @@ def mode_shares(logits: Tensor) -> list[float]:
 
 def nearest(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """(q, ...), (n, ...) float32 -> L2 distance (q,) float32 and index (q,) int64 of each query's nearest reference."""
-    centre = reference.mean(0).flatten()
-    queries, reference = queries.flatten(1) - centre, reference.flatten(1) - centre
-    indices = flat(queries, reference, 1)[1][:, 0]
-    return (queries - reference[indices]).norm(dim=1), indices  # what `flat` computes can rank, not report zero
+    distances, indices = match.nearest(queries.flatten(1), reference.flatten(1), 0)
+    return distances.sqrt(), indices

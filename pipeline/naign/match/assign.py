@@ -9,15 +9,20 @@ from torch import Tensor
 
 from naign.match.exchange import Ranks
 
-NEIGHBOURS, MOST_PAIRS = 16, 2**22
-"""Initial k. A later search doubles k, or multiplies it by 8 if most images are unsettled, up to MOST_PAIRS in all."""
+NEIGHBOURS = 16
+MOST_PAIRS = 2**22
+"""k of the first search. Each later one has four times as many, up to MOST_PAIRS in all."""
 
 
 def assign_once(
-    find: Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]], ranks: Ranks, counts: list[int]
+    find: Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]],
+    ranks: Ranks,
+    counts: list[int],  # images of each rank
 ) -> tuple[Tensor, Tensor]:
-    """Collective: squared distance float64 and id, each (n,), of the sample of each image of this rank. `find` is that
-    of `match_round`, `counts` are the images of each rank.
+    """Collective: squared distance float64 and id, each (n,), of the sample of each image of this rank.
+
+    `find(images, k, assigned)` returns squared distances and ids, (m, k) each, of the nearest samples to some images of
+    this rank (m,), without the samples `assigned`.
 
     The least of all pairs by (distance, number of the image, id) is assigned, then the least of the pairs of the
     remaining images and samples, and so on. Every rank computes this on the k nearest samples of all images. An image
@@ -25,38 +30,43 @@ def assign_once(
     unsettled images search again, among the samples that are left.
     """
     edges = np.cumsum([0, *counts])
-    answers = np.zeros((edges[-1], 2), np.int64)  # of each image: the bits of the distance, and the id
-    assigned = np.zeros(0, np.int64)  # ids
-    open_images, neighbours = np.arange(edges[-1]), NEIGHBOURS
-    while len(open_images):
-        parts = np.split(open_images, np.searchsorted(open_images, edges[1:-1]))
-        rows = torch.from_numpy(parts[ranks.rank] - edges[ranks.rank])
-        distances, ids = find(rows, neighbours, torch.from_numpy(assigned))
-        pairs = ranks.gather(torch.stack([distances.view(torch.int64), ids], dim=2), [len(part) for part in parts])
-        nearest = pairs.numpy()
-        settled, columns = settle(nearest[:, :, 0].view(np.float64), nearest[:, :, 1])
-        answers[open_images[settled]] = nearest[settled, columns]
-        assigned = np.concatenate([assigned, nearest[settled, columns, 1]])
-        most = MOST_PAIRS // max(1, len(open_images) - len(settled))
-        neighbours = max(NEIGHBOURS, min(neighbours * (2 if 2 * len(settled) > len(open_images) else 8), most))
-        open_images = np.delete(open_images, settled)
-    mine = torch.from_numpy(answers[edges[ranks.rank] : edges[ranks.rank + 1]])
-    return mine[:, 0].contiguous().view(torch.float64), mine[:, 1].contiguous()
+    first, last = edges[ranks.rank : ranks.rank + 2]
+    distances = np.zeros(edges[-1])
+    ids = np.full(edges[-1], -1)
+    unsettled = np.arange(edges[-1])
+    neighbours = NEIGHBOURS
+    while len(unsettled):
+        mine = unsettled[(first <= unsettled) & (unsettled < last)] - first
+        found, found_ids = find(torch.from_numpy(mine), neighbours, torch.from_numpy(ids[ids >= 0]))
+        sizes = np.diff(np.searchsorted(unsettled, edges)).tolist()
+        every = ranks.gather(torch.stack([found.view(torch.int64), found_ids], dim=2), sizes).numpy()
+        near = every[:, :, 0].view(np.float64)
+        rows, columns = settled_pairs(near, every[:, :, 1])
+        distances[unsettled[rows]] = near[rows, columns]
+        ids[unsettled[rows]] = every[rows, columns, 1]
+        unsettled = unsettled[ids[unsettled] < 0]
+        neighbours = max(NEIGHBOURS, min(4 * neighbours, MOST_PAIRS // max(1, len(unsettled))))
+    return torch.from_numpy(distances[first:last]), torch.from_numpy(ids[first:last])
 
 
-def settle(distances: NDArray[np.float64], ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def settled_pairs(
+    distances: NDArray[np.float64], ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The pairs (rows, columns) that are assigned whatever samples each image has beyond its k nearest: all that come
     before the last known pair of the first image that has no sample left. Both arguments, (n, k), are sorted along each
     row by (distance, id), with inf and -1 where there is no sample.
     """
-    settled, taken = dict[int, int](), {-1}
+    neighbours = ids.shape[1]
+    column_of = dict[int, int]()  # by row
+    taken = {-1}
     for pair in np.argsort(distances, axis=None, kind="stable").tolist():  # by distance, then image, then id
-        row, column = divmod(pair, ids.shape[1])
-        if row in settled:
+        row, column = divmod(pair, neighbours)
+        sample = int(ids[row, column])
+        if row in column_of:
             continue
-        if (sample := int(ids[row, column])) not in taken:
-            settled[row] = column
+        if sample not in taken:
+            column_of[row] = column
             taken.add(sample)
-        elif column == ids.shape[1] - 1:
+        elif column == neighbours - 1:
             break
-    return np.array(list(settled), np.int64), np.array(list(settled.values()), np.int64)
+    return np.array(list(column_of), np.int64), np.array(list(column_of.values()), np.int64)

@@ -12,7 +12,7 @@ farther than sqrt(t). All other pairs survive, and their distances are computed 
 
        a.b <= (W'a).(W'b) + r_a r_b        with r_a = sqrt(|a|^2 - |W'a|^2).
 
-   With y = (W'a, r_a) this reads a.b <= y_a.y_b, and |y| = |a|. Without a basis y = a, and equality holds.
+   With y = (W'a, r_a) this reads a.b <= y_a.y_b, and |y| = |a|.
 2. Computed projection. The code computes V'a in float32, in chunks of k coordinates, from a float32 difference a; the
    basis V is only nearly orthonormal. Let W be the polar factor of V, so |V - W| <= delta = |V'V - I|_F. With u = 2^-24
    and gamma_n = n u / (1 - n u) (Higham, "Accuracy and stability of numerical algorithms", 3.1) each coordinate errs by
@@ -38,8 +38,8 @@ with kappa = 2 eta (1 + eta) + 2 g. Every number is rounded up; a square is a su
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,8 +54,11 @@ _WORKING_SET = {"cpu": 6 << 20, "cuda": 128 << 20}
 """float32 values treated at once: on a CPU to stay in the last-level cache, on a GPU in few launches."""
 _TILE = {"cpu": 1024, "cuda": 8192}
 """Rows of A in a product: on a CPU to stay in the last-level cache beside other ranks' tiles."""
-_FEW_GROUPS = 8  # a row with at most so many surviving groups is always listed
-_FEW_ROWS = 16  # one row in so many may always be listed
+_MOST_GROUPS = 7 / 8
+_MOST_PAIRS = 1 / 16
+"""A query is given up if a larger share of the groups has a survivor, or a larger share of the candidates survives."""
+_FEW_GROUPS = 8  # a query with at most so many groups of survivors is not given up
+_FEW = 1 / 32  # share of the queries that are not given up in any case
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,59 +66,61 @@ class Frame:
     """The coordinates in which distances are bounded. Any basis is valid: a worse one only widens the bound."""
 
     centre: Tensor  # (d,) float32
-    basis: Tensor | None  # (d, p) float32 with nearly orthonormal columns; None: all coordinates as they are
+    basis: Tensor  # (d, p) float32 with nearly orthonormal columns
     magnitude: float  # largest absolute value of a centred coordinate, roughly
     dtype: torch.dtype  # of the product: bfloat16 or float32
-    departure: float = 0.0  # of the basis, or of a basis that begins with it
+    departure: float = field(init=False)  # |V'V - I|_F of the basis V, which bounds its distance to an orthonormal one
+
+    def __post_init__(self) -> None:
+        product = self.basis.double().T @ self.basis.double()
+        self.departure = float(torch.linalg.matrix_norm(product - torch.eye(len(product)).to(product)))
 
     def __str__(self) -> str:
-        coordinates = len(self.centre) if self.basis is None else self.basis.shape[1]
-        return f"{coordinates} coordinates in {str(self.dtype).removeprefix('torch.')}"
-
-    def to(self, device: torch.device | str) -> Self:
-        basis = None if self.basis is None else self.basis.to(device)
-        return replace(self, centre=self.centre.to(device), basis=basis)
+        return f"{self.coordinates} coordinates in {str(self.dtype).removeprefix('torch.')}"
 
     @property
-    def width(self) -> int:
-        """Coordinates of A and B."""
-        return EXTRA + (len(self.centre) if self.basis is None else self.basis.shape[1] + 1)
+    def coordinates(self) -> int:
+        return self.basis.shape[1]
 
     @property
     def scale(self) -> float:
         """A power of two that brings the data near one, well inside float32's range."""
-        return 2.0 ** -min(max(math.frexp(self.magnitude)[1], -60), 60)
+        exponent = math.frexp(self.magnitude)[1]
+        return 2.0 ** -min(max(exponent, -60), 60)
 
     @property
     def eta(self) -> float:
         """Relative error of the projection (step 2)."""
-        if self.basis is None:
-            return 2 * _U
-        terms = min(len(self.basis), CHUNK) - (-len(self.basis) // CHUNK)
-        return 2 * _U + self.departure + (1 + self.departure) * math.sqrt(self.basis.shape[1]) * gamma(terms)
+        dims = len(self.basis)
+        chunks = math.ceil(dims / CHUNK)
+        terms = min(dims, CHUNK) + chunks
+        return 2 * _U + self.departure + (1 + self.departure) * math.sqrt(self.coordinates) * gamma(terms)
 
     @property
-    def slack(self) -> float:  # g of step 4
-        return gamma(2 * self.width)
+    def slack(self) -> float:
+        """The error g of a summation (step 4)."""
+        return gamma(2 * (self.coordinates + 1 + EXTRA))
 
 
 class Quantized(NamedTuple):
     """Rows in the coordinates of a frame, in units of its scale, rounded to its dtype."""
 
-    values: Tensor  # (n, p + 1) or (n, d) of the frame's dtype: yy
+    values: Tensor  # (n, p + 1) of the frame's dtype: yy
     error: Tensor  # (n,) float64: at least |y - yy|
     length: Tensor  # (n,) float64: at least |a| and |y|
     square: Tensor  # (n,) float64: at most |a|^2, and nearly equal
 
     @property
     def usable(self) -> bool:
+        """Whether no row is too long to be screened."""
         return not len(self.length) or float(self.length.max()) < LARGEST  # False for NaN
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products as the proof assumes: float32 ones without TF32 or bfloat16, bfloat16 ones summed in float32."""
-    precision, cuda = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+    precision = torch.get_float32_matmul_precision()
+    cuda = torch.backends.cuda.matmul
     reduced = cuda.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("highest")
     cuda.allow_bf16_reduced_precision_reduction = False
@@ -141,59 +146,85 @@ def find_basis(rows: Tensor, width: int) -> Tensor:
     return leading
 
 
-def departure(basis: Tensor) -> float:
-    """|V'V - I|_F of a basis V (d, p), which bounds its distance to an orthonormal one."""
-    product = basis.double().T @ basis.double()
-    return float(torch.linalg.matrix_norm(product - torch.eye(len(product)).to(product)))
-
-
 @full_precision()
 def encode(rows: Tensor, frame: Frame) -> Quantized:
     """Rows (n, d) float32, projected and quantized."""
     most = max(1, _WORKING_SET.get(rows.device.type, _WORKING_SET["cpu"]) // rows.shape[1])
     parts = [_encode_part(part, frame) for part in rows.split(most)]
-    return parts[0] if len(parts) == 1 else Quantized(*map(torch.cat, zip(*parts, strict=True)))
+    if len(parts) == 1:
+        return parts[0]
+    return Quantized(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _encode_part(rows: Tensor, frame: Frame) -> Quantized:
     """As `encode`, but all rows at once."""
-    dims, centred = rows.shape[1], rows - frame.centre
+    dims = rows.shape[1]
+    centred = rows - frame.centre
     # Each chunk's square errs by gamma_(k + 6) relatively; the sum over the chunks is exact enough in float64.
     squares = [torch.linalg.vector_norm(part, dim=1).double().square() for part in centred.split(CHUNK, 1)]
     square = torch.stack(squares).sum(0) * frame.scale**2
-    relative_error, underflow = gamma(min(dims, CHUNK) + 8), dims * 2.0**-126 * frame.scale
+    relative_error = gamma(min(dims, CHUNK) + 8)
+    underflow = dims * 2.0**-126 * frame.scale
     lost_square = underflow * frame.scale
     above = square * (1 + relative_error) + lost_square
     length = above.sqrt() * (1 + 4 * frame.eta)
-    if frame.basis is None:
-        values = centred * frame.scale
-    else:  # steps 1 and 2
-        projected = centred.new_zeros(frame.basis.shape[1], len(rows))
-        for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
-            projected.add_(basis.T @ part.T)  # in this layout the speed does not depend on p being round
-        values = projected.T * frame.scale
-        least = (values.double().norm(dim=1) - frame.eta * length - underflow * values.shape[1] ** 0.5).clamp(min=0)
-        rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
-        values = torch.cat([values, rest.float()[:, None]], 1)
-    encoded = values.to(frame.dtype)  # step 3
-    error = torch.linalg.vector_norm(values - encoded.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
+    projected = centred.new_zeros(frame.coordinates, len(rows))  # steps 1 and 2
+    for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
+        projected.add_(basis.T @ part.T)  # in this layout the speed does not depend on p being round
+    values = projected.T * frame.scale
+    projection_error = frame.eta * length + underflow * frame.coordinates**0.5
+    least = (values.double().norm(dim=1) - projection_error).clamp(min=0)
+    rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
+    values = torch.cat([values, rest.float()[:, None]], 1)
+    rounded = values.to(frame.dtype)  # step 3
+    error = torch.linalg.vector_norm(values - rounded.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
     error += underflow * values.shape[1] ** 0.5
     square = (square * (1 - relative_error) - lost_square).clamp(min=0)
-    return Quantized(values=encoded, error=error, length=length, square=square)
+    return Quantized(values=rounded, error=error, length=length, square=square)
 
 
-def query_factor(encoded: Quantized, frame: Frame) -> Tensor:
-    """A (q, width) for queries. Its last three columns are zero until `limit_columns` sets them."""
-    kappa = 2 * frame.eta * (1 + frame.eta) + 2 * frame.slack
-    one = torch.ones(len(encoded.values), 3, dtype=frame.dtype, device=encoded.values.device)
-    corrections = torch.stack([2 * (encoded.error + kappa * encoded.length), 2 * encoded.length], 1) * _UP
-    return torch.cat([2 * encoded.values, corrections.to(frame.dtype), one, torch.zeros_like(one)], 1)
+class Sieve:
+    """The matrix A of queries in a frame, which lists the candidates that may be near to them."""
 
+    def __init__(self, queries: Tensor, frame: Frame) -> None:
+        """Queries (q, d) float32, finite."""
+        encoded = encode(queries, frame)
+        kappa = 2 * frame.eta * (1 + frame.eta) + 2 * frame.slack
+        corrections = (
+            torch.stack(
+                [2 * (encoded.error + kappa * encoded.length), 2 * encoded.length],
+                1,
+            )
+            * _UP
+        )
+        one = torch.ones(len(queries), 3, dtype=frame.dtype, device=queries.device)
+        self.frame = frame
+        self._usable = encoded.usable
+        self._square = encoded.square
+        # A (q, width); its last three columns depend on the limit.
+        self._factor = torch.cat(
+            [
+                2 * encoded.values,
+                corrections.to(frame.dtype),
+                one,
+                torch.zeros_like(one),
+            ],
+            1,
+        )
 
-def limit_columns(square: Tensor, frame: Frame, limit: Tensor) -> Tensor:
-    """The last three columns of A, (q, 3), for t = `limit` (q,) float64 in the units of the data."""
-    rest = (limit * frame.scale**2).clamp(max=10 * LARGEST**2) - square  # no usable rows are that far apart
-    return _split(rest + 1.01 * frame.slack * rest.abs() + 1e-30, frame.dtype)  # 1e-30: products may underflow
+    def list_near(self, candidates: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which candidates (n, d) may be within `limit` (q,) float64, a squared distance, of the queries: pairs of rows
+        (s,) of queries, ascending, and (s,) of candidates. And (q,) bool: queries that are given up, and have no pairs.
+        """
+        encoded = encode(candidates, self.frame)
+        if not (self._usable and encoded.usable):
+            nothing = torch.empty(0, dtype=torch.int64, device=limit.device)
+            return nothing, nothing, torch.ones_like(limit, dtype=torch.bool)
+        scaled = (limit * self.frame.scale**2).clamp(max=10 * LARGEST**2)  # no usable rows are that far apart
+        rest = scaled - self._square
+        rest += 1.01 * self.frame.slack * rest.abs() + 1e-30  # 1e-30: products may underflow
+        self._factor[:, -3:] = _split(rest, self.frame.dtype)
+        return survivors(self._factor, candidate_factor(encoded, self.frame))
 
 
 def candidate_factor(encoded: Quantized, frame: Frame) -> Tensor:
@@ -208,44 +239,50 @@ def candidate_factor(encoded: Quantized, frame: Frame) -> Tensor:
 
 
 def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs that may be near: (s,) rows of A, ascending, and (s,) rows of B; and (q,) bool: rows of A given up.
-
-    A row is given up, and has no pairs listed, if nearly every group has a survivor, or more than one candidate in
-    sixteen survives; a few such rows among many are listed nevertheless.
+    """Pairs whose product is not negative: (s,) rows of A, ascending, and (s,) rows of B. And (q,) bool: rows of A that
+    are given up, since nearly every group of rows of B has a survivor, or too many survive; but not if these are few.
     """
-    integer = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
+    integer = torch.int32
+    if a.dtype == torch.bfloat16:
+        integer = torch.int16
     groups = len(b) // GROUP
-    most = max(_FEW_GROUPS, groups * 7 // 8)
-    none = torch.empty(0, dtype=torch.int64, device=a.device)
-    rows, columns, given_up = [none], [none], [none.bool()]
+    most_groups = max(_FEW_GROUPS, groups * _MOST_GROUPS)
+    most_pairs = max(_FEW_GROUPS, len(b) * _MOST_PAIRS)
+    rows = []
+    columns = []
+    given_up = []
     height = _TILE.get(a.device.type, _TILE["cpu"])
     tile = a.new_empty(min(height, len(a)), len(b))  # reused: fresh memory would cost as much as the product
     for start in range(0, len(a), height):
         part = a[start : start + height]
         # A float has its sign bit in the place of an integer's.
-        signs = torch.mm(part, b.T, out=tile[: len(part)]).view(integer).view(-1, groups, GROUP)
+        products = torch.mm(part, b.T, out=tile[: len(part)])
+        signs = products.view(integer).view(-1, groups, GROUP)
         alive = signs.amax(2) >= 0
-        heavy = alive.sum(1) > most
-        heavy &= heavy.sum() * _FEW_ROWS > len(part)
-        row, group = (alive & ~heavy[:, None]).nonzero(as_tuple=True)
+        crowded = alive.sum(1) > most_groups
+        crowded &= crowded.sum() > len(part) * _FEW
+        row, group = (alive & ~crowded[:, None]).nonzero(as_tuple=True)
         which, member = (signs[row, group] >= 0).nonzero(as_tuple=True)
-        row, column = row[which], group[which] * GROUP + member
-        over = torch.bincount(row, minlength=len(part)) > max(_FEW_GROUPS * GROUP, len(b) // _FEW_ROWS)
-        over &= over.sum() * _FEW_ROWS > len(part)
-        if over.any():
-            row, column = row[~over[row]], column[~over[row]]
-        rows.append(row + start)
-        columns.append(column)
-        given_up.append(heavy | over)
+        row = row[which]
+        column = group[which] * GROUP + member
+        many = torch.bincount(row, minlength=len(part)) > most_pairs
+        many &= many.sum() > len(part) * _FEW
+        crowded |= many
+        listed = ~crowded[row]
+        rows.append(row[listed] + start)
+        columns.append(column[listed])
+        given_up.append(crowded)
     return torch.cat(rows), torch.cat(columns), torch.cat(given_up)
 
 
 def _split(values: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, 3): numbers of `dtype` whose exact sum is at least `values` (n,) float64 and nearly equal."""
-    rest, parts = values + values.abs() * 2.0**-21, []
+    rest = values + values.abs() * 2.0**-21
+    parts = []
     for _ in range(3):
-        parts.append(rest.to(dtype))
-        rest = rest - parts[-1].double()
+        part = rest.to(dtype)
+        parts.append(part)
+        rest = rest - part.double()
     return torch.stack(parts, 1)
 
 

@@ -37,28 +37,20 @@ class Ranks:
                 raise each
         return cast(list[T], values)
 
-    def broadcast(self, value: T | None, source: int) -> T:
-        """The value of rank `source`; its tensors must lie on the CPU."""
-        values = [value]
-        if self.world > 1:
-            with self._exchange("sharing a plan"):
-                dist.broadcast_object_list(values, group=self.group, group_src=source)
-        return cast(T, values[0])
-
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """All ranks' rows (sum(sizes), *shape) in rank order, on the device of `rows` (sizes[rank], *shape)."""
         if self.world == 1:
             return rows
         longest = max(sizes)
-        padded = rows.detach().to(self.link)
-        if len(rows) < longest:
-            padded = torch.cat([padded, padded.new_zeros(longest - len(rows), *rows.shape[1:])])
-        out = torch.empty(self.world * longest, *rows.shape[1:], dtype=rows.dtype, device=self.link)
+        padded = rows.new_zeros(longest, *rows.shape[1:], device=self.link)
+        padded[: len(rows)] = rows.detach()
+        out = padded.new_empty(self.world * longest, *rows.shape[1:])
         with self._exchange("sharing rows"):
-            _all_gather(out, padded.contiguous(), group=self.group)
+            _all_gather(out, padded, group=self.group)
         self.received += padded.nbytes * (self.world - 1)
-        if any(size < longest for size in sizes):
-            out = torch.cat([part[:size] for part, size in zip(out.split(longest), sizes, strict=True)])
+        if min(sizes) < longest:
+            parts = out.view(self.world, *padded.shape)
+            out = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
         return out.to(rows.device)
 
     def deliver(self, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -68,7 +60,13 @@ class Ranks:
         mine = sizes[self.rank]
         out = torch.empty(self.world * mine, *rows.shape[1:], dtype=rows.dtype, device=self.link)
         with self._exchange("exchanging answers"):
-            dist.all_to_all_single(out, rows.to(self.link).contiguous(), [mine] * self.world, sizes, group=self.group)
+            dist.all_to_all_single(
+                out,
+                rows.to(self.link).contiguous(),
+                [mine] * self.world,
+                sizes,
+                group=self.group,
+            )
         self.received += out.nbytes * (self.world - 1) // self.world
         return out.view(self.world, mine, *rows.shape[1:]).to(rows.device)
 
@@ -84,7 +82,7 @@ class Ranks:
 
     @contextmanager
     def _exchange(self, what: str) -> Iterator[None]:
-        """Counts the seconds, and says what another rank's death interrupted."""
+        """Count the seconds, and say what another rank's death interrupted."""
         start = time.perf_counter()
         try:
             yield
@@ -99,6 +97,12 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
     """The ranks of `group`; None: of the default group, or a single process where there is none."""
     if not dist.is_initialized():
         return Ranks()
-    nccl = dist.get_backend(group) == "nccl"
-    link = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-    return Ranks(rank=dist.get_rank(group), world=dist.get_world_size(group), group=group, link=link)
+    link = torch.device("cpu")
+    if dist.get_backend(group) == "nccl":
+        link = torch.device("cuda", torch.cuda.current_device())
+    return Ranks(
+        rank=dist.get_rank(group),
+        world=dist.get_world_size(group),
+        group=group,
+        link=link,
+    )

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from naign.errors import InputError
-from naign.match.across_ranks import Answer, Blocks, search
 from naign.match.assign import assign_once
 from naign.match.exchange import Ranks, ranks_of
-from naign.match.method import METHODS
-from naign.settings.constraints import FREE, POSITIVE, SHARE, between, one_of
+from naign.match.index import Blocks, SearchResult, search
+from naign.match.pool import Pool
+from naign.match.scan import METHODS
+from naign.settings.constraints import (
+    FREE,
+    POSITIVE,
+    SHARE,
+    between,
+    one_of,
+)
 
 PROBE = 1024  # first samples of the pool, in whole blocks, of which `reject_share` is the share to reject
-
-HELD_ROWS, HELD_VALUES = 4096, 2**26
-"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. For further
-searches a rank keeps its part of the pool if that has no more values; a larger part is generated again."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,11 +40,15 @@ class MatchConfig:
     block: int = field(default=512, metadata=POSITIVE)
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
     method: str = field(default="auto", metadata=FREE | one_of(METHODS))
-    """How to search: flat, indexed, projected, rounded, or auto, which tries them. The match is the same."""
+    """How to search: flat (by FAISS), bounded, or auto, which chooses the faster one. The match is the same."""
 
     def check(self) -> None:
         """Raise InputError for settings that contradict each other."""
-        if self.assignment == "one_to_one" and self.pool < self.round:
+        if self.assignment == "free":
+            return
+        if self.reject_share:
+            raise InputError(f"match.reject_share needs match.assignment=free, not {self.assignment}")
+        if self.pool < self.round:
             few = f"match.ratio={self.ratio} makes {self.pool} for {self.round} images: use --match.ratio=1 or more"
             raise InputError(f"match.assignment={self.assignment} gives no two images one sample, and {few}")
 
@@ -69,119 +76,87 @@ def match_round(
 
     The pool is generated in fixed blocks of ids, of which each rank has a contiguous range. So the match is the same on
     every world size that has the same images in the same order. An exception of `poll` ends the match at once.
-    Raises InputError on every rank if rejection leaves too few samples.
     """
-    start, ranks, searches = time.perf_counter(), ranks_of(None), list[Answer]()
-    once = config.assignment == "one_to_one"
-    counts = ranks.collect(len(images))
-    number = sum(counts[: ranks.rank])  # of this rank's first image
+    start = time.perf_counter()
+    ranks = ranks_of(None)
     queries = images.float().flatten(1)
-    pool = Pool(config, sample, queries.shape[1], ranks, poll)
-    blocks, first = pool.share()
-    rejected, values = torch.empty(0, dtype=torch.int64), dict[str, float]()
-    if config.reject_share:
-        rejected, reject = reject_nearest(blocks, queries, number, config, ranks, searches)
-        values["match/reject"], left = math.sqrt(reject), config.pool - len(rejected)
-        if once and left < sum(counts):
-            few = f"{left} of {config.pool} samples are left for {sum(counts)} images with match.assignment=one_to_one"
-            raise InputError(f"{few}, {len(rejected)} were rejected: lower match.reject_share, or raise match.ratio")
+    counts = ranks.collect(len(images))
+    once = config.assignment == "one_to_one"
+    pool = Pool(
+        size=config.pool,
+        block=config.block,
+        sample=sample,
+        poll=poll,
+        dims=queries.shape[1],
+        ranks=ranks,
+        keep=once or config.reject_share > 0,
+    )
+    blocks = pool.blocks()
+    values = {"match/rejected": 0.0}
+    searches = list[SearchResult]()
 
     def find(rows: Tensor, neighbours: int, assigned: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distances and ids, (len(rows), neighbours) each, of the nearest samples of some images."""
-        skip = torch.cat([rejected, assigned])
-        answer = search(queries[rows], blocks, first, method=config.method, neighbours=neighbours, skip=skip)
-        searches.append(answer)
-        return answer.distances.cpu(), answer.ids.cpu()
+        blocks.skip = assigned
+        result = search(
+            queries[rows],
+            blocks,
+            pool.first,
+            method=config.method,
+            neighbours=neighbours,
+        )
+        searches.append(result)
+        return result.distances.cpu(), result.ids.cpu()
 
-    main = len(searches)
     if once:
         distances, ids = assign_once(find, ranks, counts)
     else:
-        distances, ids = (nearest[:, 0] for nearest in find(torch.arange(len(queries)), 1, rejected[:0]))
+        rejected = torch.empty(0, dtype=torch.int64)
+        if config.reject_share:
+            near = nearest_images(blocks, queries, sum(counts[: ranks.rank]), config, ranks, searches)
+            least = rejection_distance(near, config)
+            rejected = (near < least).nonzero().flatten()
+            values = {
+                "match/rejected": len(rejected) / config.pool,
+                "match/reject": math.sqrt(least),
+            }
+        near_samples = find(torch.arange(len(queries)), 1, rejected)
+        distances, ids = (nearest[:, 0] for nearest in near_samples)
 
-    values |= summarize(distances, ids, counts, ranks) | {"match/rejected": len(rejected) / config.pool}
-    values |= costs(searches, searches[main], pool.seconds, time.perf_counter() - start, ranks)
-    sent = f", every rank is sent the {searches[main].travelled}" if ranks.world > 1 else ""
-    described = f"match: {searches[main].method}{sent}"
-    return Match(ids=ids, distances=distances.float(), values=values, described=described)
-
-
-@dataclass(slots=True)
-class Pool:
-    """The samples of a round, generated in blocks of ids when they are searched."""
-
-    config: MatchConfig
-    sample: Callable[[Tensor], Tensor]  # as in match_round
-    dims: int  # values of a sample
-    ranks: Ranks
-    poll: Callable[[], None]  # as in match_round
-    seconds: float = 0.0  # spent on generating
-
-    def share(self) -> tuple[Blocks, int]:
-        """This rank's part of the pool, of whole blocks or all, and the id of its first sample."""
-        config, ranks, dims = self.config, self.ranks, self.dims
-        shares = [block_range(config.pool, config.block, rank, ranks.world) for rank in range(ranks.world)]
-        first, last = shares[ranks.rank]
-        most = max(last - first for first, last in shares)
-        keep = (config.assignment == "one_to_one" or config.reject_share > 0) and most * dims <= HELD_VALUES
-        size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // config.block) * config.block
-        kept: dict[int, Tensor] = {}
-
-        def make(low: int, high: int) -> Tensor:
-            # `low` is the same on every rank: they differ by one block at most, the last one of the last part.
-            if low in kept:
-                self.poll()
-                return kept[low]
-            start = time.perf_counter()
-            blocks = -(-(min(most, low + size) - low) // config.block)
-            samples = self._generate(torch.arange(first + low, first + high), blocks)
-            made = samples.float().flatten(1)
-            if keep:
-                kept[low] = made
-            self.seconds += time.perf_counter() - start
-            return made
-
-        return Blocks(rows=last - first, make=make, size=size), first
-
-    def _generate(self, ids: Tensor, blocks: int) -> Tensor:
-        """The samples of `ids` (n,). Every rank polls and samples as often as the one with most `blocks`: both may be
-        collective, sampling where a rank holds a part of the weights. A rank whose sampling fails goes on polling.
-        """
-        parts = ids.split(self.config.block) if len(ids) else ()
-        samples, failure = list[Tensor](), None
-        for number in range(blocks):
-            self.poll()
-            try:
-                if failure is None:
-                    samples.append(self.sample(parts[number] if number < len(parts) else torch.arange(1)))
-            except Exception as error:
-                failure = error
-        if failure is not None:
-            raise failure
-        return torch.cat(samples[: len(parts)] or [samples[0][:0]])
+    values |= summarize(distances, ids, counts, ranks)
+    values |= costs(searches, pool.seconds, time.perf_counter() - start, ranks)
+    return Match(
+        ids=ids,
+        distances=distances.float(),
+        values=values,
+        described=f"match: {searches[-1].method}",
+    )
 
 
-def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]:
-    """The ids [first, last) of the pool that `rank` generates: whole blocks, shared out evenly."""
-    blocks = -(-pool // block)
-    return min(pool, blocks * rank // world * block), min(pool, blocks * (rank + 1) // world * block)
-
-
-def reject_nearest(
-    blocks: Blocks, queries: Tensor, number: int, config: MatchConfig, ranks: Ranks, searches: list[Answer]
-) -> tuple[Tensor, float]:
-    """Collective: ids, on every rank, of the samples that are too near to an image, and the least squared distance.
-    Image i of this rank, queries[i], is number + i of the round; the searches made are added to `searches`.
-    """
-    rows, parts = ranks.collect(blocks.rows), list[Tensor]()
-    for low in range(0, max(rows), blocks.size):
+def nearest_images(
+    blocks: Blocks,
+    queries: Tensor,
+    first: int,  # number in the round of this rank's first image
+    config: MatchConfig,
+    ranks: Ranks,
+    searches: list[SearchResult],  # the searches made are added
+) -> Tensor:
+    """Collective: squared distance (pool,) float64, on every rank, of each sample of the pool to its nearest image."""
+    sizes = ranks.collect(blocks.rows)
+    parts = []
+    for low in range(0, max(sizes), blocks.size):
         samples = blocks.make(min(low, blocks.rows), min(low + blocks.size, blocks.rows))
-        searches.append(search(samples, queries, number, method=config.method))
-        parts.append(searches[-1].distances[:, 0])
-    near = ranks.gather(torch.cat(parts), rows).cpu()
-    probe = near[: -(-PROBE // config.block) * config.block].sort().values
-    reject = float(probe[int(config.reject_share * len(probe))])
-    return (near < reject).nonzero().flatten(), reject
+        result = search(samples, queries, first, method=config.method)
+        searches.append(result)
+        parts.append(result.distances[:, 0])
+    return ranks.gather(torch.cat(parts), sizes).cpu()
+
+
+def rejection_distance(near: Tensor, config: MatchConfig) -> float:
+    """The squared distance to an image below which samples are rejected, by the first of all distances `near`."""
+    blocks = math.ceil(PROBE / config.block)
+    probe = near[: blocks * config.block].sort().values
+    return float(probe[int(config.reject_share * len(probe))])
 
 
 def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -> dict[str, float]:
@@ -189,20 +164,23 @@ def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -
     pairs = ranks.gather(torch.stack([distances.view(torch.int64), ids], dim=1), counts)
     everyone = pairs[:, 0].view(torch.float64).numpy()
     chosen = pairs[:, 1].unique(return_counts=True)[1]
-    quantiles = {f"match/distance_p{tenth}0": float(np.quantile(everyone, tenth / 10)) for tenth in (1, 5, 9)}
-    shares = {"match/used": len(chosen) / len(pairs), "match/top_share": int(chosen.max()) / len(pairs)}
-    return {"match/distance": float(everyone.mean()), **quantiles, **shares}
+    values = {"match/distance": float(everyone.mean())}
+    for percent in (10, 50, 90):
+        values[f"match/distance_p{percent}"] = float(np.quantile(everyone, percent / 100))
+    values["match/used"] = len(chosen) / len(pairs)
+    values["match/top_share"] = int(chosen.max()) / len(pairs)
+    return values
 
 
-def costs(searches: list[Answer], main: Answer, generate: float, total: float, ranks: Ranks) -> dict[str, float]:
+def costs(searches: list[SearchResult], generate: float, total: float, ranks: Ranks) -> dict[str, float]:
     """Collective: the cost of a match; seconds and bytes are those of the rank with most of each."""
-    exchange = ranks.seconds + sum(answer.exchange for answer in searches)
+    exchange = ranks.seconds + sum(result.exchange for result in searches)
     mine = {
-        "match/received": float(ranks.received + sum(answer.received for answer in searches)),
+        "match/received": float(ranks.received + sum(result.received for result in searches)),
+        "match/measured": searches[-1].measured,
         "seconds/generate": generate,
         "seconds/exchange": exchange,
         "seconds/search": total - generate - exchange,
     }
-    measured, every = zip(*ranks.collect((main.measured, mine)), strict=True)
-    most = {name: max(each[name] for each in every) for name in mine}
-    return {"match/measured": sum(measured) / ranks.world, **most}
+    every = ranks.collect(mine)
+    return {name: max(values[name] for values in every) for name in mine}

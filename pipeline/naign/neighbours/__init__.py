@@ -12,7 +12,6 @@ class Options:
     # Distance up to which images are alike; default: for copies that of the nearest 1 % of test images, for duplicates
     # 10 levels of 255 for pixels.
     threshold: float | None = None
-    force: bool = False  # Give up an interrupted audit with other options in that folder; replace an index.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +31,3 @@ class DuplicatesOptions(Options):
     data: str  # Folder or s3://bucket/prefix of shards.
     index: str = ""  # Folder or s3://bucket/prefix of index.json and page tables; default: beside the shards.
     to: str = "duplicates"  # Folder or s3://bucket/prefix for duplicates.json, groups.csv and groups.png.
-    drop: str = ""  # Folder or s3://bucket/prefix for an index without the redundant images, for --data.index.

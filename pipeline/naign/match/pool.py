@@ -1,0 +1,93 @@
+"""The samples of a round, which are generated in blocks of ids while they are searched."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from naign.match.exchange import Ranks
+from naign.match.index import Blocks
+
+HELD_ROWS = 4096
+HELD_VALUES = 2**26
+"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. For further
+searches a rank keeps its part of the pool if that has no more values; a larger part is generated again."""
+
+
+def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]:
+    """The ids [first, last) of the pool that `rank` generates: whole blocks, shared out evenly."""
+    blocks = -(-pool // block)
+    first = blocks * rank // world * block
+    last = blocks * (rank + 1) // world * block
+    return min(pool, first), min(pool, last)
+
+
+class Pool:
+    """This rank's part of a round's samples: those with ids from `first` on."""
+
+    def __init__(
+        self,
+        size: int,  # samples of all ranks
+        block: int,  # samples generated at once
+        sample: Callable[[Tensor], Tensor],  # as in match_round
+        poll: Callable[[], None],  # as in match_round
+        dims: int,  # values of a sample
+        ranks: Ranks,
+        *,
+        keep: bool,  # whether the samples are searched more than once
+    ) -> None:
+        spans = [block_range(size, block, rank, ranks.world) for rank in range(ranks.world)]
+        self.first, last = spans[ranks.rank]
+        self.rows = last - self.first
+        self.seconds = 0.0  # spent on generating
+        self._longest = max(last - first for first, last in spans)
+        self._block = block
+        self._size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // block) * block
+        self._sample = sample
+        self._poll = poll
+        self._keep = keep and self._longest * dims <= HELD_VALUES
+        self._kept: dict[int, Tensor] = {}
+
+    def blocks(self) -> Blocks:
+        """The samples as candidates of a search."""
+        return Blocks(rows=self.rows, make=self._make, size=self._size)
+
+    def _make(self, low: int, high: int) -> Tensor:
+        # `low` is the same on every rank: they differ by one block at most, the last one of the last part.
+        if low in self._kept:
+            self._poll()
+            return self._kept[low]
+        start = time.perf_counter()
+        end = min(self._longest, low + self._size)
+        samples = self._generate(
+            torch.arange(self.first + low, self.first + high),
+            -(-(end - low) // self._block),
+        )
+        made = samples.float().flatten(1)
+        if self._keep:
+            self._kept[low] = made
+        self.seconds += time.perf_counter() - start
+        return made
+
+    def _generate(self, ids: Tensor, blocks: int) -> Tensor:
+        """The samples of `ids` (n,). Every rank polls and samples as often as the one with most `blocks`: both may be
+        collective, sampling where a rank holds a part of the weights. A rank whose sampling fails goes on polling.
+        """
+        parts = list(ids.split(self._block))
+        samples = []
+        failure = None
+        for number in range(blocks):
+            self._poll()
+            if failure is not None:
+                continue
+            asked = torch.arange(1)
+            if number < len(parts) and len(ids):
+                asked = parts[number]
+            try:
+                samples.append(self._sample(asked))
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return torch.cat(samples)[: len(ids)]
