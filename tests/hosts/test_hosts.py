@@ -352,13 +352,14 @@ def test_the_end_of_a_host_is_told_to_the_others():
         for index in range(3):
             meeting.come(index)
         first, second, third = await meeting.found()
-        first.leave(BAD_INPUT, lost=False)
         second.leave(PEER_LOST, lost=True)
-        await module.wait_for(lambda: first.codes and third.codes, 5)
+        await module.wait_for(lambda: first.codes, 5)
+        first.leave(BAD_INPUT, lost=False)  # also to the one that has left
+        await module.wait_for(lambda: second.codes and third.codes, 5)
         third.close()  # as the system does for a process that is killed
         await module.wait_for(lambda: len(first.codes) == 2, 5)
         assert first.codes == {1: PEER_LOST, 2: None} and first.lost
-        assert third.codes == {0: BAD_INPUT} and not third.lost
+        assert second.codes == third.codes == {0: BAD_INPUT} and not third.lost
 
     asyncio.run(run())
 

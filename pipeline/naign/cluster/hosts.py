@@ -302,9 +302,10 @@ class Hosts:
             return
         guest = self._guests[hello.index]
         end = await _read_end(reader)
-        if guest.links:
+        if guest.links:  # the connection stays open: that host may wait for how this one ends
             guest.links.note(hello.index, end)
-        elif self._guests.get(hello.index) is guest:
+            return
+        if self._guests.get(hello.index) is guest:
             del self._guests[hello.index]
         writer.close()
 
