@@ -93,13 +93,13 @@ def arithmetic(config: Config, shape: tuple[int, ...]) -> Record:
     forwards = 3 * config.objective.forwards
     if config.objective.needs_match:
         forwards += config.match.ratio / config.train.passes
-    fitted = images * (1 - prior.alone)
+    fitted = images
     parts = [network]
     flop = [forwards * fitted * count(network, image)]
     if isinstance(prior, FlowConfig):  # other priors cost little
         flow = Flow(prior, network.code)
         parts.append(flow.velocity)
-        codes = prior.passes * images * (1 - prior.begin)
+        codes = prior.passes * prior.images
         noise = torch.zeros(1, *flow.noise_shape)
         flop.append(3 * codes * count(flow.velocity, noise, torch.zeros(1)))
     return {

@@ -34,7 +34,7 @@ from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.coverage import nearest
 from naign.evaluate.density import auroc
 from naign.model.naign import NAIGN
-from naign.model.prior import Gmm, Prior
+from naign.model.prior import Mixture, Prior
 from naign.model.prior.flow import Flow
 from naign.model.scale import scaled
 
@@ -69,9 +69,10 @@ SETS = {
 }
 WHOLE = "NAIGN, whole recipe, all classes"
 DENSE = "configs/mnist.yaml"
-ALONE = ("--objective.imle=0", "--latents.name=gaussian")
+ALONE = ("--objective.imle=0", "--objective.third=none", "--prior.name=none")
 IMLE = (
     "--objective.imle=0.3",
+    "--objective.third=none",
     "--prior.components=50",
 )
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -178,8 +179,10 @@ def code_distance(model: NAIGN, train: Tensor) -> Score:
 
 def code_density(prior: Prior, codes: Tensor) -> Tensor:
     """Minus the log-density (n,), in nats up to a constant, of codes (n, ...) under a mixture or a flow."""
-    if isinstance(prior, Gmm):
-        components = MultivariateNormal(prior.means, scale_tril=prior.factors)
+    if isinstance(prior, Mixture):
+        covariances = prior.factors @ prior.factors.transpose(1, 2)
+        covariances.diagonal(dim1=1, dim2=2).add_(1e-6)  # directions that the mixture leaves out
+        components = MultivariateNormal(prior.means, covariances)
         mixture = MixtureSameFamily(Categorical(prior.weights), components)
         return -mixture.log_prob(codes.flatten(1))
     assert isinstance(prior, Flow)
@@ -251,7 +254,7 @@ def scores_of(model: NAIGN, train: Tensor) -> dict[str, Score]:
     if model.metadata["model"]["name"] == "vae":
         scores = {"bound": bound(model, train)}
     scores["nearest training code"] = code_distance(model, train)
-    if isinstance(model.prior, (Gmm, Flow)):
+    if isinstance(model.prior, (Mixture, Flow)):
         scores[f"energy, f applied {TIMES} times"] = partial(model.energy, times=TIMES)
 
         def density(images: Tensor) -> Tensor:

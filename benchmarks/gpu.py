@@ -307,10 +307,9 @@ def peers(queries: Tensor, candidates: Tensor) -> dict[str, Callable[[], Any]]:
         "torch.cdist and argmin": cdist,
         "the product alone in bfloat16": product,
     }
-    resources = faiss_on(queries.device)
-    if resources and queries.is_cuda:
-        knn = load_faiss().knn_gpu
-        calls["faiss.knn_gpu"] = partial(knn, resources, queries, candidates, 1)
+    faiss = load_faiss()
+    if queries.is_cuda and hasattr(faiss, "StandardGpuResources"):  # a GPU build
+        calls["faiss.knn_gpu"] = partial(faiss.knn_gpu, faiss.StandardGpuResources(), queries, candidates, 1)
     return calls
 
 
