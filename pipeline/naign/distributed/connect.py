@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, check_cuda_p2p_ib_support
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
 from naign.distributed.host import check_bf16, check_gpus, check_versions, count_ranks, why_unfit
@@ -74,6 +74,9 @@ def _check_cards(local: int, precision: str) -> None:
             raise InputError(problem)
     if precision == "bf16":
         check_bf16()
+    if not check_cuda_p2p_ib_support():  # some cards with old drivers, which Accelerate refuses otherwise
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")
 
 
 def _forget_settings(*, sharded: bool, deepspeed: bool) -> None:
