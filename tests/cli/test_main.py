@@ -231,7 +231,7 @@ def test_a_run_that_no_job_can_have_is_named_by_its_option(ended):
 
 def test_a_full_disk_is_worth_another_try(model, tmp_path, monkeypatch, ended):
     full = SafetensorError("I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr("naign.model.naign.save_file", Mock(side_effect=full))
+    monkeypatch.setattr("naign.model.files.save_file", Mock(side_effect=full))
     code, said = ended("export", model, "--to", tmp_path / "out")
     assert code == 1
     assert "naign: failed: " in said

@@ -45,7 +45,9 @@ def a_run(folder, seen, *, checkpoint=None, evaluated=0.0, age=60, **settings):
     if checkpoint is not None:
         place = folder / f"checkpoints/step-{checkpoint // 32:08d}"
         place.mkdir(parents=True)
-        (place / "trainer.json").write_text(json.dumps({"round": checkpoint // ROUND, "images_seen": checkpoint}))
+        rounds = checkpoint // ROUND
+        trainer = {"round": rounds, "images_seen": checkpoint, "fitted": rounds // 4}
+        (place / "trainer.json").write_text(json.dumps(trainer))
         (place / "manifest.json").write_text("{}")
         (folder / ".lock").touch()
     if evaluated:

@@ -183,8 +183,9 @@ def test_a_card_asks_for_classes_that_were_among_the_training_images(copy, tmp_p
     model = NAIGN.from_pretrained(place)
     labels = ("fox", "\N{DOG FACE}")
     config = MixtureConfig(classes=True, components=2)
-    state = build_prior(config, model.shape, model.network, labels=labels).state_dict()
-    state["class_counts"][1] = 5
+    prior = build_prior(config, model.shape, model.network, labels=labels)
+    prior.class_counts[1] = 5
+    state = {f"prior.{name}": value for name, value in prior.state_dict().items()}
     metadata = model.metadata | {"prior": asdict(config), "labels": labels}
     NAIGN(model.network, metadata, state).save_pretrained(place)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"weights": None}))

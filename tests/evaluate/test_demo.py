@@ -12,10 +12,10 @@ from PIL import Image
 from naign.data.damage import KINDS, degrade
 from naign.errors import InputError
 from naign.evaluate.recorded import read_image
-from naign.evaluate.refit import fit_mixture
 from naign.evaluate.report import STEPS, _between
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
+from naign.model.prior import Codes, Mixture, MixtureConfig
 
 SHAPE = (3, 8, 12)
 FIRST = torch.zeros(1, dtype=torch.int64)  # the id of a seed's first latent
@@ -32,8 +32,10 @@ def model():
 def mixed(model):
     """The same f with a mixture of codes."""
     codes = torch.randn(300, 6, generator=torch.Generator().manual_seed(3))
+    prior = Mixture(MixtureConfig(components=3), (6,))
+    list(prior.fit(Codes.of(codes)))
     metadata = model.metadata | {"prior": {"name": "gmm", "components": 3}}
-    return NAIGN(model.network, metadata, fit_mixture(codes, 3))
+    return NAIGN(model.network, metadata, {f"prior.{name}": value for name, value in prior.state_dict().items()})
 
 
 def test_an_upload_is_brought_to_the_models_size(model):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from naign import philox
-from naign.config import Config, differences
+from naign.config import Config, check, differences
 from naign.errors import InputError
 from naign.match import assign, matcher, nearest, pool
 from naign.match.exchange import Ranks
@@ -231,8 +231,9 @@ def test_the_streams_are_as_they_were_and_independent():
     ],
 )
 def test_nonsense_is_refused(setting, key):
+    config = Config(match=MatchConfig(**setting))
     with pytest.raises(InputError, match=key):
-        MatchConfig(**setting)
+        check(config)
 
 
 def test_the_method_may_change_within_a_run_and_the_assignment_may_not():

@@ -110,7 +110,7 @@ def test_the_terms_of_naign_with_another_distance():
 
     f, x, z, _ = setting()
     batch = Batch(images=x, latents=z, distance=l1, frozen=f, normals=lambda step: x)
-    terms = loss(HuberConfig(reconstruction=2.0, imle=3.0, denoising=0.0), f, batch)
+    terms = loss(HuberConfig(reconstruction=2.0, imle=3.0, third="none", denoising=0.0), f, batch)
     expected = [nn.functional.huber_loss(f(value), x, delta=0.1) for value in (x, z)]
     torch.testing.assert_close([terms["reconstruction"], terms["imle"]], expected)
     torch.testing.assert_close(terms["total"], 2 * expected[0] + 3 * expected[1])

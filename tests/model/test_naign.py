@@ -188,7 +188,6 @@ def test_what_is_no_model_is_refused(tmp_path):
         ({"prior": {"name": "cauchy"}}, ""),
         ({"latents": {"name": "fourier"}, "prior": {"name": "none"}}, ""),
         ({"prior": {"name": "flow"}}, ""),
-        ({"latents": {"name": "gaussian", "grid": 4}, "prior": {"name": "none"}}, ""),
         ({"prior": "gaussian"}, ""),
         ({"prior": {}}, ""),
         ({"prior": {"name": "flow", "autoguidance": "a"}}, "prior.autoguidance is 'a': it must lie between"),

@@ -46,6 +46,6 @@ def test_launches_of_a_fit_step(name, shape, most):
     run, images, match = round_of(config, shape, device, engine)
     with Watch() as watch:
         fit(run, images, match)
-    assert watch.launches["philox"] == STEPS * 3
+    assert watch.launches["philox"] == STEPS * 3 + 1  # and the order of the round
     assert sum(watch.launches.values()) <= STEPS * most, watch.launches.most_common(20)
     assert not watch.problems

@@ -80,7 +80,7 @@ def evaluate(
     report = f"{folder_of(run)}/evaluation/report.html"
     chosen = metrics["checkpoint"]
     if chosen:
-        print(f"{run}: the {chosen['choice']} checkpoint, {chosen['name']}", file=sys.stderr)
+        print(f"{run}: the newest checkpoint, {chosen}", file=sys.stderr)
     if json:
         print_json(metrics | {"report": report})
         return
@@ -88,6 +88,8 @@ def evaluate(
         if fd:
             values = f"{compared(fd, 'once'):.4g} for f(z); floor {fd['floor']:.4g} (training against test)"
             times = f"f(z) is {number(fd['once_ratio'])} times that"
+            if fd["noise"] is not None:
+                times += f", f of noise {number(fd['noise_ratio'])} times"
             print(f"Frechet distance on {encoder or fd['encoder']}: {values}; {times}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")

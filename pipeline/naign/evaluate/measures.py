@@ -53,6 +53,7 @@ class Subject:
     once: Tensor = field(init=False)  # f(z): (samples, *shape), as many as fit
     twice: Tensor = field(init=False)  # f(f(z))
     latents: Tensor | None = None  # z, where f decodes it: then it is a sample itself
+    noise: Tensor | None = None  # f of noise, where samples are drawn from a prior: the other sampler
     neighbours: Tensor = field(init=False)  # the training examples that are nearest to the first samples
     repaired: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # SHOWN of every answer, by damage and answer
     counts: dict[str, int] = field(default_factory=dict)  # how many examples each number is based on
@@ -105,6 +106,11 @@ def draw_samples(subject: Subject) -> dict[str, Any]:
     subject.once = model.project(latents)
     spent = time.process_time() - begin
     subject.twice = model.project(subject.once)
+    if model.has_prior:
+        noise = []
+        for ids in torch.arange(number).split(500):
+            noise.append(model.latent(ids, seed=subject.seed, latents="noise").cpu())
+        subject.noise = model.project(torch.cat(noise))
     subject.counts |= {"samples": number, "test": len(subject.test)}
     sampling = {"samples": number, "cpu_seconds": spent, "latents_cpu_seconds": None}
     if model.prior.decodes:
@@ -119,7 +125,8 @@ def distances(
     draws: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Frechet distances to the test data of: as many training data as samples (floor), z where it is a sample itself
-    (latents, else None), f(z) (once), f(f(z)) (twice). And the features of all these, and of test.
+    (latents, else None), f(z) (once), f(f(z)) (twice), f of noise where z is of a prior (noise, else None). And the
+    features of all these, and of test.
 
     The floor is the mean over `draws` disjoint draws of training data, or as many as there are. Where there are fewer
     training data than samples, multiples of the floor are those of as many samples, since distances of few are larger.
@@ -129,13 +136,15 @@ def distances(
     features = {"once": encoder.features(subject.once), "twice": encoder.features(subject.twice)}
     if subject.latents is not None:
         features["latents"] = encoder.features(subject.latents)
+    if subject.noise is not None:
+        features["noise"] = encoder.features(subject.noise)
     drawn = []
     for part in subject.train[: draws * number].split(number):
         if len(part) == number:
             drawn.append(encoder.features(scaled(part)))
     floor = fmean(frechet_distance(part, test) for part in drawn)
     floor_is_rounding = floor <= ROUNDING * float(test.double().var(0).sum())
-    fd: dict[str, Any] = {"floor": floor, "latents": None, "latents_ratio": None}
+    fd: dict[str, Any] = {"floor": floor, "latents": None, "latents_ratio": None, "noise": None, "noise_ratio": None}
     for name, part in features.items():
         distance = frechet_distance(part, test)
         fd[name] = distance
@@ -158,8 +167,8 @@ def overlap(subject: Subject) -> dict[str, Any]:
     cover: dict[str, Any] = coverage.coverage(test[:number], features["once"][:number])
     few = min(number, counts["floor"])
     cover["train"] = coverage.coverage(test[:few], features["floor"][:few])
-    if "latents" in features:
-        cover["latents"] = coverage.coverage(test[:number], features["latents"][:number])
+    for name in features.keys() & {"latents", "noise"}:
+        cover[name] = coverage.coverage(test[:number], features[name][:number])
     found = {"fd": fd, "coverage": cover}
     if not encoder.labels:
         return found | {"modes": None, "classes": None, "asked": None}

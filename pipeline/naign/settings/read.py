@@ -84,7 +84,8 @@ def build(kind: Any, content: Any, where: str, *, named: Named, prefix: str = ""
         if key not in hints:
             _refuse_unknown(kind, name, where, choice)
         if dataclasses.is_dataclass(hints[key]):
-            values[key] = build(hints[key], value or {}, where, named=named, prefix=f"{name}.")
+            below = {} if value is None else value
+            values[key] = build(hints[key], below, where, named=named, prefix=f"{name}.")
             continue
         if name in LISTS and isinstance(value, list):
             with suppress(ValueError):  # a number with too many digits, which `convert` refuses

@@ -198,7 +198,7 @@ def test_labels_and_guidance_that_a_model_does_not_know():
     with pytest.raises(InputError, match="guidance can be chosen for a flow of codes, and this prior is 'gmm'"):
         mixture.sample(2, guidance=1)
     plain = NAIGN(nn.Linear(2, 2), {"shape": [2], "latents": {"name": "gaussian"}, "prior": {"name": "none"}})
-    with pytest.raises(InputError, match="label 0 can be asked of a prior, and these are latents of noise"):
+    with pytest.raises(InputError, match="label 0 can be asked of a prior with classes"):
         plain.sample(2, label=0)
     with pytest.raises(InputError, match="this prior is 'none'"):
         plain.sample(2, guidance=1)
