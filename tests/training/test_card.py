@@ -35,7 +35,13 @@ def test_steps_draws_and_learning_mix_no_devices_and_wait_for_none():
 
 @pytest.mark.parametrize(("name", "shape", "most"), [("mnist", (1, 28, 28), 250), ("cifar10", (3, 32, 32), 900)])
 def test_launches_of_a_fit_step(name, shape, most):
-    options = ["--latents.name=gaussian", "--objective.imle=0.3", "--train.batch=2", "--train.precision=bf16"]
+    options = [
+        "--latents.name=gaussian",
+        "--objective.third=none",
+        "--objective.imle=0.3",
+        "--train.batch=2",
+        "--train.precision=bf16",
+    ]
     config = parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options])
     network = build_network(config.model, shape)
     engine = build_engine(config, network, Accelerator(mixed_precision="bf16", cpu=True))

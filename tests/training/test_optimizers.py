@@ -138,5 +138,5 @@ def test_a_state_that_no_checkpoint_holds_is_refused():
     with pytest.raises(InputError, match="keeps 'calls' of a weight"):
         list(engine.states())
     next(iter(engine._adam.state.values()))["calls"] = torch.zeros(3, dtype=torch.uint8)
-    with pytest.raises(InputError, match="no tensors of floats"):
+    with pytest.raises(InputError, match="not a tensor of floats"):
         list(engine.states())
