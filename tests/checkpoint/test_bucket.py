@@ -10,6 +10,7 @@ from naign.checkpoint import bucket as module
 from naign.checkpoint.bucket import (
     OWNER,
     PICTURES,
+    RECORDS,
     check_claim,
     fetch_shown,
     mirror,
@@ -17,7 +18,7 @@ from naign.checkpoint.bucket import (
     read_trainer,
     take_over,
 )
-from naign.checkpoint.manifest import BEST, MANIFEST, best_named, prune
+from naign.checkpoint.manifest import MANIFEST, prune
 from naign.checkpoint.writer import Writer
 from naign.errors import Conflict, InputError, StoreLost, Unavailable
 from naign.storage.s3_client import client
@@ -46,45 +47,14 @@ def test_what_earlier_processes_left_is_pruned_too(bucket):
         put(remote, step)
     put(remote, 4, done=False)  # a process was killed while it sent this one
     open_store(f"{remote}/checkpoints/step-mine").put("kept", b"not ours")
-    prune(f"{remote}/checkpoints", 2, newest="step-00000007", spare="step-00000005")
+    prune(f"{remote}/checkpoints", 2, newest="step-00000007")
     assert open_store(f"{remote}/checkpoints/step-mine").list() == ["kept"]
-    assert steps(remote) == [5, 6, 7, 9]  # the one after it is nothing that this one may judge
+    assert steps(remote) == [6, 7, 9]  # the one after it is nothing that this one may judge
     put(remote, 8)
     prune(f"{remote}/checkpoints", 1, newest="step-00000008")
     assert steps(remote) == [8, 9]
     prune(f"{remote}/checkpoints", 0, newest="step-00000009")
     assert steps(remote) == [8, 9]
-
-
-def test_a_bucket_keeps_the_best_that_it_names_until_it_holds_a_better_one(bucket, tmp_path, monkeypatch):
-    remote = f"{bucket}/best"
-    sent = module.send_file
-
-    def send(file, url):
-        if file.name == "model.bin" and file.parent.name in unsent:
-            raise Unavailable("the network is down")
-        if file.name == BEST:
-            name = json.loads(file.read_text())["checkpoint"]
-            assert open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST)
-            assert before[-1] <= set(steps(remote))
-        sent(file, url)
-
-    monkeypatch.setattr(module, "send_file", send)
-    writer = Writer(tmp_path, keep=1, remote=remote)
-    unsent = {"step-00000002"}
-    before = list[set[int]]()
-    for step, best, kept, named in (
-        (1, True, [1], 1),
-        (2, True, [1], 1),
-        (3, False, [1, 3], 1),
-        (4, True, [4], 4),
-    ):
-        before.append(set(steps(remote)))
-        name = f"step-{step:08d}"
-        text = json.dumps({"checkpoint": name}) if best else ""
-        start_model(writer, name, text)
-        writer.join()
-        assert (steps(remote), best_named(remote)) == (kept, f"step-{named:08d}")
 
 
 def test_the_process_that_started_last_has_the_bucket(bucket, caplog):
@@ -123,10 +93,10 @@ def test_a_record_that_changes_is_sent_and_fetched_whatever_its_size(bucket, tmp
     run, copy = tmp_path / "run", tmp_path / "copy"
     run.mkdir()
     for step in (256, 288):
-        (run / "best.json").write_text(json.dumps({"checkpoint": f"step-{step:08d}"}))
-        mirror(run, bucket, [BEST])
+        (run / "config.yaml").write_text(f"seed: {step}")
+        mirror(run, bucket, RECORDS)
         assert fetch_shown(bucket, copy) == 1
-        assert (copy / "best.json").read_text() == (run / "best.json").read_text()
+        assert (copy / "config.yaml").read_text() == f"seed: {step}"
     assert fetch_shown(bucket, copy) == 0
     (run / "trackers").mkdir()
     for name in ("aaaa", "bbbb"):  # the file was deleted to begin a new run there

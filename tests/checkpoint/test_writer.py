@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from naign.checkpoint import writer
-from naign.checkpoint.manifest import BEST, MANIFEST, best_named, prune
+from naign.checkpoint.manifest import MANIFEST, prune
 from naign.checkpoint.writer import Writer, newest_checkpoint
 from naign.errors import InputError, Unavailable
 from tests.checkpoint.written import write_checkpoint
@@ -77,53 +77,16 @@ def test_pruning_removes_the_manifest_first(checkpoints, monkeypatch):
     assert kept == [False, True]
 
 
-def test_pruning_spares_the_one_just_written_those_after_it_and_the_best(checkpoints):
+def test_pruning_spares_the_one_just_written_and_those_after_it(checkpoints):
     for step in (1, 2, 3, 4, 5, 6):
         write_checkpoint(checkpoints / f"step-{step:08d}", fill)
-    prune(str(checkpoints), 1, newest="step-00000005", spare="step-00000002")
-    assert names(checkpoints) == ["step-00000002", "step-00000005", "step-00000006"]
+    prune(str(checkpoints), 1, newest="step-00000005")
+    assert names(checkpoints) == ["step-00000005", "step-00000006"]
 
 
-def test_the_best_is_named_once_it_is_complete_and_the_former_best_goes_after_that(tmp_path, checkpoints, monkeypatch):
-    write, written = writer.write_atomically, list[str]()
-
-    def record(file, content):
-        written.append(file.name)
-        if file.name == BEST and json.loads(content)["checkpoint"] == "step-00000002":
-            assert newest_checkpoint(checkpoints).name == "step-00000002"
-            assert (checkpoints / "step-00000001").exists()
-        write(file, content)
-
-    def best(step):
-        return json.dumps({"checkpoint": f"step-{step:08d}", "fd": 1.0, "round": step})
-
-    def look(file):
-        seen.append((best_named(str(tmp_path)), "manifest.json" in written))
-        file.write_bytes(b"m")
-
-    monkeypatch.setattr(writer, "write_atomically", record)
-    seen = list[tuple[str, bool]]()
-    one = Writer(tmp_path, keep=1)
-    for step, text in ((1, best(1)), (2, best(2)), (3, "")):
-        written.clear()
-        one.start(f"step-{step:08d}", lambda: None, {"model.bin": look}, text)
-        one.join()
-        assert written == [MANIFEST, *[BEST] * bool(text)]
-    assert seen == [("", False), ("step-00000001", False), ("step-00000002", False)]
-    assert names(checkpoints) == ["step-00000002", "step-00000003"]
-    assert best_named(str(tmp_path)) == "step-00000002"
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"checkpoint": 7}', '{"checkpoint": "../../step-1"}', '{"fd": 1}'])
-def test_a_record_of_the_best_that_names_no_checkpoint_names_none(tmp_path, text):
-    (tmp_path / BEST).write_text(text)
-    assert best_named(str(tmp_path)) == ""
-
-
-@pytest.mark.parametrize("moment", ["first file", "second file", "before manifest", "before best.json"])
+@pytest.mark.parametrize("moment", ["first file", "second file", "before manifest"])
 def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpoints, moment):
     write_checkpoint(checkpoints / "step-00000001", fill)
-    (tmp_path / BEST).write_text('{"checkpoint": "step-00000001"}')
     write = writer.write_atomically
 
     def die_at(reached):
@@ -142,7 +105,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpo
         die_at("second file")
 
     def finish(file, text):
-        die_at("before manifest" if file.name == MANIFEST else f"before {file.name}")
+        die_at("before manifest")
         write(file, text)
 
     child = os.fork()
@@ -150,16 +113,13 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpo
         try:
             writer.write_atomically = finish
             one = Writer(tmp_path, keep=1)
-            best = '{"checkpoint": "step-00000002"}'
-            one.start("step-00000002", lambda: None, {"a.bin": write_a, "b.bin": write_b}, best)
+            one.start("step-00000002", lambda: None, {"a.bin": write_a, "b.bin": write_b})
             one.join()
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    newest = "step-00000002" if moment == "before best.json" else "step-00000001"
-    assert newest_checkpoint(checkpoints) == checkpoints / newest
+    assert newest_checkpoint(checkpoints) == checkpoints / "step-00000001"
     assert names(checkpoints) == ["step-00000001", "step-00000002"]
-    assert best_named(str(tmp_path)) == "step-00000001"
 
 
 def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoints, monkeypatch):

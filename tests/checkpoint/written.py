@@ -24,10 +24,10 @@ def write_checkpoint(
         assert writer.join()
 
 
-def start_model(writer: Writer, name: str, best: str = "") -> None:
+def start_model(writer: Writer, name: str) -> None:
     """Start to write a checkpoint of one small file."""
 
     def write(file: Path) -> None:
         file.write_bytes(b"m")
 
-    writer.start(name, lambda: None, {"model.bin": write}, best)
+    writer.start(name, lambda: None, {"model.bin": write})

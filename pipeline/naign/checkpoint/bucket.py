@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from naign.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, read_manifest, read_object
+from naign.checkpoint.manifest import MANIFEST, by_step, is_whole, read_manifest, read_object
 from naign.errors import Conflict, Damaged, InputError, printable
 from naign.storage.base import Store
 from naign.storage.local import sync_file, write_atomically
@@ -21,8 +21,8 @@ from naign.storage.store import locate, open_store
 
 RECORDS = ("config.yaml", "metrics.jsonl")
 PICTURES = ("tensorboard/*", "samples/*", "trackers/*")
-"""Patterns of the files copied besides a checkpoint: RECORDS before its manifest; BEST and PICTURES after it."""
-CHANGING = ("config.yaml", BEST)
+"""Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
+CHANGING = ("config.yaml",)
 OWNER = "owner.json"  # names the only process that may write to the bucket: the one that started last
 AT_ONCE = 16  # requests
 
@@ -122,7 +122,7 @@ def fetch_shown(remote: str, run: Path) -> int:
     """Download records, TensorBoard's files and pictures that are missing here or differ. Returns their number."""
     remote = remote.rstrip("/")
     fetched = 0
-    for pattern in (*RECORDS, BEST, *PICTURES):
+    for pattern in (*RECORDS, *PICTURES):
         store, wanted = locate(f"{remote}/{pattern}")
         for name in fnmatch.filter(store.list(), wanted):
             is_plain = Path(name).name == name and name not in (".", "..") and name.isprintable()
@@ -144,15 +144,6 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
         for file in sorted(run.glob(pattern)):
             if file.name not in uploaded or not _is_same(file, store):
                 send_file(file, store.url(file.name))
-
-
-def send_best(run: Path, remote: str) -> str:
-    """Upload best.json if the bucket holds the checkpoint that it names. Returns what the bucket's best.json names."""
-    name = best_named(str(run.absolute()))
-    if not name or not open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST):
-        return best_named(remote)
-    mirror(run, remote, [BEST])
-    return name
 
 
 def _is_same(file: Path, store: Store) -> bool:

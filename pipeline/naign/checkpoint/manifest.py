@@ -12,7 +12,6 @@ from naign.storage.local import LocalStore
 from naign.storage.store import open_store
 
 MANIFEST = "manifest.json"
-BEST = "best.json"  # in the run's folder: the best checkpoint by quality/fd, and how it was measured
 
 Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "sha256": str} by name; untrusted
 
@@ -28,13 +27,13 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
-def prune(root: str, keep: int, *, newest: str = "", spare: str = "") -> None:
+def prune(root: str, keep: int, *, newest: str = "") -> None:
     """Remove checkpoints in a folder or bucket, manifests first, that are incomplete or not among the newest `keep`
-    (0: all). `newest`, just written, is kept and counted, later ones are left alone; `spare` is kept and not counted.
+    (0: all). `newest`, just written, is kept and counted, later ones are left alone.
     """
     complete = 1 if newest else 0
     for name in by_step(open_store(root).folders()):
-        if name == spare or (newest and step_of(name) >= step_of(newest)):
+        if newest and step_of(name) >= step_of(newest):
             continue
         if open_store(f"{root}/{name}").exists(MANIFEST):
             complete += 1
@@ -69,17 +68,6 @@ def read_object(root: str, name: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def read_best(root: str) -> dict[str, Any]:
-    """The content of best.json; {} if it is missing or damaged."""
-    return read_object(root, BEST)
-
-
-def best_named(root: str) -> str:
-    """The checkpoint that best.json in a run's folder or bucket names; "" if it is missing, or names none."""
-    name = read_best(root).get("checkpoint")
-    return name if isinstance(name, str) and by_step([name]) else ""
 
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:

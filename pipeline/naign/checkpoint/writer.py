@@ -28,7 +28,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from naign.checkpoint import bucket
-from naign.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, prune, read_manifest, sha256
+from naign.checkpoint.manifest import MANIFEST, by_step, is_whole, prune, read_manifest, sha256
 from naign.distributed.ranks import SideGroup
 from naign.errors import Conflict, InputError, StoreLost, Unavailable, unwritten
 from naign.observe.logs import title
@@ -118,11 +118,9 @@ class Writer:
         self._group = SideGroup(world, timeout=timeout)
         self._pending: Future[str] | None = None  # a checkpoint: why the run must end, or ""
 
-    def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write], best: str = "") -> None:
-        """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background.
-
-        `best`, on rank 0, is the text of best.json where this is the best checkpoint: once this is complete, it is
-        written and the former best one removed. Waits for the previous checkpoint, and raises as `join` does.
+    def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
+        """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background. Waits for
+        the previous checkpoint, and raises as `join` does.
         """
         self.join()
         folder = self._run / "checkpoints" / name
@@ -130,7 +128,7 @@ class Writer:
             shutil.rmtree(folder, ignore_errors=True)
         self._group.gather(None)  # no rank writes before the folder is empty
         self.newest = name
-        self._pending = in_background(partial(self._work, folder, copy, files, best), f"write {name}")
+        self._pending = in_background(partial(self._work, folder, copy, files), f"write {name}")
 
     def resend(self, name: str) -> None:
         """Start to upload a checkpoint again: this run's newest one, or one that an earlier start left."""
@@ -181,10 +179,10 @@ class Writer:
             raise StoreLost(f"{folder} could not be sent to {self._remote}: start again to send it once more")
         return True
 
-    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
+    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
         title("write")
         start = time.perf_counter()
-        problem = self._write(folder, copy, files, best)
+        problem = self._write(folder, copy, files)
         if problem:
             remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
             return f"{folder} could not be written ({problem}): {remedy}"
@@ -197,7 +195,7 @@ class Writer:
             self.done(folder)
         return conflict
 
-    def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
+    def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks, which
         raise RuntimeError if it was something other than the disk, such as a device.
         """
@@ -217,7 +215,7 @@ class Writer:
             problem = problem or failed
             fault = fault or is_fault
         if self._rank == 0 and not problem:
-            problem = self._complete(folder, listed, best)
+            problem = _complete(folder, listed)
         problem = self._group.gather(problem)[0]
         if problem and self._rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -226,20 +224,8 @@ class Writer:
         if not problem and os.environ.get("LOCAL_RANK", "0") == "0":  # a machine may have a folder of its own
             root = str(self._run.absolute())
             with _may_fail(f"old checkpoints stay in {folder.parent}"):
-                prune(f"{root}/checkpoints", self._keep, newest=folder.name, spare=best_named(root))
+                prune(f"{root}/checkpoints", self._keep, newest=folder.name)
         return problem
-
-    def _complete(self, folder: Path, entries: dict[str, dict[str, Any]], best: str) -> str:
-        """Write the manifest, then best.json. Returns why the checkpoint does not count, or ""."""
-        try:
-            text = json.dumps({"files": dict(sorted(entries.items()))}, indent=2)
-            write_atomically(folder / MANIFEST, text + "\n")
-        except OSError as error:
-            return f"{type(error).__name__}: {error}"
-        if best:
-            with _may_fail(f"{self._run / BEST} names the best checkpoint before this one"):
-                write_atomically(self._run / BEST, best)
-        return ""
 
     def _upload(self, folder: Path, names: list[str]) -> str:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
@@ -269,8 +255,7 @@ class Writer:
         bucket.check_claim(self._remote, self._claim)  # uploading may have taken long
         bucket.upload(folder, self._remote, [MANIFEST])
         with _may_fail(f"old checkpoints stay in {self._remote}"):
-            best = bucket.send_best(self._run, self._remote)
-            prune(f"{self._remote}/checkpoints", self._keep, newest=folder.name, spare=best)
+            prune(f"{self._remote}/checkpoints", self._keep, newest=folder.name)
         with _may_fail(f"pictures and TensorBoard's files in {self._remote} are old"):
             bucket.mirror(self._run, self._remote, bucket.PICTURES)
 
@@ -285,6 +270,16 @@ class Writer:
             mine = kind(str(error) or type(error).__name__)
         failed = [theirs for theirs in self._group.gather(mine) if theirs]
         return failed[0] if failed else None
+
+
+def _complete(folder: Path, entries: dict[str, dict[str, Any]]) -> str:
+    """Write the manifest. Returns why the checkpoint does not count, or ""."""
+    try:
+        text = json.dumps({"files": dict(sorted(entries.items()))}, indent=2)
+        write_atomically(folder / MANIFEST, text + "\n")
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _write_file(file: Path, write: Write) -> dict[str, Any]:
