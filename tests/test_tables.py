@@ -228,7 +228,7 @@ def test_table_of_a_run_a_model_made_of_it_and_one_that_diverges(table, digits, 
     assert [ours[0], made[0], answer[0]] == ["ours (1 seed)", "of a mixture (1 seed)", "answering with input"]
     assert ours[1] == "-"
     assert "-" not in made
-    assert made[4] == ours[4]  # one training
+    assert float(made[4]) >= float(ours[4])  # the training, and the fit of the mixture
     assert lost == ["wild (0 seeds; 1 of 1 diverged)", "-", "-", "-", "-"]
     assert printed[3] == "0.15"
     assert len(list(settings.runs.glob("*/checkpoints"))) == 1

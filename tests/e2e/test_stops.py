@@ -17,8 +17,8 @@ from tests.proxy import FaultProxy, Faults
 
 WITHIN = 15
 LONG = {
-    "match": ["--match.ratio=150", "--train.passes=1"],
-    "fit": ["--train.passes=60"],
+    "match": ["--match.ratio=50", "--train.passes=1"],
+    "fit": ["--train.passes=20"],
     "take": ["--train.passes=1"],
     "write": ["--train.passes=1", "--checkpoint.rounds=1", "--train.ema=0.9"],
     "upload": ["--train.passes=1", "--checkpoint.rounds=1"],
@@ -26,13 +26,10 @@ LONG = {
 """Settings under which a run spends most of its time in a phase."""
 
 
-COUNTED = "tests/e2e/counted.py"
-
-
-def steps(folder: Path) -> int:
-    """That rank 0 of such runs has made in this folder, within their rounds."""
-    file = folder / "steps-0"
-    return file.stat().st_size if file.exists() else 0
+def reported(run: Path) -> int:
+    """The rounds that a run has reported."""
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -57,52 +54,26 @@ def options(data: str, phase: str, rounds: int) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["match", "fit"])
 def test_a_stop_within_a_round_goes_on_bit_for_bit(phase, digits, tmp_path):
-    more = options(digits, phase, 2)
+    more = options(digits, phase, 6)
     with Job(tmp_path, 2, ("--run.path=whole", *more)) as job:
         assert job.ended(120) == [0, 0], job.said()
+    rounds = 0
     for asked in (0, 1):
-        with Job(tmp_path, 2, ("--run.path=run", *more), program=COUNTED) as job:
-            before = steps(tmp_path)
-            job.wait_for(
-                lambda: phase in job.phases(asked) and (phase == "match" or steps(tmp_path) > before)  # noqa: B023
-            )
+        with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
+            job.wait_for(lambda: reported(tmp_path / "run") > rounds and phase in job.phases(asked))  # noqa: B023
             sent = time.monotonic()
             job.processes[asked].send_signal((signal.SIGTERM, signal.SIGUSR1)[asked])
             assert job.ended(WITHIN) == [INTERRUPTED] * 2, job.said()
             assert time.monotonic() - sent < WITHIN
         newest = newest_checkpoint(tmp_path / "run/checkpoints")
         assert newest
-        assert (json.loads((newest / "trainer.json").read_text())["done"] > 0) == (phase == "fit")
+        rounds = json.loads((newest / "trainer.json").read_text())["round"]
+        assert 0 < rounds < 6
     with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
         assert job.ended() == [0, 0]
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     theirs = weights(tmp_path / "whole")
     assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path / "run").items())
-
-
-@pytest.mark.slow
-def test_a_stop_within_a_fit_goes_on_with_other_ranks(digits, tmp_path):
-    """3 ranks, then 2, then 1: each step of the round has the images that it would have had."""
-    more = options(digits, "fit", 1)
-    more[more.index("--match.round=256")] = "--match.round=192"
-    more[more.index("--train.batch=32")] = "--train.batch=48"
-    more = [option for option in more if not option.startswith(("--train.images", "--train.passes"))]
-    more += ["--train.passes=120", f"--train.images={192 * 120}"]
-    with Job(tmp_path, 3, ("--run.path=whole", *more)) as job:
-        assert job.ended(120) == [0, 0, 0], job.said()
-    for world in (3, 2, 1):
-        with Job(tmp_path, world, ("--run.path=run", *more, f"--data.trace=trace-{world}"), program=COUNTED) as job:
-            before = steps(tmp_path)
-            job.wait_for(lambda: steps(tmp_path) > before)  # noqa: B023
-            job.processes[0].send_signal(signal.SIGTERM)
-            assert job.ended(WITHIN) == [INTERRUPTED] * world, job.said()
-        newest = newest_checkpoint(tmp_path / "run/checkpoints")
-        assert newest and json.loads((newest / "trainer.json").read_text())["began"] == 3
-    with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
-        assert job.ended(120) == [0, 0], job.said()
-    for ours, theirs in zip(losses(tmp_path / "run"), losses(tmp_path / "whole"), strict=True):
-        assert ours["match/distance"] == pytest.approx(theirs["match/distance"], rel=1e-3)
-        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -116,7 +87,6 @@ def test_a_stop_while_the_store_does_not_answer(naign: Program, bucket: str, pro
         job.processes[1].send_signal(signal.SIGTERM)
         assert job.ended(WITHIN) == [INTERRUPTED] * 2, job.said()
         assert time.monotonic() - sent < WITHIN
-    assert newest_checkpoint(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.slow
