@@ -27,6 +27,7 @@ from trained import Task, packed
 from naign.data.format.manifest import INDEX
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.data.sources.catalog import load
 from naign.data.sources.published import IDX
 from naign.data.sources.source import Made
@@ -36,7 +37,6 @@ from naign.evaluate.density import auroc
 from naign.model.naign import NAIGN
 from naign.model.prior import Mixture, Prior
 from naign.model.prior.flow import Flow
-from naign.model.scale import scaled
 
 PATCH = 10
 """Pixels a side of a pasted patch."""

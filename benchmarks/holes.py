@@ -35,12 +35,12 @@ from naign.data.damage import boxes, known_mean, stroke
 from naign.data.dataset import DataConfig
 from naign.data.loader import read_split
 from naign.data.mixing import DataSets
+from naign.data.scale import scaled
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.frechet import frechet_distance
 from naign.evaluate.measures import FLOORS
 from naign.model.encoders import choose_encoder
 from naign.model.naign import FILLING, NAIGN
-from naign.model.scale import scaled
 
 HOLES = 250
 """Of each kind but the centre."""

@@ -25,12 +25,12 @@ from trained import Task
 
 from naign.data.damage import degrade
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.data.sources.published import IDX
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.coverage import nearest
 from naign.evaluate.density import auroc
 from naign.model.naign import NAIGN
-from naign.model.scale import scaled
 
 CHANGED = 0.1
 """Of the range of 2: 13 of 255 levels."""

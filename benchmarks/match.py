@@ -27,10 +27,10 @@ from output import Record, command, machine, number, say, stored, table, write
 from torch import Tensor
 
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.match import search
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network, recorded_network
-from naign.model.scale import scaled
 
 Kind = Literal["natural", "trained", "untrained"]
 """Test images among training images; training images among samples f(z) of a run, or of its network before training."""

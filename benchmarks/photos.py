@@ -34,10 +34,10 @@ from scipy.ndimage import median_filter
 from torch import Tensor
 
 from naign.data.damage import KINDS, degrade
+from naign.data.scale import scaled
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.restoration import psnr, ssim
 from naign.model.naign import NAIGN
-from naign.model.scale import scaled
 from naign.observe.pictures import eight_bits
 
 TREES = (

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from naign.cli.files import save
 from naign.data.damage import KINDS
+from naign.data.scale import scaled
 from naign.errors import InputError, exit_on_input_error
 from naign.model.naign import NAIGN
-from naign.model.scale import scaled
 from naign.observe.pictures import GAP as INNER
 from naign.observe.pictures import TEXT, to_image
 

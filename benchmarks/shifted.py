@@ -16,11 +16,11 @@ from torch import Tensor
 
 from naign.data.dataset import DataConfig
 from naign.data.loader import DataSets, read_split
+from naign.data.scale import scaled
 from naign.errors import exit_on_input_error
 from naign.evaluate.coverage import coverage, nearest
 from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import choose_encoder
-from naign.model.scale import scaled
 
 
 def shifted(

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from naign.data.format.manifest import Manifest
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.errors import InputError, exit_on_input_error
 from naign.model.encoders import FOLDER, Classifier
-from naign.model.scale import scaled
 
 BATCH = 128
 

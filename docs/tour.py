@@ -39,7 +39,7 @@ import torch
 from naign import NAIGN
 from naign.data.damage import KINDS, degrade
 from naign.data.loader import read_split
-from naign.model.scale import scaled
+from naign.data.scale import scaled
 from naign.observe.pictures import grid, rows
 
 

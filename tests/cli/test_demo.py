@@ -17,11 +17,11 @@ from PIL import Image
 
 from naign.cli.model import demo
 from naign.data.damage import KINDS, degrade
+from naign.data.scale import scaled
 from naign.errors import InputError
 from naign.evaluate.recorded import read_image
 from naign.model.naign import FILLING, NAIGN
 from naign.model.networks import ConvConfig, PointConfig
-from naign.model.scale import scaled
 from naign.observe.pictures import grid, to_image
 from tests.conftest import environment
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from naign.checkpoint.writer import newest_checkpoint
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.errors import INTERRUPTED
 from naign.model.naign import NAIGN
-from naign.model.scale import scaled
 from tests.conftest import SMALL, forked
 
 CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.passes=2", "--prior.images=1024"]

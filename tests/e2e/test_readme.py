@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from naign.cli.main import main
+from naign.data.scale import scaled
 from naign.model.naign import NAIGN
-from naign.model.scale import scaled
 from tests.conftest import ROOT
 
 

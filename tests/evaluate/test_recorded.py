@@ -12,11 +12,11 @@ from naign.data.dataset import DataConfig
 from naign.data.decode import encode
 from naign.data.format.manifest import Manifest
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.errors import InputError
 from naign.evaluate.recorded import read_image, recorded
 from naign.model.naign import NAIGN
 from naign.model.networks import PointConfig, build_network
-from naign.model.scale import scaled
 
 OWN = "http://own:9000"
 THERE = "http://there:9000"

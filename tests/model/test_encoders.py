@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from benchmarks import train_encoder
 from naign.data.format.manifest import Manifest
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.errors import InputError
 from naign.model import encoders
 from naign.model.encoders import FOLDER, choose_encoder, load_encoder, names, open_encoder
-from naign.model.scale import scaled
 
 DIGITS = FOLDER / "digits-cnn64.safetensors"
 

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from naign.data.scale import scaled
 from naign.errors import InputError
 from naign.model import tiles
 from naign.model.naign import NAIGN
-from naign.model.scale import scaled
 from tests.data.test_resize import PHOTOS
 
 SIDE = 24

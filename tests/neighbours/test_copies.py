@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from naign.cli.main import main
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.errors import InputError
 from naign.evaluate.report import COPIES, with_copies
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
-from naign.model.scale import scaled
 from naign.neighbours import CopiesOptions
 from naign.neighbours.copies import copies, judge
 from naign.storage.store import open_store

@@ -16,11 +16,11 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from naign.data.damage import KINDS, degrade
+from naign.data.scale import scaled
 from naign.errors import InputError, one_line, require
 from naign.evaluate.recorded import read_image
 from naign.evaluate.report import DAMAGE
 from naign.model.naign import FILLING, NAIGN
-from naign.model.scale import scaled
 from naign.observe.pictures import grid, to_image
 
 HOST = "127.0.0.1"

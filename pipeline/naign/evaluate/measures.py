@@ -16,13 +16,13 @@ from naign.data.damage import KINDS
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.errors import InputError
 from naign.evaluate import coverage, density, restoration
 from naign.evaluate.coverage import NEIGHBOURS
 from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import Encoder
 from naign.model.naign import NAIGN
-from naign.model.scale import scaled
 
 MEDIAN = 10_000  # training images from which the per-pixel median and the mean brightness are computed
 ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is rounding, and no ratio to it is given

@@ -17,10 +17,10 @@ from naign.data.format.manifest import Manifest
 from naign.data.mixing import DataSets
 from naign.data.resize import Resize, channels, resized
 from naign.data.sample import crop
+from naign.data.scale import scaled
 from naign.errors import InputError, printable
 from naign.evaluate.runs import folder_of, is_run
 from naign.model.naign import NAIGN
-from naign.model.scale import scaled
 from naign.settings.constraints import check_fields
 from naign.storage.store import is_in_bucket, use_endpoint
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from naign.data.loader import read_split
+from naign.data.scale import scaled
 from naign.evaluate.recorded import recorded
 from naign.model.naign import NAIGN
 from naign.model.networks import code_shape
 from naign.model.prior import Codes, Mixture, MixtureConfig
-from naign.model.scale import scaled
 
 IMAGES = 60_000  # whose codes are fitted, at most
 

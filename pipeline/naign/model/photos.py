@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from naign.data.decode import decode_picture, in_mode
+from naign.data.scale import scaled
 from naign.errors import InputError, require
 from naign.model.naign import NAIGN, Advance
-from naign.model.scale import scaled
 from naign.observe.pictures import eight_bits
 
 

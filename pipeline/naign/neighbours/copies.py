@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from naign.data.scale import scaled
 from naign.distributed.ranks import together
 from naign.errors import require
 from naign.evaluate.recorded import fingerprint, recorded
@@ -22,7 +23,6 @@ from naign.evaluate.runs import folder_of
 from naign.match.exchange import ranks_of
 from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
-from naign.model.scale import scaled
 from naign.neighbours import CopiesOptions
 from naign.neighbours.images import Images, as_csv
 from naign.neighbours.rows import ImageRows, Space, find_near, firsts

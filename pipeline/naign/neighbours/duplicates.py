@@ -19,10 +19,10 @@ from torch import Tensor
 
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
+from naign.data.scale import scaled
 from naign.distributed.ranks import together
 from naign.errors import require
 from naign.match.exchange import ranks_of
-from naign.model.scale import scaled
 from naign.neighbours import DuplicatesOptions
 from naign.neighbours.images import Images, as_csv
 from naign.neighbours.rows import ImageRows, Space, find_near, firsts

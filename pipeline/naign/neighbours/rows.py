@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from naign.data.scale import scaled
 from naign.errors import InputError, require
 from naign.match import Blocks, search
 from naign.match.exact import sort_lexically
 from naign.match.exchange import Ranks
 from naign.match.pool import block_range
 from naign.model.encoders import open_encoder
-from naign.model.scale import scaled
 from naign.terminal import DELAY
 
 PIXELS = "pixels"  # names no encoder: values are compared as they are

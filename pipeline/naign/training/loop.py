@@ -21,6 +21,7 @@ from naign.config import Config
 from naign.data.damage import find_damage
 from naign.data.loader import Rows
 from naign.data.order import rank_rows
+from naign.data.scale import scaled
 from naign.distributed.ranks import gather, together, total
 from naign.distributed.signals import StopPoll
 from naign.errors import Diverged, InputError, Stopped, Unavailable
@@ -28,7 +29,6 @@ from naign.match import Match, NotFinite, match_round
 from naign.model.losses import Batch, compute_losses, find_distance
 from naign.model.prior import Codes
 from naign.model.prior.base import KEPT
-from naign.model.scale import scaled
 from naign.observe import at_round
 from naign.training.callbacks import Callback, call
 from naign.training.report import headline, measure, report_prior, report_round

@@ -13,6 +13,7 @@ from torch import Tensor
 from naign.config import Config
 from naign.data.damage import KINDS, degrade
 from naign.data.loader import Stream, read_split
+from naign.data.scale import scaled
 from naign.distributed.engine import Engine
 from naign.distributed.ranks import gather, together, total
 from naign.errors import InputError
@@ -20,7 +21,6 @@ from naign.evaluate.coverage import NEIGHBOURS, coverage
 from naign.evaluate.frechet import frechet_distance
 from naign.evaluate.restoration import mae
 from naign.model.encoders import choose_encoder, open_encoder
-from naign.model.scale import scaled
 
 log = logging.getLogger("naign.quality")
 
