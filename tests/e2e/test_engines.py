@@ -179,9 +179,9 @@ def test_micro_batches_and_bfloat16(name, plain, digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_channels_last_and_recomputed_networks_train_alike(digits, tmp_path):
+def test_recomputed_networks_train_alike(digits, tmp_path):
     file = engine("cpu", tmp_path)
-    more = ["--train.recompute", "--train.channels_last", "--model.depth=1"]
+    more = ["--train.recompute", "--model.depth=1"]
     for run, extra in (("deep", ["--model.depth=1"]), ("other", more)):
         done = launch(file, tmp_path, *options(digits, run), *extra)
         assert done.returncode == 0, done.stderr

@@ -40,7 +40,7 @@ from naign.training.trainer import Trainer
 log = logging.getLogger("naign.train")
 
 ENCODED = 512  # images encoded at once
-REPORTED = 5.0  # seconds between two reports of stage 2
+REPORTS = 10  # of stage 2
 SAVED = 60.0  # seconds between two checkpoints of stage 2
 
 
@@ -270,16 +270,16 @@ def fit_prior(run: Trainer) -> None:
         return
     at_round(None)
     stop_requested = StopPoll(run.stop)
-    reported = saved = 0.0
+    saved = 0.0
     with run.phases.enter("prior"):
         try:
             for fitted in run.prior.fit(encode_data(run)):
                 run.watchdog.beat()
                 state.step += 1
+                reported = int(REPORTS * state.fitted)
                 advance_prior(run, fitted)
                 stopping = stop_requested()
-                if stop_requested.elapsed - reported > REPORTED and fitted < 1:
-                    reported = stop_requested.elapsed
+                if reported < int(REPORTS * fitted) < REPORTS:
                     report_prior(run)
                 if stopping and fitted < 1:
                     raise Stopped

@@ -102,7 +102,7 @@ class Flow(CodesPrior):
             self.early = deepcopy(self.velocity)
         if config.student:
             self.student = deepcopy(self.velocity)
-        self.register_buffer("phase", torch.tensor(UNFITTED))
+        self.register_buffer("phase", torch.full((), UNFITTED))
         self._phase = UNFITTED  # the same, without waiting for a device
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("inward", torch.eye(directions, channels))

@@ -29,7 +29,7 @@ class Learner:
         self.adam = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0, fused=self.ahead or None)
         for value in parameters:  # as AdamW itself begins, but before the first step
             moments = {name: torch.zeros_like(value) for name in MOMENTS}
-            step = torch.tensor(0.0, device=value.device if self.ahead else "cpu")
+            step = torch.zeros((), device=value.device if self.ahead else "cpu")
             self.adam.state[value] = {"step": step, **moments}
 
     def restart(self, network: nn.Module) -> None:
