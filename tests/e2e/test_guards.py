@@ -21,10 +21,10 @@ from tests.e2e.ranks import Job
 from tests.servers import S3Server
 
 POISON = """
+import runpy
 import sys
-sys.path.insert(0, {root!r})
 import torch
-from naign.training import fit
+from naign.training import loop
 from naign.model import losses
 made, count = losses.compute_losses, [0]
 def poisoned(*args, **kwargs):
@@ -34,17 +34,16 @@ def poisoned(*args, **kwargs):
     if {rank} == int(__import__("os").environ.get("RANK", 0)) and count[0] in {steps}:
         terms["total"] = terms["total"] * float("nan")
     return terms
-fit.compute_losses = poisoned
+loop.compute_losses = poisoned
 sys.argv = ["train.py", *sys.argv[1:]]
-from pipeline import train
-train.main()
+runpy.run_path({program!r}, run_name="__main__")
 """
 """The main job, but for some losses of one rank, which become NaN."""
 
 
 def poisoned(folder: Path, steps: range | list[int], rank: int, *options: str, world: int = 1) -> list[str]:
     program = folder / "poisoned.py"
-    program.write_text(POISON.format(root=str(ROOT), steps=steps, rank=rank))
+    program.write_text(POISON.format(program=str(ROOT / "pipeline/train.py"), steps=steps, rank=rank))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     if world > 1:
         command += ["--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes", "2", "--main_process_port", "0"]

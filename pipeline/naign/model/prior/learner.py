@@ -35,6 +35,7 @@ class Learner:
     def restart(self, network: nn.Module) -> None:
         """Train these weights instead, from the first step on."""
         self.network.load_state_dict(network.state_dict())
+        self.report()  # that of the other weights
         for moments in self.adam.state.values():
             for name in MOMENTS:
                 moments[name].zero_()
