@@ -148,7 +148,7 @@ def test_the_round_of_a_checkpoint_costs_one_request_a_file(bucket, monkeypatch)
     client().meta.events.register("before-call.s3.HeadObject", lambda **_: asked.append(threading.current_thread()))
     assert read_trainer(remote, "step-00000007") == {"round": 7}
     assert len(asked) == len(entries) + 2  # the manifest and trainer.json
-    assert len(set(asked)) > 8
+    assert len(set(asked)) > 2  # at once
     open_store(f"{folder}/state").put("rank-00003-of-00020.safetensors", b"longer")
     assert read_trainer(remote, "step-00000007") == {}
     open_store(f"{folder}/state").delete("rank-00003-of-00020.safetensors")
