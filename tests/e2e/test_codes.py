@@ -72,12 +72,11 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     assert finer.config.steps == 3 and not finer.config.student
     ids = torch.arange(64)
     assert not torch.equal(finer.draw(0, 0, ids, "cpu"), taught.draw(0, 0, ids, "cpu"))
-    for more, said in ((["0"], "prior.steps is 0"), (["3", "--prior", "gmm"], "flow of codes")):
+    for more, said in ((["0"], "prior.steps is 0"), (["3", "--prior", "gmm"], "are of a flow")):
         done = naign("sample", "run", "--steps", *more)
         assert done.returncode == 2 and said in done.stderr
-    for option, value in (("--components", "3"), ("--data", "elsewhere")):
-        done = naign("sample", "run", option, value)
-        assert done.returncode == 2 and f"{option} is of a mixture" in done.stderr
+    done = naign("sample", "run", "--components", "3")
+    assert done.returncode == 2 and "--components is of a mixture" in done.stderr
 
 
 @pytest.mark.slow
