@@ -24,7 +24,10 @@ print(tuple(model.sample(5).shape), "learned" if model.prior.factor.any(1).all()
 """
 
 
-EXPECTED = "{'hidden': 128, 'init': '', 'name': 'dense'} {'directions': 6, 'images': 10000, 'name': 'principal'}\n(5, 1, 8, 8) learned"
+EXPECTED = (
+    "{'hidden': 128, 'init': '', 'name': 'dense'} {'directions': 6, 'images': 10000, 'name': 'principal'}\n"
+    "(5, 1, 8, 8) learned"
+)
 
 
 @pytest.fixture
