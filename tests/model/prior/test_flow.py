@@ -162,6 +162,8 @@ def test_ranks_learn_what_one_would(world):
     barrier = threading.Barrier(world)
     parts: dict[int, torch.Tensor] = {}
 
+    priors = [build(TAUGHT_SETTINGS) for _ in range(world)]  # first weights come from one generator of all threads
+
     def fit(rank: int) -> Flow:
         def add(value: torch.Tensor) -> torch.Tensor:
             parts[rank] = value
@@ -170,10 +172,9 @@ def test_ranks_learn_what_one_would(world):
             barrier.wait(30)
             return whole
 
-        prior = build(TAUGHT_SETTINGS)
         ranks = Codes(sizes=(len(codes),), read=lambda _: (codes, None), rank=rank, world=world, add=add)
-        list(prior.fit(ranks))
-        return prior
+        list(priors[rank].fit(ranks))
+        return priors[rank]
 
     with ThreadPoolExecutor(world) as pool:
         ranks = list(pool.map(fit, range(world)))
