@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from patches import window_of
 from PIL import Image
 from readers import Job
 from sklearn.datasets import load_digits, load_sample_images
@@ -174,17 +175,7 @@ def window(side: int) -> Callable[[int], Example]:
         draws = draws_of(key=side, number=number)
         label = int(draws[0] * len(photographs))
         picture = photographs[label]
-        least = min(side, 160)
-        extent = least * (min(picture.size) / least) ** draws[1]
-        left = draws[2] * (picture.width - extent)
-        top = draws[3] * (picture.height - extent)
-        box = (left, top, left + extent, top + extent)
-        patch = picture.resize(
-            (side, side),
-            Image.Resampling.LANCZOS,
-            box=box,
-            reducing_gap=3.0,
-        )
+        patch = window_of(picture, side, min(side, 160), draws[1:])
         pixels = np.asarray(patch).transpose(2, 0, 1)
         if draws[4] < 0.5:
             pixels = pixels[:, :, ::-1]

@@ -9,6 +9,7 @@ mate-backgrounds GPL-2+. Every fifth photograph gives the test split, so no test
 patch is a square of any size and place of its photograph, mirrored or not; which one is a function of its number.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def reduced(path: Path) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
+def window_of(picture: Image.Image, side: int, least: int, draws: Sequence[float]) -> Image.Image:
+    """A square of a picture, at least `least` pixels a side, resized to `side`: `draws` are its size, left and top."""
+    extent = least * (min(picture.size) / least) ** draws[0]
+    left = draws[1] * (picture.width - extent)
+    top = draws[2] * (picture.height - extent)
+    box = (left, top, left + extent, top + extent)
+    return picture.resize((side, side), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
 def patches(
     files: list[Path],
     count: int,
@@ -62,16 +72,7 @@ def patches(
         picture = reduced(files[number % len(files)])
         generator = np.random.Generator(np.random.Philox(key=key, counter=number))
         draws = generator.random(4)
-        side = SIDE * (min(picture.size) / SIDE) ** draws[0]
-        left = draws[1] * (picture.width - side)
-        top = draws[2] * (picture.height - side)
-        box = (left, top, left + side, top + side)
-        patch = picture.resize(
-            (SIDE, SIDE),
-            Image.Resampling.LANCZOS,
-            box=box,
-            reducing_gap=3.0,
-        )
+        patch = window_of(picture, SIDE, SIDE, draws)
         if draws[3] < 0.5:
             patch = ImageOps.mirror(patch)
         pixels = np.asarray(patch).transpose(2, 0, 1)

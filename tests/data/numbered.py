@@ -3,8 +3,8 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,23 @@ def edit_index(path: str, **fields: object) -> None:
     index.write_text(json.dumps({**json.loads(index.read_text()), **fields}))
 
 
+@contextmanager
+def streams_of(config: DataConfig, *, seed: int, each: int, world: int) -> Iterator[list[Stream]]:
+    """The streams of all ranks, in rounds of `each` images."""
+    with ExitStack() as stack:
+        streams = []
+        for rank in range(world):
+            stream = Stream(config, seed=seed, round_size=each, rank=rank, world=world)
+            streams.append(stack.enter_context(stream))
+        yield streams
+
+
 def take(path: str, rounds: int, world: int = 1, *, each: int = 12, **settings: Any) -> tuple[torch.Tensor, list[str]]:
     """All images of rounds 0, 1, ..., of `each` images, and their keys, in order."""
     images = []
     keys = []
     config = DataConfig(path=path, **settings)
-    with ExitStack() as stack:
-        streams = []
-        for rank in range(world):
-            stream = Stream(config, seed=5, round_size=each, rank=rank, world=world)
-            streams.append(stack.enter_context(stream))
+    with streams_of(config, seed=5, each=each, world=world) as streams:
         for round in range(rounds):
             for stream in streams:
                 taken = stream.take(round)

@@ -2,7 +2,6 @@
 
 import tarfile
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from naign.data.order import BLOCK, Span
 from naign.errors import InputError
 from naign.storage.local import LocalStore
 from naign.storage.store import open_store
-from tests.data.numbered import add
+from tests.data.numbered import add, streams_of
 from tests.proxy import FaultProxy
 
 CLASSES = 10
@@ -76,11 +75,7 @@ def rounds(path: str, count: int, size: int, world: int = 1, **settings: Any) ->
     keys = list[str]()
     read = 0
     config = DataConfig(path=path, **settings)
-    with ExitStack() as stack:
-        streams = []
-        for rank in range(world):
-            stream = Stream(config, seed=1, round_size=size, rank=rank, world=world)
-            streams.append(stack.enter_context(stream))
+    with streams_of(config, seed=1, each=size, world=world) as streams:
         for round in range(count):
             labels.append([])
             for stream in streams:

@@ -1,7 +1,6 @@
 """Several data sets at once: exact shares of every round, and epochs of their own."""
 
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from torch import Tensor
 from naign.config import load
 from naign.data.dataset import DataConfig
 from naign.data.format.writer import pack
-from naign.data.loader import Stream, read_split
+from naign.data.loader import read_split
 from naign.data.mixing import DataSets, members, shares
 from naign.errors import InputError
-from tests.data.numbered import numbered
+from tests.data.numbered import numbered, streams_of
 from tests.data.test_augment import broken
 
 Line = tuple[str, int]
@@ -41,11 +40,7 @@ def take(path: str, rounds: int, world: int = 1, **settings: Any) -> tuple[list[
     lines = []
     images = []
     config = DataConfig(path=path, **settings)
-    with ExitStack() as stack:
-        streams = []
-        for rank in range(world):
-            stream = Stream(config, seed=2, round_size=24, rank=rank, world=world)
-            streams.append(stack.enter_context(stream))
+    with streams_of(config, seed=2, each=24, world=world) as streams:
         for round in range(rounds):
             found = list[Line]()
             for stream in streams:

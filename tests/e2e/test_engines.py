@@ -63,15 +63,15 @@ def losses(run: Path) -> Losses:
     return [{key: value for key, value in line.items() if key.startswith(("loss/", "match/dist"))} for line in lines]
 
 
-def from_round(run: Path, other: Path, rounds: int, steps: int = STEPS) -> None:
-    """`other` begins with the checkpoint of `run` after so many rounds, each of `steps`."""
-    step = f"checkpoints/step-{rounds * steps:08d}"
+def from_round(run: Path, other: Path, rounds: int) -> None:
+    """`other` begins with the checkpoint of `run` after so many rounds."""
+    step = f"checkpoints/step-{rounds * STEPS:08d}"
     shutil.copytree(run / step, other / step)
 
 
-def weights(run: Path, name: str = "model", *, steps: int = ROUNDS * STEPS) -> dict[str, torch.Tensor]:
+def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(run / "checkpoints")
-    assert newest and newest.name == f"step-{steps:08d}"
+    assert newest and newest.name == f"step-{ROUNDS * STEPS:08d}"
     return load_file(newest / f"{name}.safetensors")
 
 

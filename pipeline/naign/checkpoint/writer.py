@@ -4,9 +4,8 @@ step-00001234/
   model.safetensors       float32 weights, independent of the engine and the world size
   ema.safetensors         their moving average, if one is kept
   trainer.json            images seen, round, step, world size
-  state/rank-00000-of-00002.safetensors  one rank's part of the optimizer's state and of the round's losses
+  state/rank-00000-of-00002.safetensors  one rank's part of the optimizer's state
   state/prior.safetensors what a prior that learns goes on from
-  state/round.safetensors the match of a round that stopped between two steps
   manifest.json           size and SHA-256 of each file above
 
 Each rank writes its part from copies in memory, in a background thread, and uploads it if there is a bucket.

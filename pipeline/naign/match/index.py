@@ -23,8 +23,6 @@ from naign.match.exchange import Ranks, ranks_of
 from naign.match.scan import METHODS, SEEDS, Scan
 from naign.philox import MAX_ID
 
-MOST_NEIGHBOURS = 2**20
-
 
 @dataclass(kw_only=True, slots=True)
 class Blocks:

@@ -23,15 +23,6 @@ class Missing(InputError):
         self.seen = seen
 
 
-class Denied(InputError):
-    """The server refuses access."""
-
-    def __init__(self, message: str, *, expired: bool = False) -> None:
-        """`expired`: the token was good until some time ago."""
-        super().__init__(message)
-        self.expired = expired
-
-
 class Stat(NamedTuple):
     """What a store reports about a file."""
 

@@ -97,7 +97,7 @@ class Phases:
 
     @contextmanager
     def round(self) -> Iterator[None]:
-        """A round of stage 1, or the time between two reports of stage 2."""
+        """A round of stage 1."""
         self.seconds.clear()
         try:
             with self._profiler.round(self._state.round):

@@ -1,4 +1,8 @@
-"""Networks of the velocity of a rectified flow (arXiv 2209.03003), on vectors and on images."""
+"""Networks of the velocity of a rectified flow (arXiv 2209.03003), on vectors and on images.
+
+Both give (n, d, ...) at points of that shape and times (n,). With `classes`, labels (n,) int64 may condition them; the
+number of classes is the label of no class.
+"""
 
 import math
 from functools import partial
@@ -98,12 +102,6 @@ class SpatialVelocity(nn.Module):
             for block in blocks:  # type: ignore[attr-defined]
                 hidden = block(hidden, seen)
         return self.outer(F.silu(self.norm(hidden)))[:, :, :height, :width]
-
-
-Velocity = DenseVelocity | SpatialVelocity
-"""Both give (n, d, ...) at points of that shape and times (n,). With `classes`, labels (n,) int64 may condition them;
-the number of classes is the label of no class.
-"""
 
 
 def _embedding(classes: int, width: int) -> nn.Module:
