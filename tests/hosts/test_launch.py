@@ -112,6 +112,7 @@ def test_a_pod_that_is_replaced_after_the_run_was_done_ends(train, digits, handl
     assert launch.main(["--wait=1", *options]) == 0
     assert f"nothing left to do: the run in {tmp_path}/run is done" in capsys.readouterr().err
     assert launch.main(["--wait=1", *options, "--train.images=1024", "--resume=changed"]) == PEER_LOST
+    assert "NAIGN_LAUNCHER" not in os.environ  # it would end what this process starts later
 
 
 BUCKET = """

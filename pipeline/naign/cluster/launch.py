@@ -114,7 +114,6 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
     use_endpoint(config.data.endpoint)
     place = find_place(os.environ)
     processes = options.processes or place.processes or count_gpus() or 1
-    os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # so that ranks end with this process
     async with Hosts(place, port=options.port, ranks=processes, within=options.wait) as hosts:
         try:
             server = Metrics(options.metrics, place.index) if options.metrics else None

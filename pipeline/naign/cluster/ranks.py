@@ -132,6 +132,7 @@ def command_of(arguments: Sequence[str]) -> list[str]:
 def become_rank(engine: Mapping[str, Any], arguments: Sequence[str]) -> NoReturn:
     """Continue this process as the only rank of the training."""
     os.environ |= environment_of(engine)
+    os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # it is its own, and does not end with a parent
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until training sets its handlers
     os.execv(sys.executable, command_of(arguments))
 
@@ -158,6 +159,7 @@ class Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
         world = place.hosts * count
         shared = {**os.environ, **environment_of(engine)}
+        shared["NAIGN_LAUNCHER"] = str(os.getpid())  # so that ranks end with this process
         if world > 1 or engine["distributed_type"] == "DEEPSPEED":
             shared |= {
                 "WORLD_SIZE": str(world),
