@@ -6,7 +6,7 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,32 +62,48 @@ def fields(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
-def table(
-    kind: type,
-    prefix: str,
-    change: str,
-    names: Collection[str],
-) -> Iterator[str]:
-    """A row for each of these settings of a dataclass; sections within it are tables of their own."""
+def cells(kind: type, prefix: str, change: str, names: Collection[str]) -> Iterator[list[str]]:
+    """The cells of a row for each of these settings of a dataclass; sections within it are tables of their own."""
     hints = typing.get_type_hints(kind)
     texts = docstrings(kind)
-    yield "| setting | values | default | meaning | may change |"
-    yield "| --- | --- | --- | --- | --- |"
     for field in dataclasses.fields(kind):
         if field.name not in names or dataclasses.is_dataclass(hints[field.name]):
             continue
-        cells = [
+        yield [
             f"`{prefix}{field.name}`",
             values(hints[field.name], field.metadata),
             f"`{field.default}`" if field.default != "" else "empty",
             re.sub(r"([|*<])", r"\\\1", texts[field.name]),
             CHANGE[field.metadata.get("change", change)],
         ]
-        yield f"| {' | '.join(cells)} |"
+
+
+def of_choices(choices: typing.Mapping[str, Any], prefix: str, change: str, shared: set[str]) -> Iterator[list[str]]:
+    """The cells of a row for each setting that only some choices of a name have: what differs is said by choice."""
+    rows: dict[str, dict[str, list[str]]] = {}  # by setting, then by choice
+    for choice, entry in choices.items():
+        for row in cells(entry[0], prefix, change, fields(entry[0]) - shared):
+            rows.setdefault(row[0], {})[choice] = row
+    for row in rows.values():
+        merged = []
+        for column in zip(*row.values(), strict=True):
+            if len(set(column)) > 1:
+                merged.append("; ".join(f"{name}: {cell.rstrip('.')}" for name, cell in zip(row, column, strict=True)))
+            else:
+                merged.append(column[0])
+        yield [merged[0], ", ".join(row), *merged[1:]]
+
+
+def table(rows: Iterable[list[str]], *chosen: str) -> Iterator[str]:
+    columns = ["setting", *chosen, "values", "default", "meaning", "may change"]
+    yield f"| {' | '.join(columns)} |"
+    yield f"| {' | '.join('---' for _ in columns)} |"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
 
 
 def page() -> str:
-    lines = [HEAD, "## Without a section", "", *table(Config, "", "", fields(Config))]
+    lines = [HEAD, "## Without a section", "", *table(cells(Config, "", "", fields(Config)))]
     pending = [(field.name, field) for field in dataclasses.fields(Config)]
     while pending:
         name, field = pending.pop(0)
@@ -98,12 +114,10 @@ def page() -> str:
         shared = fields(kind)
         if name in NAMED:
             shared = fields(typing.get_type_hints(Config)[name])
-        lines += ["", f"## {name}", "", *table(kind, f"{name}.", change, shared)]
-        for choice, entry in NAMED.get(name, {}).items():
-            more = fields(entry[0]) - shared
-            if more:
-                rows = table(entry[0], f"{name}.", change, more)
-                lines += ["", f"## {name}, with {name}.name={choice}", "", *rows]
+        lines += ["", f"## {name}", "", *table(cells(kind, f"{name}.", change, shared))]
+        rows = list(of_choices(NAMED.get(name, {}), f"{name}.", change, shared))
+        if rows:
+            lines += ["", f"## {name}, by {name}.name", "", *table(rows, f"{name}.name")]
         if name not in NAMED:
             pending = [(f"{name}.{inner.name}", inner) for inner in dataclasses.fields(kind)] + pending
     return "\n".join(lines) + "\n"

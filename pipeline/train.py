@@ -18,7 +18,6 @@ from naign.distributed.connect import build_accelerator
 from naign.distributed.host import keep_memory, set_threads
 from naign.distributed.ranks import part, peers_missed, together
 from naign.observe import trackers_hang
-from naign.storage.store import use_endpoint
 from naign.terminal import outlive_terminal
 from naign.training.loop import train
 from naign.training.setup import pack_missing
@@ -29,7 +28,6 @@ def main() -> None:
     arguments = sys.argv[1:]
     with leave_on_failure(), exit_on_input_error("train"), peers_missed():
         config = parse(arguments)
-        use_endpoint(config.data.endpoint)
         keep_memory()
         settings = config.train
         set_threads(settings.threads)

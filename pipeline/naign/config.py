@@ -53,10 +53,6 @@ class TrainConfig:
     """Learning rate at the end of the budget."""
     warmup: int = field(default=10_000, metadata=MAY_CHANGE | AT_LEAST_0)
     """Images over which the learning rate rises from 0; at most half the budget."""
-    beta1: float = field(default=0.9, metadata=SHARE)
-    """AdamW's decay of the first moment."""
-    beta2: float = field(default=0.99, metadata=SHARE)
-    """AdamW's decay of the second moment."""
     weight_decay: float = field(default=0.01, metadata=MAY_CHANGE | AT_LEAST_0)
     """Decoupled weight decay."""
     clip: float = field(default=1.0, metadata=MAY_CHANGE | AT_LEAST_0)
@@ -102,9 +98,8 @@ class CheckpointConfig:
 @dataclass(kw_only=True, slots=True)
 class QualityConfig:
     rounds: int = field(default=0, metadata=AT_LEAST_0)
-    """Rounds between measurements of samples and repairs (quality/* of metrics.jsonl and TensorBoard); 0: none."""
-    samples: int = field(default=2000, metadata=between(10, 10**6))
-    """Samples that are compared with as many training images."""
+    """Rounds between measurements of 2,000 samples, compared with as many training images, and of repairs (quality/*
+    of metrics.jsonl and TensorBoard); 0: none."""
     encoder: str = ""
     """Encoder whose features quality/fd compares; empty: the one shipped for the data set, else pooled pixels."""
 

@@ -259,7 +259,7 @@ def test_what_cannot_be_compared_is_named(tmp_path, monkeypatch, capsys, folders
 
 @pytest.mark.slow
 def test_a_run_of_the_real_program_and_its_copy(train, tmp_path, digits, capsys):
-    options = [f"--data.path={digits}", "--quality.rounds=1", "--quality.samples=50", "--train.images=512", *SMALL]
+    options = [f"--data.path={digits}", "--quality.rounds=1", "--train.images=512", *SMALL]
     done = train(f"--run.path={tmp_path}/runs/a", f"--run.remote={tmp_path}/bucket", *options)
     assert done.returncode == 0, done.stderr
     fetch(f"{tmp_path}/bucket", to=tmp_path / "runs/fetched")

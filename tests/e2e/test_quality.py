@@ -16,7 +16,7 @@ from naign.errors import InputError
 from naign.training.quality import Quality
 from tests.conftest import SMALL
 
-EVERY = ["--quality.rounds=2", "--quality.samples=200"]
+EVERY = ["--quality.rounds=2"]
 STILL = ["--train.lr=1e-9", "--train.lr_end=1e-9"]
 
 
@@ -82,7 +82,7 @@ def test_pooled_pixels_are_warned_of_unless_they_are_asked_for(points, tmp_path,
 
 
 def test_features_that_are_not_finite_are_no_measurement_and_the_rest_is_json(digits, tmp_path):
-    given = ["--quality.rounds=2", "--quality.samples=20", f"--data.path={digits}", f"--run.path={tmp_path}", *SMALL]
+    given = ["--quality.rounds=2", f"--data.path={digits}", f"--run.path={tmp_path}", *SMALL]
     with Stream(parse(given).data, seed=0, round_size=256, prefetch=False) as stream:
         quality = open_quality(stream, given)
         broken = SimpleNamespace(exported=lambda part, x: x * math.inf)

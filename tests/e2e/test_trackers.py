@@ -59,7 +59,6 @@ hanging = my_package.trackers:Hanging
 
 EVERYTHING = [
     "--quality.rounds=1",
-    "--quality.samples=100",
     "--match.reject_share=0.01",
     "--objective.denoising=1",
     "--objective.third=matched",

@@ -1,8 +1,5 @@
-"""What a model's header may ask for: a run keeps the S3 server that it was trained from, a model from elsewhere chooses
-none; data are read as in training.
-"""
+"""Data are read as in the training that a model's header records."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -18,56 +15,12 @@ from naign.evaluate.recorded import read_image, recorded
 from naign.model.naign import NAIGN
 from naign.model.networks import PointConfig, build_network
 
-OWN = "http://own:9000"
-THERE = "http://there:9000"
-
-
-@pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """The servers that data were asked from."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", OWN)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", OWN)
-    found = []
-
-    def data_sets(config):
-        found.append(os.environ["AWS_ENDPOINT_URL_S3"])
-        raise InputError("nothing there")
-
-    monkeypatch.setattr("naign.evaluate.recorded.DataSets", data_sets)
-    return found
-
 
 @pytest.fixture
 def model():
-    section = {"path": "s3://bucket/data", "endpoint": THERE}
+    section = {"path": "s3://bucket/data"}
     metadata = {"shape": [2], "latents": {"name": "gaussian"}, "prior": {"name": "none"}, "config": {"data": section}}
     return NAIGN(build_network(PointConfig(width=8), (2,)), metadata)
-
-
-@pytest.mark.parametrize("place", ["exported", "user/model"])
-def test_a_model_from_elsewhere_chooses_no_server(model, asked, tmp_path, monkeypatch, place):
-    (tmp_path / "exported").mkdir()
-    with pytest.raises(InputError, match=f"names the server {THERE} for its data: set AWS_ENDPOINT_URL to it if you"):
-        recorded(model, place, None)
-    assert not asked
-    with pytest.raises(InputError, match="nothing there"):
-        recorded(model, place, "s3://mine/data")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", THERE)
-    with pytest.raises(InputError, match="nothing there"):
-        recorded(model, place, None)
-    assert asked == [OWN, THERE]
-
-
-@pytest.mark.parametrize("place", ["run", "run/checkpoints/step-00000001", "s3://bucket/run"])
-@pytest.mark.parametrize("data", [None, "s3://mine/data"])
-def test_a_run_keeps_its_server(model, asked, tmp_path, place, data):
-    checkpoint = tmp_path / "run/checkpoints/step-00000001"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").touch()
-    with pytest.raises(InputError, match="nothing there"):
-        recorded(model, place, data)
-    assert asked == [THERE]
 
 
 def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypatch):

@@ -90,7 +90,7 @@ def test_muon_takes_a_kernel_as_the_matrix_of_its_patches_and_adamw_a_vector():
     torch.manual_seed(0)
     kernel, bias = nn.Parameter(torch.randn(6, 3, 4, 4)), nn.Parameter(torch.randn(6))
     matrix, vector = nn.Parameter(kernel.detach().flatten(1).clone()), nn.Parameter(bias.detach().clone())
-    ours = Muon([kernel, bias], lr=0.1, betas=(0.9, 0.99), weight_decay=0.02)
+    ours = Muon([kernel, bias], lr=0.1, weight_decay=0.02)
     theirs = (
         torch.optim.Muon([matrix], lr=0.05, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([vector], lr=0.05, betas=(0.9, 0.99), weight_decay=0.02),

@@ -102,7 +102,6 @@ def main(arguments: Sequence[str]) -> int:
 async def _launch(options: argparse.Namespace, training: Sequence[str], asked: Asked) -> int:
     from naign.config import parse
     from naign.distributed.host import count_gpus
-    from naign.storage.store import use_endpoint
 
     around = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in [*os.environ]:
@@ -111,7 +110,6 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
     is_audit = bool(training) and training[0] in AUDITS
     config = parse([] if is_audit else list(training))  # so that one process reports a mistake at once
     gc.enable()  # disabled for the imports
-    use_endpoint(config.data.endpoint)
     place = find_place(os.environ)
     processes = options.processes or place.processes or count_gpus() or 1
     async with Hosts(place, port=options.port, ranks=processes, within=options.wait) as hosts:

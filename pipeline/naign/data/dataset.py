@@ -17,8 +17,6 @@ class DataConfig:
     --to`). Empty: beside them."""
     source: str = field(default="", metadata=FREE)
     """Data set to pack at `path` if nothing is there, as for `naign pack`. Empty: none; mnist at the default path."""
-    endpoint: str = field(default="", metadata=FREE)
-    """Address of an S3 server other than Amazon's; empty: AWS_ENDPOINT_URL or the AWS profile's."""
     split: str = "train"
     """Which split to train on."""
     workers: int = field(default=0, metadata=FREE | AT_LEAST_0)
@@ -51,8 +49,6 @@ def check_config(config: DataConfig) -> None:
     """Raise InputError for values that no data set can have."""
     check_fields(config, "data")
     parse_resize(config)
-    if "@" in config.endpoint:  # it would stand in config.yaml
-        raise InputError("data.endpoint holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
 
 
 def parse_resize(config: DataConfig) -> Resize:

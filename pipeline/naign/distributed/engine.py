@@ -64,7 +64,6 @@ class Engine:
         made = build(
             list(bare.parameters()),
             lr=settings.lr,
-            betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
             fused=fused,
         )

@@ -1,4 +1,4 @@
-"""The optimizers of f by name. Each is a function `build(parameters, *, lr, betas, weight_decay, fused)`.
+"""The optimizers of f by name. Each is a function `build(parameters, *, lr, weight_decay, fused)`.
 
 The state of an optimizer is what it keeps by parameter, in tensors, besides the number of its steps as `step`: a
 checkpoint holds no more. Another package adds one as an entry point of the group `naign.optimizers`.
@@ -16,9 +16,11 @@ from torch.optim import Adafactor, AdamW, Optimizer
 from naign.errors import InputError, one_line, require
 from naign.settings.registry import lookup
 
+BETAS = (0.9, 0.99)  # decay of the moments; a short memory of the second follows the falling loss
+
 
 def adamw(parameters: list[Tensor], *, fused: bool, **settings: Any) -> Optimizer:
-    return AdamW(parameters, **settings, fused=fused or None)
+    return AdamW(parameters, betas=BETAS, **settings, fused=fused or None)
 
 
 def adafactor(parameters: list[Tensor], *, lr: float, weight_decay: float, **_: Any) -> Optimizer:
@@ -32,13 +34,13 @@ class Muon(Optimizer):
     (arXiv 2502.16982). Weights must be contiguous.
     """
 
-    def __init__(self, parameters: list[Tensor], *, lr: float, betas: Any, weight_decay: float, **_: Any) -> None:
+    def __init__(self, parameters: list[Tensor], *, lr: float, weight_decay: float, **_: Any) -> None:
         super().__init__(parameters, {"lr": lr})
         self._views = {value: value.detach().flatten(1) if value.ndim > 1 else value for value in parameters}
         matrices = [view for view in self._views.values() if view.ndim > 1]
         vectors = [view for view in self._views.values() if view.ndim < 2]
         muon: Any = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-        kinds = ((muon, matrices), (partial(AdamW, betas=betas), vectors))
+        kinds = ((muon, matrices), (partial(AdamW, betas=BETAS), vectors))
         self._parts: list[Optimizer] = [kind(some, weight_decay=weight_decay) for kind, some in kinds if some]
 
     @torch.no_grad()
@@ -61,7 +63,7 @@ def find_optimizer(name: str) -> Build:
     build = lookup("train.optimizer", name, OPTIMIZERS, "naign.optimizers")
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2,), (2, 2), (2, 2, 1, 1))]
     try:
-        made: object = build(weights, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=False)
+        made: object = build(weights, lr=1e-3, weight_decay=0.0, fused=False)
         require((isinstance(made, Optimizer), f"it returns a {type(made).__name__}"))
     except Exception as error:  # whatever another package's function may raise
         raise InputError(f"train.optimizer '{name}' cannot be built: {one_line(error)}: fix its package") from None

@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from naign.checkpoint.manifest import MANIFEST
 from naign.data.dataset import DataConfig, parse_resize
 from naign.data.decode import decode_image
 from naign.data.format.manifest import Manifest
@@ -18,11 +15,9 @@ from naign.data.mixing import DataSets
 from naign.data.resize import Resize, channels, resized
 from naign.data.sample import crop
 from naign.data.scale import scaled
-from naign.errors import InputError, printable
-from naign.evaluate.runs import folder_of, is_run
+from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.settings.constraints import check_fields
-from naign.storage.store import is_in_bucket, use_endpoint
 
 RECORDED = ("path", "index", "split", "size", "fit", "broken")
 """Settings of data that say how the training's images are read, besides data.crop."""
@@ -31,23 +26,15 @@ RECORDED = ("path", "index", "split", "size", "fit", "broken")
 def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest, str]:
     """The data set to measure on, its manifest, whose shape is that of the model's images, and the training's encoder.
 
-    A run's S3 server is that of its training; a model from elsewhere cannot choose one, to which requests signed for
-    the user would go. InputError for a header that no training wrote, and a data set that is missing or does not fit.
+    Raises InputError for a header that no training wrote, and a data set that is missing or does not fit.
     """
-    config, endpoint, encoder = _header(model)
-    place = Path(folder_of(folder))
-    of_user = is_in_bucket(folder) or is_run(place) or (place / MANIFEST).exists()  # not exported, nor of the hub
-    if of_user:
-        use_endpoint(endpoint)
+    config, encoder = _header(model)
     remedy = f"{folder} was trained on {config.path}: if that moved, give it as --data PATH"
     if data is not None:
         config = replace(config, path=data, index="")
         remedy = "give the data set it was trained on as --data PATH"
     elif not config.path:
         raise InputError(f"{folder} does not say what it was trained on: give the packed data set as --data PATH")
-    elif not of_user and "s3:" in config.path + config.index and not _is_known(endpoint):
-        asked = f"the model in {folder} names the server {printable(endpoint)} for its data"
-        raise InputError(f"{asked}: set AWS_ENDPOINT_URL to it if you trust it, or give the data as --data PATH")
     try:
         sets = DataSets(config)
     except InputError as error:
@@ -57,11 +44,6 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
         other = f"{config.path} ({sets.manifest.name}) holds examples of shape {shape}"
         raise InputError(f"{other}, the model in {folder} is for {model.shape}; {remedy}")
     return config, replace(sets.manifest, shape=sets.shape), encoder
-
-
-def _is_known(endpoint: str) -> bool:
-    """Whether the user has chosen this S3 server."""
-    return endpoint in ("", os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
 
 
 def fingerprint(model: NAIGN) -> str:
@@ -81,7 +63,7 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
 
     Raises InputError for bytes that are not a picture, and one that is smaller than the model's windows (data.crop).
     """
-    config, _, _ = _header(model)
+    config, _ = _header(model)
     resize = parse_resize(config)
     count, height, width = model.shape
     if resize.crop:
@@ -96,12 +78,12 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
 
 def sees_wholes(model: NAIGN) -> bool:
     """Whether f suits whole pictures, not tiles of them: it has a dense code, and was not trained on windows."""
-    config, _, _ = _header(model)
+    config, _ = _header(model)
     return len(getattr(model.network, "code", ())) == 1 and not config.crop
 
 
-def _header(model: NAIGN) -> tuple[DataConfig, str, str]:
-    """The training's images and how they are read, their S3 server, and its encoder or "". InputError as `recorded`."""
+def _header(model: NAIGN) -> tuple[DataConfig, str]:
+    """The training's images and how they are read, and its encoder or "". InputError as `recorded`."""
     try:
         header = model.metadata.get("config", {})
         section = header.get("data", {})
@@ -114,4 +96,4 @@ def _header(model: NAIGN) -> tuple[DataConfig, str, str]:
         parse_resize(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the model has a header that no training wrote: {error}") from None
-    return config, str(section.get("endpoint", "")), str(encoder)
+    return config, str(encoder)

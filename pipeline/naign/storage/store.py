@@ -1,6 +1,5 @@
 """Where files lie, behind one protocol over str paths: a local folder, a bucket, or a web server."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -50,12 +49,6 @@ def check_writable(store: Store, what: str) -> None:
     finally:  # it may be written, and only not be readable
         with suppress(InputError, Unavailable), give_up_after(0):  # permission to delete is not required
             store.delete(PROBE)
-
-
-def use_endpoint(address: str) -> None:
-    """Ask the S3 server at this address from now on, in this process and those it starts; '' changes nothing."""
-    if address:
-        os.environ["AWS_ENDPOINT_URL_S3"] = address
 
 
 def locate(url: str) -> tuple[Store, str]:

@@ -24,6 +24,7 @@ from naign.model.encoders import choose_encoder, open_encoder
 
 log = logging.getLogger("naign.quality")
 
+SAMPLES = 2000  # compared with as many training images
 BATCH = 500  # samples at once
 SPLIT = "train"  # of the real examples: never choose by the split that is reported on
 
@@ -33,7 +34,6 @@ class Quality:
 
     def __init__(self, config: Config, stream: Stream, accelerator: Accelerator) -> None:
         """Collective. Raises InputError where quality.encoder does not fit this data."""
-        self.config = config.quality
         self.accelerator = accelerator
         self.real: Tensor | None = None  # features, on rank 0
         name = config.quality.encoder
@@ -44,7 +44,7 @@ class Quality:
                 self.encoder = choose_encoder(replace(stream.manifest, shape=stream.shape))
         with together(accelerator):
             if accelerator.is_main_process:
-                real, _ = read_split(config.data, SPLIT, limit=self.config.samples)
+                real, _ = read_split(config.data, SPLIT, limit=SAMPLES)
                 if len(real) <= NEIGHBOURS:
                     raise InputError(f"split {SPLIT} has {len(real)} examples, too few to measure with")
                 self.real = self.encoder.features(scaled(real))
@@ -62,14 +62,14 @@ class Quality:
         begin = time.perf_counter()
         rank = self.accelerator.process_index
         world = self.accelerator.num_processes
-        share = -(-self.config.samples // world)
+        share = -(-SAMPLES // world)
         parts = []
         moved = 0.0
         for ids in torch.arange(rank * share, (rank + 1) * share).split(BATCH):
             once = engine.exported("", latents(ids))
             moved += mae(engine.exported("", once), once) * len(ids) / share / world
             parts.append(self.encoder.features(once.cpu()))
-        features = gather(torch.cat(parts), self.accelerator)[: self.config.samples].cpu()
+        features = gather(torch.cat(parts), self.accelerator)[:SAMPLES].cpu()
         values = {"fd": 0.0, "recall": 0.0, "precision": 0.0, "idempotence": moved}
         if images is not None and images.ndim == 4:
             clean = images[:BATCH]

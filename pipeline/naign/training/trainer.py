@@ -28,7 +28,7 @@ SMALLER = {  # what halves the memory of a phase
     "match": "halve match.block, the samples that are generated at once, then match.round",
     "fit": "double train.accumulate, which halves what a forward holds, or set train.recompute",
     "prior": "halve prior.batch",
-    "quality": "halve quality.samples",
+    "quality": "measure without it (quality.rounds=0)",
 }
 
 
