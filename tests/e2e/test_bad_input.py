@@ -15,6 +15,7 @@ from naign.data.format.webdataset import scan
 from naign.errors import BAD_INPUT
 from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command
+from tests.e2e.runs import reports
 
 
 def run_alone(folder, *options):
@@ -111,7 +112,7 @@ def test_a_round_that_ranks_cannot_share_is_refused_on_every_rank(train, digits,
 def test_a_run_of_another_configuration_is_not_mixed_with(digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=512"]
     assert run_alone(tmp_path, *options).returncode == 0
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = reports(tmp_path / "run")
     assert [line["images_seen"] for line in lines] == [256, 512]
     assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= lines[0].keys()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -3,15 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from naign.checkpoint.writer import newest_checkpoint
 from naign.model.naign import NAIGN
 from tests.conftest import SMALL, forked
+from tests.e2e.runs import losses, weights
 
 SMALLER = [option for option in SMALL if "imle" not in option]
 VAE = [*SMALLER, "--model.name=vae", "--objective.name=vae", "--prior.name=code-normal"]
@@ -22,23 +20,12 @@ BOTH = pytest.mark.parametrize("options", [VAE, FLOW], ids=["vae", "rectified_fl
 LONG, SHORT = "--train.images=4096", "--train.images=1024"  # 16 and 4 rounds
 
 
-def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss/total"] for line in lines]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = newest_checkpoint(run / "checkpoints")
-    assert newest
-    return load_file(newest / "model.safetensors")
-
-
 @pytest.mark.slow
 @BOTH
 def test_it_trains_with_falling_loss_and_samples_by_seed(train, naign, digits, tmp_path, options):
     done = train(f"--data.path={digits}", *options, "--run.path=run", LONG, "--report.pictures=4", "--quality.rounds=8")
     assert done.returncode == 0, done.stderr
-    found = losses(tmp_path / "run")
+    found = [line["loss/total"] for line in losses(tmp_path / "run")]
     assert len(found) == 16 and found[-1] < found[0] - 0.1
     assert naign("export", "run", "--to", "one").returncode == 0
     one, run = (NAIGN.from_pretrained(tmp_path / name) for name in ("one", "run"))
@@ -56,8 +43,7 @@ def test_it_resumes_bit_for_bit(train, digits, tmp_path, options):
     assert train(*same, "--run.path=parts", "--train.images=512").returncode == 0
     done = train(*same, "--run.path=parts", SHORT, "--resume=changed")
     assert done.returncode == 0, done.stderr
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The callback of docs/training.md is called; one that fails is named, with its package."""
 
-import json
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from naign.errors import InputError
 from naign.training.callbacks import Callback, call, find_callbacks
 from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
+from tests.e2e.runs import reports
 
 BLOCK = re.compile(r"^```python\n# (my_package/copies.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FAILING = """
@@ -63,9 +63,6 @@ def test_callbacks_of_a_run(site, digits, tmp_path):
         command = [*command, *SMALL, *options]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
 
-    def metrics(name):
-        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-
     for name, command in (
         ("plain", direct_command()),
         ("named", direct_command("--train.callbacks=[copies]")),
@@ -73,11 +70,11 @@ def test_callbacks_of_a_run(site, digits, tmp_path):
     ):
         done = run(name, command)
         assert done.returncode == 0, done.stderr
-    losses = [line["loss/total"] for line in metrics("plain")]
+    losses = [line["loss/total"] for line in reports(tmp_path / "plain")]
     for name in ("named", "given"):
         assert (tmp_path / name / "copied.txt").read_text() == "step-00000016\nstep-00000024\n"
-        assert [line["mine/rounds_left"] for line in metrics(name)] == [2, 1, 0]
-        assert [line["loss/total"] for line in metrics(name)] == losses
+        assert [line["mine/rounds_left"] for line in reports(tmp_path / name)] == [2, 1, 0]
+        assert [line["loss/total"] for line in reports(tmp_path / name)] == losses
 
     done = run("failing", direct_command("--train.callbacks=[copies, failing]"))
     assert done.returncode == 1

@@ -1,6 +1,5 @@
 """Runs with a prior of codes, a flow or a mixture: from training in two stages to samples of both kinds."""
 
-import json
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from naign.data.scale import scaled
 from naign.errors import INTERRUPTED
 from naign.model.naign import NAIGN
 from tests.conftest import SMALL, forked
+from tests.e2e.runs import reports
 
 CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.passes=2", "--prior.images=1024"]
 
@@ -27,7 +27,7 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     done = train(*options, "--run.path=run", "--train.images=2048", "--checkpoint.rounds=4", "--checkpoint.keep=0")
     assert done.returncode == 0, done.stderr
 
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = reports(tmp_path / "run")
     first = [line for line in lines if line["train/stage"] == 1]
     assert [(line["round"], line["images_seen"], line["codes_seen"]) for line in first] == [
         (number, 256 * (number + 1), 0) for number in range(8)
@@ -135,7 +135,7 @@ def test_a_larger_budget_fits_the_prior_anew(train, digits, tmp_path):
     assert train(*options, "--train.images=512").returncode == 0
     done = train(*options, "--train.images=1024", "--resume=changed")
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = reports(tmp_path / "run")
     assert [line["train/stage"] for line in lines if line["images_seen"] > 512][-1] == 2
 
 

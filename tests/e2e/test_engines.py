@@ -15,11 +15,10 @@ from naign.checkpoint.writer import newest_checkpoint
 from naign.cli import main as cli
 from naign.model.naign import NAIGN
 from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command
+from tests.e2e.runs import losses, reports, same, weights
 
 ROUNDS, STEPS = 4, 8
 """Of a run, and a round."""
-
-Losses = list[dict[str, float]]
 
 
 def engine(name: str, folder: Path, **changes: Any) -> str:
@@ -58,25 +57,10 @@ def options(digits: str, run: str) -> list[str]:
     ]
 
 
-def losses(run: Path) -> Losses:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key.startswith(("loss/", "match/dist"))} for line in lines]
-
-
 def from_round(run: Path, other: Path, rounds: int) -> None:
     """`other` begins with the checkpoint of `run` after so many rounds."""
     step = f"checkpoints/step-{rounds * STEPS:08d}"
     shutil.copytree(run / step, other / step)
-
-
-def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    newest = newest_checkpoint(run / "checkpoints")
-    assert newest and newest.name == f"step-{ROUNDS * STEPS:08d}"
-    return load_file(newest / f"{name}.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +78,14 @@ def test_engines_train_as_ddp_does_and_resume_bit_for_bit_and_export(name, plain
     file = engine(name, tmp_path)
     whole = launch(file, tmp_path, *options(digits, "whole"))
     assert whole.returncode == 0, whole.stderr
-    for ours, theirs in zip(losses(tmp_path / "whole"), losses(plain), strict=True):
+    for ours, theirs in zip(losses(tmp_path / "whole", "match/dist"), losses(plain, "match/dist"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
     # Its own checkpoint: the same to the last bit.
     from_round(tmp_path / "whole", tmp_path / "again", 2)
     again = launch(file, tmp_path, *options(digits, "again"))
     assert again.returncode == 0 and "resuming from" in again.stdout + again.stderr, again.stderr
-    assert losses(tmp_path / "again") == losses(tmp_path / "whole")[2:]
+    assert losses(tmp_path / "again", "match/dist") == losses(tmp_path / "whole", "match/dist")[2:]
     for kind in ("model", "ema"):
         assert same(weights(tmp_path / "again", kind), weights(tmp_path / "whole", kind))
 
@@ -124,9 +108,8 @@ CODES += [
 
 def prior_losses(run: Path) -> list[float]:
     """Of f, and in the end of the flow's student."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    f = [line["loss/total"] for line in lines if line["train/stage"] == 1]
-    return [*f, lines[-1]["prior/student"]]
+    f = [line["loss/total"] for line in losses(run)]
+    return [*f, reports(run)[-1]["prior/student"]]
 
 
 @pytest.mark.slow
@@ -157,7 +140,7 @@ def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, di
     from_round(plain, tmp_path / "run", 2)
     done = launch(engine(name, tmp_path), tmp_path, *options(digits, "run"), ranks=ranks)
     assert done.returncode == 0, done.stderr
-    found, expected = losses(tmp_path / "run"), losses(plain)[2:]
+    found, expected = losses(tmp_path / "run", "match/dist"), losses(plain, "match/dist")[2:]
     for ours, theirs in zip(found, expected, strict=True):  # the images of a step are the same on every world size
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
 
@@ -168,13 +151,16 @@ def test_micro_batches_and_bfloat16(name, plain, digits, tmp_path):
     file = engine(name, tmp_path)
     done = launch(file, tmp_path, *options(digits, "parts"), "--train.accumulate=2")
     assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(losses(tmp_path / "parts"), losses(plain), strict=True):
+    for ours, theirs in zip(losses(tmp_path / "parts", "match/dist"), losses(plain, "match/dist"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert "8 images x 2 micro-batches x 2 ranks" in done.stdout + done.stderr
 
     done = launch(file, tmp_path, *options(digits, "half"), "--train.precision=bf16")
     assert done.returncode == 0, done.stderr
-    ours, theirs = losses(tmp_path / "half")[-1]["loss/total"], losses(plain)[-1]["loss/total"]
+    ours, theirs = (
+        losses(tmp_path / "half", "match/dist")[-1]["loss/total"],
+        losses(plain, "match/dist")[-1]["loss/total"],
+    )
     assert ours != theirs and ours == pytest.approx(theirs, rel=0.02)
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "half").values())
 
@@ -186,7 +172,9 @@ def test_recomputed_networks_train_alike(digits, tmp_path):
     for run, extra in (("deep", ["--model.depth=1"]), ("other", more)):
         done = launch(file, tmp_path, *options(digits, run), *extra)
         assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(losses(tmp_path / "other"), losses(tmp_path / "deep"), strict=True):
+    for ours, theirs in zip(
+        losses(tmp_path / "other", "match/dist"), losses(tmp_path / "deep", "match/dist"), strict=True
+    ):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
@@ -204,7 +192,7 @@ def test_a_compiled_network_trains_alike(plain, digits, tmp_path):
     file = engine("cpu", tmp_path)
     done = launch(file, tmp_path, *options(digits, "run"), "--train.compile")
     assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(losses(tmp_path / "run"), losses(plain), strict=True):
+    for ours, theirs in zip(losses(tmp_path / "run", "match/dist"), losses(plain, "match/dist"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert weights(tmp_path / "run").keys() == weights(plain).keys()
 

@@ -1,6 +1,5 @@
 """What goes wrong while a run is under way: numbers that are not finite, a full disk, a bucket that is taken away."""
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from naign.errors import BAD_INPUT, FAILED, PEER_LOST
 from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, Program, forked, start
 from tests.e2e.ranks import Job
+from tests.e2e.runs import reports, wait_for_rounds
 from tests.servers import S3Server
 
 POISON = """
@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp
     done = run(poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is not finite: skipped") == 3 and "round 0] warning: a step of round 0" in done.stderr
-    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    last = reports(tmp_path / "run")[-1]
     assert last["train/skipped"] == 3 and 0 < last["loss/total"] < 2
     newest = newest_checkpoint(tmp_path / "run/checkpoints")
     for name in ("model", "ema"):
@@ -130,21 +130,18 @@ def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(
 def test_a_run_that_was_lost_goes_on_from_the_bucket(train: Program, digits: str, bucket: str, tmp_path: Path) -> None:
     options = [f"--data.path={digits}", *SMALL, f"--run.remote={bucket}/run", "--checkpoint.rounds=2"]
     job = start(tmp_path, "--run.path=run", *options, "--train.images=200000")
-    metrics = tmp_path / "run/metrics.jsonl"
-    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
-        time.sleep(0.01)
+    wait_for_rounds(job, tmp_path / "run", 7)
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=60)
     newest = newest_checkpoint(tmp_path / "run/checkpoints")
     assert job.returncode == 75 and newest
     (tmp_path / "run").rename(tmp_path / "lost")
     again = start(tmp_path, "--run.path=run", *options, "--train.images=200000")
-    while again.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 12):
-        time.sleep(0.01)
+    wait_for_rounds(again, tmp_path / "run", 12)
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=60)
     assert again.returncode == 75
-    rounds = [json.loads(line)["round"] for line in metrics.read_text().splitlines()]
+    rounds = [line["round"] for line in reports(tmp_path / "run")]
     assert rounds == list(range(len(rounds)))  # what was reported before was fetched, too
     never = train("--run.path=other", *options, "--resume=never")
     assert never.returncode != 0 and "already holds a run" in never.stderr

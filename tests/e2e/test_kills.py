@@ -4,7 +4,6 @@ NAIGN_KILLS sets how often (20 for the record that docs/resuming.md names); the 
 test's folder, or NAIGN_KILLS_LOG.
 """
 
-import json
 import os
 import random
 import re
@@ -15,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from naign.checkpoint.writer import is_complete, newest_checkpoint
 from naign.data.format.manifest import Manifest
@@ -24,16 +21,13 @@ from naign.data.order import Order, pieces
 from naign.storage.store import open_store
 from tests.conftest import SMALL
 from tests.e2e.ranks import Job
+from tests.e2e.runs import losses, same, weights
 from tests.proxy import FaultProxy, Faults
 
 KILLS = int(os.environ.get("NAIGN_KILLS", "5"))
 PHASES = ("take", "match", "fit", "write", "upload")
 ROUNDS, STEPS = 6 * KILLS + 8, 8
 """Of the run, and of a round."""
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -85,8 +79,7 @@ def test_kills_cost_time_and_nothing_else(digits: str, bucket: str, proxy: Fault
     assert found == expected[-len(found) :] and len(found) >= 8
     ours, theirs = (newest_checkpoint(tmp_path / run / "checkpoints") for run in ("run", "whole"))
     assert ours and theirs and ours.name == theirs.name
-    weights = load_file(ours / "model.safetensors")
-    assert all(torch.equal(weights[name], value) for name, value in load_file(theirs / "model.safetensors").items())
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     names = open_store(f"{bucket}/run/checkpoints").folders()
     assert ours.name in names and "manifest.json" in open_store(f"{bucket}/run/checkpoints/{ours.name}").list()
 

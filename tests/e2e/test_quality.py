@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from naign.data.loader import Stream
 from naign.errors import InputError
 from naign.training.quality import Quality
 from tests.conftest import SMALL
+from tests.e2e.runs import reports
 
 EVERY = ["--quality.rounds=2"]
 STILL = ["--train.lr=1e-9", "--train.lr_end=1e-9"]
@@ -24,14 +24,10 @@ def open_quality(stream: Stream, options: list[str]) -> Quality:
     return Quality(parse(options), stream, Accelerator(cpu=True))
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def measured(run: Path) -> list[dict[str, float]]:
     """quality/* of each measurement, without the seconds."""
     found = []
-    for line in lines(run):
+    for line in reports(run):
         values = {name.removeprefix("quality/"): value for name, value in line.items() if "quality/" in name}
         if values:
             assert values.pop("seconds") > 0
@@ -50,7 +46,7 @@ def test_samples_of_noise_and_of_the_prior_are_measured_and_it_changes_nothing(t
     assert prior["fd"] != fourth["fd"]
 
     assert train(*options, "--run.path=plain").returncode == 0
-    for ours, theirs in zip(lines(tmp_path / "measured"), lines(tmp_path / "plain"), strict=True):
+    for ours, theirs in zip(reports(tmp_path / "measured"), reports(tmp_path / "plain"), strict=True):
         assert {name: value for name, value in theirs.items() if name.startswith(("loss/", "prior/"))}.items() <= (
             ours.items()
         )

@@ -6,31 +6,14 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
-from safetensors.torch import load_file
 
 from naign.checkpoint.writer import newest_checkpoint
 from naign.errors import INTERRUPTED
 from tests.conftest import SMALL, environment, start, train_command
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = newest_checkpoint(run / "checkpoints")
-    assert newest
-    return load_file(newest / "model.safetensors")
-
-
-def losses(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if name.startswith("loss/")}
-        for line in lines
-        if line["train/stage"] == 1
-    ]
+from tests.e2e.runs import losses, same, wait_for_rounds, weights
 
 
 @pytest.mark.slow
@@ -45,11 +28,9 @@ def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
     whole = train("--run.path=whole", *options)
     assert whole.returncode == 0, whole.stderr
 
-    metrics = tmp_path / "broken/metrics.jsonl"
     for rounds, sent in ((6, signal.SIGTERM), (12, signal.SIGKILL)):
         job = start(tmp_path, "--run.path=broken", *options)
-        while job.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= rounds):
-            time.sleep(0.01)
+        wait_for_rounds(job, tmp_path / "broken", rounds)
         job.send_signal(sent)
         _, errors = job.communicate(timeout=60)
         assert job.returncode == (INTERRUPTED if sent == signal.SIGTERM else -signal.SIGKILL), errors
@@ -63,8 +44,7 @@ def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
         newest_checkpoint(tmp_path / "broken/checkpoints").name
         == newest_checkpoint(tmp_path / "whole/checkpoints").name
     )
-    for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(value, weights(tmp_path / "broken")[name]), name
+    assert same(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.slow
@@ -78,8 +58,7 @@ def test_other_optimizers_go_on_bit_for_bit(train, digits, tmp_path, optimizer):
     done = train("--run.path=again", *options)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")[2:]
-    for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(value, weights(tmp_path / "again")[name]), name
+    assert same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.slow

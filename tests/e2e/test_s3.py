@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from naign.data.format.manifest import Manifest
 from naign.errors import PEER_LOST
 from naign.storage.store import open_store
 from tests.conftest import SMALL, Program, ended_as_bad_input, start
+from tests.e2e.runs import losses, reports, wait_for_rounds
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
 
@@ -27,18 +26,6 @@ def listed(folder: Path) -> Counter[tuple[int, int, str]]:
             epoch, round, key = line.split()
             found[int(epoch), int(round), key] += 1
     return found
-
-
-def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss/total"] for line in lines]
-
-
-def wait_for_rounds(job: subprocess.Popen[str], run: Path, count: int) -> None:
-    """Wait until a training has reported so many rounds, or has ended."""
-    metrics = run / "metrics.jsonl"
-    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= count):
-        time.sleep(0.01)
 
 
 def pack(naign: Program, to: str, shards: int = 4) -> str:
@@ -80,7 +67,8 @@ def test_a_killed_run_goes_on_with_two_ranks_and_sees_each_image_once(
         keys = Counter(key for e, _, key in seen if e == epoch)
         assert len(keys) == IMAGES
         assert set(keys.values()) == {1}
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    found = losses(tmp_path / "run")
+    assert found[-1]["loss/total"] < found[0]["loss/total"]
     trainer = json.loads((max((tmp_path / "run/checkpoints").iterdir()) / "trainer.json").read_text())
     assert trainer["round"] == 12
     assert trainer["epoch"] == pytest.approx(12 * 256 / IMAGES)
@@ -100,7 +88,7 @@ def test_a_run_through_faults_gives_the_same_losses(
     assert faulty.returncode == 0, faulty.stderr
     assert losses(tmp_path / "plain") == losses(tmp_path / "faulty")
     assert min(proxy.counts[fault] for fault in ("reset", "refuse", "error", "flip")) > 0, proxy.counts
-    last = json.loads((tmp_path / "faulty/metrics.jsonl").read_text().splitlines()[-1])
+    last = reports(tmp_path / "faulty")[-1]
     assert {"data/epoch", "data/megabytes", "data/retries", "data/reread_megabytes", "data/skipped"} <= set(last)
 
 

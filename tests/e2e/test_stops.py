@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from naign.checkpoint.writer import newest_checkpoint
 from naign.errors import INTERRUPTED
 from tests.conftest import SMALL, Program
 from tests.e2e.ranks import Job
+from tests.e2e.runs import losses, reports, same, weights
 from tests.proxy import FaultProxy, Faults
 
 WITHIN = 15
@@ -24,23 +23,6 @@ LONG = {
     "upload": ["--train.passes=1", "--checkpoint.rounds=1"],
 }
 """Settings under which a run spends most of its time in a phase."""
-
-
-def reported(run: Path) -> int:
-    """The rounds that a run has reported."""
-    file = run / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def losses(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key.startswith(("loss/", "match/"))} for line in lines]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = newest_checkpoint(run / "checkpoints")
-    assert newest
-    return load_file(newest / "model.safetensors")
 
 
 def options(data: str, phase: str, rounds: int) -> list[str]:
@@ -60,7 +42,7 @@ def test_a_stop_within_a_round_goes_on_bit_for_bit(phase, digits, tmp_path):
     rounds = 0
     for asked in (0, 1):
         with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
-            job.wait_for(lambda: reported(tmp_path / "run") > rounds and phase in job.phases(asked))  # noqa: B023
+            job.wait_for(lambda: len(reports(tmp_path / "run")) > rounds and phase in job.phases(asked))  # noqa: B023
             sent = time.monotonic()
             job.processes[asked].send_signal((signal.SIGTERM, signal.SIGUSR1)[asked])
             assert job.ended(WITHIN) == [INTERRUPTED] * 2, job.said()
@@ -71,9 +53,8 @@ def test_a_stop_within_a_round_goes_on_bit_for_bit(phase, digits, tmp_path):
         assert 0 < rounds < 6
     with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
         assert job.ended() == [0, 0]
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    theirs = weights(tmp_path / "whole")
-    assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path / "run").items())
+    assert losses(tmp_path / "run", "match/") == losses(tmp_path / "whole", "match/")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.slow

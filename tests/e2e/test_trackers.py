@@ -1,6 +1,5 @@
 """Real trackings of a real run: one that hangs costs nothing, MLflow's is resumed, and docs/tracking.md says it all."""
 
-import json
 import os
 import re
 import sqlite3
@@ -10,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
+from tests.e2e.runs import losses, reports
 
 ROW = re.compile(r"^\| (`.*?`) \| .* \| (.*?) \|$", re.MULTILINE)
 """Names and conditions of a row of the table."""
@@ -80,18 +80,6 @@ def site(tmp_path):
     return tmp_path / "site"
 
 
-def read_metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def read_losses(run):
-    """The losses of each round, which do not depend on the trackers."""
-    losses = []
-    for line in read_metrics(run):
-        losses.append({name: value for name, value in line.items() if name.startswith("loss/")})
-    return losses
-
-
 @pytest.mark.slow
 def test_trackers_of_a_run(site, digits, tmp_path):
     def run(name, *options, **more):
@@ -119,7 +107,7 @@ def test_trackers_of_a_run(site, digits, tmp_path):
     for names, when in ROW.findall(table):
         if "student" not in when:  # a student learns without f
             named.update(re.findall(r"`(\S+?)`", names))
-    _, second = read_metrics(folder)
+    _, second = reports(folder)
     assert len(named) > 45
     assert named == second.keys() - COUNTS - {"time"}
 
@@ -132,12 +120,12 @@ def test_trackers_of_a_run(site, digits, tmp_path):
     said = run("hanging", "--train.images=512", "--report.trackers=hanging")
     assert "tracker hanging has not finished after 5 s: the run ends without it" in said
     assert said.count("tracker ") == 1
-    assert read_losses(folder) == read_losses(tmp_path / "hanging")
+    assert losses(folder) == losses(tmp_path / "hanging")
 
     # A run that resumes goes on in the same run of MLflow, settings that may change included.
     (tmp_path / "more.yaml").write_text("report: {trackers: [mlflow, lines]}\n")
     run("run", "--config=more.yaml", "--train.images=768", "--resume=changed", PATIENT="1")
-    metrics = read_metrics(folder)
+    metrics = reports(folder)
     expected = [(line["images_seen"], line["loss/total"]) for line in metrics]
     assert len(expected) == 3
     lines = [line.split() for line in (folder / "lines.txt").read_text().splitlines()]

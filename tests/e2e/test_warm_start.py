@@ -1,8 +1,5 @@
 """A run that begins from the weights of another one."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,26 +10,21 @@ from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
 from tests.checkpoint.written import write_checkpoint
 from tests.conftest import SMALL
+from tests.e2e.runs import losses
 from tests.proxy import FaultProxy
 
 CODES = ["--prior.name=flow", "--prior.width=32", "--prior.passes=2", "--prior.batch=64", "--prior.images=512"]
-
-
-def first_loss(run: Path) -> dict[str, float]:
-    line: dict[str, float] = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    return line
 
 
 @pytest.mark.slow
 def test_it_begins_where_the_other_ended_and_need_not_have_it_to_resume(train, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, *CODES]
     assert train("--run.path=one", *options, "--train.images=4096").returncode == 0
-    (tmp_path / "one/metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    last = losses(tmp_path / "one")[7]
     options += ["--run.path=two", "--model.init=one", "--train.images=1024", "--train.lr=1e-5", "--prior.steps=3"]
     done = train(*options)
     assert done.returncode == 0, done.stderr
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[7])  # of those in which f was trained
-    begin = first_loss(tmp_path / "two")
+    begin = losses(tmp_path / "two")[0]
     assert begin["loss/reconstruction"] < 1.1 * last["loss/reconstruction"]
 
     (tmp_path / "one").rename(tmp_path / "gone")
