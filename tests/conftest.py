@@ -148,7 +148,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 SMALL = [
     *("--match.round=256", "--match.ratio=2", "--match.block=64", "--train.batch=32", "--train.warmup=256"),
     *("--train.threads=1", "--train.precision=fp32", "--model.width=8", "--model.code=16", "--report.pictures=0"),
-    *("--prior.name=none", "--objective.imle=0.3", "--objective.third=none"),
+    *("--prior.name=none", "--objective.imle=0.3"),
 ]
 """A network and rounds so small that a round takes a fraction of a second on the digits."""
 

@@ -36,6 +36,7 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     last = lines[-1]
     assert (last["train/stage"], last["images_seen"], last["codes_seen"]) == (2, 2048, 1024)
     assert last["prior/fitted"] == 1 and last["prior/student"] > 0
+    assert last["seconds/training"] > first[-1]["seconds/training"]
     assert last["step"] == 64 + 32 + 8 + 1, "steps of f, of the flow, of its student, and the end"
     early, half, whole = (
         load_file(tmp_path / f"run/checkpoints/step-{step:08d}/model.safetensors") for step in (32, 64, last["step"])

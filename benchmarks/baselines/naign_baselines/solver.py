@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from naign.errors import InputError, exit_on_input_error
 from naign.model.naign import NAIGN
+from naign.model.networks import recorded_network
 from naign_baselines.rectified_flow import FlowNetworkConfig, RectifiedFlow
 
 
@@ -37,7 +38,8 @@ def main(
     settings = dict(model.metadata["model"])
     settings["evaluations"] = evaluations
     settings["solver"] = solver
-    config = FlowNetworkConfig(**settings)
+    config = recorded_network(settings)
+    assert isinstance(config, FlowNetworkConfig)
     model.network.evaluations = config.evaluations
     model.network.solver = config.solver
     metadata = model.metadata | {"model": asdict(config)}

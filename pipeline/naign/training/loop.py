@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from shlex import quote
 
@@ -85,6 +86,7 @@ def train_network(run: Trainer) -> None:
         if longest > config.stop.within / 2:  # a stop may not wait for the end of the round
             kept = take_snapshot(run)
             kept.copy()
+            kept = replace(kept, copy=run.engine.copied.set)  # nothing is left to copy
         with run.phases.round():
             try:
                 with run.phases.enter("take"):

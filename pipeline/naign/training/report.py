@@ -98,6 +98,7 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
 
 def report_prior(run: Trainer) -> None:
     """Report the fit of the prior: its metrics and, at the end, samples and their quality. Collective."""
+    run.phases.count()
     values = run.prior.read_metrics()
     for name, value in values.items():
         if not math.isfinite(value):
