@@ -256,14 +256,17 @@ class NAIGN:
 
     @torch.no_grad()
     def between(self, first: int, last: int, *, steps: int) -> Tensor:
-        """Latents (steps, *shape) on the way from latent 0 of the seed `first` to latent 0 of the seed `last`.
-
-        An arc where latents, or codes, are made from Gaussian noise, whose distribution they keep along it; elsewhere
-        a straight line between two latents, or two codes.
+        """Latents (steps, *shape) on a line from latent 0 of the seed `first` to latent 0 of the seed `last`: between
+        two codes where the prior draws these. Noise keeps the lengths of the two, as normals have them.
         """
-        if not self.has_prior:
-            return self.latents.between((first, last), SAMPLES, self.device, steps=steps).contiguous()
-        return self._decoded(self.prior.between((first, last), SAMPLES, self.device, steps=steps))
+        draw = self.prior.draw if self.has_prior else self.latents.draw
+        start = draw(first, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
+        end = draw(last, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
+        share = torch.linspace(0, 1, steps, device=self.device).view(-1, *(1,) * (start.ndim - 1))
+        way = torch.lerp(start, end, share)
+        if self.has_prior:
+            return self._decoded(way)
+        return way * torch.lerp(start.norm(), end.norm(), share) / way.flatten(1).norm(dim=1).view_as(share)
 
     def _decoded(self, drawn: Tensor) -> Tensor:
         if self.prior.decodes:

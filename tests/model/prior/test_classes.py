@@ -81,13 +81,6 @@ def test_its_state_is_all_that_it_draws_from(prior):
     assert torch.equal(again.draw(1, 0, ids, "cpu"), prior.draw(1, 0, ids, "cpu"))
 
 
-def test_the_ends_of_a_way_have_the_class_of_each(prior):
-    seeds, none = (3, 4), torch.zeros(1, dtype=torch.int64)
-    way = prior.between(seeds, 9, "cpu", steps=5)
-    for end, seed in ((way[:1], 3), (way[-1:], 4)):
-        torch.testing.assert_close(end, prior.draw(seed, 9, none, "cpu"), rtol=1e-4, atol=1e-5)
-
-
 def test_every_component_of_a_mixture_is_of_one_class():
     prior = fitted(GMM)
     assert prior.owners.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]  # one each, the others in proportion

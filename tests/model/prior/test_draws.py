@@ -68,14 +68,6 @@ def test_its_state_is_all_that_it_draws_from(prior):
     assert torch.equal(again.draw(1, 0, ids, "cpu"), prior.draw(1, 0, ids, "cpu"))
 
 
-def test_the_ends_of_a_way_are_draws(prior):
-    way, ids = prior.between((3, 4), 9, "cpu", steps=5), torch.zeros(1, dtype=torch.int64)
-    assert way.shape == (5, *prior.shape)
-    torch.testing.assert_close(way[:1], prior.draw(3, 9, ids, "cpu"), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(way[-1:], prior.draw(4, 9, ids, "cpu"), rtol=1e-4, atol=1e-5)
-    assert float(prior.between((3, 3), 9, "cpu", steps=4).diff(dim=0).abs().max()) < 1e-5
-
-
 def test_a_draw_waits_for_no_device(prior):
     """Tensors of the meta device have no values to read."""
     with torch.device("meta"):

@@ -62,15 +62,13 @@ def test_a_student_reaches_in_two_evaluations_what_the_flow_does_in_many():
 
 
 def test_each_code_is_learned_from_as_often_as_asked_in_chunks():
-    sizes = (300, 212)
     prior = build()
-    batches = list(prior._batches(sizes, 0))
-    for chunk, size in enumerate(sizes):
-        rows = torch.cat([rows for number, rows in batches if number == chunk])
-        assert torch.equal(rows.bincount(minlength=size), torch.full((size,), SETTINGS.passes))
-    assert [number for number, _ in batches] == sorted(number for number, _ in batches)
-    left = list(prior._batches(sizes, 5))
-    assert len(left) == len(batches) - 5 and torch.equal(left[0][1], batches[5][1])
+    chunks = {chunk: torch.cat(batches) for chunk, batches in prior._batches((300, 212), 0)}
+    for chunk, size in ((0, 300), (1, 212)):
+        assert torch.equal(chunks[chunk].bincount(minlength=size), torch.full((size,), SETTINGS.passes))
+    (first, left), _ = prior._batches((300, 212), 5)
+    assert first == 0
+    assert torch.equal(torch.cat(left), chunks[0][5 * SETTINGS.batch :])
 
 
 def test_the_learning_rate_falls_to_zero_after_its_warm_up():

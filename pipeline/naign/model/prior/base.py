@@ -4,14 +4,12 @@ A prior is a module whose parameters and buffers are its state, which travels wi
 a subclass of `Prior` with its settings, registered as an entry point of the group `naign.priors`.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naign.philox import CLASS, uniform
@@ -92,8 +90,6 @@ class Prior(nn.Module):
     """Whether `fit` changes it."""
     labels: tuple[str, ...] = ()
     """The names of the classes that it is conditioned on, in the order of their numbers."""
-    arc = False
-    """Whether draws are normals, or linear in them: all along an arc between two draws the distribution is the same."""
 
     def __init__(self, config: Any, shape: Shape, *, seed: int = 0) -> None:
         super().__init__()
@@ -124,19 +120,6 @@ class Prior(nn.Module):
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Resume from what `training_state` returned."""
         self.load_state_dict({name: state[name] for name in self.state_dict()})
-
-    def between(self, seeds: tuple[int, int], round: int, device: Device, *, steps: int) -> Tensor:
-        """Draws (steps, *shape) between id 0 of two seeds, in equal steps of an arc's angle or of a line."""
-        ids = torch.zeros(1, dtype=torch.int64)
-        first = self.draw(seeds[0], round, ids, device)
-        last = self.draw(seeds[1], round, ids, device)
-        ones = (1,) * (first.ndim - 1)
-        share = torch.linspace(0, 1, steps, device=first.device).view(-1, *ones)
-        angle = F.cosine_similarity(first.flatten(), last.flatten(), dim=0).clamp(-1, 1).acos()
-        in_line = bool(angle < 1e-3 or angle > math.pi - 1e-3)  # no arc is the shortest
-        if in_line or not self.arc:
-            return torch.lerp(first, last, share)
-        return (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()
 
 
 class CodesPrior(Prior):

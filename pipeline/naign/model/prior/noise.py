@@ -36,8 +36,6 @@ class Latents(Prior):
 class Gaussian(Latents):
     """N(0, I)."""
 
-    arc = True
-
     def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         return normal(seed, round, ids, self.shape, device)
 
@@ -70,8 +68,6 @@ class Smooth(Latents):
 
     Noise of few dimensions: a pool of some thousand samples is dense enough in it that near images share near latents.
     """
-
-    arc = True
 
     def __init__(self, config: SmoothConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
