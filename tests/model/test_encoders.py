@@ -22,8 +22,8 @@ DIGITS = FOLDER / "digits-cnn64.safetensors"
 def test_shipped_files_are_small_described_and_load(name):
     encoder = open_encoder("encoder", name, load_encoder(name).shape)
     assert (FOLDER / f"{name}.safetensors").stat().st_size < 1_000_000 * encoder.shape[0]  # a channel
-    assert encoder.metadata["name"] == encoder.name == name
-    assert "train_encoder --data data/" in encoder.metadata["command"]
+    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
+        assert "train_encoder --data data/" in file.metadata()["command"]
     images = torch.rand(3, *encoder.shape) * 2 - 1
     features = encoder.features(images)
     assert features.shape == (3, 64)

@@ -20,23 +20,14 @@ wheel = pytest.mark.skipif(
 
 
 @wheel
-def test_lite_gives_maps_of_five_scales_and_features():
+def test_lite_gives_the_features_of_the_published_code():
     encoder = open_encoder("encoder", LITE, (3, 32, 48))
     ramp = torch.linspace(-1, 1, 3 * 32 * 48).view(1, 3, 32, 48)
     ramp = ramp.expand(3, -1, -1, -1)
-    shapes = [tuple(maps.shape[1:]) for maps in encoder.network.stages(ramp)]
-    # of 64x96: the smaller side is enlarged to 64
-    assert shapes == [
-        (16, 32, 48),
-        (24, 16, 24),
-        (40, 8, 12),
-        (112, 4, 6),
-        (320, 2, 3),
-    ]
     features = encoder.features(ramp)
     assert features.shape == (3, 1280)
     torch.testing.assert_close(encoder.features(ramp[:2]), features[:2])
-    assert float(features[0].mean()) == pytest.approx(0.035607, rel=1e-3)  # as of the published code
+    assert float(features[0].mean()) == pytest.approx(0.035607, rel=1e-3)
     grey = torch.rand(2, 1, 28, 28) * 2 - 1
     coloured = grey.expand(-1, 3, -1, -1)
     assert torch.equal(encoder.features(grey), encoder.features(coloured))
@@ -75,8 +66,6 @@ def test_timm_opens_a_folder(tmp_path):
     timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
     encoder = open_encoder("encoder", f"timm:local-dir:{tmp_path}", (3, 32, 32))
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    channels = [maps.shape[1] for maps in encoder.network.stages(images)]
-    assert channels == [64, 64, 128, 256, 512]
     mean, std = (torch.tensor(network.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     enlarged = F.interpolate(images, (64, 64), mode="bilinear")
     with torch.no_grad():

@@ -9,7 +9,7 @@ augmentation keep single features from carrying a class, so that train and test 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -63,15 +63,6 @@ class Classifier(nn.Module):
         """(n, channels, size, size) in [-1, 1] -> (n, 64)."""
         return self.body(images)
 
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """(n, channels, size, size) in [-1, 1] -> what comes out of each ReLU, (n, c, h, w)."""
-        outputs = []
-        for layer in self.body:
-            images = layer(images)
-            if isinstance(layer, nn.ReLU):
-                outputs.append(images)
-        return outputs
-
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, size, size) in [-1, 1] -> (n, classes) logits."""
         return self.head(self.dropout(F.relu(self.features(images))))
@@ -98,7 +89,6 @@ class Encoder:
     accuracy: float | None = None  # share of test images classified correctly when it was made; None without classes
     labels: tuple[str, ...] = ()  # names of the classes, of which its forward returns logits; empty: it has none
     shape: tuple[int, ...] | None = None  # (C, H, W) it expects; None: any
-    metadata: dict[str, str] = field(default_factory=dict)
 
     def features(self, data: Tensor) -> Tensor:
         """(n, C, H, W) in [-1, 1], or (n, D) points -> (n, d) float32, d 64 for ours."""
@@ -199,7 +189,6 @@ def read_encoder(path: Path, name: str) -> Encoder:
         accuracy=accuracy,
         labels=labels,
         shape=shape,
-        metadata=metadata,
     )
 
 

@@ -79,15 +79,15 @@ class NAIGN:
         cache_dir, ...
         Raises InputError where there is no model, or the file was not written by this program.
         """
-        with open_weights(place, **download) as found:
-            header, weights, state = read_model(found.file)
+        with open_weights(place, **download) as (file, checkpoint):
+            header, weights, state = read_model(file)
         try:
             metadata = json.loads(header)
             model = cls(_build(metadata, weights), metadata, state)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
             why = one_line(error)
-            raise InputError(f"{found.file} does not hold the model that its header describes: {why}") from None
-        model.checkpoint = found.checkpoint
+            raise InputError(f"{file} does not hold the model that its header describes: {why}") from None
+        model.checkpoint = checkpoint
         model._place(device)
         return model
 
