@@ -190,13 +190,7 @@ class Sieve:
         """Queries (q, d) float32, finite."""
         encoded = encode(queries, frame)
         kappa = 2 * frame.eta * (1 + frame.eta) + 2 * frame.slack
-        corrections = (
-            torch.stack(
-                [2 * (encoded.error + kappa * encoded.length), 2 * encoded.length],
-                1,
-            )
-            * _UP
-        )
+        corrections = torch.stack([encoded.error + kappa * encoded.length, encoded.length], 1) * (2 * _UP)
         one = torch.ones(len(queries), 3, dtype=frame.dtype, device=queries.device)
         self.frame = frame
         self._usable = encoded.usable

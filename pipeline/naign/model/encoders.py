@@ -47,9 +47,21 @@ class Classifier(nn.Module):
         first = 2 if size >= 24 else 1  # 8x8 digits are too small to be reduced in the first layer
         side = math.ceil(math.ceil(size / first) / 2)
         self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 5, stride=first, padding=2),
+            nn.Conv2d(
+                channels,
+                width,
+                5,
+                stride=first,
+                padding=2,
+            ),
             nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.Conv2d(
+                width,
+                2 * width,
+                3,
+                stride=2,
+                padding=1,
+            ),
             nn.ReLU(),
             nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.ReLU(),
@@ -136,7 +148,13 @@ def load_encoder(name: str) -> Encoder:
     if name.endswith(".safetensors"):
         return read_encoder(Path(name), name)
     remedies = {name: "or give timm:NAME, or the path of a .safetensors file"}
-    return lookup("encoder", name, builtin_encoders(), "naign.encoders", remedies=remedies)()
+    return lookup(
+        "encoder",
+        name,
+        builtin_encoders(),
+        "naign.encoders",
+        remedies=remedies,
+    )()
 
 
 def open_encoder(

@@ -148,7 +148,13 @@ def compute_losses(config: ObjectiveConfig, network: Network, batch: Batch) -> d
 
 def find_objective(name: str) -> tuple[type[ObjectiveConfig], Loss]:
     """The settings and the loss of that name; InputError for an unknown one."""
-    return lookup("objective.name", name, OBJECTIVES, "naign.objectives", remedies=_REMEDIES)
+    return lookup(
+        "objective.name",
+        name,
+        OBJECTIVES,
+        "naign.objectives",
+        remedies=_REMEDIES,
+    )
 
 
 BASELINES = ("ign", "nae", "vae", "rectified_flow")

@@ -263,7 +263,15 @@ class NAIGN:
             number = self.find_label(label)
             asked.append(torch.full((len(ids),), number, device=self.device))
         with torch.no_grad():
-            return self._decoded(self.prior.draw(seed, SAMPLES, ids, self.device, *asked))
+            return self._decoded(
+                self.prior.draw(
+                    seed,
+                    SAMPLES,
+                    ids,
+                    self.device,
+                    *asked,
+                )
+            )
 
     @torch.no_grad()
     def between(self, first: int, last: int, *, steps: int) -> Tensor:

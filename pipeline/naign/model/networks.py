@@ -164,7 +164,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
-        parts = self.inner(self.norm(x)).view(n, 3, self.heads, channels // self.heads, height * width)
+        parts = self.inner(self.norm(x)).view(
+            n,
+            3,
+            self.heads,
+            channels // self.heads,
+            height * width,
+        )
         mixed = F.scaled_dot_product_attention(*parts.transpose(-1, -2).unbind(1))
         return x + self.outer(mixed.transpose(-1, -2).reshape(n, channels, height, width))
 
@@ -222,7 +228,15 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
     halvings = list(pairwise([shape[0], *widths]))
     down = list[nn.Module]()
     for before, after in halvings:
-        down.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
+        down.append(
+            nn.Conv2d(
+                before,
+                after,
+                4,
+                stride=2,
+                padding=1,
+            )
+        )
         down += _blocks(after, config.depth)
     down += [
         Norm(widths[-1]),
@@ -235,7 +249,13 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
         up += [
             Norm(before),
             nn.SiLU(),
-            nn.ConvTranspose2d(before, after, 4, stride=2, padding=1),
+            nn.ConvTranspose2d(
+                before,
+                after,
+                4,
+                stride=2,
+                padding=1,
+            ),
         ]
     down.append(nn.Linear(math.prod(inner), config.code))
     from_code = [
@@ -331,7 +351,13 @@ def norm_act_conv(before: int, after: int, *, bias: bool = True) -> list[nn.Modu
     return [
         Norm(before),
         nn.SiLU(),
-        nn.Conv2d(before, after, 3, padding=1, bias=bias),
+        nn.Conv2d(
+            before,
+            after,
+            3,
+            padding=1,
+            bias=bias,
+        ),
     ]
 
 

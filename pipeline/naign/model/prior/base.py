@@ -97,7 +97,13 @@ class Prior(nn.Module):
         self.shape = shape  # of one draw
         self.seed = seed  # of what it is fitted with
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+    ) -> Tensor:
         """Draw (n, *shape) float32 on `device`; row i depends on (seed, round, ids[i]) and the state alone."""
         raise NotImplementedError
 
@@ -132,17 +138,37 @@ class CodesPrior(Prior):
     learns = True
     class_counts: Tensor  # (classes,) int64, where there are any: images of each that it was fitted to
 
-    def __init__(self, config: Any, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        config: Any,
+        shape: Shape,
+        *,
+        seed: int = 0,
+        labels: Sequence[str] = (),
+    ) -> None:
         super().__init__(config, shape, seed=seed)
         self.labels = tuple(labels)
         if self.labels:
             self.register_buffer("class_counts", torch.zeros(len(self.labels), dtype=torch.int64))
 
-    def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor | None:
+    def choose(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+    ) -> Tensor | None:
         """Classes (n,) int64 in proportion to `class_counts`, by (seed, round, id); None without classes."""
         if not self.labels:
             return None
-        drawn = uniform(seed, round, ids, (1,), device, stream=CLASS).flatten()
+        drawn = uniform(
+            seed,
+            round,
+            ids,
+            (1,),
+            device,
+            stream=CLASS,
+        ).flatten()
         shares = self.class_counts.cumsum(0).float() / self.class_counts.sum().clamp(min=1).float()
         return torch.searchsorted(shares, drawn.contiguous()).clamp(max=len(self.labels) - 1)
 

@@ -87,7 +87,14 @@ class Flow(CodesPrior):
     inward: Tensor  # (d, c): from codes, less their mean, to whitened ones
     outward: Tensor  # (c, d), and back
 
-    def __init__(self, config: FlowConfig, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        config: FlowConfig,
+        shape: Shape,
+        *,
+        seed: int = 0,
+        labels: Sequence[str] = (),
+    ) -> None:
         super().__init__(config, shape, seed=seed, labels=labels)
         channels = shape[0]
         directions = min(DIRECTIONS, channels)
@@ -120,10 +127,26 @@ class Flow(CodesPrior):
         """What trains the flow and, later, the student."""
         return Learner(self.velocity)
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device, labels: Tensor | None = None) -> Tensor:
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         if labels is None:
             labels = self.choose(seed, round, ids, device)
-        return self.solve(normal(seed, round, ids, self.noise_shape, device), labels)
+        return self.solve(
+            normal(
+                seed,
+                round,
+                ids,
+                self.noise_shape,
+                device,
+            ),
+            labels,
+        )
 
     def solve(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The codes (n, c, ...) of standard normals (n, d, ...), of the classes (n,) where there are any."""
@@ -204,7 +227,13 @@ class Flow(CodesPrior):
                 classes = None
                 if self.labels and labels is not None:
                     classes = labels[mine]
-                loss = self._error(whitened[mine], learner.made, numbers, classes, codes)
+                loss = self._error(
+                    whitened[mine],
+                    learner.made,
+                    numbers,
+                    classes,
+                    codes,
+                )
                 scale = len(rows) * math.prod(self.noise_shape)
                 rate = self.config.lr * cosine(learner.made / steps)
                 learner.step(loss / scale, rate, self.velocity, codes.add)
@@ -224,10 +253,24 @@ class Flow(CodesPrior):
         self.outward.copy_(directions[:, -kept:] * deviations)
         self._enter(LEARNS)
 
-    def _error(self, wanted: Tensor, step: int, numbers: Tensor, labels: Tensor | None, codes: Codes) -> Tensor:
+    def _error(
+        self,
+        wanted: Tensor,
+        step: int,
+        numbers: Tensor,
+        labels: Tensor | None,
+        codes: Codes,
+    ) -> Tensor:
         """Sum of the squared errors of the velocity at random times of straight paths that end at `wanted`."""
         size = math.prod(wanted.shape[1:])
-        drawn = normal(self.seed, step, numbers, (size + 2,), wanted.device, stream=LEARN)
+        drawn = normal(
+            self.seed,
+            step,
+            numbers,
+            (size + 2,),
+            wanted.device,
+            stream=LEARN,
+        )
         noise = drawn[:, :size].view_as(wanted)
         time = drawn[:, size].sigmoid()
         if labels is not None:
@@ -270,7 +313,14 @@ class Flow(CodesPrior):
         """
         device = self.mean.device
         ids = torch.arange(first, first + count)
-        noise = normal(self.seed, PATHS, ids, self.noise_shape, device, stream=LEARN)
+        noise = normal(
+            self.seed,
+            PATHS,
+            ids,
+            self.noise_shape,
+            device,
+            stream=LEARN,
+        )
         labels = self.choose(self.seed, PATHS, ids, device)
         halves = torch.zeros_like(noise)
         ends = torch.zeros_like(noise)
@@ -288,7 +338,13 @@ class Flow(CodesPrior):
         """The flow's steps that the student's first one takes."""
         return max(1, round(MIDDLE * self.config.steps))
 
-    def _leap(self, student: nn.Module, points: Tensor, late: Tensor, labels: Tensor | None) -> Tensor:
+    def _leap(
+        self,
+        student: nn.Module,
+        points: Tensor,
+        late: Tensor,
+        labels: Tensor | None,
+    ) -> Tensor:
         """The first step of the student from points (n, d, ...), or the second of rows that are `late`, (n,) bool."""
         middle = self._half / self.config.steps
         length = torch.where(late, 1 - middle, middle)
@@ -304,7 +360,13 @@ class Flow(CodesPrior):
         for chunk, size in enumerate(sizes):
             count = self._count_steps(size)
             if made < count:
-                drawn = uniform(self.seed, ORDER + chunk, torch.arange(size), (self.config.passes,), stream=LEARN)
+                drawn = uniform(
+                    self.seed,
+                    ORDER + chunk,
+                    torch.arange(size),
+                    (self.config.passes,),
+                    stream=LEARN,
+                )
                 order = drawn.argsort(dim=0, stable=True).T.flatten()
                 yield chunk, order.split(self.config.batch)[made:]
             made = max(0, made - count)

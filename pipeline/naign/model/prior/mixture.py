@@ -70,7 +70,14 @@ class Mixture(CodesPrior):
     factors: Tensor  # (k, values, d): covariances are factor @ factor.T
     owners: Tensor  # (k,) int64, with classes: the class of each component
 
-    def __init__(self, config: MixtureConfig, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        config: MixtureConfig,
+        shape: Shape,
+        *,
+        seed: int = 0,
+        labels: Sequence[str] = (),
+    ) -> None:
         super().__init__(config, shape, seed=seed, labels=labels)
         number = config.components
         values = math.prod(shape)
@@ -83,17 +90,37 @@ class Mixture(CodesPrior):
         if labels:
             self.register_buffer("owners", torch.zeros(number, dtype=torch.int64))
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device, labels: Tensor | None = None) -> Tensor:
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         if labels is None:
             labels = self.choose(seed, round, ids, device)
-        which = uniform(seed, round, ids, (1,), device, stream=SCALE).contiguous()
+        which = uniform(
+            seed,
+            round,
+            ids,
+            (1,),
+            device,
+            stream=SCALE,
+        ).contiguous()
         weights = self.weights.expand(len(ids), -1)
         if labels is not None:
             weights = weights.clamp(min=1e-30).where(self.owners == labels[:, None], 0)
         sums = weights.cumsum(1)
         chosen = torch.searchsorted(sums / sums[:, -1:], which).flatten()
         chosen = chosen.clamp(max=len(self.weights) - 1)
-        noise = normal(seed, round, ids, (self.factors.shape[2],), device)
+        noise = normal(
+            seed,
+            round,
+            ids,
+            (self.factors.shape[2],),
+            device,
+        )
         drawn = self.means[chosen] + torch.einsum("nij,nj->ni", self.factors[chosen], noise)
         return drawn.view(-1, *self.shape)
 

@@ -19,7 +19,14 @@ _WAVES = 32  # sines, and as many cosines, of the time
 class DenseVelocity(nn.Module):
     """A residual perceptron on (n, c)."""
 
-    def __init__(self, shape: tuple[int, ...], width: int, depth: int, *, classes: int = 0) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        width: int,
+        depth: int,
+        *,
+        classes: int = 0,
+    ) -> None:
         super().__init__()
         self.inner = nn.Linear(shape[0] + 2 * _WAVES, width)
         self.outer = zeroed(nn.Linear(width, shape[0]))  # no velocity at first: noise is a whitened code, of a Gaussian
@@ -47,7 +54,14 @@ class DenseVelocity(nn.Module):
 class TimedBlock(nn.Module):
     """A pre-activation residual block that also sees the time, and from which attention follows where it is asked."""
 
-    def __init__(self, before: int, after: int, timed: int, *, attends: bool) -> None:
+    def __init__(
+        self,
+        before: int,
+        after: int,
+        timed: int,
+        *,
+        attends: bool,
+    ) -> None:
         super().__init__()
         self.first = nn.Sequential(*norm_act_conv(before, after))
         self.time = nn.Linear(timed, after)
