@@ -11,15 +11,13 @@ from huggingface_hub import constants
 from naign.errors import InputError, Unavailable
 from naign.model.files import WEIGHTS, upload
 from naign.model.naign import NAIGN
-from naign.model.networks import build_network, recorded_network
+from tests.model.made import make_model
 
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8]}
-    metadata |= {"latents": {"name": "gaussian"}, "prior": {"name": "none"}}
-    return NAIGN(build_network(recorded_network(metadata["model"]), (1, 8, 8)), metadata)
+    return make_model()
 
 
 def push(model, name, *, private=False):

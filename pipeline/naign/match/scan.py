@@ -104,7 +104,12 @@ class Scan:
             self._sieve = Sieve(self.queries, choose_frame(self.queries, candidates))
             self.described = f"bounded on {self._sieve.frame}"
         rows, columns, given_up = self._sieve.list_near(candidates, self._reach())
-        self._measure(candidates, ids, rows, columns)
+        self._measure(
+            candidates,
+            ids,
+            rows,
+            columns,
+        )
         left = given_up.nonzero().flatten()
         if len(left):
             self._search_flat(candidates, ids, left)
@@ -137,7 +142,12 @@ class Scan:
             proved &= least[:, -1] > reach
         may_win = (least <= reach[:, None]) & proved[:, None]
         which, place = may_win.nonzero(as_tuple=True)
-        self._measure(candidates, ids, rows[which], columns[which, place])
+        self._measure(
+            candidates,
+            ids,
+            rows[which],
+            columns[which, place],
+        )
 
         left = rows[~proved]
         everyone = torch.arange(len(candidates), device=rows.device)
@@ -165,16 +175,31 @@ class Scan:
                 some = some[may_win]
                 others = others[may_win]
             if len(some):
-                distances = exact_distances(self.queries, candidates, some, others)
+                distances = exact_distances(
+                    self.queries,
+                    candidates,
+                    some,
+                    others,
+                )
                 self._keep(some, distances, ids[others])
 
     def _may_win(self, candidates: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Which pairs can be among the nearest, (s,) bool, by their distances in float32."""
-        near = pair_distances(self.queries, candidates, rows, columns).double()
+        near = pair_distances(
+            self.queries,
+            candidates,
+            rows,
+            columns,
+        ).double()
         least = torch.where(near.isinf(), 0.0, near * (1 - self._relative) - self._absolute)  # inf: it overflowed
         if self.neighbours == 1:
             most = near * (1 + self._relative) + self._absolute
-            self.limit.scatter_reduce_(0, rows, most, "amin")
+            self.limit.scatter_reduce_(
+                0,
+                rows,
+                most,
+                "amin",
+            )
         return least <= self._reach()[rows]
 
     def _keep(self, rows: Tensor, distances: Tensor, ids: Tensor) -> None:
@@ -228,8 +253,18 @@ def bfloat16_is_faster(device: torch.device, threads: int) -> bool:
         inner = 2048
 
     def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(rows, inner, dtype=dtype, device=device)
-        b = torch.ones(inner, rows, dtype=dtype, device=device)
+        a = torch.ones(
+            rows,
+            inner,
+            dtype=dtype,
+            device=device,
+        )
+        b = torch.ones(
+            inner,
+            rows,
+            dtype=dtype,
+            device=device,
+        )
         return min(timeit.repeat(lambda: float((a @ b)[0, 0]), number=1, repeat=4))  # `float` waits for the device
 
     return seconds(torch.bfloat16) < seconds(torch.float32)

@@ -171,8 +171,8 @@ def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Ten
         inputs["imle"] = batch.latents
     if batch.damaged is not None:
         inputs["denoising"] = batch.damaged
-    outputs = network(torch.cat(list(inputs.values()))).split(len(images))
-    made = dict(zip(inputs, outputs, strict=True))
+    outputs = network(torch.cat(list(inputs.values())))
+    made = dict(zip(inputs, outputs.split(len(images)), strict=True))
     terms = {"total": images.new_zeros(())}
     for name, output in made.items():
         terms[name] = batch.distance(output, images)

@@ -281,11 +281,13 @@ class NAIGN:
         draw = self.prior.draw if self.has_prior else self.latents.draw
         start = draw(first, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
         end = draw(last, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
-        share = torch.linspace(0, 1, steps, device=self.device).view(-1, *(1,) * (start.ndim - 1))
+        share = torch.linspace(0, 1, steps, device=self.device)
+        share = share.view(-1, *(1,) * (start.ndim - 1))
         way = torch.lerp(start, end, share)
         if self.has_prior:
             return self._decoded(way)
-        return way * torch.lerp(start.norm(), end.norm(), share) / way.flatten(1).norm(dim=1).view_as(share)
+        lengths = torch.lerp(start.norm(), end.norm(), share)
+        return way * lengths / way.flatten(1).norm(dim=1).view_as(share)
 
     def _decoded(self, drawn: Tensor) -> Tensor:
         if self.prior.decodes:

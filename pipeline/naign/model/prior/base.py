@@ -169,8 +169,10 @@ class CodesPrior(Prior):
             device,
             stream=CLASS,
         ).flatten()
-        shares = self.class_counts.cumsum(0).float() / self.class_counts.sum().clamp(min=1).float()
-        return torch.searchsorted(shares, drawn.contiguous()).clamp(max=len(self.labels) - 1)
+        total = self.class_counts.sum().clamp(min=1)
+        shares = self.class_counts.cumsum(0).float() / total.float()
+        chosen = torch.searchsorted(shares, drawn.contiguous())
+        return chosen.clamp(max=len(self.labels) - 1)
 
     def count_classes(self, labels: Tensor | None) -> None:
         """Set `class_counts` to those of the labels (n,) of codes."""

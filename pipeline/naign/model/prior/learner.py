@@ -26,7 +26,12 @@ class Learner:
         self.counted = 0  # these steps
         self.parameters = list(self.network.parameters())
         self.ahead = self.parameters[0].device.type != "cpu"  # whether the norm of a step stays on the device
-        self.adam = torch.optim.AdamW(self.parameters, betas=BETAS, weight_decay=0.0, fused=self.ahead or None)
+        self.adam = torch.optim.AdamW(
+            self.parameters,
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=self.ahead or None,
+        )
         for value in self.parameters:  # as AdamW itself begins, but before the first step
             state = {name: torch.zeros_like(value) for name in MOMENTS}
             self.adam.state[value] = {"step": torch.zeros((), device=value.device), **state}
@@ -48,8 +53,9 @@ class Learner:
         self.adam.param_groups[0]["lr"] = rate * min(1.0, (self.made + 1) / WARMUP)
         clip_and_step(self.adam, self.parameters, CLIP, ahead=self.ahead)
         self.made += 1
-        move = get_ema_multi_avg_fn(min(DECAY, (1 + self.made) / (10 + self.made)))
-        move(list(average.parameters()), [value.detach() for value in self.parameters], None)
+        decay = min(DECAY, (1 + self.made) / (10 + self.made))
+        weights = [value.detach() for value in self.parameters]
+        get_ema_multi_avg_fn(decay)(list(average.parameters()), weights, None)
         self.loss = self.loss + whole[-1].double()
         self.counted += 1
 

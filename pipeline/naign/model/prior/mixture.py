@@ -151,8 +151,8 @@ class Mixture(CodesPrior):
 
     def _start(self, white: Tensor, labels: Tensor | None, codes: Codes) -> Gaussians:
         """The best of STARTS mixtures of some codes, each after TRIED iterations; rank 0's on every rank."""
-        order = np.random.RandomState(self.seed % 2**32).permutation(len(white))[:STARTED]
-        chosen = torch.from_numpy(np.sort(order))
+        order = np.random.RandomState(self.seed % 2**32).permutation(len(white))
+        chosen = torch.from_numpy(np.sort(order[:STARTED]))
         held = chosen[::HELD_OUT]
         tried = chosen[torch.arange(len(chosen)) % HELD_OUT != 0]
         if len(tried) < FEW * self.config.components:  # few codes: none can be spared
@@ -237,7 +237,8 @@ class Whitening:
         """Raises InputError for rows that are all the same."""
         values = rows.double()
         self.mean = values.mean(0)
-        spread, directions = torch.linalg.eigh((values - self.mean).T @ (values - self.mean) / len(rows))
+        centred = values - self.mean
+        spread, directions = torch.linalg.eigh(centred.T @ centred / len(rows))
         if float(spread[-1]) <= 0:
             raise InputError("the codes of all images are the same: there is nothing to fit a mixture to")
         kept = min(DIRECTIONS, int((spread > 1e-12 * spread[-1]).sum()))
@@ -258,8 +259,11 @@ def _features(rows: Tensor) -> Tensor:
     """(n, d) -> (n, d (d + 1) / 2 + d + 1): the products of two directions, the directions and 1. A log-density is
     linear in them, and so is the sum of what a component expects: each is one matrix product.
     """
-    first, second = torch.triu_indices(rows.shape[1], rows.shape[1], device=rows.device)
-    return torch.cat([rows[:, first] * rows[:, second], rows, torch.ones_like(rows[:, :1])], dim=1)
+    directions = rows.shape[1]
+    first, second = torch.triu_indices(directions, directions, device=rows.device)
+    products = rows[:, first] * rows[:, second]
+    ones = torch.ones_like(rows[:, :1])
+    return torch.cat([products, rows, ones], dim=1)
 
 
 def _log_density(gaussians: Gaussians) -> Tensor:
@@ -272,9 +276,10 @@ def _log_density(gaussians: Gaussians) -> Tensor:
     square = (pulled * gaussians.means).sum(1)
     twice = torch.where(first == second, 1.0, 2.0)  # a pair stands for both of its orders
     sizes = gaussians.factors.diagonal(dim1=1, dim2=2).log().sum(1)
-    scale = gaussians.weights.clamp(min=1e-30).log() - sizes - directions / 2 * math.log(2 * math.pi)
+    logarithms = gaussians.weights.clamp(min=1e-30).log()
+    constant = logarithms - sizes - directions / 2 * math.log(2 * math.pi) - square / 2
     quadratic = -precision[:, first, second] * twice / 2
-    return torch.cat([quadratic, pulled, (scale - square / 2)[:, None]], dim=1).T
+    return torch.cat([quadratic, pulled, constant[:, None]], dim=1).T
 
 
 def _maximise(moments: Tensor) -> Gaussians:
@@ -308,10 +313,12 @@ def k_means(rows: Tensor, number: int, seed: int) -> Tensor:
         drawn = random.random_sample() * float(sums[-1])
         chosen = min(int(torch.searchsorted(sums, drawn)), len(rows) - 1)
         centers = torch.cat([centers, rows[chosen][None]])
-        nearest = torch.minimum(nearest, (rows - rows[chosen]).square().sum(1))
+        distances = (rows - rows[chosen]).square().sum(1)
+        nearest = torch.minimum(nearest, distances)
     for _ in range(CLUSTERED):
         which = torch.cdist(rows, centers).argmin(1)
         counts = torch.bincount(which, minlength=len(centers))
         sums = torch.zeros_like(centers).index_add_(0, which, rows)
-        centers = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centers)
+        counts = counts[:, None]
+        centers = torch.where(counts > 0, sums / counts.clamp(min=1), centers)
     return torch.cdist(rows, centers).argmin(1)

@@ -92,7 +92,8 @@ class SpatialVelocity(nn.Module):
         smallest: int = 2,
     ) -> None:
         super().__init__()
-        halvings = max(1, math.ceil(math.log2(max(shape[1:]) / smallest)))
+        side = max(shape[1:])
+        halvings = max(1, math.ceil(math.log2(side / smallest)))
         widths = [width * min(2**level, 4) for level in range(halvings + 1)]
         timed = 4 * width
         self.multiple = 2**halvings  # of the sides it works on
@@ -108,7 +109,7 @@ class SpatialVelocity(nn.Module):
         self.shrink = nn.ModuleList()
         self.enlarge = nn.ModuleList()
         for level, channels in enumerate(widths):
-            attends = max(shape[1:]) <= 4 * 2**level  # at 8 x 8 it costs a fifth of the time, for nothing measured
+            attends = side <= 4 * 2**level  # at 8 x 8 it costs a fifth of the time, for nothing measured
             block = partial(
                 TimedBlock,
                 after=channels,
@@ -119,8 +120,10 @@ class SpatialVelocity(nn.Module):
             if level < halvings:
                 self.shrink.append(nn.Conv2d(channels, widths[level + 1], 2, stride=2))
                 self.enlarge.append(nn.Conv2d(widths[level + 1], 4 * channels, 1))
-                first = block(2 * channels)
-                self.up.append(nn.ModuleList([first, *(block(channels) for _ in range(depth - 1))]))
+                blocks = nn.ModuleList([block(2 * channels)])
+                for _ in range(depth - 1):
+                    blocks.append(block(channels))
+                self.up.append(blocks)
         self.norm = Norm(width)
         self.outer = zeroed(nn.Conv2d(width, shape[0], 3, padding=1))
         self.label = _embedding(classes, timed)
@@ -159,5 +162,6 @@ def _embedding(classes: int, width: int) -> nn.Module:
 
 def waves(time: Tensor) -> Tensor:
     """(n,) -> (n, 2 * _WAVES): sines and cosines of multiples of a quarter turn."""
-    angles = time[:, None] * torch.arange(1, _WAVES + 1, device=time.device) * (torch.pi / 2)
+    multiples = torch.arange(1, _WAVES + 1, device=time.device)
+    angles = time[:, None] * multiples * (torch.pi / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,16 @@
+"""Small models."""
+
+import torch
+
+from naign.model.naign import NAIGN
+from naign.model.networks import build_network, recorded_network
+
+CONV = {"name": "conv", "width": 4, "depth": 1, "code": 8}
+
+
+def make_model(network=None, shape=(1, 8, 8), state=None, **metadata):
+    """A model of random weights; `network` are its settings, `metadata` what differs from the usual."""
+    settings = network or CONV
+    metadata = {"model": settings, "shape": list(shape), "prior": {"name": "none"}} | metadata
+    torch.manual_seed(0)
+    return NAIGN(build_network(recorded_network(settings), shape), metadata, state)
