@@ -13,7 +13,12 @@ from tests.match.problems import FAMILIES, draw, family, low_rank, oracle
 def frame_of(rows, *, basis, dtype):
     """A frame around zero."""
     centre = torch.zeros(rows.shape[1])
-    return Frame(centre=centre, basis=basis, magnitude=float(rows.abs().max()), dtype=dtype)
+    return Frame(
+        centre=centre,
+        basis=basis,
+        magnitude=float(rows.abs().max()),
+        dtype=dtype,
+    )
 
 
 def sift(queries, candidates, limit, frame):
@@ -55,7 +60,12 @@ def test_what_is_far_is_dropped(dtype):
         noise=0.01,
     )
     frame = frame_of(candidates, basis=bound.find_basis(candidates, 40), dtype=dtype)
-    alive = sift(queries, candidates, oracle(queries, candidates)[0][:, 0], frame)
+    alive = sift(
+        queries,
+        candidates,
+        oracle(queries, candidates)[0][:, 0],
+        frame,
+    )
     assert alive.sum() / len(queries) < 60  # of 2,000
 
 

@@ -32,7 +32,12 @@ def answer(case):
 
 
 def in_blocks(rows, size, **more):
-    return Blocks(rows=len(rows), make=lambda low, high: rows[low:high], size=size, **more)
+    return Blocks(
+        rows=len(rows),
+        make=lambda low, high: rows[low:high],
+        size=size,
+        **more,
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -144,7 +149,12 @@ def test_data_that_no_projection_separates_are_searched_by_faiss(monkeypatch):
     monkeypatch.setattr(bound.Sieve, "list_near", counted)
     queries = draw(0, 200, 900)
     candidates = draw(1, 4000, 900)
-    found = search(queries, in_blocks(candidates, 1000), 0, method="bounded")
+    found = search(
+        queries,
+        in_blocks(candidates, 1000),
+        0,
+        method="bounded",
+    )
     assert bounded == [992]
     assert found.ids.tolist() == oracle(queries, candidates)[1].tolist()
 
@@ -246,7 +256,12 @@ def test_distances_beyond_the_largest_norms_are_distances(method):
     candidates[1, 0] = 3.2e15
     candidates[2, 0] = 3.3e15
     skip = torch.tensor([0, *range(3, 1200)])
-    assert search(queries, in_blocks(candidates, 4096, skip=skip), 0, method=method).ids[1].tolist() == [1]
+    assert search(
+        queries,
+        in_blocks(candidates, 4096, skip=skip),
+        0,
+        method=method,
+    ).ids[1].tolist() == [1]
 
 
 def test_the_public_names_and_nothing_heavy_are_imported():
@@ -272,5 +287,10 @@ def test_a_distance_depends_on_no_other_pair(dims, device):
     candidates = draw(dims + 1, 400, dims).to(device)
     whole = exact_distances(queries, candidates, rows, rows)
     for count in (1, 2, 13, 64):
-        some = exact_distances(queries, candidates, rows[:count], rows[:count])
+        some = exact_distances(
+            queries,
+            candidates,
+            rows[:count],
+            rows[:count],
+        )
         assert torch.equal(some, whole[:count])

@@ -1,6 +1,7 @@
-"""Small models."""
+"""Small models, and a comparison."""
 
 import torch
+from torch.testing import assert_close
 
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network, recorded_network
@@ -14,3 +15,13 @@ def make_model(network=None, shape=(1, 8, 8), state=None, **metadata):
     metadata = {"model": settings, "shape": list(shape), "prior": {"name": "none"}} | metadata
     torch.manual_seed(0)
     return NAIGN(build_network(recorded_network(settings), shape), metadata, state)
+
+
+def assert_near(actual, expected, within):
+    """Values that differ by at most `within`."""
+    assert_close(
+        actual,
+        expected,
+        atol=within,
+        rtol=0,
+    )

@@ -106,7 +106,14 @@ class Straight(torch.nn.Module):
     ],
 )
 def test_a_sample_takes_so_many_evaluations(evaluations, solver, times):
-    f = build(FlowNetworkConfig(width=8, depth=1, evaluations=evaluations, solver=solver))
+    f = build(
+        FlowNetworkConfig(
+            width=8,
+            depth=1,
+            evaluations=evaluations,
+            solver=solver,
+        )
+    )
     f.velocity = Straight()
     f(torch.ones(2, *SHAPE))
     assert f.velocity.seen == times

@@ -138,7 +138,16 @@ def test_the_terms_of_naign_with_another_distance():
         frozen=f,
         normals=lambda step: x,
     )
-    terms = loss(HuberConfig(reconstruction=2.0, imle=3.0, third="none", denoising=0.0), f, batch)
+    terms = loss(
+        HuberConfig(
+            reconstruction=2.0,
+            imle=3.0,
+            third="none",
+            denoising=0.0,
+        ),
+        f,
+        batch,
+    )
     expected = [nn.functional.huber_loss(f(value), x, delta=0.1) for value in (x, z)]
     assert_close([terms["reconstruction"], terms["imle"]], expected)
     assert_close(terms["total"], 2 * expected[0] + 3 * expected[1])
@@ -146,7 +155,12 @@ def test_the_terms_of_naign_with_another_distance():
 
 def test_ign_is_the_weighted_sum_of_its_terms_with_the_clamp():
     f, x, z, _ = setting()
-    config = IgnConfig(reconstruction=20.0, idempotence=20.0, tightness=2.5, clamp=1.5)
+    config = IgnConfig(
+        reconstruction=20.0,
+        idempotence=20.0,
+        tightness=2.5,
+        clamp=1.5,
+    )
     terms = losses(config, f, x, z, frozen=f)
     reconstruction = l1(f(x), x)
     residual = l1(f(f(z)), f(z))
@@ -176,7 +190,12 @@ def test_ign_gradients_go_where_the_paper_says():
 def test_the_clamp_bounds_the_tightness():
     f, x, _, _ = setting()
     far = 1e4 * torch.ones(5, 3)
-    config = IgnConfig(reconstruction=0, idempotence=0, tightness=1.0, clamp=1.5)
+    config = IgnConfig(
+        reconstruction=0,
+        idempotence=0,
+        tightness=1.0,
+        clamp=1.5,
+    )
     total = float(losses(config, f, x, far, frozen=f)["total"])
     assert math.isclose(total, -1.5 * float(l1(f(x), x)), rel_tol=1e-4)
 

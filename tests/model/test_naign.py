@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from naign.errors import InputError
 from naign.model.holes import continued
 from naign.model.naign import FILLING, NAIGN
-from tests.model.made import CONV, make_model
+from tests.model.made import CONV, assert_near, make_model
 
 SPATIAL = {"name": "spatial", "width": 4, "depth": 0, "code": 2}
 
@@ -153,7 +153,7 @@ def test_what_is_known_is_continued_smoothly_into_a_hole():
     hole[8:20, 10:26] = True
     made = continued(planes.masked_fill(hole, torch.nan), hole.expand_as(planes))
     assert torch.equal(made[..., ~hole], planes[..., ~hole])
-    assert_close(made, planes, atol=0.06, rtol=0)
+    assert_near(made, planes, 0.06)
     assert not continued(planes, torch.ones_like(planes, dtype=torch.bool)).any()
 
 

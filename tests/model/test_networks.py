@@ -20,7 +20,16 @@ both = pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
 
 
 @both
-@pytest.mark.parametrize("shape", [(1, 28, 28), (4, 12, 12), (1, 4, 4), (3, 48, 64), (3, 4, 36)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 28, 28),
+        (4, 12, 12),
+        (1, 4, 4),
+        (3, 48, 64),
+        (3, 4, 36),
+    ],
+)
 def test_images_keep_their_shape_and_range_through_a_code(shape, kind):
     network = build_network(kind(width=4, depth=1, code=8), shape)
     x = 3 * torch.randn(2, *shape)
@@ -109,7 +118,15 @@ def test_a_code_of_many_positions_has_no_attention():
 
 
 def test_a_blend_is_x_where_the_mask_is_0_and_the_decoder_s_image_where_it_is_1():
-    network = build_network(SpatialConfig(width=8, code=3, grid=16, blend=True), (3, 32, 32))
+    network = build_network(
+        SpatialConfig(
+            width=8,
+            code=3,
+            grid=16,
+            blend=True,
+        ),
+        (3, 32, 32),
+    )
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     assert float(network(3 * torch.randn(2, 3, 32, 32)).abs().max()) <= 1
     last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]

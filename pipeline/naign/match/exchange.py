@@ -58,7 +58,12 @@ class Ranks:
         if self.world == 1:
             return rows[None]
         mine = sizes[self.rank]
-        out = torch.empty(self.world * mine, *rows.shape[1:], dtype=rows.dtype, device=self.link)
+        out = torch.empty(
+            self.world * mine,
+            *rows.shape[1:],
+            dtype=rows.dtype,
+            device=self.link,
+        )
         with self._exchange("exchanging answers"):
             dist.all_to_all_single(
                 out,

@@ -103,7 +103,12 @@ def search(
     queries = queries.detach()
     counts = [shard.queries for shard in shards]
     asked = ranks.gather(queries, counts)
-    scan = Scan(asked, neighbours=neighbours, method=method, expected=blocks.rows)
+    scan = Scan(
+        asked,
+        neighbours=neighbours,
+        method=method,
+        expected=blocks.rows,
+    )
     scan.limit.clamp_(max=within)
     for low in range(0, max(shard.rows for shard in shards), blocks.size):
         block, ids = make_block(

@@ -124,9 +124,12 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             metadata = dict(opened.metadata() or {})
-            tensors = {name: _float32(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            tensors[name] = value.float()
     if not _all_finite(tensors):
         raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
     return metadata, tensors
@@ -159,23 +162,18 @@ def save_model(
     """Write one safetensors file, in float32, or in float16 if metadata["dtype"] says so. `metadata` names the kinds of
     the network, the latents and the prior.
     """
-    tensors = {}
-    for name, value in weights.items():
-        tensors[name] = _float32(value.detach()).cpu().contiguous()
-    for name, value in state.items():
-        tensors[name] = value.cpu().contiguous()
+    dtype = torch.float32
     if metadata.get("dtype") == "float16":
-        for name, value in tensors.items():
-            if value.is_floating_point():
-                tensors[name] = value.half()
-        if not _all_finite(tensors):
-            raise InputError("the model has weights beyond 65504, which float16 does not hold: store it as float32")
+        dtype = torch.float16
+    tensors = {}
+    for name, value in {**weights, **state}.items():
+        value = value.detach().cpu()
+        if value.is_floating_point():  # unlike counters and masks
+            value = value.to(dtype)
+        tensors[name] = value.contiguous()
+    if dtype == torch.float16 and not _all_finite(tensors):
+        raise InputError("the model has weights beyond 65504, which float16 does not hold: store it as float32")
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
-
-
-def _float32(value: Tensor) -> Tensor:
-    """In float32, but for counters and masks."""
-    return value.float() if value.is_floating_point() else value
 
 
 def _all_finite(tensors: dict[str, Tensor]) -> bool:
@@ -215,7 +213,12 @@ def write_onnx(network: nn.Module, shape: tuple[int, ...], file: Path) -> float 
             (actual,) = program(x)
             expected = network(x)
         largest = float((actual - expected).abs().max())
-        if not torch.allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE):
+        if not torch.allclose(
+            actual,
+            expected,
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        ):
             raise InputError(f"in onnxruntime the program differs from f by {largest:.2g}: it is not written")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, content)

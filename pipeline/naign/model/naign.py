@@ -63,12 +63,8 @@ class NAIGN:
                 network,
                 labels=metadata.get("labels", ()),
             )
-        parts: dict[str, dict[str, Tensor]] = {"latents": {}, "prior": {}}
-        for name, value in (state or {}).items():
-            part, _, key = name.partition(".")
-            parts[part][key] = value
-        self.latents.load_state_dict(parts["latents"], assign=True)
-        self.prior.load_state_dict(parts["prior"], assign=True)
+        self._drawn = nn.ModuleDict({"latents": self.latents, "prior": self.prior})
+        self._drawn.load_state_dict(state or {}, assign=True)
         self._place(self.device)
 
     @classmethod
@@ -116,7 +112,12 @@ class NAIGN:
         file = Path(folder) / WEIGHTS
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_model(file, self.network.state_dict(), self.metadata, self.state)
+            save_model(
+                file,
+                self.network.state_dict(),
+                self.metadata,
+                self.state,
+            )
         except SafetensorError as error:
             raise unwritten(f"{file} cannot be written: {error}") from None
         file.chmod(0o644)  # safetensors writes for the owner only
@@ -131,8 +132,7 @@ class NAIGN:
     @property
     def state(self) -> dict[str, Tensor]:
         """The state of latents and prior, which with `network` and `metadata` makes the same model."""
-        state = {f"latents.{name}": value for name, value in self.latents.state_dict().items()}
-        return state | {f"prior.{name}": value for name, value in self.prior.state_dict().items()}
+        return self._drawn.state_dict()
 
     @property
     def has_prior(self) -> bool:

@@ -263,7 +263,12 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
         nn.Linear(config.code, math.prod(inner)),
         nn.Unflatten(1, inner),
     ]
-    return ImageNetwork(down, [*from_code, *up, nn.Tanh()], (config.code,), recompute)
+    return ImageNetwork(
+        down,
+        [*from_code, *up, nn.Tanh()],
+        (config.code,),
+        recompute,
+    )
 
 
 def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
@@ -297,8 +302,20 @@ def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: 
     ]
     code = (config.code, height, width)
     if config.blend:
-        return BlendedNetwork(ImageNetwork(down, up, code, recompute))
-    return ImageNetwork(down, [*up, nn.Tanh()], code, recompute)
+        return BlendedNetwork(
+            ImageNetwork(
+                down,
+                up,
+                code,
+                recompute,
+            )
+        )
+    return ImageNetwork(
+        down,
+        [*up, nn.Tanh()],
+        code,
+        recompute,
+    )
 
 
 def _blocks(channels: int, depth: int) -> list[ResidualBlock]:

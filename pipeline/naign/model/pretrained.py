@@ -52,7 +52,12 @@ class Pretrained(nn.Module):
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         if size != (height, width):
-            images = F.interpolate(images, size, mode="bilinear", antialias=size[0] < height)
+            images = F.interpolate(
+                images,
+                size,
+                mode="bilinear",
+                antialias=size[0] < height,
+            )
         images = (images - self.mean) / self.std
         pixels = PIXELS.get(images.device.type, 2**20)
         parts = []

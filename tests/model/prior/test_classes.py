@@ -12,7 +12,7 @@ from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
 from naign.model.prior import Codes, CodesPrior, Flow, FlowConfig, MixtureConfig, PriorConfig, build_prior, flow
 from naign.model.prior.base import CodesConfig
-from tests.model.made import CONV, make_model
+from tests.model.made import CONV, assert_near, make_model
 
 LABELS = ("cat", "dog", "3")
 SHARES = torch.tensor([0.25, 0.5, 0.25])
@@ -85,7 +85,7 @@ def test_draws_are_of_the_class_that_is_asked_for(prior):
 def test_without_a_label_classes_are_as_frequent_as_in_the_data(prior):
     ids = torch.arange(4000)
     chosen = prior.choose(5, 1, ids, "cpu")
-    assert_close(chosen.bincount() / 4000, SHARES, atol=0.03, rtol=0)
+    assert_near(chosen.bincount() / 4000, SHARES, 0.03)
     assert_close(prior.class_counts / prior.class_counts.sum(), SHARES)
     drawn = prior.draw(5, 1, ids, "cpu")
     assert_close(
@@ -100,7 +100,7 @@ def test_every_component_of_a_mixture_is_of_one_class():
     prior = fitted(GMM)
     assert prior.owners.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]  # one each, the others in proportion
     mass = torch.zeros(3).index_add(0, prior.owners, prior.weights)
-    assert_close(mass, SHARES, atol=0.01, rtol=0)
+    assert_near(mass, SHARES, 0.01)
 
 
 def test_guidance_is_added_to_autoguidance_late_on_the_path(monkeypatch):
@@ -127,11 +127,16 @@ def test_guidance_is_added_to_autoguidance_late_on_the_path(monkeypatch):
 def test_a_flow_learns_without_a_label_too():
     prior = fitted(FLOW)
     blind = prior.solve(torch.randn(2000, 4), torch.full((2000,), 3))
-    assert_close(class_of(blind).bincount() / 2000, SHARES, atol=0.1, rtol=0)
+    assert_near(class_of(blind).bincount() / 2000, SHARES, 0.1)
 
 
 def test_spatial_codes_have_classes_too():
-    config = FlowConfig(classes=True, width=8, depth=1, steps=2)
+    config = FlowConfig(
+        classes=True,
+        width=8,
+        depth=1,
+        steps=2,
+    )
     prior = Flow(config, (2, 5, 5), labels=LABELS)
     for value in prior.velocity.parameters():
         nn.init.normal_(value, std=0.2)
@@ -144,7 +149,12 @@ def test_spatial_codes_have_classes_too():
 
 def test_without_classes_nothing_is_added():
     for config in (FLOW, GMM):
-        plain = build_prior(replace(config, classes=False), (1, 8, 8), NETWORK, labels=LABELS)
+        plain = build_prior(
+            replace(config, classes=False),
+            (1, 8, 8),
+            NETWORK,
+            labels=LABELS,
+        )
         added = build(config).state_dict().keys() - plain.state_dict().keys()
         assert added == {"class_counts", "velocity.label.weight" if config is FLOW else "owners"}
         assert plain.labels == ()

@@ -25,7 +25,15 @@ from naign.model.prior import (
 from naign.settings.constraints import check_fields
 
 NOISE = [LatentsConfig(name="gaussian"), LatentsConfig(name="halves"), SmoothConfig(), FourierConfig()]
-PRIORS = [FlowConfig(width=8, depth=1, passes=1, steps=3), MixtureConfig(components=3)]
+PRIORS = [
+    FlowConfig(
+        width=8,
+        depth=1,
+        passes=1,
+        steps=3,
+    ),
+    MixtureConfig(components=3),
+]
 NETWORK = build_network(ConvConfig(width=4, code=6), (1, 8, 8)).requires_grad_(False)
 
 
@@ -78,7 +86,8 @@ def test_its_state_is_all_that_it_draws_from(prior):
 
 
 def test_half_of_the_halves_are_flat_images_with_noise():
-    drawn = build(LatentsConfig(name="halves"), (1, 28, 28)).draw(0, 0, torch.arange(4000), "cpu").flatten(1)
+    latents = build(LatentsConfig(name="halves"), (1, 28, 28))
+    drawn = latents.draw(0, 0, torch.arange(4000), "cpu").flatten(1)
     flat = drawn[::2]
     noise = drawn[1::2]
     assert float(noise.std(1).mean()) == pytest.approx(1, abs=0.01)
@@ -87,7 +96,8 @@ def test_half_of_the_halves_are_flat_images_with_noise():
 
 
 def test_smooth_noise_has_few_dimensions():
-    drawn = build(SmoothConfig(grid=3), (1, 24, 24)).draw(0, 0, torch.arange(500), "cpu").flatten(1)
+    latents = build(SmoothConfig(grid=3), (1, 24, 24))
+    drawn = latents.draw(0, 0, torch.arange(500), "cpu").flatten(1)
     assert int(torch.linalg.matrix_rank(drawn)) == 9
     assert float(drawn.mean()) == pytest.approx(0, abs=0.05)
 

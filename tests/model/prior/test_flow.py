@@ -13,7 +13,7 @@ from naign.model.prior import Codes
 from naign.model.prior import flow as flows
 from naign.model.prior.flow import KEPT, RIDGE, TAUGHT, Flow, FlowConfig, cosine
 from naign.model.prior.learner import WARMUP
-from tests.model.made import CONV, make_model
+from tests.model.made import CONV, assert_near, make_model
 from tests.model.prior.ranks import fit_on_ranks
 
 SETTINGS = FlowConfig(
@@ -23,7 +23,12 @@ SETTINGS = FlowConfig(
     batch=128,
     steps=6,
 )
-TAUGHT_SETTINGS = replace(SETTINGS, passes=2, autoguidance=1.0, student=300)
+TAUGHT_SETTINGS = replace(
+    SETTINGS,
+    passes=2,
+    autoguidance=1.0,
+    student=300,
+)
 
 
 def make_codes(seed: int = 0, count: int = 1024) -> torch.Tensor:
@@ -143,8 +148,8 @@ def test_whitened_codes_have_no_spread_of_their_own():
     white = prior.whiten(mixed).transpose(0, 1).flatten(1)
     variances = torch.linalg.eigvalsh(mixed.transpose(0, 1).flatten(1).cov())
     expected = variances / (variances + RIDGE * variances.mean())  # near 1, but for directions of little spread
-    assert_close(torch.linalg.eigvalsh(white.cov()), expected, atol=1e-3, rtol=0)
-    assert_close(white.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
+    assert_near(torch.linalg.eigvalsh(white.cov()), expected, 1e-3)
+    assert_near(white.mean(1), torch.zeros(4), 1e-3)
 
 
 def test_of_many_directions_the_leading_ones_are_modelled(monkeypatch):

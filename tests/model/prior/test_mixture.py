@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from naign.errors import InputError
 from naign.model.prior import Codes, Mixture, MixtureConfig
 from naign.model.prior.mixture import ITERATIONS, k_means
+from tests.model.made import assert_near
 from tests.model.prior.ranks import fit_on_ranks
 
 SETTINGS = MixtureConfig(components=3)
@@ -20,7 +21,12 @@ SHARES = torch.tensor([0.5, 0.3, 0.2])
 def make_codes(seed: int = 0, count: int = 3000) -> torch.Tensor:
     """Three clusters, the first of them narrow in its first value."""
     generator = torch.Generator().manual_seed(seed)
-    which = torch.multinomial(SHARES, count, replacement=True, generator=generator)
+    which = torch.multinomial(
+        SHARES,
+        count,
+        replacement=True,
+        generator=generator,
+    )
     narrow = torch.tensor([0.1, 1.0])
     spread = torch.where(which[:, None] == 0, narrow, torch.ones(2))
     return CENTRES[which] + spread * torch.randn(count, 2, generator=generator)
@@ -45,14 +51,14 @@ def prior(codes: torch.Tensor) -> Mixture:
 def test_it_finds_clusters_their_shares_and_their_spread(prior):
     order = torch.cdist(CENTRES, prior.means).argmin(1)
     assert sorted(order.tolist()) == [0, 1, 2]
-    assert_close(prior.weights[order], SHARES, atol=0.03, rtol=0)
-    assert_close(prior.means[order], CENTRES, atol=0.15, rtol=0)
+    assert_near(prior.weights[order], SHARES, 0.03)
+    assert_near(prior.means[order], CENTRES, 0.15)
     factor = prior.factors[order[0]]
     spread = (factor @ factor.T).diagonal().sqrt()
-    assert_close(spread, torch.tensor([0.1, 1.0]), atol=0.15, rtol=0)
+    assert_near(spread, torch.tensor([0.1, 1.0]), 0.15)
     drawn = prior.draw(1, 0, torch.arange(4000), "cpu")
-    nearest = torch.cdist(drawn, CENTRES).argmin(1)
-    assert_close(torch.bincount(nearest, minlength=3) / 4000, SHARES, atol=0.05, rtol=0)
+    shares = torch.cdist(drawn, CENTRES).argmin(1).bincount() / 4000
+    assert_near(shares, SHARES, 0.05)
 
 
 def test_the_likelihood_grows_and_other_starts_find_as_good_a_mixture(codes):

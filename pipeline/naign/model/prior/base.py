@@ -179,3 +179,10 @@ class CodesPrior(Prior):
         if self.labels:
             assert labels is not None
             self.class_counts.copy_(torch.bincount(labels, minlength=len(self.labels)))
+
+
+def labels_of(labels: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The labels of some rows; None without labels."""
+    if labels is None:
+        return None
+    return labels[rows]

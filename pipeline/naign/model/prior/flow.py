@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from naign.errors import require
-from naign.model.prior.base import Codes, CodesConfig, CodesPrior, Device, Shape
+from naign.model.prior.base import Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
 from naign.model.prior.learner import Learner
 from naign.model.prior.velocity import DenseVelocity, SpatialVelocity
 from naign.philox import LEARN, normal, uniform
@@ -95,20 +95,31 @@ class Flow(CodesPrior):
         seed: int = 0,
         labels: Sequence[str] = (),
     ) -> None:
-        super().__init__(config, shape, seed=seed, labels=labels)
+        super().__init__(
+            config,
+            shape,
+            seed=seed,
+            labels=labels,
+        )
         channels = shape[0]
         directions = min(DIRECTIONS, channels)
         self.noise_shape = (directions, *shape[1:])
         kind = DenseVelocity if len(shape) == 1 else SpatialVelocity
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(seed)
-            self.velocity = kind(self.noise_shape, config.width, config.depth, classes=len(self.labels))
+            self.velocity = kind(
+                self.noise_shape,
+                config.width,
+                config.depth,
+                classes=len(self.labels),
+            )
         if config.autoguidance:
             self.early = deepcopy(self.velocity)
         if config.student:
             self.student = deepcopy(self.velocity)
         self.register_buffer("phase", torch.full((), UNFITTED))
         self._phase = UNFITTED  # the same, without waiting for a device
+        self.register_load_state_dict_post_hook(_read_phase)  # type: ignore[no-untyped-call]
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("inward", torch.eye(directions, channels))
         self.register_buffer("outward", torch.eye(channels, directions))
@@ -116,11 +127,6 @@ class Flow(CodesPrior):
     def _enter(self, phase: int) -> None:
         self.phase.fill_(phase)
         self._phase = phase
-
-    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        loaded = super().load_state_dict(state, strict, assign)
-        self._phase = int(state["phase"])
-        return loaded
 
     @cached_property
     def learner(self) -> Learner:
@@ -215,6 +221,8 @@ class Flow(CodesPrior):
         learner = self.learner
         for chunk, batches in self._batches(codes.sizes, learner.made):
             read, labels = codes.read(chunk)
+            if not self.labels:
+                labels = None
             if self._phase == UNFITTED:
                 self._measure(read, labels)
             whitened = self.whiten(read)
@@ -224,14 +232,11 @@ class Flow(CodesPrior):
                     self._enter(KEPT)
                 mine = codes.part(rows.to(whitened.device))
                 numbers = codes.part(torch.arange(len(rows), device=whitened.device))
-                classes = None
-                if self.labels and labels is not None:
-                    classes = labels[mine]
                 loss = self._error(
                     whitened[mine],
                     learner.made,
                     numbers,
-                    classes,
+                    labels_of(labels, mine),
                     codes,
                 )
                 scale = len(rows) * math.prod(self.noise_shape)
@@ -296,14 +301,16 @@ class Flow(CodesPrior):
                 chosen = _as_rows(late, noise)
                 points = torch.where(chosen, halves[mine], noise[mine])
                 wanted = torch.where(chosen, ends[mine], halves[mine])
-                classes = None
-                if labels is not None:
-                    classes = labels[mine]
                 with codes.autocast():
-                    reached = self._leap(learner.network, points, late, classes)
+                    reached = self._leap(learner.network, points, late, labels_of(labels, mine))
                 error = (reached.float() - wanted).abs().sum()
                 rate = self.config.lr * RATE * cosine(learner.made / steps)
-                learner.step(error / (len(rows) * noise[0].numel()), rate, self.student, codes.add)
+                learner.step(
+                    error / (len(rows) * noise[0].numel()),
+                    rate,
+                    self.student,
+                    codes.add,
+                )
                 yield learner.made
 
     @torch.no_grad()
@@ -325,10 +332,7 @@ class Flow(CodesPrior):
         halves = torch.zeros_like(noise)
         ends = torch.zeros_like(noise)
         for rows in codes.part(torch.arange(count, device=device)).split(AT_ONCE):
-            classes = None
-            if labels is not None:
-                classes = labels[rows]
-            path = list(self.path(noise[rows], classes))
+            path = list(self.path(noise[rows], labels_of(labels, rows)))
             halves[rows] = path[self._half]
             ends[rows] = path[-1]
         return noise, codes.add(halves), codes.add(ends), labels
@@ -383,6 +387,11 @@ class Flow(CodesPrior):
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_training_state(state)
         self.learner.load(state, int(state["made"]))
+
+
+def _read_phase(flow: Any, _: Any) -> None:
+    """After a state was loaded."""
+    flow._phase = int(flow.phase)
 
 
 def cosine(share: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from naign.data.mixing import shares as share_out
 from naign.errors import InputError, require
-from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device, Shape
+from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
 from naign.philox import SCALE, normal, uniform
 from naign.settings.constraints import between
 
@@ -78,7 +78,12 @@ class Mixture(CodesPrior):
         seed: int = 0,
         labels: Sequence[str] = (),
     ) -> None:
-        super().__init__(config, shape, seed=seed, labels=labels)
+        super().__init__(
+            config,
+            shape,
+            seed=seed,
+            labels=labels,
+        )
         number = config.components
         values = math.prod(shape)
         few = f"prior.components={number} for {len(labels)} classes: each needs at least one"
@@ -157,10 +162,7 @@ class Mixture(CodesPrior):
         tried = chosen[torch.arange(len(chosen)) % HELD_OUT != 0]
         if len(tried) < FEW * self.config.components:  # few codes: none can be spared
             tried = chosen
-        tried_labels = held_labels = None
-        if labels is not None:
-            tried_labels = labels[tried]
-            held_labels = labels[held]
+        tried_labels = labels_of(labels, tried)
         best: Gaussians | None = None
         highest = -math.inf
         for start in range(STARTS):
@@ -168,7 +170,7 @@ class Mixture(CodesPrior):
             for _ in range(TRIED):
                 moments, _ = self._expect(white[tried], tried_labels, gaussians)
                 gaussians = _maximise(moments)
-            _, likelihood = self._expect(white[held], held_labels, gaussians)
+            _, likelihood = self._expect(white[held], labels_of(labels, held), gaussians)
             if best is None or float(likelihood) > highest:
                 best = gaussians
                 highest = float(likelihood)
