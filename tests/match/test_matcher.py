@@ -110,7 +110,8 @@ def test_each_image_gets_its_nearest_sample():
 
     match = match_round(IMAGES, sample, configured(90, 700))
     distances, ids = nearest(IMAGES.flatten(1), TABLE.flatten(1), 0)
-    assert torch.equal(match.ids, ids) and torch.equal(match.distances, distances)
+    assert torch.equal(match.ids, ids)
+    assert torch.equal(match.distances, distances)
     assert set(asked) == {256, 188}
 
 
@@ -124,7 +125,8 @@ def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
 
     monkeypatch.setattr(pool, "HELD_ROWS", 120)
     match = match_round(IMAGES, sample, configured(90, 700, block=50))
-    assert torch.equal(match.ids, whole.ids) and torch.equal(match.distances, whole.distances)
+    assert torch.equal(match.ids, whole.ids)
+    assert torch.equal(match.distances, whole.distances)
     assert all(int(ids[0]) % 50 == 0 and len(ids) == 50 for ids in made)
 
 
@@ -189,7 +191,8 @@ def test_what_is_reported_of_a_match():
     assert match.values["match/distance"] == pytest.approx(distances.mean())
     assert match.values["match/distance_p10"] == pytest.approx(np.quantile(distances, 0.1))
     assert match.values["match/used"] == len(match.ids.unique()) / 90
-    assert match.values["match/rejected"] == 0 and match.values["match/measured"] >= 1
+    assert match.values["match/rejected"] == 0
+    assert match.values["match/measured"] >= 1
     seconds = {key for key in match.values if key.startswith("seconds/")}
     assert seconds == {f"seconds/{part}" for part in ("generate", "search", "exchange")}
     assert match.described.startswith("match: ")

@@ -93,7 +93,8 @@ def test_any_problem_in_any_blocks(kind, method, halves, seed, queries, candidat
     if kind != "all scales":  # there, float64 sums differ by the order of their terms alone
         assert (found.ids[:, :kept] - 7).tolist() == left[torch.from_numpy(rows)].tolist()
     assert_close(found.distances[:, :kept], torch.from_numpy(expected), rtol=1e-12, atol=0)
-    assert (found.ids[:, kept:] == -1).all() and found.distances[:, kept:].isinf().all()
+    assert (found.ids[:, kept:] == -1).all()
+    assert found.distances[:, kept:].isinf().all()
 
 
 @pytest.mark.parametrize("case", ["near-duplicates", "low rank"])
@@ -125,7 +126,8 @@ def test_a_block_is_forgotten_before_the_next_is_made():
         return block
 
     search(draw(1, 50, 30), Blocks(rows=5000, make=make, size=500), 0)
-    assert len(alive) == 10 and max(alive) <= 1
+    assert len(alive) == 10
+    assert max(alive) <= 1
 
 
 def test_many_rows_of_many_values_are_bounded(monkeypatch):

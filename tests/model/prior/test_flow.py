@@ -182,7 +182,8 @@ def test_a_model_draws_by_its_flow_again_where_other_steps_are_asked_for(tmp_pat
     model = NAIGN.from_pretrained(tmp_path)
     assert int(model.prior.phase) == TAUGHT
     finer = model.with_flow(steps=9)
-    assert finer.prior.config.steps == 9 and not finer.prior.config.student
+    assert finer.prior.config.steps == 9
+    assert not finer.prior.config.student
     assert not torch.equal(finer.sample(3), model.sample(3))
     finer.save_pretrained(tmp_path / "finer")
     assert torch.equal(NAIGN.from_pretrained(tmp_path / "finer").sample(3), finer.sample(3))
