@@ -68,7 +68,7 @@ def match(rank: int, world: int) -> dict[str, dict[str, Any]]:
     for name, setting in SETTINGS.items():
         found = matched(setting, rank, world)
         values = {key: value for key, value in found.values.items() if key.startswith("match/")}
-        values = {key: value for key, value in values.items() if key not in ("match/measured", "match/received")}
+        values = {key: value for key, value in values.items() if key != "match/measured"}
         answers[name] = {"ids": found.ids, "distances": found.distances, "values": values}
     return answers
 

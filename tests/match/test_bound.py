@@ -13,7 +13,12 @@ from tests.match.problems import FAMILIES, draw, family, low_rank, oracle
 def frame_of(rows, *, basis, dtype):
     """A frame around zero."""
     centre = torch.zeros(rows.shape[1])
-    return Frame(centre=centre, basis=basis, magnitude=float(rows.abs().max()), dtype=dtype)
+    return Frame(
+        centre=centre,
+        basis=basis,
+        magnitude=float(rows.abs().max()),
+        dtype=dtype,
+    )
 
 
 def sift(queries, candidates, limit, frame):
@@ -47,22 +52,30 @@ def test_every_candidate_within_the_limit_survives(kind, dtype, seed, queries, c
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_is_far_is_dropped(dtype):
-    queries, candidates = low_rank(5, 50, 2000, 784, noise=0.01)
+    queries, candidates = low_rank(
+        5,
+        50,
+        2000,
+        784,
+        noise=0.01,
+    )
     frame = frame_of(candidates, basis=bound.find_basis(candidates, 40), dtype=dtype)
-    alive = sift(queries, candidates, oracle(queries, candidates)[0][:, 0], frame)
+    alive = sift(
+        queries,
+        candidates,
+        oracle(queries, candidates)[0][:, 0],
+        frame,
+    )
     assert alive.sum() / len(queries) < 60  # of 2,000
 
 
 def test_a_bad_basis_widens_the_bound_but_drops_nothing_it_may_not():
-    queries, candidates = draw(0, 60, 300), draw(1, 900, 300)
+    queries = draw(0, 60, 300)
+    candidates = draw(1, 900, 300)
     basis = bound.find_basis(candidates, 30) + 0.01 * draw(2, 300, 30)
     exact, order = oracle(queries, candidates)
-    alive = sift(
-        queries,
-        candidates,
-        exact[:, 0],
-        frame_of(candidates, basis=basis, dtype=torch.bfloat16),
-    )
+    frame = frame_of(candidates, basis=basis, dtype=torch.bfloat16)
+    alive = sift(queries, candidates, exact[:, 0], frame)
     assert alive.gather(1, torch.from_numpy(order)).all()
 
 

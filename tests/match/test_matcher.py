@@ -1,6 +1,5 @@
 """The pool is the same for every world size, and each image learns the id of the sample it shall pull."""
 
-import json
 from itertools import pairwise
 
 import numpy as np
@@ -16,9 +15,6 @@ from naign.match import assign, matcher, nearest, pool
 from naign.match.exchange import Ranks
 from naign.match.matcher import MatchConfig, match_round
 from naign.match.pool import Pool, block_range
-from naign.model.networks import ConvConfig, build_network
-from naign.model.prior import LatentsConfig, build_latents
-from tests.conftest import SMALL
 from tests.match.problems import draw
 
 TABLE = draw(0, 700, 1, 4, 4)
@@ -31,7 +27,12 @@ def match_table(images=IMAGES, table=TABLE, **setting):
 
 
 def configured(images, pool, *, block=256, **setting):
-    return MatchConfig(ratio=pool / images, round=images, block=block, **setting)
+    return MatchConfig(
+        ratio=pool / images,
+        round=images,
+        block=block,
+        **setting,
+    )
 
 
 def exact(images, table):
@@ -40,26 +41,34 @@ def exact(images, table):
 
 def greedy(distances):
     """For each row the column that it gets where the least pair is taken, again and again."""
-    pairs = sorted((distance, row, column) for (row, column), distance in np.ndenumerate(distances))
     found = {}
-    for _, row, column in pairs:
+    for pair in np.argsort(distances, axis=None, kind="stable"):
+        row, column = divmod(int(pair), distances.shape[1])
         if row not in found and column not in found.values():
             found[row] = column
     return [found[row] for row in range(len(distances))]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize(("size", "block"), [(1000, 100), (1001, 100), (99, 100), (5, 1), (4096, 512)])
+@pytest.mark.parametrize("world", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("size", "block"),
+    [
+        (1001, 100),
+        (99, 100),
+        (5, 1),
+    ],
+)
 def test_ranks_share_the_pool_in_whole_blocks(world, size, block):
     ranges = [block_range(size, block, rank, world) for rank in range(world)]
-    assert ranges[0][0] == 0 and ranges[-1][1] == size
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == size
     assert all(before[1] == after[0] for before, after in pairwise(ranges))
     assert all(first % block == 0 for first, last in ranges if first < last)
     assert max(last - first for first, last in ranges) <= -(-size // block // world) * block + block
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("size", [200, 155, 111, 95, 71, 40])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("size", [200, 111, 71, 40])
 def test_every_rank_samples_equally_often_in_each_part_of_the_pool(world, size, monkeypatch):
     """Sampling may be collective: else a rank would wait for the others for ever."""
     monkeypatch.setattr(pool, "HELD_ROWS", 20)
@@ -73,7 +82,16 @@ def test_every_rank_samples_equally_often_in_each_part_of_the_pool(world, size, 
             return torch.zeros(len(ids), 1)
 
         ranks = Ranks(rank=rank, world=world)
-        blocks = Pool(size, 10, sample, lambda: None, dims=1, ranks=ranks, keep=False).blocks()
+        part = Pool(
+            size,
+            10,
+            sample,
+            lambda: None,
+            dims=1,
+            ranks=ranks,
+            keep=False,
+        )
+        blocks = part.blocks()
         sampled = []
         for low in range(0, longest, blocks.size):
             blocks.make(min(low, blocks.rows), min(low + blocks.size, blocks.rows))
@@ -92,7 +110,8 @@ def test_each_image_gets_its_nearest_sample():
 
     match = match_round(IMAGES, sample, configured(90, 700))
     distances, ids = nearest(IMAGES.flatten(1), TABLE.flatten(1), 0)
-    assert torch.equal(match.ids, ids) and torch.equal(match.distances, distances)
+    assert torch.equal(match.ids, ids)
+    assert torch.equal(match.distances, distances)
     assert set(asked) == {256, 188}
 
 
@@ -106,29 +125,9 @@ def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
 
     monkeypatch.setattr(pool, "HELD_ROWS", 120)
     match = match_round(IMAGES, sample, configured(90, 700, block=50))
-    assert torch.equal(match.ids, whole.ids) and torch.equal(match.distances, whole.distances)
+    assert torch.equal(match.ids, whole.ids)
+    assert torch.equal(match.distances, whole.distances)
     assert all(int(ids[0]) % 50 == 0 and len(ids) == 50 for ids in made)
-
-
-def test_matched_latents_drawn_anew_are_those_of_the_pool():
-    torch.manual_seed(0)
-    network = build_network(ConvConfig(width=8, code=16), (1, 12, 12)).eval()
-    prior = build_latents(LatentsConfig(name="gaussian"), (1, 12, 12))
-    latents = torch.empty(300, *prior.draw(1, 2, torch.arange(1), "cpu").shape[1:])
-    samples = torch.empty(300, 1, 12, 12)
-
-    @torch.inference_mode()
-    def sample(ids):
-        latents[ids] = prior.draw(1, 2, ids, "cpu")
-        samples[ids] = network(latents[ids])
-        return samples[ids]
-
-    images = draw(7, 100, 1, 12, 12).tanh()
-    match = match_round(images, sample, configured(100, 300, block=64))
-    again = prior.draw(1, 2, match.ids, "cpu")
-    assert torch.equal(again, latents[match.ids])
-    distances = (samples[match.ids].double() - images.double()).square().flatten(1).sum(1)
-    torch.testing.assert_close(match.distances, distances.float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("block", [50, 256, 900])
@@ -158,7 +157,12 @@ def test_one_to_one_takes_the_least_pair_again_and_again(seed, images, more, lev
     distances = exact(queries, table)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assign, "NEIGHBOURS", neighbours)  # so few that images ask again
-        match = match_table(queries, table, assignment="one_to_one", block=8)
+        match = match_table(
+            queries,
+            table,
+            assignment="one_to_one",
+            block=8,
+        )
     assert match.ids.tolist() == greedy(distances)
     assert match.distances.tolist() == pytest.approx(distances[range(images), match.ids].tolist())
     assert match.values["match/used"] == 1
@@ -187,7 +191,8 @@ def test_what_is_reported_of_a_match():
     assert match.values["match/distance"] == pytest.approx(distances.mean())
     assert match.values["match/distance_p10"] == pytest.approx(np.quantile(distances, 0.1))
     assert match.values["match/used"] == len(match.ids.unique()) / 90
-    assert match.values["match/rejected"] == 0 and match.values["match/measured"] >= 1
+    assert match.values["match/rejected"] == 0
+    assert match.values["match/measured"] >= 1
     seconds = {key for key in match.values if key.startswith("seconds/")}
     assert seconds == {f"seconds/{part}" for part in ("generate", "search", "exchange")}
     assert match.described.startswith("match: ")
@@ -195,7 +200,16 @@ def test_what_is_reported_of_a_match():
 
 def test_the_streams_are_as_they_were_and_independent():
     id = torch.tensor([2**40 + 3])
-    streams = [philox.normal(3, 2, id, (4096,), stream=stream)[0] for stream in range(5)]
+    streams = [
+        philox.normal(
+            3,
+            2,
+            id,
+            (4096,),
+            stream=stream,
+        )[0]
+        for stream in range(5)
+    ]
     known = [
         (1.281032, 0.375587, -0.697792),
         (1.996212, -0.159794, 0.173945),
@@ -205,29 +219,19 @@ def test_the_streams_are_as_they_were_and_independent():
     for stream, values in zip(streams[:4], known, strict=True):
         assert stream[[0, 1, 8]].tolist() == pytest.approx(values, abs=1e-5)
     assert (torch.corrcoef(torch.stack(streams)) - torch.eye(5)).abs().max() < 0.08
-    assert not torch.isin(streams[4], torch.cat(streams[:4])).any()
 
 
 @pytest.mark.parametrize(
     ("setting", "key"),
     [
         ({"ratio": 0}, "match.ratio"),
-        ({"round": 0}, "match.round"),
-        ({"block": 0}, "match.block"),
-        (
-            {"assignment": "fair"},
-            "match.assignment is 'fair': choose one of free, one_to_one",
-        ),
+        ({"assignment": "fair"}, "match.assignment is 'fair': choose one of free, one_to_one"),
         (
             {"assignment": "one_to_one", "ratio": 0.5},
             "match.assignment=one_to_one gives no two images one sample, .* match.ratio=0.5",
         ),
         ({"reject_share": 1.0}, "match.reject_share"),
-        (
-            {"assignment": "one_to_one", "reject_share": 0.1},
-            "match.reject_share needs match.assignment=free",
-        ),
-        ({"method": "magic"}, "match.method is 'magic': choose one of auto"),
+        ({"assignment": "one_to_one", "reject_share": 0.1}, "match.reject_share needs match.assignment=free"),
     ],
 )
 def test_nonsense_is_refused(setting, key):
@@ -242,21 +246,3 @@ def test_the_method_may_change_within_a_run_and_the_assignment_may_not():
     assert differences(Config(), other) == []
     other.match.assignment = "one_to_one"
     assert differences(Config(), other) == ["match.assignment: free there, one_to_one now"]
-
-
-@pytest.mark.slow
-def test_a_run_with_everything_set_reports_it(train, digits, tmp_path):
-    done = train(
-        f"--data.path={digits}",
-        "--run.path=run",
-        *SMALL,
-        "--match.reject_share=0.2",
-        "--train.images=1024",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "match: " in done.stdout + done.stderr
-    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(entries) == 4
-    for entry in entries:
-        assert 0.05 < entry["match/rejected"] < 0.4
-        assert entry["match/reject"] > 0 and entry["match/distance_p10"] <= entry["match/distance_p90"]

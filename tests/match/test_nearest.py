@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from naign.match import Blocks, bound, nearest, scan, search
 from naign.match.exact import exact_distances, halved_sum
-from naign.match.scan import first_copies
 from tests.conftest import environment
 from tests.match.problems import CASES, FAMILIES, draw, family, low_rank, oracle
 
@@ -32,7 +32,12 @@ def answer(case):
 
 
 def in_blocks(rows, size, **more):
-    return Blocks(rows=len(rows), make=lambda low, high: rows[low:high], size=size, **more)
+    return Blocks(
+        rows=len(rows),
+        make=lambda low, high: rows[low:high],
+        size=size,
+        **more,
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -42,7 +47,7 @@ def test_the_nearest_is_the_oracles(case, method):
     result = search(queries, candidates, 1000, method=method)
     expected, rows = answer(case)
     assert (result.ids - 1000).tolist() == rows.tolist()
-    torch.testing.assert_close(result.distances, torch.from_numpy(expected), rtol=1e-12, atol=0)
+    assert_close(result.distances, torch.from_numpy(expected), rtol=1e-12, atol=0)
 
 
 def test_nearest_returns_squared_distances_in_float32():
@@ -67,24 +72,19 @@ def test_nearest_returns_squared_distances_in_float32():
     neighbours=st.integers(1, 5),
     skipped=st.sampled_from([0, 0, 3, 600]),
 )
-def test_any_problem_in_any_blocks(
-    kind,
-    method,
-    halves,
-    seed,
-    queries,
-    candidates,
-    dims,
-    block,
-    neighbours,
-    skipped,
-):
+def test_any_problem_in_any_blocks(kind, method, halves, seed, queries, candidates, dims, block, neighbours, skipped):
     near, far = family(kind, seed, queries, candidates, dims)
     skip = torch.randperm(len(far), generator=torch.Generator().manual_seed(seed))[:skipped]
     blocks = in_blocks(far, max(block, len(far) // 20), skip=skip + 7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "bfloat16_is_faster", lambda device, threads: halves)
-        found = search(near, blocks, 7, method=method, neighbours=neighbours)
+        found = search(
+            near,
+            blocks,
+            7,
+            method=method,
+            neighbours=neighbours,
+        )
     left = torch.ones(len(far), dtype=torch.bool)
     left[skip] = False
     left = left.nonzero().flatten()
@@ -92,8 +92,9 @@ def test_any_problem_in_any_blocks(
     kept = rows.shape[1]
     if kind != "all scales":  # there, float64 sums differ by the order of their terms alone
         assert (found.ids[:, :kept] - 7).tolist() == left[torch.from_numpy(rows)].tolist()
-    torch.testing.assert_close(found.distances[:, :kept], torch.from_numpy(expected), rtol=1e-12, atol=0)
-    assert (found.ids[:, kept:] == -1).all() and found.distances[:, kept:].isinf().all()
+    assert_close(found.distances[:, :kept], torch.from_numpy(expected), rtol=1e-12, atol=0)
+    assert (found.ids[:, kept:] == -1).all()
+    assert found.distances[:, kept:].isinf().all()
 
 
 @pytest.mark.parametrize("case", ["near-duplicates", "low rank"])
@@ -107,12 +108,8 @@ def test_threads_and_blocks_do_not_change_a_bit(case):
                 torch.set_num_threads(threads)
                 for size in (17, 100, 4096):
                     found = search(queries, in_blocks(candidates, size), 0, method=method)
-                    answers.add(
-                        (
-                            tuple(found.distances.flatten().tolist()),
-                            tuple(found.ids.flatten().tolist()),
-                        )
-                    )
+                    bits = torch.stack([found.distances.view(torch.int64), found.ids])
+                    answers.add(tuple(bits.flatten().tolist()))
     finally:
         torch.set_num_threads(before)
     assert len(answers) == 1
@@ -129,7 +126,8 @@ def test_a_block_is_forgotten_before_the_next_is_made():
         return block
 
     search(draw(1, 50, 30), Blocks(rows=5000, make=make, size=500), 0)
-    assert len(alive) == 10 and max(alive) <= 1
+    assert len(alive) == 10
+    assert max(alive) <= 1
 
 
 def test_many_rows_of_many_values_are_bounded(monkeypatch):
@@ -151,29 +149,19 @@ def test_data_that_no_projection_separates_are_searched_by_faiss(monkeypatch):
         return list_near(sieve, candidates, limit)
 
     monkeypatch.setattr(bound.Sieve, "list_near", counted)
-    queries, candidates = draw(0, 200, 900), draw(1, 4000, 900)
-    found = search(queries, in_blocks(candidates, 1000), 0, method="bounded")
+    queries = draw(0, 200, 900)
+    candidates = draw(1, 4000, 900)
+    found = search(
+        queries,
+        in_blocks(candidates, 1000),
+        0,
+        method="bounded",
+    )
     assert bounded == [992]
     assert found.ids.tolist() == oracle(queries, candidates)[1].tolist()
 
 
-def test_a_pool_that_is_mostly_one_sample_is_not_measured_pair_by_pair():
-    queries = draw(0, 200, 60)
-    candidates = torch.cat([0.1 * draw(1, 1, 60).repeat(3300, 1), 3 * draw(2, 796, 60)])
-    for method in METHODS:
-        found = search(queries, candidates, 0, method=method)
-        assert found.measured < 1000
-        assert found.ids.tolist() == oracle(queries, candidates)[1].tolist()
-
-
-def test_copies_are_those_of_the_first_row_of_their_norm():
-    rows = torch.tensor([[3.0, 4], [4, 3], [3, 4], [1, 1], [3, 4], [4, 3], [1, 1]])
-    assert first_copies(rows, 1).tolist() == [0, 1, 3, 5]
-    assert first_copies(rows, 2).tolist() == [0, 1, 2, 3, 5, 6]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["queries", "candidates"])
+@pytest.mark.parametrize(("where", "value"), [("queries", torch.nan), ("candidates", -torch.inf)])
 def test_values_that_are_not_finite_are_refused(value, where):
     rows = {"queries": draw(0, 5, 4), "candidates": draw(1, 5, 4)}
     rows[where][3, 2] = value
@@ -181,25 +169,21 @@ def test_values_that_are_not_finite_are_refused(value, where):
         nearest(rows["queries"], rows["candidates"], 0)
 
 
+NOT_ROWS = r"must be float32 torch tensors \(n, d\) of the same d >= 1, not "
+
+
 @pytest.mark.parametrize(
     ("queries", "candidates", "first", "what"),
     [
         (draw(0, 5, 4), torch.empty(0, 4), 0, "no rank has a candidate"),
-        (draw(0, 5, 4), draw(1, 5, 3), 0, "are not rows of 4 values"),
-        (draw(0, 5), draw(1, 5, 3), 0, "must be a matrix"),
-        (draw(0, 5, 4), draw(1, 5, 4, 2), 0, "are not rows of 4 values"),
-        (
-            draw(0, 5, 4).double(),
-            draw(1, 5, 4).double(),
-            0,
-            "must be float32, not float64",
-        ),
-        (draw(0, 5, 4), draw(1, 5, 4).half(), 0, "must be float32, not float16"),
+        (draw(0, 5, 4), draw(1, 5, 3), 0, NOT_ROWS + r"torch.float32 \(5, 3\)"),
+        (draw(0, 5), draw(1, 5, 3), 0, NOT_ROWS + r"torch.float32 \(5,\)"),
+        (draw(0, 5, 4), draw(1, 5, 4, 2), 0, NOT_ROWS),
+        (draw(0, 5, 4), draw(1, 5, 4).half(), 0, NOT_ROWS + "torch.float16"),
         (draw(0, 5, 4), draw(1, 5, 4), 2**62 - 4, "leave .0, 2..62."),
-        (draw(0, 5, 4), draw(1, 5, 4), -1, "leave .0, 2..62."),
         (draw(0, 5, 4), draw(1, 5, 4), "a", "leave .0, 2..62."),
-        (draw(0, 5, 4).numpy(), draw(1, 5, 4), 0, "must be torch tensors"),
-        (draw(0, 5, 4), draw(1, 5, 4).tolist(), 0, "must be torch tensors"),
+        (draw(0, 5, 4).numpy(), draw(1, 5, 4), 0, NOT_ROWS + "float32"),
+        (draw(0, 5, 4), draw(1, 5, 4).tolist(), 0, NOT_ROWS + "list"),
     ],
 )
 def test_what_does_not_fit_is_refused(queries, candidates, first, what):
@@ -251,8 +235,8 @@ def test_settings_that_make_products_coarser_change_nothing(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("magnitude", [2.8e-23, 3.2e-23, 4.5e-23, 1e-19])
-@pytest.mark.parametrize("bulk", [0.0, 1e-16, 1e-9])
+@pytest.mark.parametrize("magnitude", [2.8e-23, 4.5e-23, 1e-19])
+@pytest.mark.parametrize("bulk", [0.0, 1e-16])
 def test_squares_that_underflow_prove_nothing(method, magnitude, bulk):
     """The nearest come in the second block, when there are limits already."""
     corners = magnitude * draw(0, 300, 50).sign()
@@ -268,12 +252,18 @@ def test_squares_that_underflow_prove_nothing(method, magnitude, bulk):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_distances_beyond_the_largest_norms_are_distances(method):
-    queries, candidates = 0.5 * draw(0, 1200, 20), 0.5 * draw(1, 1200, 20)
+    queries = 0.5 * draw(0, 1200, 20)
+    candidates = 0.5 * draw(1, 1200, 20)
     queries[1, 0] = -3.2e15
     candidates[1, 0] = 3.2e15
     candidates[2, 0] = 3.3e15
     skip = torch.tensor([0, *range(3, 1200)])
-    assert search(queries, in_blocks(candidates, 4096, skip=skip), 0, method=method).ids[1].tolist() == [1]
+    assert search(
+        queries,
+        in_blocks(candidates, 4096, skip=skip),
+        0,
+        method=method,
+    ).ids[1].tolist() == [1]
 
 
 def test_the_public_names_and_nothing_heavy_are_imported():
@@ -287,17 +277,22 @@ assert not {"boto3", "deepspeed", "sklearn", "tensorboard", "torchmetrics"} & se
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3, 64, 784, 3072])
+@pytest.mark.parametrize("dims", [1, 3, 784])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_distance_depends_on_no_other_pair(dims, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     values = torch.rand(50, dims, dtype=torch.float64)
-    torch.testing.assert_close(halved_sum(values.clone()), values.sum(1))
+    assert_close(halved_sum(values.clone()), values.sum(1))
     rows = torch.arange(400, device=device)
     queries = draw(dims, 400, dims).to(device)
     candidates = draw(dims + 1, 400, dims).to(device)
     whole = exact_distances(queries, candidates, rows, rows)
     for count in (1, 2, 13, 64):
-        some = exact_distances(queries, candidates, rows[:count], rows[:count])
+        some = exact_distances(
+            queries,
+            candidates,
+            rows[:count],
+            rows[:count],
+        )
         assert torch.equal(some, whole[:count])

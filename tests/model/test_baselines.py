@@ -7,6 +7,7 @@ import torch
 from naign_baselines.rectified_flow import FlowConfig, FlowNetworkConfig
 from naign_baselines.vae import CodeNormalConfig, VaeConfig, VaeNetworkConfig
 from torch.distributions import Laplace, Normal, kl_divergence
+from torch.testing import assert_close
 
 from naign import config
 from naign.errors import InputError
@@ -44,23 +45,21 @@ def total_loss(settings, network, images, latents=None):
 
 
 @pytest.mark.parametrize(
-    ("body", "code"),
+    ("body", "code", "likelihood"),
     [
-        ("conv", (6,)),
-        ("conv", (100,)),
-        ("spatial", (6, 4, 4)),
+        ("conv", (6,), "gaussian"),
+        ("conv", (100,), "laplace"),
+        ("spatial", (6, 4, 4), "gaussian"),
     ],
 )
-@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
 def test_the_loss_is_the_bound_on_the_likelihood(body, code, likelihood):
     f = build(VaeNetworkConfig(width=8, code=code[0], body=body))
     assert networks.code_shape(f, "prior") == code
     x = normals(9).tanh()
     mean, log_variance = f.body.encode(x).chunk(2, dim=1)
     posterior = Normal(mean, (log_variance / 2).exp())
-    noise = torch.cat([normals(step).flatten(1) for step in (0, 1)], dim=1)
-    noise = noise[:, : math.prod(code)].view_as(mean)
-    drawn = f.decode(mean + posterior.scale * noise)
+    noise = torch.cat([normals(0).flatten(1), normals(1).flatten(1)], dim=1)
+    drawn = f.decode(mean + posterior.scale * noise[:, : math.prod(code)].view_as(mean))
     if likelihood == "gaussian":
         error = (drawn - x).square().mean().sqrt()
         fit = Normal(drawn, error.expand_as(drawn)).log_prob(x).mean()
@@ -71,8 +70,8 @@ def test_the_loss_is_the_bound_on_the_likelihood(body, code, likelihood):
         constant = 1 + math.log(2)
     divergence = kl_divergence(posterior, Normal(0.0, 1.0)).flatten(1).sum(1)
     loss = total_loss(VaeConfig(likelihood=likelihood), f, x)
-    torch.testing.assert_close(loss + constant, divergence.mean() / 64 - fit)
-    torch.testing.assert_close(f(x), f.decode(mean))
+    assert_close(loss + constant, divergence.mean() / 64 - fit)
+    assert_close(f(x), f.decode(mean))
 
 
 def test_latents_of_a_vae_are_decoded_normals():
@@ -80,7 +79,7 @@ def test_latents_of_a_vae_are_decoded_normals():
     model = NAIGN(f, {"shape": list(SHAPE), "prior": {"name": "code-normal"}})
     ids = torch.tensor([5, 2])
     codes = normal(3, 2**32 - 1, ids, (6,))
-    torch.testing.assert_close(model.latent(ids, seed=3), f.decode(codes))
+    assert_close(model.latent(ids, seed=3), f.decode(codes))
     with pytest.raises(InputError, match="prior.name=code-normal: this network has no code"):
         build_prior(CodeNormalConfig(), SHAPE, build(networks.PointConfig()))
 
@@ -107,7 +106,14 @@ class Straight(torch.nn.Module):
     ],
 )
 def test_a_sample_takes_so_many_evaluations(evaluations, solver, times):
-    f = build(FlowNetworkConfig(width=8, depth=1, evaluations=evaluations, solver=solver))
+    f = build(
+        FlowNetworkConfig(
+            width=8,
+            depth=1,
+            evaluations=evaluations,
+            solver=solver,
+        )
+    )
     f.velocity = Straight()
     f(torch.ones(2, *SHAPE))
     assert f.velocity.seen == times
@@ -132,15 +138,7 @@ def test_the_flow_learns_the_way_from_its_latents_to_the_data():
     time = normals(0)[:, 0, 0, 0].sigmoid()
     along = torch.lerp(z, x, time.view(-1, 1, 1, 1))
     expected = (f._velocity(along, time) - (x - z)).square().mean()
-    torch.testing.assert_close(total_loss(FlowConfig(), f, x, z), expected)
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 20, 28)])
-def test_a_flow_has_images_of_any_shape(shape):
-    f = build(FlowNetworkConfig(width=8, depth=1, evaluations=2), shape)
-    out = f(3 * torch.randn(2, *shape))
-    assert out.shape == (2, *shape)
-    assert float(out.detach().abs().max()) <= 1
+    assert_close(total_loss(FlowConfig(), f, x, z), expected)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +147,6 @@ def test_a_flow_has_images_of_any_shape(shape):
         (FlowNetworkConfig(), {"shape": (2,)}, "takes images"),
         (FlowNetworkConfig(), {"shape": (1, 27, 28)}, "model.patch=2 does not divide"),
         (VaeNetworkConfig(), {"shape": (2,)}, "takes images"),
-        (FlowNetworkConfig(), {"recompute": True}, "leave out train.recompute"),
         (VaeNetworkConfig(), {"recompute": True}, "leave out train.recompute"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing import assert_close
 
 from naign.checkpoint.writer import newest_checkpoint
 from naign.config import Config
@@ -69,7 +70,14 @@ def train(digits, tmp_path):
         options += ["--checkpoint.rounds=1", "--checkpoint.keep=0", f"--run.path={run}"]
         options += [option for option in SMALL if not option.startswith("--model")]
         command = [sys.executable, "-c", PROGRAM, *options]
-        done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            env=environment(),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         return tmp_path / run
 
@@ -122,7 +130,14 @@ def test_a_checkpoint_has_the_buffers_of_its_step(config, tmp_path):
         before = copies(engine.bare)
         latents = build_latents(LatentsConfig(name="gaussian"), stream.shape)
         prior = Prior(PriorConfig(), stream.shape)
-        taken = snapshot(config, stream, engine, State(), latents, prior)
+        taken = snapshot(
+            config,
+            stream,
+            engine,
+            State(),
+            latents,
+            prior,
+        )
     engine.forward(torch.randn(4, 1, 8, 8))  # training goes on while the files are written
     taken.copy()
     taken.files["model.safetensors"](tmp_path / "model.safetensors")
@@ -135,6 +150,6 @@ def test_sampling_uses_the_running_statistics_and_leaves_them_alone(config):
     engine.forward(5 + torch.randn(4, 1, 8, 8))
     before = copies(engine.bare)
     noise = torch.randn(6, 1, 8, 8)
-    torch.testing.assert_close(engine.sample(noise)[:3], engine.sample(noise[:3]))
+    assert_close(engine.sample(noise)[:3], engine.sample(noise[:3]))
     assert engine.bare.training
     assert all(torch.equal(value, before[name]) for name, value in engine.bare.named_buffers())

@@ -12,16 +12,10 @@ from naign.checkpoint.bucket import upload
 from naign.cli.files import write_samples
 from naign.errors import InputError
 from naign.model.naign import NAIGN
-from naign.model.networks import build_network, recorded_network
 from naign.storage.store import open_store
 from tests.checkpoint.written import write_checkpoint
+from tests.model.made import make_model
 
-METADATA = {
-    "model": {"name": "conv", "width": 4, "code": 8},
-    "shape": [1, 8, 8],
-    "latents": {"name": "gaussian"},
-    "prior": {"name": "none"},
-}
 BEFORE = "step-00000010"
 LAST = "step-00000050"
 
@@ -29,8 +23,8 @@ LAST = "step-00000050"
 def write_run(folder, *, average=False):
     """A run of checkpoints after 1 and 5 rounds."""
     for rounds, name in ((1, BEFORE), (5, LAST)):
-        torch.manual_seed(rounds)
-        model = NAIGN(build_network(recorded_network(METADATA["model"]), (1, 8, 8)), METADATA)
+        model = make_model()
+        model.network.decoder[1].bias.fill_(float(rounds))
 
         def fill(place, model=model, rounds=rounds):
             model.save_pretrained(place)

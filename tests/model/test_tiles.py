@@ -5,12 +5,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.testing import assert_close
 
 from naign.data.scale import scaled
 from naign.errors import InputError
 from naign.model import tiles
 from naign.model.naign import NAIGN
 from tests.data.test_resize import PHOTOS
+from tests.model.made import assert_near
 
 SIDE = 24
 
@@ -41,7 +43,7 @@ def photos():
 def model(photos):
     windows = photos[:, 0].unfold(1, SIDE, 5).unfold(2, SIDE, 5)
     network = Principal(windows.reshape(-1, 1, SIDE, SIDE), 200)
-    return NAIGN(network, {"shape": [1, SIDE, SIDE], "latents": {"name": "gaussian"}, "prior": {"name": "none"}})
+    return NAIGN(network, {"shape": [1, SIDE, SIDE], "prior": {"name": "none"}})
 
 
 def reader(x):
@@ -84,13 +86,12 @@ def test_no_seam_is_seen(photos, model, dim, monkeypatch):
         (SIDE, SIDE),
         (3, 100),
         (25, 47),
-        (200, 1),
     ],
 )
 def test_windows_sum_to_one_at_any_size(size):
     x = torch.rand(2, 3, *size) * 2 - 1
     bands = tiles.blended(lambda x: x, reader(x), size, (SIDE, SIDE))
-    torch.testing.assert_close(torch.cat([*bands], dim=2), x, rtol=0, atol=1e-6)
+    assert_near(torch.cat([*bands], dim=2), x, 1e-6)
 
 
 def test_the_model_s_own_size_is_one_evaluation(photos, model):
@@ -103,7 +104,7 @@ def test_the_model_s_own_size_is_one_evaluation(photos, model):
 def test_a_smaller_image_is_reflected(photos, model):
     x = photos[..., : SIDE - 4, : SIDE - 8]
     padded = nn.functional.pad(x, (4, 4, 2, 2), mode="reflect")
-    torch.testing.assert_close(model.project(x), model.network(padded)[..., 2:-2, 4:-4])
+    assert_close(model.project(x), model.network(padded)[..., 2:-2, 4:-4])
 
 
 def test_rows_are_read_once_their_tiles_are_due(photos, model):
@@ -127,10 +128,12 @@ def test_progress_counts_tiles_and_the_mean_of_the_map_is_the_energy(model):
     counted = []
     x = torch.rand(2, 1, 50, 30)
     model.project(x, advance=counted.append)
-    assert sum(counted) == 2 * tiles.count((50, 30), (SIDE, SIDE))
+    tops, _ = tiles._windows(50, SIDE)
+    lefts, _ = tiles._windows(30, SIDE)
+    assert sum(counted) == 2 * len(tops) * len(lefts)
     found = model.energy(x, map=True)
     assert found.shape == (2, 50, 30)
-    torch.testing.assert_close(found.mean((1, 2)), model.energy(x))
+    assert_close(found.mean((1, 2)), model.energy(x))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,6 @@ def test_progress_counts_tiles_and_the_mean_of_the_map_is_the_energy(model):
         (1, 2, 30, 30),
         (1, 30, 30),
         (1, 1, 0, 5),
-        (1, 1, 1, 30, 30),
     ],
 )
 def test_what_is_no_image_of_the_model_s_channels_is_refused(model, shape):

@@ -154,7 +154,7 @@ class CodeNormalConfig(PriorConfig):
 class CodeNormal(Prior):
     """Codes N(0, I)."""
 
-    decodes = arc = True
+    decodes = True
 
     def draw(
         self,

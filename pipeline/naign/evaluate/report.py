@@ -151,7 +151,7 @@ def _draw_samples(subject: Subject) -> list[Picture]:
         times.append((f"{count} times", model.project(times[-1][1])))
     alike = "A column is one z. For a perfect projection all rows below the first are alike."
     drawn.append(Picture("applications", "The same z, f applied one to five times", alike, rows(times)))
-    way = "f(z) for z between one draw, left, and another, right: on an arc for noise or a flow, else on a line."
+    way = "f(z) for z between one draw, left, and another, right: on a line, which for noise keeps the length."
     drawn.append(Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)))
     return drawn
 

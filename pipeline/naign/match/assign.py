@@ -37,15 +37,18 @@ def assign_once(
     neighbours = NEIGHBOURS
     while len(unsettled):
         mine = unsettled[(first <= unsettled) & (unsettled < last)] - first
-        found, found_ids = find(torch.from_numpy(mine), neighbours, torch.from_numpy(ids[ids >= 0]))
+        assigned = torch.from_numpy(ids[ids >= 0])
+        found, found_ids = find(torch.from_numpy(mine), neighbours, assigned)
         sizes = np.diff(np.searchsorted(unsettled, edges)).tolist()
-        every = ranks.gather(torch.stack([found.view(torch.int64), found_ids], dim=2), sizes).numpy()
+        pairs = torch.stack([found.view(torch.int64), found_ids], dim=2)
+        every = ranks.gather(pairs, sizes).numpy()
         near = every[:, :, 0].view(np.float64)
         rows, columns = settled_pairs(near, every[:, :, 1])
         distances[unsettled[rows]] = near[rows, columns]
         ids[unsettled[rows]] = every[rows, columns, 1]
         unsettled = unsettled[ids[unsettled] < 0]
-        neighbours = max(NEIGHBOURS, min(4 * neighbours, MOST_PAIRS // max(1, len(unsettled))))
+        most = MOST_PAIRS // max(1, len(unsettled))
+        neighbours = max(NEIGHBOURS, min(4 * neighbours, most))
     return torch.from_numpy(distances[first:last]), torch.from_numpy(ids[first:last])
 
 
@@ -69,4 +72,6 @@ def settled_pairs(
             taken.add(sample)
         elif column == neighbours - 1:
             break
-    return np.array(list(column_of), np.int64), np.array(list(column_of.values()), np.int64)
+    rows = np.array(list(column_of), np.int64)
+    columns = np.array(list(column_of.values()), np.int64)
+    return rows, columns

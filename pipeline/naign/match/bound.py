@@ -73,7 +73,8 @@ class Frame:
 
     def __post_init__(self) -> None:
         product = self.basis.double().T @ self.basis.double()
-        self.departure = float(torch.linalg.matrix_norm(product - torch.eye(len(product)).to(product)))
+        identity = torch.eye(len(product)).to(product)
+        self.departure = float(torch.linalg.matrix_norm(product - identity))
 
     def __str__(self) -> str:
         return f"{self.coordinates} coordinates in {str(self.dtype).removeprefix('torch.')}"
@@ -94,7 +95,8 @@ class Frame:
         dims = len(self.basis)
         chunks = math.ceil(dims / CHUNK)
         terms = min(dims, CHUNK) + chunks
-        return 2 * _U + self.departure + (1 + self.departure) * math.sqrt(self.coordinates) * gamma(terms)
+        projection = (1 + self.departure) * math.sqrt(self.coordinates) * gamma(terms)
+        return 2 * _U + self.departure + projection
 
     @property
     def slack(self) -> float:
@@ -135,13 +137,20 @@ def find_basis(rows: Tensor, width: int) -> Tensor:
     """The leading principal directions of centred rows (n, d), (d, at most min(width, d, n)), most variance first: one
     step of subspace iteration (Halko, Martinsson, Tropp 2011, section 4.5), made orthonormal in float64.
     """
-    rows = rows / rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(rows), min(width, *rows.shape), generator=generator, dtype=rows.dtype).to(rows.device)
-    spanned = (rows.T @ torch.linalg.qr(rows @ (rows.T @ start)).Q).double()
+    tiny = torch.finfo(torch.float32).tiny
+    rows = rows / rows.abs().max().clamp(min=tiny)
+    start = torch.randn(
+        len(rows),
+        min(width, *rows.shape),
+        generator=torch.Generator().manual_seed(0),
+        dtype=rows.dtype,
+    )
+    span = rows @ (rows.T @ start.to(rows.device))
+    spanned = (rows.T @ torch.linalg.qr(span).Q).double()
     values, turn = torch.linalg.eigh(spanned.T @ spanned)
     kept = values > 1e-12 * values[-1]  # the rows may span fewer directions
-    basis = spanned @ (turn[:, kept] * values[kept].rsqrt()).flip(1)
+    scaled = turn[:, kept] * values[kept].rsqrt()
+    basis = spanned @ scaled.flip(1)
     leading: Tensor = basis.float().contiguous()
     return leading
 
@@ -161,8 +170,10 @@ def _encode_part(rows: Tensor, frame: Frame) -> Quantized:
     dims = rows.shape[1]
     centred = rows - frame.centre
     # Each chunk's square errs by gamma_(k + 6) relatively; the sum over the chunks is exact enough in float64.
-    squares = [torch.linalg.vector_norm(part, dim=1).double().square() for part in centred.split(CHUNK, 1)]
-    square = torch.stack(squares).sum(0) * frame.scale**2
+    square = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for part in centred.split(CHUNK, 1):
+        square += torch.linalg.vector_norm(part, dim=1).double().square()
+    square *= frame.scale**2
     relative_error = gamma(min(dims, CHUNK) + 8)
     underflow = dims * 2.0**-126 * frame.scale
     lost_square = underflow * frame.scale
@@ -174,13 +185,20 @@ def _encode_part(rows: Tensor, frame: Frame) -> Quantized:
     values = projected.T * frame.scale
     projection_error = frame.eta * length + underflow * frame.coordinates**0.5
     least = (values.double().norm(dim=1) - projection_error).clamp(min=0)
-    rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
+    rest = (above - least.square()).clamp(min=0).sqrt()
+    rest = rest * (1 + 4 * _U)
     values = torch.cat([values, rest.float()[:, None]], 1)
+    width = values.shape[1]
     rounded = values.to(frame.dtype)  # step 3
-    error = torch.linalg.vector_norm(values - rounded.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
-    error += underflow * values.shape[1] ** 0.5
+    error = torch.linalg.vector_norm(values - rounded.float(), dim=1).double()
+    error = error * (1 + gamma(width + 2)) + underflow * width**0.5
     square = (square * (1 - relative_error) - lost_square).clamp(min=0)
-    return Quantized(values=rounded, error=error, length=length, square=square)
+    return Quantized(
+        values=rounded,
+        error=error,
+        length=length,
+        square=square,
+    )
 
 
 class Sieve:
@@ -190,14 +208,14 @@ class Sieve:
         """Queries (q, d) float32, finite."""
         encoded = encode(queries, frame)
         kappa = 2 * frame.eta * (1 + frame.eta) + 2 * frame.slack
-        corrections = (
-            torch.stack(
-                [2 * (encoded.error + kappa * encoded.length), 2 * encoded.length],
-                1,
-            )
-            * _UP
+        error = encoded.error + kappa * encoded.length
+        corrections = torch.stack([error, encoded.length], 1) * (2 * _UP)
+        one = torch.ones(
+            len(queries),
+            3,
+            dtype=frame.dtype,
+            device=queries.device,
         )
-        one = torch.ones(len(queries), 3, dtype=frame.dtype, device=queries.device)
         self.frame = frame
         self._usable = encoded.usable
         self._square = encoded.square
@@ -229,10 +247,17 @@ class Sieve:
 
 def candidate_factor(encoded: Quantized, frame: Frame) -> Tensor:
     """B (n, width) for candidates, padded to a multiple of GROUP with rows that never survive."""
-    one = torch.ones(len(encoded.values), 3, dtype=frame.dtype, device=encoded.values.device)
     corrections = torch.stack([encoded.length + encoded.error, encoded.error], 1) * _UP
     rest = _split(encoded.square * (1.01 * frame.slack - 1), frame.dtype)
-    rows = torch.cat([encoded.values, corrections.to(frame.dtype), rest, one], 1)
+    rows = torch.cat(
+        [
+            encoded.values,
+            corrections.to(frame.dtype),
+            rest,
+            torch.ones_like(rest),
+        ],
+        1,
+    )
     never = rows.new_zeros(-len(rows) % GROUP, rows.shape[1])
     never[:, -6] = -1e30
     return torch.cat([rows, never])

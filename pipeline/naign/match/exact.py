@@ -35,8 +35,13 @@ def load_faiss() -> Any:
 def propose(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` nearest candidates in float32: squared L2 (q, count) float32 and rows (q, count) int64."""
     if queries.is_cuda:
-        parts = [squares(part, candidates).topk(count, dim=1, largest=False) for part in queries.split(_ROWS)]
-        return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+        values = []
+        indices = []
+        for part in queries.split(_ROWS):
+            least = squares(part, candidates).topk(count, dim=1, largest=False)
+            values.append(least.values)
+            indices.append(least.indices)
+        return torch.cat(values), torch.cat(indices)
     faiss = load_faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
     distances, rows = faiss.knn(queries.numpy(), candidates.numpy(), count)
@@ -45,8 +50,10 @@ def propose(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Te
 
 def squares(queries: Tensor, candidates: Tensor) -> Tensor:
     """Squared L2 (q, n) float32 by a matrix product: fast, and inexact where it cancels."""
-    lengths = queries.square().sum(1)[:, None] + candidates.square().sum(1)
-    return (lengths - 2 * (queries @ candidates.T)).clamp(min=0)
+    near = queries.square().sum(1)
+    far = candidates.square().sum(1)
+    found = near[:, None] + far - 2 * (queries @ candidates.T)
+    return found.clamp(min=0)
 
 
 def pair_distances(queries: Tensor, candidates: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -89,7 +96,8 @@ def halved_sum(values: Tensor) -> Tensor:
 
 def sort_lexically(*keys: Tensor) -> Tensor:
     """The permutation (..., n) that sorts along the last dimension by the first key, then the second, and so on."""
-    order = torch.arange(keys[0].shape[-1], device=keys[0].device).expand(keys[0].shape)
-    for key in reversed(keys):
-        order = order.gather(-1, torch.sort(key.gather(-1, order), dim=-1, stable=True).indices)
+    order = torch.argsort(keys[-1], dim=-1, stable=True)
+    for key in reversed(keys[:-1]):
+        again = torch.argsort(key.gather(-1, order), dim=-1, stable=True)
+        order = order.gather(-1, again)
     return order

@@ -23,7 +23,6 @@ class Ranks:
     world: int = 1
     group: dist.ProcessGroup | None = None
     link: torch.device = torch.device("cpu")  # where tensors must lie to be sent: on the GPU for NCCL, else on the CPU
-    received: int = 0  # bytes of tensors that other ranks have sent to this one
     seconds: float = 0.0  # spent in exchanges, waiting included
 
     def collect(self, value: T | Exception) -> list[T]:
@@ -47,10 +46,11 @@ class Ranks:
         out = padded.new_empty(self.world * longest, *rows.shape[1:])
         with self._exchange("sharing rows"):
             _all_gather(out, padded, group=self.group)
-        self.received += padded.nbytes * (self.world - 1)
         if min(sizes) < longest:
-            parts = out.view(self.world, *padded.shape)
-            out = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+            parts = []
+            for part, size in zip(out.split(longest), sizes, strict=True):
+                parts.append(part[:size])
+            out = torch.cat(parts)
         return out.to(rows.device)
 
     def deliver(self, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -58,7 +58,12 @@ class Ranks:
         if self.world == 1:
             return rows[None]
         mine = sizes[self.rank]
-        out = torch.empty(self.world * mine, *rows.shape[1:], dtype=rows.dtype, device=self.link)
+        out = torch.empty(
+            self.world * mine,
+            *rows.shape[1:],
+            dtype=rows.dtype,
+            device=self.link,
+        )
         with self._exchange("exchanging answers"):
             dist.all_to_all_single(
                 out,
@@ -67,7 +72,6 @@ class Ranks:
                 sizes,
                 group=self.group,
             )
-        self.received += out.nbytes * (self.world - 1) // self.world
         return out.view(self.world, mine, *rows.shape[1:]).to(rows.device)
 
     def least(self, values: Tensor) -> Tensor:
@@ -77,7 +81,6 @@ class Ranks:
         out = values.to(self.link).clone()
         with self._exchange("sharing limits"):
             dist.all_reduce(out, dist.ReduceOp.MIN, group=self.group)
-        self.received += 2 * out.nbytes * (self.world - 1) // self.world
         return out.to(values.device)
 
     @contextmanager

@@ -47,7 +47,6 @@ class SearchResult:
     ids: Tensor  # (q, k) int64, ascending among equal distances; -1 where there is none
     measured: float  # candidates of this rank, per query, that no bound excluded
     method: str  # this rank's, with its parameters
-    received: int  # bytes that other ranks sent to this one
     exchange: float  # seconds of this rank in exchanges, waiting for others included
 
 
@@ -104,10 +103,21 @@ def search(
     queries = queries.detach()
     counts = [shard.queries for shard in shards]
     asked = ranks.gather(queries, counts)
-    scan = Scan(asked, neighbours=neighbours, method=method, expected=blocks.rows)
+    scan = Scan(
+        asked,
+        neighbours=neighbours,
+        method=method,
+        expected=blocks.rows,
+    )
     scan.limit.clamp_(max=within)
     for low in range(0, max(shard.rows for shard in shards), blocks.size):
-        block, ids = make_block(blocks, first_id, low, queries, ranks)
+        block, ids = make_block(
+            blocks,
+            first_id,
+            low,
+            queries,
+            ranks,
+        )
         seeds = 0
         if low == 0:
             seeds = max(SEEDS, 2 * neighbours) // ranks.world
@@ -124,7 +134,6 @@ def search(
         ids=ids.to(queries.device),
         measured=scan.measured / max(1, len(asked)),
         method=scan.described,
-        received=ranks.received,
         exchange=ranks.seconds,
     )
 
@@ -141,22 +150,26 @@ class Shard(NamedTuple):
 
 def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, rank: int) -> Shard:
     """This rank's shard. Raises ValueError if its arguments are wrong."""
-    if not isinstance(queries, Tensor) or not isinstance(candidates, Tensor | Blocks):
-        raise ValueError(f"nearest: queries and candidates of rank {rank} must be torch tensors, or Blocks of such")
-    if queries.ndim != 2 or not queries.shape[1]:
-        raise ValueError(f"nearest: the queries of rank {rank} must be a matrix (q, d) with d >= 1")
-    dims = queries.shape[1]
-    for rows in (queries, candidates):
-        if isinstance(rows, Tensor) and rows.dtype != torch.float32:
-            given = str(rows.dtype).removeprefix("torch.")
-            raise ValueError(f"nearest: queries and candidates of rank {rank} must be float32, not {given}")
-        if isinstance(rows, Tensor) and rows.shape[1:] != queries.shape[1:]:
-            raise ValueError(f"nearest: the candidates of rank {rank} are not rows of {dims} values as the queries are")
+    given = [queries]
+    if not isinstance(candidates, Blocks):
+        given.append(candidates)
+    for rows in given:
+        fits = isinstance(rows, Tensor) and rows.dtype == torch.float32 and rows.ndim == 2
+        if not fits or not 1 <= rows.shape[1] == queries.shape[1]:
+            needed = f"queries and candidates of rank {rank} must be float32 torch tensors (n, d) of the same d >= 1"
+            found = f"{getattr(rows, 'dtype', type(rows).__name__)} {tuple(getattr(rows, 'shape', ()))}"
+            raise ValueError(f"nearest: {needed}, not {found}")
     blocks = as_blocks(candidates)
     if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - blocks.rows:
         raise ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {first_id}")
     check_finite(queries, f"the queries of rank {rank}", first_row=0)
-    return Shard(len(queries), blocks.rows, first_id, dims, blocks.size)
+    return Shard(
+        queries=len(queries),
+        rows=blocks.rows,
+        first_id=first_id,
+        dims=queries.shape[1],
+        size=blocks.size,
+    )
 
 
 def check_agreement(shards: list[Shard]) -> None:
@@ -191,7 +204,13 @@ def check_finite(rows: Tensor, what: str, *, first_row: int) -> None:
         raise NotFinite(f"nearest: NaN or infinity in {what}, row {row}")
 
 
-def make_block(blocks: Blocks, first_id: int, low: int, queries: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def make_block(
+    blocks: Blocks,
+    first_id: int,
+    low: int,
+    queries: Tensor,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor]:
     """Collective: this rank's candidates of the block that begins at row `low`, (n, d) on the device of the queries,
     and their ids (n,). All ranks raise here together if `make` fails on one, or returns anything but such a block.
     """

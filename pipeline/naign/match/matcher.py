@@ -15,13 +15,7 @@ from naign.match.exchange import Ranks, ranks_of
 from naign.match.index import Blocks, SearchResult, search
 from naign.match.pool import Pool
 from naign.match.scan import METHODS
-from naign.settings.constraints import (
-    FREE,
-    POSITIVE,
-    SHARE,
-    between,
-    one_of,
-)
+from naign.settings.constraints import FREE, POSITIVE, SHARE, between, one_of
 
 PROBE = 1024  # first samples of the pool, in whole blocks, of which `reject_share` is the share to reject
 
@@ -113,15 +107,23 @@ def match_round(
     else:
         rejected = torch.empty(0, dtype=torch.int64)
         if config.reject_share:
-            near = nearest_images(blocks, queries, sum(counts[: ranks.rank]), config, ranks, searches)
+            near = nearest_images(
+                blocks,
+                queries,
+                sum(counts[: ranks.rank]),
+                config,
+                ranks,
+                searches,
+            )
             least = rejection_distance(near, config)
             rejected = (near < least).nonzero().flatten()
             values = {
                 "match/rejected": len(rejected) / config.pool,
                 "match/reject": math.sqrt(least),
             }
-        near_samples = find(torch.arange(len(queries)), 1, rejected)
-        distances, ids = (nearest[:, 0] for nearest in near_samples)
+        near_distances, near_ids = find(torch.arange(len(queries)), 1, rejected)
+        distances = near_distances[:, 0]
+        ids = near_ids[:, 0]
 
     values |= summarize(distances, ids, counts, ranks)
     values |= costs(searches, pool.seconds, time.perf_counter() - start, ranks)
@@ -173,10 +175,9 @@ def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -
 
 
 def costs(searches: list[SearchResult], generate: float, total: float, ranks: Ranks) -> dict[str, float]:
-    """Collective: the cost of a match; seconds and bytes are those of the rank with most of each."""
+    """Collective: the cost of a match; seconds are those of the slowest rank in each."""
     exchange = ranks.seconds + sum(result.exchange for result in searches)
     mine = {
-        "match/received": float(ranks.received + sum(result.received for result in searches)),
         "match/measured": searches[-1].measured,
         "seconds/generate": generate,
         "seconds/exchange": exchange,

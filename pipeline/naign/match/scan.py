@@ -47,7 +47,14 @@ class Scan:
     Both ascend by (distance, id), and are infinite and NO_ID where there are fewer than k yet.
     """
 
-    def __init__(self, queries: Tensor, *, neighbours: int, method: str, expected: int) -> None:
+    def __init__(
+        self,
+        queries: Tensor,
+        *,
+        neighbours: int,
+        method: str,
+        expected: int,
+    ) -> None:
         """Queries (q, d) float32, finite; a method of METHODS, and how many candidates will be added in all."""
         count, dims = queries.shape
         self.queries = queries.contiguous()
@@ -97,7 +104,12 @@ class Scan:
             self._sieve = Sieve(self.queries, choose_frame(self.queries, candidates))
             self.described = f"bounded on {self._sieve.frame}"
         rows, columns, given_up = self._sieve.list_near(candidates, self._reach())
-        self._measure(candidates, ids, rows, columns)
+        self._measure(
+            candidates,
+            ids,
+            rows,
+            columns,
+        )
         left = given_up.nonzero().flatten()
         if len(left):
             self._search_flat(candidates, ids, left)
@@ -130,21 +142,30 @@ class Scan:
             proved &= least[:, -1] > reach
         may_win = (least <= reach[:, None]) & proved[:, None]
         which, place = may_win.nonzero(as_tuple=True)
-        self._measure(candidates, ids, rows[which], columns[which, place])
+        self._measure(
+            candidates,
+            ids,
+            rows[which],
+            columns[which, place],
+        )
 
         left = rows[~proved]
-        if not len(left):
-            return
-        first = first_copies(candidates, self.neighbours)  # of equal candidates only the first k can be kept
-        for part in left.split(max(1, _PAIRS["cpu"] // len(first))):
+        everyone = torch.arange(len(candidates), device=rows.device)
+        for part in left.split(max(1, _PAIRS["cpu"] // len(everyone))):
             self._measure(
                 candidates,
                 ids,
-                part.repeat_interleave(len(first)),
-                first.repeat(len(part)),
+                part.repeat_interleave(len(everyone)),
+                everyone.repeat(len(part)),
             )
 
-    def _measure(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
+    def _measure(
+        self,
+        candidates: Tensor,
+        ids: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> None:
         """Measure pairs (s,) of a query and a candidate, each pair once, and merge them into the kept ones."""
         self.measured += len(rows)
         most = _PAIRS.get(rows.device.type, _PAIRS["cpu"])
@@ -154,19 +175,31 @@ class Scan:
                 some = some[may_win]
                 others = others[may_win]
             if len(some):
-                self._keep(
+                distances = exact_distances(
+                    self.queries,
+                    candidates,
                     some,
-                    exact_distances(self.queries, candidates, some, others),
-                    ids[others],
+                    others,
                 )
+                self._keep(some, distances, ids[others])
 
     def _may_win(self, candidates: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Which pairs can be among the nearest, (s,) bool, by their distances in float32."""
-        near = pair_distances(self.queries, candidates, rows, columns).double()
+        near = pair_distances(
+            self.queries,
+            candidates,
+            rows,
+            columns,
+        ).double()
         least = torch.where(near.isinf(), 0.0, near * (1 - self._relative) - self._absolute)  # inf: it overflowed
         if self.neighbours == 1:
             most = near * (1 + self._relative) + self._absolute
-            self.limit.scatter_reduce_(0, rows, most, "amin")
+            self.limit.scatter_reduce_(
+                0,
+                rows,
+                most,
+                "amin",
+            )
         return least <= self._reach()[rows]
 
     def _keep(self, rows: Tensor, distances: Tensor, ids: Tensor) -> None:
@@ -213,27 +246,25 @@ def choose_frame(queries: Tensor, candidates: Tensor) -> Frame:
 @lru_cache
 def bfloat16_is_faster(device: torch.device, threads: int) -> bool:
     """Whether matrix products in bfloat16 take less time than in float32. Takes some milliseconds."""
-    rows, inner = (1024, 256) if device.type == "cpu" else (8192, 2048)  # a small one measures a GPU's latency
+    rows = 1024
+    inner = 256
+    if device.type != "cpu":  # a small product measures a GPU's latency
+        rows = 8192
+        inner = 2048
 
     def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(rows, inner, dtype=dtype, device=device)
-        b = torch.ones(inner, rows, dtype=dtype, device=device)
+        a = torch.ones(
+            rows,
+            inner,
+            dtype=dtype,
+            device=device,
+        )
+        b = torch.ones(
+            inner,
+            rows,
+            dtype=dtype,
+            device=device,
+        )
         return min(timeit.repeat(lambda: float((a @ b)[0, 0]), number=1, repeat=4))  # `float` waits for the device
 
     return seconds(torch.bfloat16) < seconds(torch.float32)
-
-
-def first_copies(rows: Tensor, count: int) -> Tensor:
-    """Indices, ascending, of the rows (n, d) but those with `count` equal rows before them. Rows are compared with the
-    first one of the same norm.
-    """
-    norms = rows.norm(dim=1)
-    _, kind = norms.unique(return_inverse=True)
-    order = kind.argsort(stable=True)
-    first = order[torch.searchsorted(kind[order], kind)]
-    differ = (rows != rows[first]).any(1).long()
-    order = sort_lexically(kind, differ)  # of each kind the copies come first
-    kind = kind[order]
-    place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(kind, kind)
-    kept = (place < count) | (differ[order] > 0)
-    return order[kept].sort().values

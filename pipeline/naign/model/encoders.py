@@ -9,7 +9,7 @@ augmentation keep single features from carrying a class, so that train and test 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -47,9 +47,21 @@ class Classifier(nn.Module):
         first = 2 if size >= 24 else 1  # 8x8 digits are too small to be reduced in the first layer
         side = math.ceil(math.ceil(size / first) / 2)
         self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 5, stride=first, padding=2),
+            nn.Conv2d(
+                channels,
+                width,
+                5,
+                stride=first,
+                padding=2,
+            ),
             nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.Conv2d(
+                width,
+                2 * width,
+                3,
+                stride=2,
+                padding=1,
+            ),
             nn.ReLU(),
             nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.ReLU(),
@@ -62,15 +74,6 @@ class Classifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(n, channels, size, size) in [-1, 1] -> (n, 64)."""
         return self.body(images)
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """(n, channels, size, size) in [-1, 1] -> what comes out of each ReLU, (n, c, h, w)."""
-        outputs = []
-        for layer in self.body:
-            images = layer(images)
-            if isinstance(layer, nn.ReLU):
-                outputs.append(images)
-        return outputs
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, size, size) in [-1, 1] -> (n, classes) logits."""
@@ -98,7 +101,6 @@ class Encoder:
     accuracy: float | None = None  # share of test images classified correctly when it was made; None without classes
     labels: tuple[str, ...] = ()  # names of the classes, of which its forward returns logits; empty: it has none
     shape: tuple[int, ...] | None = None  # (C, H, W) it expects; None: any
-    metadata: dict[str, str] = field(default_factory=dict)
 
     def features(self, data: Tensor) -> Tensor:
         """(n, C, H, W) in [-1, 1], or (n, D) points -> (n, d) float32, d 64 for ours."""
@@ -146,7 +148,13 @@ def load_encoder(name: str) -> Encoder:
     if name.endswith(".safetensors"):
         return read_encoder(Path(name), name)
     remedies = {name: "or give timm:NAME, or the path of a .safetensors file"}
-    return lookup("encoder", name, builtin_encoders(), "naign.encoders", remedies=remedies)()
+    return lookup(
+        "encoder",
+        name,
+        builtin_encoders(),
+        "naign.encoders",
+        remedies=remedies,
+    )()
 
 
 def open_encoder(
@@ -199,7 +207,6 @@ def read_encoder(path: Path, name: str) -> Encoder:
         accuracy=accuracy,
         labels=labels,
         shape=shape,
-        metadata=metadata,
     )
 
 

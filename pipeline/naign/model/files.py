@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import constants  # all else where it is used: it takes 0.1 s, and trainings rarely need it
@@ -38,37 +38,30 @@ _KEY = "naign"  # in the safetensors header: a JSON object that describes the mo
 _STATES = ("prior.", "latents.")  # begin the names of their tensors
 
 
-class Weights(NamedTuple):
-    """The file that holds a model's weights."""
-
-    file: Path
-    checkpoint: str = ""  # of a run: the checkpoint's name
-
-
 @contextmanager
-def open_weights(place: str | Path, **options: Any) -> Iterator[Weights]:
-    """The file with the weights of `place`, as NAIGN.from_pretrained chooses it; of a bucket that one file is fetched,
-    and is temporary. `options` are those of `download`. Raises InputError if there is none.
+def open_weights(place: str | Path, **options: Any) -> Iterator[tuple[Path, str]]:
+    """The file with the weights of `place`, as NAIGN.from_pretrained chooses it, and of a run the checkpoint's name.
+
+    Of a bucket that one file is fetched, and is temporary. `options` are those of `download`. Raises InputError if
+    there is none.
     """
     address = str(place)
     check_address(address)
-    if address.startswith(PREFIX):
-        yield Weights(download(address.removeprefix(PREFIX), **options))
+    named = shipped_model(place)
+    if named:
+        yield named, ""
+    elif address.startswith(PREFIX):
+        yield download(address.removeprefix(PREFIX), **options), ""
     elif is_in_bucket(address):
         open_store(address)  # raises InputError for what is no address
         run = address.rstrip("/")
         with tempfile.TemporaryDirectory() as folder:
-
-            def fetch(name: str) -> Path:
-                return fetch_file(run, name, FILES, Path(folder))
-
-            found = _find_in_run(run, fetch)
+            found = _find_in_run(run, lambda name: fetch_file(run, name, FILES, Path(folder)))
             if found is None:
                 raise InputError(f"{run} holds no complete checkpoint: has the training written one yet?")
             yield found
     else:
-        named = shipped_model(place)
-        yield Weights(named) if named else _find_locally(Path(place))
+        yield _find_locally(Path(place))
 
 
 def shipped_model(place: str | Path) -> Path | None:
@@ -80,10 +73,10 @@ def shipped_model(place: str | Path) -> Path | None:
     return file
 
 
-def _find_locally(place: Path) -> Weights:
-    """The weights of a file, a run, a checkpoint or an exported folder on this machine."""
+def _find_locally(place: Path) -> tuple[Path, str]:
+    """As `open_weights`, of a file, a run, a checkpoint or an exported folder on this machine."""
     if os.path.isfile(place):  # unlike Path.is_file, False for what no file can be called
-        return Weights(place)
+        return place, ""
     if not os.path.isdir(place):
         missing = f"no run or model at '{place}': there is no {os.path.abspath(place)}"
         elsewhere = "a model of the Hugging Face hub is hf://user/model, a run in a bucket s3://bucket/prefix"
@@ -95,7 +88,7 @@ def _find_locally(place: Path) -> Weights:
             raise Damaged(f"{checkpoint} is damaged or incomplete")
         return _first_file(checkpoint)
 
-    return _find_in_run(str(place.absolute()), take) or Weights(_first_file(place))
+    return _find_in_run(str(place.absolute()), take) or (_first_file(place), "")
 
 
 def _first_file(folder: Path) -> Path:
@@ -106,19 +99,19 @@ def _first_file(folder: Path) -> Path:
     raise InputError(f"'{folder}' has no complete checkpoint and no {WEIGHTS}: has its training got that far?")
 
 
-def _find_in_run(run: str, take: Callable[[str], Path]) -> Weights | None:
-    """The weights of a run's newest undamaged checkpoint.
+def _find_in_run(run: str, take: Callable[[str], Path]) -> tuple[Path, str] | None:
+    """The weights and the name of a run's newest undamaged checkpoint; None if it has no checkpoint.
 
-    `run` is a folder or a bucket; `take` returns the weights of the checkpoint of a name, or raises Damaged. None if
-    the run has no checkpoint.
+    `run` is a folder or a bucket; `take` returns the weights of the checkpoint of a name, or raises Damaged.
     """
-    names = list(newest_first(run))
-    for name in names:
+    damaged = False
+    for name in newest_first(run):
         try:
-            return Weights(take(name), name)
+            return take(name), name
         except Damaged as error:
+            damaged = True
             log.warning("skipped: %s", one_line(error))
-    if names:
+    if damaged:
         raise InputError(f"all checkpoints of '{run}' are damaged or incomplete: copy one again, or train anew")
     return None
 
@@ -131,9 +124,12 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             metadata = dict(opened.metadata() or {})
-            tensors = {name: _float32(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            tensors[name] = value.float()
     if not _all_finite(tensors):
         raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
     return metadata, tensors
@@ -166,34 +162,25 @@ def save_model(
     """Write one safetensors file, in float32, or in float16 if metadata["dtype"] says so. `metadata` names the kinds of
     the network, the latents and the prior.
     """
-    tensors = {}
-    for name, value in weights.items():
-        tensors[name] = _float32(value.detach()).cpu().contiguous()
-    for name, value in state.items():
-        tensors[name] = value.cpu().contiguous()
+    dtype = torch.float32
     if metadata.get("dtype") == "float16":
-        for name, value in tensors.items():
-            if value.is_floating_point():
-                tensors[name] = value.half()
-        if not _all_finite(tensors):
-            raise InputError("the model has weights beyond 65504, which float16 does not hold: store it as float32")
+        dtype = torch.float16
+    tensors = {}
+    for name, value in {**weights, **state}.items():
+        value = value.detach().cpu()
+        if value.is_floating_point():  # unlike counters and masks
+            value = value.to(dtype)
+        tensors[name] = value.contiguous()
+    if dtype == torch.float16 and not _all_finite(tensors):
+        raise InputError("the model has weights beyond 65504, which float16 does not hold: store it as float32")
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
 
 
-def _float32(value: Tensor) -> Tensor:
-    """In float32, but for counters and masks."""
-    return value.float() if value.is_floating_point() else value
-
-
 def _all_finite(tensors: dict[str, Tensor]) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in tensors.values())
+    return all(bool(value.isfinite().all()) for value in tensors.values())
 
 
-def write_onnx(
-    network: nn.Module,
-    shape: tuple[int, ...],
-    file: Path,
-) -> float | None:
+def write_onnx(network: nn.Module, shape: tuple[int, ...], file: Path) -> float | None:
     """Write f as an ONNX program: `x`, (n, *shape) float32, to `projected`, the same. The network is on the CPU.
 
     Returns the largest difference from f in onnxruntime; None where that is not installed. Raises InputError, and
@@ -226,7 +213,12 @@ def write_onnx(
             (actual,) = program(x)
             expected = network(x)
         largest = float((actual - expected).abs().max())
-        if not torch.allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE):
+        if not torch.allclose(
+            actual,
+            expected,
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        ):
             raise InputError(f"in onnxruntime the program differs from f by {largest:.2g}: it is not written")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, content)
@@ -235,40 +227,34 @@ def write_onnx(
 
 def download(name: str, **options: Any) -> Path:
     """The weights of user/model on the hub or in its cache; `options` are hf_hub_download's. Raises InputError."""
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    _has_token(options.get("token"))
+    _read_token(options.get("token"))
     try:
         return Path(hf_hub_download(name, WEIGHTS, **options))
-    except errors.RepositoryNotFoundError:
-        reason = f"there is none of this name, or it is shown only after a login {LOGIN}"
-    except errors.LocalEntryNotFoundError as error:
-        reason = f"the hub does not answer, and the cache has no copy: {one_line(error.__cause__ or error)}"
-    except errors.EntryNotFoundError:
-        reason = f"it has no {WEIGHTS}, which is all that is read: pickles (.bin, .pt) never are"
-    except Exception as error:  # the HTTP library's, the file system's, or an answer in another form than expected
+    except Exception as error:  # the hub's, the HTTP library's, the file system's
         reason = f"{type(error).__name__}: {one_line(error)}"
-    raise InputError(f"no model at {PREFIX}{name} ({constants.ENDPOINT}): {reason}")
+    hint = f"a private model needs a login {LOGIN}, and only {WEIGHTS} is read, never a pickle"
+    raise InputError(f"no model at {PREFIX}{name} ({one_line(constants.ENDPOINT)}): {reason}; {hint}")
 
 
 def check_login(name: str) -> None:
     """Raise InputError unless `name` is user/model and there is a token: HF_TOKEN or that of a login."""
     if "/" not in name:
         raise InputError(f"'{name}' is no name on the hub: write user/{name}")
-    if not _has_token(None):
+    if not _read_token():
         raise InputError(f"uploading {name} needs a login to the hub {LOGIN}")
 
 
-def _has_token(token: str | bool | None) -> bool:
-    """Whether there is a token. InputError where a message of the HTTP library could show it, or a password."""
+def _read_token(token: Any = None) -> str:
+    """The token for the hub, "" if there is none. InputError where a message of the HTTP library could show it."""
     from huggingface_hub import get_token
 
-    secret = token if isinstance(token, str) else get_token() or ""
-    if not (secret.isascii() and secret.isprintable()):
+    if not isinstance(token, str):
+        token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):
         raise InputError(f"the token for the hub has characters that no token has: renew the login {LOGIN}")
-    if "@" in constants.ENDPOINT:
-        raise InputError("HF_ENDPOINT holds a user or a password: give a token as HF_TOKEN instead")
-    return bool(secret)
+    return token
 
 
 def upload(folder: Path, name: str, *, private: bool = False) -> str:
@@ -290,7 +276,8 @@ def upload(folder: Path, name: str, *, private: bool = False) -> str:
         raise
     except Exception as error:  # as in `download`
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        text = f"{name} was not uploaded to the hub ({constants.ENDPOINT}): {type(error).__name__}: {one_line(error)}"
+        where = one_line(constants.ENDPOINT)
+        text = f"{name} was not uploaded to the hub ({where}): {type(error).__name__}: {one_line(error)}"
         if 400 <= status < 500 or isinstance(error, ValueError):
             raise InputError(text) from None
         raise Unavailable(text) from None

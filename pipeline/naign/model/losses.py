@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from naign.data import damage
-from naign.errors import require
+from naign.errors import InputError
 from naign.settings.constraints import AT_LEAST_0, one_of
 from naign.settings.registry import lookup
 
@@ -97,8 +97,8 @@ class NaignConfig(DistanceConfig):
     """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 
     def check(self) -> None:
-        weighed = self.reconstruction or self.imle or self.third != "none" or self.denoising
-        require((weighed, "objective.reconstruction and all other terms weigh 0: nothing would be trained"))
+        if not (self.reconstruction or self.imle or self.denoising or self.third != "none"):
+            raise InputError("objective.reconstruction and all other terms weigh 0: nothing would be trained")
         if self.denoising:
             damage.find_damage(self.damage)
 
@@ -112,7 +112,8 @@ class NaignConfig(DistanceConfig):
 
     @property
     def forwards(self) -> int:
-        return (self.reconstruction > 0) + self.needs_latents + (self.third != "none") + self.needs_damaged
+        terms = (self.reconstruction > 0, self.needs_latents, self.third != "none", self.needs_damaged)
+        return sum(terms)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -147,7 +148,13 @@ def compute_losses(config: ObjectiveConfig, network: Network, batch: Batch) -> d
 
 def find_objective(name: str) -> tuple[type[ObjectiveConfig], Loss]:
     """The settings and the loss of that name; InputError for an unknown one."""
-    return lookup("objective.name", name, OBJECTIVES, "naign.objectives", remedies=_REMEDIES)
+    return lookup(
+        "objective.name",
+        name,
+        OBJECTIVES,
+        "naign.objectives",
+        remedies=_REMEDIES,
+    )
 
 
 BASELINES = ("ign", "nae", "vae", "rectified_flow")
@@ -164,17 +171,19 @@ def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Ten
         inputs["imle"] = batch.latents
     if batch.damaged is not None:
         inputs["denoising"] = batch.damaged
-    outputs = dict(zip(inputs, network(torch.cat(list(inputs.values()))).split(len(images)), strict=True))
-    terms = {name: batch.distance(output, images) for name, output in outputs.items()}
-    total = images.new_zeros(())
-    for name, term in terms.items():
-        total = total + getattr(config, name) * term
+    outputs = network(torch.cat(list(inputs.values())))
+    made = dict(zip(inputs, outputs.split(len(images)), strict=True))
+    terms = {"total": images.new_zeros(())}
+    for name, output in made.items():
+        terms[name] = batch.distance(output, images)
+        terms["total"] = terms["total"] + getattr(config, name) * terms[name]
     if config.third != "none":
-        sample = outputs["imle"]
-        wanted = images if config.third == "matched" else sample
-        terms["third"] = batch.distance(network(sample), wanted)
-        total = total + terms["third"]
-    return {"total": total, **terms}
+        wanted = images
+        if config.third == "idempotence":
+            wanted = made["imle"]
+        terms["third"] = batch.distance(network(made["imle"]), wanted)
+        terms["total"] = terms["total"] + terms["third"]
+    return terms
 
 
 OBJECTIVES: dict[str, tuple[type[ObjectiveConfig], Loss]] = {"naign": (NaignConfig, _naign)}

@@ -52,16 +52,19 @@ class NAIGN:
         self.metadata = metadata
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
         self.checkpoint = ""  # of a run: the checkpoint's name
-        pixels = max(1, math.prod(self.shape[-2:]))
-        self._rows = max(1, min(ROWS, PIXELS // pixels))  # computed at once
-        noise = metadata.get("latents", {"name": "gaussian"})
-        noise_settings = _read_settings("latents", find_latents(noise["name"])[0], noise)
-        settings = _read_settings("prior", find_prior(metadata["prior"]["name"])[0], metadata["prior"])
+        self._rows = max(1, min(ROWS, PIXELS // math.prod(self.shape[-2:])))  # computed at once
+        noise = _read_settings("latents", metadata.get("latents", {"name": "gaussian"}), find_latents)
+        settings = _read_settings("prior", metadata["prior"], find_prior)
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
-            self.latents = build_latents(noise_settings, self.shape)
-            self.prior = build_prior(settings, self.shape, network, labels=metadata.get("labels", ()))
-        self.latents.load_state_dict(_part_of(state, "latents."), assign=True)
-        self.prior.load_state_dict(_part_of(state, "prior."), assign=True)
+            self.latents = build_latents(noise, self.shape)
+            self.prior = build_prior(
+                settings,
+                self.shape,
+                network,
+                labels=metadata.get("labels", ()),
+            )
+        self._drawn = nn.ModuleDict({"latents": self.latents, "prior": self.prior})
+        self._drawn.load_state_dict(state or {}, assign=True)
         self._place(self.device)
 
     @classmethod
@@ -79,15 +82,15 @@ class NAIGN:
         cache_dir, ...
         Raises InputError where there is no model, or the file was not written by this program.
         """
-        with open_weights(place, **download) as found:
-            header, weights, state = read_model(found.file)
+        with open_weights(place, **download) as (file, checkpoint):
+            header, weights, state = read_model(file)
         try:
             metadata = json.loads(header)
             model = cls(_build(metadata, weights), metadata, state)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
             why = one_line(error)
-            raise InputError(f"{found.file} does not hold the model that its header describes: {why}") from None
-        model.checkpoint = found.checkpoint
+            raise InputError(f"{file} does not hold the model that its header describes: {why}") from None
+        model.checkpoint = checkpoint
         model._place(device)
         return model
 
@@ -109,7 +112,12 @@ class NAIGN:
         file = Path(folder) / WEIGHTS
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_model(file, self.network.state_dict(), self.metadata, self.state)
+            save_model(
+                file,
+                self.network.state_dict(),
+                self.metadata,
+                self.state,
+            )
         except SafetensorError as error:
             raise unwritten(f"{file} cannot be written: {error}") from None
         file.chmod(0o644)  # safetensors writes for the owner only
@@ -124,8 +132,7 @@ class NAIGN:
     @property
     def state(self) -> dict[str, Tensor]:
         """The state of latents and prior, which with `network` and `metadata` makes the same model."""
-        state = {f"latents.{name}": value for name, value in self.latents.state_dict().items()}
-        return state | {f"prior.{name}": value for name, value in self.prior.state_dict().items()}
+        return self._drawn.state_dict()
 
     @property
     def has_prior(self) -> bool:
@@ -149,22 +156,23 @@ class NAIGN:
         seed: int = 0,
         label: int | str | None = None,  # name or number of a class; None: in proportion to the training images
         latents: str = "",  # noise, as in the paper, or prior; empty: the prior if there is one, else noise
-        guidance: float | None = None,  # strength of guidance by classes, as prior.guidance; None: as trained
         times: int = 1,  # applications of f
         advance: Advance = None,
     ) -> Tensor:
         """n samples (n, *shape) float32: f applied to latents 0 to n - 1 of `seed`.
 
-        Raises InputError for a label, latents or a guidance that the model does not know.
+        Raises InputError for a label or latents that the model does not know.
         """
         if n < 0:
             raise InputError(f"n is {n}: give 0 or more")
-        model = self
-        if guidance is not None:
-            model = self.with_flow(guidance=guidance)
         parts = []
         for ids in torch.arange(n).split(self._rows):
-            drawn = model.latent(ids, seed=seed, label=label, latents=latents)
+            drawn = self.latent(
+                ids,
+                seed=seed,
+                label=label,
+                latents=latents,
+            )
             parts.append(self.project(drawn, times=times, advance=advance))
         return torch.cat(parts)
 
@@ -240,10 +248,13 @@ class NAIGN:
 
         Raises InputError for a label or latents that the model does not know.
         """
-        known = ("", "prior", "noise") if self.has_prior else ("", "noise")
-        if latents not in known:
-            raise InputError(f"latents is '{latents}': choose one of {', '.join(filter(None, known))}")
-        if latents == "noise" or not self.has_prior:
+        choices = ["noise"]
+        if self.has_prior:
+            choices = ["prior", "noise"]
+        kind = latents or choices[0]
+        if kind not in choices:
+            raise InputError(f"latents is '{latents}': choose one of {', '.join(choices)}")
+        if kind == "noise":
             if label is not None:
                 raise InputError(f"label {label} can be asked of a prior with classes, and these are latents of noise")
             return self.latents.draw(seed, SAMPLES, ids, self.device).contiguous()
@@ -252,18 +263,31 @@ class NAIGN:
             number = self.find_label(label)
             asked.append(torch.full((len(ids),), number, device=self.device))
         with torch.no_grad():
-            return self._decoded(self.prior.draw(seed, SAMPLES, ids, self.device, *asked))
+            return self._decoded(
+                self.prior.draw(
+                    seed,
+                    SAMPLES,
+                    ids,
+                    self.device,
+                    *asked,
+                )
+            )
 
     @torch.no_grad()
     def between(self, first: int, last: int, *, steps: int) -> Tensor:
-        """Latents (steps, *shape) on the way from latent 0 of the seed `first` to latent 0 of the seed `last`.
-
-        An arc where latents, or codes, are made from Gaussian noise, whose distribution they keep along it; elsewhere
-        a straight line between two latents, or two codes.
+        """Latents (steps, *shape) on a line from latent 0 of the seed `first` to latent 0 of the seed `last`: between
+        two codes where the prior draws these. Noise keeps the lengths of the two, as normals have them.
         """
-        if not self.has_prior:
-            return self.latents.between((first, last), SAMPLES, self.device, steps=steps).contiguous()
-        return self._decoded(self.prior.between((first, last), SAMPLES, self.device, steps=steps))
+        draw = self.prior.draw if self.has_prior else self.latents.draw
+        start = draw(first, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
+        end = draw(last, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
+        share = torch.linspace(0, 1, steps, device=self.device)
+        share = share.view(-1, *(1,) * (start.ndim - 1))
+        way = torch.lerp(start, end, share)
+        if self.has_prior:
+            return self._decoded(way)
+        lengths = torch.lerp(start.norm(), end.norm(), share)
+        return way * lengths / way.flatten(1).norm(dim=1).view_as(share)
 
     def _decoded(self, drawn: Tensor) -> Tensor:
         if self.prior.decodes:
@@ -282,7 +306,10 @@ class NAIGN:
         if not names:
             blind = f"the model was trained without classes, so label {label} cannot be drawn"
             raise InputError(f"{blind}: train one with prior.classes")
-        number = names.index(label) if label in names else parse_number(str(label))
+        if label in names:
+            number = names.index(label)
+        else:
+            number = parse_number(str(label))
         if not 0 <= number < len(names):
             unknown = f"the model has no class '{printable(str(label), 40)}' among its {len(names)} classes"
             known = ", ".join(names[:20])
@@ -304,7 +331,10 @@ class NAIGN:
         if settings == {"guidance": known.get("guidance", 0.0)}:
             return self
         metadata = self.metadata | {"prior": known | {"student": 0} | settings}
-        state = {name: value for name, value in self.state.items() if not name.startswith("prior.student.")}
+        state = self.state
+        for name in self.state:
+            if name.startswith("prior.student."):
+                del state[name]
         state["prior.phase"] = state["prior.phase"].clamp(max=KEPT)  # the flow draws again
         return NAIGN(self.network, metadata, state)
 
@@ -377,17 +407,9 @@ def _expanded(mask: Tensor, x: Tensor) -> Tensor:
     raise InputError(f"the mask does not fit: give a bool tensor that broadcasts to {tuple(x.shape)}")
 
 
-def _part_of(state: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name begins with the prefix, without it."""
-    found = {}
-    for name, value in (state or {}).items():
-        if name.startswith(prefix):
-            found[name.removeprefix(prefix)] = value
-    return found
-
-
-def _read_settings(section: str, kind: Any, record: Mapping[str, Any]) -> Any:
+def _read_settings(section: str, record: Mapping[str, Any], find: Callable[[str], tuple[Any, Any]]) -> Any:
     """The settings that a model file recorded; those that earlier versions had for training alone are passed over."""
+    kind, _ = find(record["name"])
     known = {field.name for field in fields(kind)}
     settings = kind(**{key: value for key, value in record.items() if key in known})
     check_fields(settings, section)

@@ -5,7 +5,7 @@ settings and the function that builds it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from naign.errors import InputError, require
+from naign.errors import InputError
 from naign.settings.constraints import between, check_fields
 from naign.settings.registry import lookup
 
@@ -91,9 +91,9 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: b
 
 def code_shape(network: nn.Module, setting: str) -> tuple[int, ...]:
     """Shape of an image's code, (c,) dense or (c, h, w) spatial; InputError where there is none, as `setting` needs."""
-    coded = all(hasattr(network, name) for name in ("code", "encode", "decode"))
-    without = "choose model.name conv or spatial, without model.blend, or prior.name=none"
-    require((coded, f"{setting}: this network has no code, encode and decode: {without}"))
+    if not (hasattr(network, "code") and hasattr(network, "encode") and hasattr(network, "decode")):
+        without = "choose model.name conv or spatial, without model.blend, or prior.name=none"
+        raise InputError(f"{setting}: this network has no code, encode and decode: {without}")
     return network.code  # type: ignore[return-value]
 
 
@@ -122,16 +122,20 @@ class PointNetwork(nn.Module):
         self.octaves = config.octaves
         dims = math.prod(shape)
         width = config.width
-        layers: list[nn.Module] = [nn.Linear((1 + 2 * config.octaves) * dims, width), nn.SiLU()]
+        self.layers = nn.Sequential(nn.Linear((1 + 2 * config.octaves) * dims, width), nn.SiLU())
         for _ in range(config.depth):
-            layers += [nn.Linear(width, width), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, dims))
+            self.layers.append(nn.Linear(width, width))
+            self.layers.append(nn.SiLU())
+        self.layers.append(nn.Linear(width, dims))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(1)
-        finer = [2**octave * flat for octave in range(self.octaves)]
-        waves = [wave(part) for part in finer for wave in (torch.sin, torch.cos)]
-        return self.layers(torch.cat([flat, *waves], dim=1)).view_as(x)
+        parts = [flat]
+        for octave in range(self.octaves):
+            finer = 2**octave * flat
+            parts.append(finer.sin())
+            parts.append(finer.cos())
+        return self.layers(torch.cat(parts, dim=1)).view_as(x)
 
 
 class ResidualBlock(nn.Module):
@@ -139,8 +143,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(*norm_act_conv(channels, channels, bias=False), *norm_act_conv(channels, channels))
-        nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]  # each block starts as the identity
+        first = norm_act_conv(channels, channels, bias=False)
+        second = norm_act_conv(channels, channels)
+        nn.init.zeros_(second[-1].weight)  # type: ignore[arg-type]  # each block starts as the identity
+        self.body = nn.Sequential(*first, *second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -158,7 +164,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
-        parts = self.inner(self.norm(x)).view(n, 3, self.heads, channels // self.heads, height * width)
+        parts = self.inner(self.norm(x)).view(
+            n,
+            3,
+            self.heads,
+            channels // self.heads,
+            height * width,
+        )
         mixed = F.scaled_dot_product_attention(*parts.transpose(-1, -2).unbind(1))
         return x + self.outer(mixed.transpose(-1, -2).reshape(n, channels, height, width))
 
@@ -166,11 +178,17 @@ class Attention(nn.Module):
 class ImageNetwork(nn.Module):
     """A convolutional autoencoder, with a code but no skip connections, through which noise could pass unchanged."""
 
-    def __init__(self, encoder: nn.Sequential, decoder: nn.Sequential, code: tuple[int, ...], recompute: bool) -> None:
+    def __init__(
+        self,
+        encoder: Sequence[nn.Module],
+        decoder: Sequence[nn.Module],
+        code: tuple[int, ...],  # shape
+        recompute: bool,
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.code = code  # shape
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(*decoder)
+        self.code = code
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,17 +227,48 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
     inner = (widths[-1], height, width)
     halvings = list(pairwise([shape[0], *widths]))
     down = list[nn.Module]()
-    up = list[nn.Module]()
     for before, after in halvings:
-        down += [nn.Conv2d(before, after, 4, stride=2, padding=1), *_blocks(after, config.depth)]
+        down.append(
+            nn.Conv2d(
+                before,
+                after,
+                4,
+                stride=2,
+                padding=1,
+            )
+        )
+        down += _blocks(after, config.depth)
+    down += [
+        Norm(widths[-1]),
+        nn.SiLU(),
+        nn.Flatten(),
+    ]
+    up = list[nn.Module]()
     for after, before in reversed(halvings):
-        up += [*_blocks(before, config.depth), Norm(before), nn.SiLU()]
-        up.append(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1))
-    to_code = [Norm(widths[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(math.prod(inner), config.code)]
-    from_code = [nn.SiLU(), nn.Linear(config.code, math.prod(inner)), nn.Unflatten(1, inner)]
-    encoder = nn.Sequential(*down, *to_code)
-    decoder = nn.Sequential(*from_code, *up, nn.Tanh())
-    return ImageNetwork(encoder, decoder, (config.code,), recompute=recompute)
+        up += _blocks(before, config.depth)
+        up += [
+            Norm(before),
+            nn.SiLU(),
+            nn.ConvTranspose2d(
+                before,
+                after,
+                4,
+                stride=2,
+                padding=1,
+            ),
+        ]
+    down.append(nn.Linear(math.prod(inner), config.code))
+    from_code = [
+        nn.SiLU(),
+        nn.Linear(config.code, math.prod(inner)),
+        nn.Unflatten(1, inner),
+    ]
+    return ImageNetwork(
+        down,
+        [*from_code, *up, nn.Tanh()],
+        (config.code,),
+        recompute,
+    )
 
 
 def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
@@ -234,18 +283,39 @@ def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: 
         attend = Attention
     down = list[nn.Module]()
     for before, after in pairwise([shape[0], *widths]):
-        down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1), *_blocks(after, config.depth)]
-    up: list[nn.Module] = [nn.Conv2d(config.code, widths[-1], 3, padding=1), attend(widths[-1])]
+        down.append(nn.PixelUnshuffle(2))
+        down.append(nn.Conv2d(4 * before, after, 3, padding=1))
+        down += _blocks(after, config.depth)
+    up: list[nn.Module] = [
+        nn.Conv2d(config.code, widths[-1], 3, padding=1),
+        attend(widths[-1]),
+    ]
     for after, before in reversed(list(pairwise([shape[0] + config.blend, *widths]))):
-        up += [*_blocks(before, config.depth), *norm_act_conv(before, 4 * after), nn.PixelShuffle(2)]
-    to_code = [attend(widths[-1]), Norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)]
-    if not config.blend:
-        up.append(nn.Tanh())
+        up += _blocks(before, config.depth)
+        up += norm_act_conv(before, 4 * after)
+        up.append(nn.PixelShuffle(2))
+    down += [
+        attend(widths[-1]),
+        Norm(widths[-1]),
+        nn.SiLU(),
+        nn.Conv2d(widths[-1], config.code, 1),
+    ]
     code = (config.code, height, width)
-    network = ImageNetwork(nn.Sequential(*down, *to_code), nn.Sequential(*up), code, recompute=recompute)
     if config.blend:
-        return BlendedNetwork(network)
-    return network
+        return BlendedNetwork(
+            ImageNetwork(
+                down,
+                up,
+                code,
+                recompute,
+            )
+        )
+    return ImageNetwork(
+        down,
+        [*up, nn.Tanh()],
+        code,
+        recompute,
+    )
 
 
 def _blocks(channels: int, depth: int) -> list[ResidualBlock]:
@@ -253,7 +323,9 @@ def _blocks(channels: int, depth: int) -> list[ResidualBlock]:
 
 
 def _levels(
-    config: ConvConfig | SpatialConfig, shape: tuple[int, ...], grid: int = 8
+    config: ConvConfig | SpatialConfig,
+    shape: tuple[int, ...],
+    grid: int = 8,
 ) -> tuple[tuple[int, int], list[int]]:
     """Height and width of the smallest resolution, where the longer side is at most `grid` or either is odd, and the
     number of channels of each from half the image's down to it. InputError for a shape that cannot be halved.
@@ -265,12 +337,11 @@ def _levels(
         raise InputError(f"{unfit}: give another --data.size, or {points}")
     height = shape[1] // 2
     width = shape[2] // 2
-    levels = 1
+    widths = [config.width]
     while max(height, width) > grid and height % 2 == 0 and width % 2 == 0:
         height //= 2
         width //= 2
-        levels += 1
-    widths = [min(config.width * 2**level, max(MOST_CHANNELS, config.width)) for level in range(levels)]
+        widths.append(min(2 * widths[-1], max(MOST_CHANNELS, config.width)))
     return (height, width), widths
 
 
@@ -284,12 +355,27 @@ class Norm(nn.GroupNorm):
         if x.dtype != torch.bfloat16 or x.device.type == "cpu":
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = (value.to(x.dtype) for value in (self.weight, self.bias))
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+            return F.group_norm(
+                x,
+                self.num_groups,
+                self.weight.to(x.dtype),
+                self.bias.to(x.dtype),
+                self.eps,
+            )
 
 
 def norm_act_conv(before: int, after: int, *, bias: bool = True) -> list[nn.Module]:
-    return [Norm(before), nn.SiLU(), nn.Conv2d(before, after, 3, padding=1, bias=bias)]
+    return [
+        Norm(before),
+        nn.SiLU(),
+        nn.Conv2d(
+            before,
+            after,
+            3,
+            padding=1,
+            bias=bias,
+        ),
+    ]
 
 
 def zeroed(layer: nn.Module) -> nn.Module:

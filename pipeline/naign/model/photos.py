@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from naign.data.decode import decode_picture, in_mode
+from naign.data.decode import decode_picture, in_mode, to_picture, to_pixels
 from naign.data.scale import scaled
 from naign.errors import InputError, require
 from naign.model.naign import NAIGN, Advance
@@ -55,10 +55,12 @@ class Photo:
     def profile(self) -> bytes | None:
         """The colour profile, where it fits the repaired picture."""
         profile: bytes = self.picture.info.get("icc_profile") or b""
-        space = {"L": b"GRAY", "RGB": b"RGB "}[self.mode]
-        if profile[16:20] == space:
-            return profile
-        return None
+        space = b"RGB "
+        if self.mode == "L":
+            space = b"GRAY"
+        if profile[16:20] != space:
+            return None
+        return profile
 
     @property
     def alpha(self) -> Image.Image | None:
@@ -68,8 +70,8 @@ class Photo:
 
     def values(self) -> Tensor:
         """(1, C, H, W) float32 in [-1, 1], with the model's C."""
-        pixels = torch.from_numpy(np.array(in_mode(self.picture, self.mode)))
-        return scaled(torch.atleast_3d(pixels).permute(2, 0, 1)[None])
+        pixels = to_pixels(in_mode(self.picture, self.mode))
+        return scaled(torch.from_numpy(pixels.copy())[None])
 
     def shown(self, values: Tensor, *, seen: bool = False) -> Image.Image:
         """Values as a picture with this one's alpha, so that on white they show; `seen`: transparent pixels as well."""
@@ -79,10 +81,7 @@ class Photo:
         if alpha:
             opacity = torch.from_numpy(np.array(alpha)) / 255
             values = 1 - (1 - values) / opacity.clamp(min=1 / 255)
-        pixels = eight_bits(values[0]).permute(1, 2, 0)
-        if self.mode == "L":
-            pixels = pixels[..., 0]
-        picture = Image.fromarray(pixels.contiguous().numpy())
+        picture = to_picture(eight_bits(values[0]).numpy())
         if alpha:
             picture.putalpha(alpha)
         return picture
@@ -101,25 +100,25 @@ class Photo:
         """The map of |f(x) - x|, its mean over channels, in grey: black is 0, white 1 or more; and the energy."""
         whole = Image.new("L", self.picture.size)
         total = 0.0
-        values = 0
         for top, rows, made in self._applied(times):
             moved = made - rows.values()
-            shades = eight_bits(2 * moved.abs().mean(1)[0] - 1)
-            whole.paste(Image.fromarray(shades.numpy()), (0, top))
-            total += float(moved.double().square().sum())
-            values += moved.numel()
-        return whole, total / values
+            shades = eight_bits(2 * moved.abs().mean(1) - 1)
+            whole.paste(to_picture(shades.numpy()), (0, top))
+            total += float(moved.double().square().mean(1).sum())
+        return whole, total / (whole.width * whole.height)
 
     def _applied(self, times: int) -> Iterator[tuple[int, "Photo", Tensor]]:
         """f of the picture as bands of rows: the first row, the rows, and what f makes of them."""
+        width, height = self.picture.size
 
         def part(first: int, last: int) -> Photo:
-            return Photo(self.picture.crop((0, first, self.picture.width, last)), self.model)
+            return Photo(self.picture.crop((0, first, width, last)), self.model)
 
-        size = (self.picture.height, self.picture.width)
+        def read(first: int, last: int) -> Tensor:
+            return part(first, last).values()
+
         top = 0
-        bands = self.model.bands(lambda *rows: part(*rows).values(), size, times=times, advance=self.advance)
-        for made in bands:
+        for made in self.model.bands(read, (height, width), times, self.advance):
             bottom = top + made.shape[2]
             yield top, part(top, bottom), made
             top = bottom
@@ -137,7 +136,12 @@ class Photo:
         hole = hole.crop(box)
         part = Photo(self.picture.crop(box), self.model)
         mask = torch.from_numpy(np.array(hole) > 0)
-        made = self.model.project(part.values(), times=times, mask=mask, advance=self.advance)
+        made = self.model.project(
+            part.values(),
+            times=times,
+            mask=mask,
+            advance=self.advance,
+        )
         whole = in_mode(self.picture, self.mode)
         if self.alpha:
             whole = self.picture.convert("RGBA").convert(f"{self.mode}A")

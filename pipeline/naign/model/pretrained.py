@@ -42,11 +42,8 @@ class Pretrained(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """(n, C, H, W) -> the maps (n, c, h, w) of its stages and, last, its features (n, d) before the classifier.
-
-        Of grey images all three channels are that one.
-        """
+    def features(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) in [-1, 1] -> (n, d) float32, before the classifier. Grey images are all three channels."""
         height, width = images.shape[2:]
         factor = max(1.0, self.side / min(height, width))
         size = (round(height * factor), round(width * factor))
@@ -55,23 +52,19 @@ class Pretrained(nn.Module):
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         if size != (height, width):
-            images = F.interpolate(images, size, mode="bilinear", antialias=size[0] < height)
+            images = F.interpolate(
+                images,
+                size,
+                mode="bilinear",
+                antialias=size[0] < height,
+            )
         images = (images - self.mean) / self.std
         pixels = PIXELS.get(images.device.type, 2**20)
-        most = max(1, pixels // (size[0] * size[1]))
-        outputs = []
-        for part in images.split(most):
-            last, maps = self.network.forward_intermediates(part)
-            outputs.append([*maps, self.network.forward_head(last, pre_logits=True)])
-        return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """(n, C, H, W) in [-1, 1] -> maps of features (n, c, h, w), fine ones first."""
-        return self(images)[:-1]
-
-    def features(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) in [-1, 1] -> (n, d) float32."""
-        return self(images)[-1].float()
+        parts = []
+        for part in images.split(max(1, pixels // (size[0] * size[1]))):
+            maps = self.network.forward_features(part)
+            parts.append(self.network.forward_head(maps, pre_logits=True))
+        return torch.cat(parts).float()
 
 
 def _import_timm(encoder: str) -> Any:

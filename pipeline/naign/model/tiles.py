@@ -36,8 +36,7 @@ def blended(
     overlap: Tensor | None = None  # rows of the tiles above that lie in this row of tiles as well
     for number, top in enumerate(tops):
         band = read(top, min(top + high, height))
-        band = _reflected(band, high, dim=2)
-        band = _reflected(band, wide, dim=3)
+        band = _reflected(_reflected(band, high, dim=2), wide, dim=3)
         tiles = torch.stack([band[..., left : left + wide] for left in lefts], dim=1)
         answers = f(tiles.flatten(0, 1)).view(tiles.shape)
         rows = torch.zeros_like(band)
@@ -53,13 +52,6 @@ def blended(
         overlap = rows[:, :, end:]
         done = _middle(rows[:, :, :end], height, dim=2)
         yield _middle(done, width, dim=3)
-
-
-def count(size: tuple[int, int], tile: tuple[int, int]) -> int:
-    """How many tiles an image of `size` (height, width) takes."""
-    tops, _ = _windows(size[0], tile[0])
-    lefts, _ = _windows(size[1], tile[1])
-    return len(tops) * len(lefts)
 
 
 def _windows(length: int, side: int) -> tuple[list[int], Tensor]:

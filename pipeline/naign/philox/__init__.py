@@ -68,14 +68,34 @@ def _box_muller(first: Tensor, second: Tensor) -> list[Tensor]:
 
 
 @torch.library.custom_op("naign::philox", mutates_args=())
-def _drawn(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals: bool) -> Tensor:
+def _drawn(
+    ids: Tensor,
+    blocks: int,
+    seed: int,
+    round: int,
+    stream: int,
+    normals: bool,
+) -> Tensor:
     """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64. One operation for torch."""
     if ids.is_cuda:
-        drawn = _by_one_kernel(ids, blocks, seed, round, stream, normals)
+        drawn = _by_one_kernel(
+            ids,
+            blocks,
+            seed,
+            round,
+            stream,
+            normals,
+        )
         if drawn is not None:
             return drawn
     device = ids.device
-    out = torch.empty(len(ids), blocks, 4, dtype=torch.float32, device=device)
+    out = torch.empty(
+        len(ids),
+        blocks,
+        4,
+        dtype=torch.float32,
+        device=device,
+    )
     key = (seed & _WORD, (seed >> 32) & _WORD)
     block = torch.arange(blocks, device=device) | (stream >> 2) << 30
     rows = max(1, _CHUNK.get(device.type, _CHUNK["cpu"]) // max(blocks, 1))
@@ -92,7 +112,14 @@ def _drawn(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals
 
 
 @_drawn.register_fake
-def _(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals: bool) -> Tensor:
+def _(
+    ids: Tensor,
+    blocks: int,
+    seed: int,
+    round: int,
+    stream: int,
+    normals: bool,
+) -> Tensor:
     return ids.new_empty(len(ids), blocks, 4, dtype=torch.float32)
 
 
@@ -138,7 +165,14 @@ def normal(
         raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
     signed = (seed + 2**63) % 2**64 - 2**63  # as torch's operations take an integer
     where = "cpu" if torch.device(device).type == "mps" else device  # not tried there
-    out: Tensor = _drawn(ids.to(where, torch.int64), blocks, signed, round, stream, normals).to(device)
+    out: Tensor = _drawn(
+        ids.to(where, torch.int64),
+        blocks,
+        signed,
+        round,
+        stream,
+        normals,
+    ).to(device)
     return out.view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
 
 

@@ -1,21 +1,30 @@
 """Priors of codes that are conditioned on classes, so that samples of one can be asked for."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
 from naign.model.prior import Codes, CodesPrior, Flow, FlowConfig, MixtureConfig, PriorConfig, build_prior, flow
 from naign.model.prior.base import CodesConfig
+from tests.model.made import CONV, assert_near, make_model
 
 LABELS = ("cat", "dog", "3")
 SHARES = torch.tensor([0.25, 0.5, 0.25])
 NETWORK = build_network(ConvConfig(width=4, code=4), (1, 8, 8)).requires_grad_(False)
-FLOW = FlowConfig(classes=True, width=64, depth=2, passes=24, batch=128, steps=8)
+FLOW = FlowConfig(
+    classes=True,
+    width=64,
+    depth=2,
+    passes=24,
+    batch=128,
+    steps=8,
+)
 GMM = MixtureConfig(classes=True, components=8)
 
 
@@ -32,15 +41,20 @@ def class_of(codes: Tensor) -> Tensor:
 
 
 def build(config: PriorConfig) -> CodesPrior:
-    prior = build_prior(config, (1, 8, 8), NETWORK, seed=3, labels=LABELS)
+    prior = build_prior(
+        config,
+        (1, 8, 8),
+        NETWORK,
+        seed=3,
+        labels=LABELS,
+    )
     assert isinstance(prior, CodesPrior)
     return prior
 
 
 def fitted(config: PriorConfig) -> CodesPrior:
     prior = build(config)
-    for _ in prior.fit(Codes.of(*make_codes())):
-        pass
+    list(prior.fit(Codes.of(*make_codes())))
     return prior
 
 
@@ -57,7 +71,13 @@ def prior(request: pytest.FixtureRequest) -> CodesPrior:
 def test_draws_are_of_the_class_that_is_asked_for(prior):
     ids = torch.arange(600)
     for number in range(len(LABELS)):
-        drawn = prior.draw(0, 0, ids, "cpu", torch.full((600,), number))
+        drawn = prior.draw(
+            0,
+            0,
+            ids,
+            "cpu",
+            torch.full((600,), number),
+        )
         assert float((class_of(drawn) == number).float().mean()) > 0.97, LABELS[number]
         assert float(drawn.std(0).mean()) > 0.3
 
@@ -65,82 +85,80 @@ def test_draws_are_of_the_class_that_is_asked_for(prior):
 def test_without_a_label_classes_are_as_frequent_as_in_the_data(prior):
     ids = torch.arange(4000)
     chosen = prior.choose(5, 1, ids, "cpu")
-    torch.testing.assert_close(chosen.bincount() / 4000, SHARES, atol=0.03, rtol=0)
-    torch.testing.assert_close(prior.class_counts / prior.class_counts.sum(), SHARES)
+    assert_near(chosen.bincount() / 4000, SHARES, 0.03)
+    assert_close(prior.class_counts / prior.class_counts.sum(), SHARES)
     drawn = prior.draw(5, 1, ids, "cpu")
-    torch.testing.assert_close(drawn, prior.draw(5, 1, ids, "cpu", chosen))
+    assert_close(
+        drawn,
+        prior.draw(5, 1, ids, "cpu", chosen),
+    )
     assert float((class_of(drawn) == chosen).float().mean()) > 0.97
-    torch.testing.assert_close(prior.draw(5, 1, ids[[70, 3]], "cpu"), drawn[[70, 3]], atol=1e-5, rtol=1e-4)
-
-
-def test_its_state_is_all_that_it_draws_from(prior):
-    with torch.device("meta"):
-        again = build(prior.config)
-    again.load_state_dict(prior.state_dict(), assign=True)
-    ids = torch.arange(50)
-    assert torch.equal(again.draw(1, 0, ids, "cpu"), prior.draw(1, 0, ids, "cpu"))
-
-
-def test_the_ends_of_a_way_have_the_class_of_each(prior):
-    seeds, none = (3, 4), torch.zeros(1, dtype=torch.int64)
-    way = prior.between(seeds, 9, "cpu", steps=5)
-    for end, seed in ((way[:1], 3), (way[-1:], 4)):
-        torch.testing.assert_close(end, prior.draw(seed, 9, none, "cpu"), rtol=1e-4, atol=1e-5)
+    assert_close(prior.draw(5, 1, ids[[70, 3]], "cpu"), drawn[[70, 3]], atol=1e-5, rtol=1e-4)
 
 
 def test_every_component_of_a_mixture_is_of_one_class():
     prior = fitted(GMM)
     assert prior.owners.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]  # one each, the others in proportion
     mass = torch.zeros(3).index_add(0, prior.owners, prior.weights)
-    torch.testing.assert_close(mass, SHARES, atol=0.01, rtol=0)
+    assert_near(mass, SHARES, 0.01)
 
 
 def test_guidance_is_added_to_autoguidance_late_on_the_path(monkeypatch):
     monkeypatch.setattr(flow, "GUIDED", 0.5)
     config = replace(FLOW, steps=2, autoguidance=1.5)
     prior = fitted(replace(config, passes=6))
-    labels, nobody = torch.tensor([0, 1, 2, 0, 1, 2]), torch.full((6,), 3)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
     start, middle, end = prior.path(torch.randn(6, 4), labels)
-
-    def velocities(codes, time):
-        times, asked = (
-            torch.full((6,), time),
-            ((prior.velocity, labels), (prior.early, labels), (prior.velocity, nobody)),
-        )
-        return [network(codes, times, which) for network, which in asked]
-
-    (now, early, _), (later, late_early, blind) = velocities(start, 0.0), velocities(middle, 0.5)
-    before, after = 2.5 * now - 1.5 * early, 2.5 * later - 1.5 * late_early
-    torch.testing.assert_close(middle, start + before / 2)
-    torch.testing.assert_close(end, middle + (1.5 * after - 0.5 * before) / 2)
+    at_start = (start, torch.zeros(6), labels)
+    in_middle = (middle, torch.full((6,), 0.5), labels)
+    before = 2.5 * prior.velocity(*at_start) - 1.5 * prior.early(*at_start)
+    later = prior.velocity(*in_middle)
+    after = 2.5 * later - 1.5 * prior.early(*in_middle)
+    blind = prior.velocity(middle, in_middle[1], torch.full((6,), 3))
+    assert_close(middle, start + before / 2)
+    assert_close(end, middle + (1.5 * after - 0.5 * before) / 2)
     prior.config = replace(config, guidance=2.0)
     _, same, guided = prior.path(start, labels)
     assert torch.equal(same, middle)
-    torch.testing.assert_close(guided, end + 1.5 * 2 * (later - blind) / 2)
+    assert_close(guided, end + 1.5 * 2 * (later - blind) / 2)
     assert float((later - blind).abs().mean()) > 0.1
 
 
 def test_a_flow_learns_without_a_label_too():
     prior = fitted(FLOW)
     blind = prior.solve(torch.randn(2000, 4), torch.full((2000,), 3))
-    torch.testing.assert_close(class_of(blind).bincount() / 2000, SHARES, atol=0.1, rtol=0)
+    assert_near(class_of(blind).bincount() / 2000, SHARES, 0.1)
 
 
 def test_spatial_codes_have_classes_too():
-    prior = Flow(FlowConfig(classes=True, width=8, depth=1, steps=2), (2, 5, 5), labels=LABELS)
+    config = FlowConfig(
+        classes=True,
+        width=8,
+        depth=1,
+        steps=2,
+    )
+    prior = Flow(config, (2, 5, 5), labels=LABELS)
     for value in prior.velocity.parameters():
         nn.init.normal_(value, std=0.2)
     noise = torch.randn(3, 2, 5, 5)
-    ends = [prior.solve(noise, torch.full((3,), number)) for number in range(4)]
-    assert ends[0].shape == noise.shape and not torch.allclose(ends[0], ends[1])
+    first = prior.solve(noise, torch.zeros(3, dtype=torch.int64))
+    other = prior.solve(noise, torch.ones(3, dtype=torch.int64))
+    assert first.shape == noise.shape
+    assert not torch.allclose(first, other)
 
 
 def test_without_classes_nothing_is_added():
     for config in (FLOW, GMM):
-        plain = build_prior(replace(config, classes=False), (1, 8, 8), NETWORK, labels=LABELS)
+        plain = build_prior(
+            replace(config, classes=False),
+            (1, 8, 8),
+            NETWORK,
+            labels=LABELS,
+        )
         added = build(config).state_dict().keys() - plain.state_dict().keys()
         assert added == {"class_counts", "velocity.label.weight" if config is FLOW else "owners"}
-        assert plain.labels == () and plain.choose(0, 0, torch.arange(3), "cpu") is None
+        assert plain.labels == ()
+        assert plain.choose(0, 0, torch.arange(3), "cpu") is None
 
 
 def test_what_does_not_fit_is_refused():
@@ -154,39 +172,41 @@ def test_what_does_not_fit_is_refused():
         FlowConfig(guidance=1.0).check()
 
 
-def model(config: PriorConfig, **more: object) -> NAIGN:
-    prior = fitted(config)
-    settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    metadata = {"shape": [1, 8, 8], "prior": settings, "model": {"name": "conv", "width": 4, "code": 4}, **more}
-    return NAIGN(
-        build_network(ConvConfig(width=4, code=4), (1, 8, 8)),
-        metadata,
-        {f"prior.{name}": value for name, value in prior.state_dict().items()},
+def model(config: PriorConfig) -> NAIGN:
+    state = {f"prior.{name}": value for name, value in fitted(config).state_dict().items()}
+    return make_model(
+        CONV | {"code": 4},
+        state=state,
+        prior=asdict(config),
+        labels=list(LABELS),
     )
 
 
 def test_samples_of_a_class_of_a_model(tmp_path):
-    model(replace(FLOW, passes=3, student=512), labels=list(LABELS)).save_pretrained(tmp_path)
+    model(replace(FLOW, passes=3, student=512)).save_pretrained(tmp_path)
     read = NAIGN.from_pretrained(tmp_path)
-    assert read.labels == LABELS and [read.find_label(one) for one in ("dog", 1, "1", "3", 2)] == [1, 1, 1, 2, 2]
+    assert read.labels == LABELS
+    assert [read.find_label(one) for one in ("dog", 1, "1", "3", 2)] == [1, 1, 1, 2, 2]
     dogs = read.sample(6, seed=2, label="dog")
-    assert torch.equal(dogs, read.sample(6, seed=2, label=1)) and not torch.equal(dogs, read.sample(6, seed=2, label=2))
-    torch.testing.assert_close(
-        read.latent(torch.tensor([4]), seed=2, label=1), read.latent(torch.arange(6), seed=2, label=1)[4:5]
-    )
-    assert torch.equal(read.sample(6, label=1, guidance=0), read.sample(6, label=1)), "as trained: by the student"
-    guided, other = read.sample(6, label=1, guidance=2.0), read.with_flow(guidance=2.0)
-    assert not torch.equal(guided, read.sample(6, label=1)) and torch.equal(other.sample(6, label=1), guided)
-    assert not other.prior.config.student and other.prior.config.guidance == 2
+    assert torch.equal(dogs, read.sample(6, seed=2, label=1))
+    assert not torch.equal(dogs, read.sample(6, seed=2, label=2))
+    whole = read.latent(torch.arange(6), seed=2, label=1)
+    assert_close(read.latent(torch.tensor([4]), seed=2, label=1), whole[4:5])
+    assert read.with_flow(guidance=0.0) is read, "as trained: by the student"
+    other = read.with_flow(guidance=2.0)
+    assert not torch.equal(other.sample(6, label=1), read.sample(6, label=1))
+    assert not other.prior.config.student
+    assert other.prior.config.guidance == 2
     with pytest.raises(InputError, match="prior.steps is 2.5: it must be a whole number"):
         read.with_flow(steps=2.5)
     chosen = read.choose(torch.arange(6), seed=2).tolist()
     one = read.sample(6, seed=2)[3:4]
-    torch.testing.assert_close(read.sample(6, seed=2, label=chosen[3])[3:4], one)
+    assert_close(read.sample(6, seed=2, label=chosen[3])[3:4], one)
 
 
 def test_labels_and_guidance_that_a_model_does_not_know():
-    known, mixture = model(replace(FLOW, passes=2), labels=list(LABELS)), model(GMM, labels=list(LABELS))
+    known = model(replace(FLOW, passes=2))
+    mixture = model(GMM)
     for wrong in ("horse", 3, -1, "7"):
         with pytest.raises(InputError, match=r"among its 3 classes: give a name \(cat, dog, 3\) or a number"):
             known.sample(2, label=wrong)
@@ -194,11 +214,11 @@ def test_labels_and_guidance_that_a_model_does_not_know():
     with pytest.raises(InputError, match="'cat' was not among the images of the training"):
         known.sample(2, label="cat")
     with pytest.raises(InputError, match="guidance is 11"):
-        known.sample(2, guidance=11)
+        known.with_flow(guidance=11)
     with pytest.raises(InputError, match="guidance can be chosen for a flow of codes, and this prior is 'gmm'"):
-        mixture.sample(2, guidance=1)
-    plain = NAIGN(nn.Linear(2, 2), {"shape": [2], "latents": {"name": "gaussian"}, "prior": {"name": "none"}})
+        mixture.with_flow(guidance=1)
+    plain = make_model()
     with pytest.raises(InputError, match="label 0 can be asked of a prior with classes"):
         plain.sample(2, label=0)
     with pytest.raises(InputError, match="this prior is 'none'"):
-        plain.sample(2, guidance=1)
+        plain.with_flow(guidance=1)

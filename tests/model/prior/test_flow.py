@@ -1,23 +1,34 @@
 """The prior that is learned by gradient descent: a flow from noise to the codes of the data, and its student."""
 
-import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from naign.model.naign import NAIGN
-from naign.model.networks import ConvConfig, build_network
 from naign.model.prior import Codes
 from naign.model.prior import flow as flows
-from naign.model.prior.flow import KEPT, RIDGE, TAUGHT, Flow, FlowConfig
+from naign.model.prior.flow import KEPT, RIDGE, TAUGHT, Flow, FlowConfig, cosine
 from naign.model.prior.learner import WARMUP
+from tests.model.made import CONV, assert_near, make_model
+from tests.model.prior.ranks import fit_on_ranks
 
-SETTINGS = FlowConfig(width=64, depth=2, passes=8, batch=128, steps=6)
-TAUGHT_SETTINGS = replace(SETTINGS, passes=2, autoguidance=1.0, student=300)
+SETTINGS = FlowConfig(
+    width=64,
+    depth=2,
+    passes=8,
+    batch=128,
+    steps=6,
+)
+TAUGHT_SETTINGS = replace(
+    SETTINGS,
+    passes=2,
+    autoguidance=1.0,
+    student=300,
+)
 
 
 def make_codes(seed: int = 0, count: int = 1024) -> torch.Tensor:
@@ -33,10 +44,12 @@ def build(config: FlowConfig = SETTINGS, shape: tuple[int, ...] = (2,)) -> Flow:
 
 
 def fitted(config: FlowConfig = SETTINGS, codes: torch.Tensor | None = None) -> Flow:
-    codes = make_codes() if codes is None else codes
+    if codes is None:
+        codes = make_codes()
     prior = build(config, tuple(codes.shape[1:]))
     shares = list(prior.fit(Codes.of(codes)))
-    assert shares == sorted(shares) and shares[-1] == 1
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
     return prior
 
 
@@ -62,15 +75,13 @@ def test_a_student_reaches_in_two_evaluations_what_the_flow_does_in_many():
 
 
 def test_each_code_is_learned_from_as_often_as_asked_in_chunks():
-    sizes = (300, 212)
     prior = build()
-    batches = list(prior._batches(sizes, 0))
-    for chunk, size in enumerate(sizes):
-        rows = torch.cat([rows for number, rows in batches if number == chunk])
-        assert torch.equal(rows.bincount(minlength=size), torch.full((size,), SETTINGS.passes))
-    assert [number for number, _ in batches] == sorted(number for number, _ in batches)
-    left = list(prior._batches(sizes, 5))
-    assert len(left) == len(batches) - 5 and torch.equal(left[0][1], batches[5][1])
+    (_, first), (_, second) = prior._batches((300, 212), 0)
+    for batches, size in ((first, 300), (second, 212)):
+        times = torch.cat(batches).bincount()
+        assert times.tolist() == [SETTINGS.passes] * size
+    (_, left), _ = prior._batches((300, 212), 5)
+    assert torch.equal(torch.cat(left), torch.cat(first[5:]))
 
 
 def test_the_learning_rate_falls_to_zero_after_its_warm_up():
@@ -79,11 +90,12 @@ def test_the_learning_rate_falls_to_zero_after_its_warm_up():
     for _ in prior.fit(Codes.of(make_codes())):
         made = len(rates) + 1
         rates.append(prior.learner.adam.param_groups[0]["lr"] / min(1.0, made / WARMUP))
-    whole = [SETTINGS.lr * (1 + math.cos(math.pi * step / len(rates))) / 2 for step in range(len(rates))]
+    whole = [SETTINGS.lr * cosine(step / len(rates)) for step in range(len(rates))]
     assert rates == pytest.approx(whole)
+    assert cosine(0.5) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("steps", [1, 5, 17, 20])
+@pytest.mark.parametrize("steps", [1, 5, 17])
 def test_a_fit_goes_on_bit_for_bit(steps):
     """From within the flow's training, before and after autoguidance keeps its weights, and within the student's."""
     codes = Codes.of(make_codes())
@@ -93,10 +105,11 @@ def test_a_fit_goes_on_bit_for_bit(steps):
     stopped = build(TAUGHT_SETTINGS)
     list(islice(stopped.fit(codes), steps))
     resumed = build(TAUGHT_SETTINGS)
-    resumed.load_training_state({name: value.clone() for name, value in stopped.training_state().items()})
+    resumed.load_training_state(deepcopy(stopped.training_state()))
     assert len(list(resumed.fit(codes))) == total - steps
+    found = resumed.training_state()
     for name, value in whole.training_state().items():
-        assert torch.equal(value, resumed.training_state()[name]), name
+        assert torch.equal(value, found[name]), name
 
 
 def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_training():
@@ -104,49 +117,46 @@ def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_t
     prior = build(config)
     fit = prior.fit(Codes.of(make_codes()))
     list(islice(fit, 16))  # of 64 steps
-    quarter = {name: value.clone() for name, value in prior.velocity.state_dict().items()}
+    quarter = deepcopy(prior.velocity)
     list(fit)
-    assert all(torch.equal(value, quarter[name]) for name, value in prior.early.state_dict().items())
+    for value, expected in zip(prior.early.parameters(), quarter.parameters(), strict=True):
+        assert torch.equal(value, expected)
     noise = torch.randn(5, 2)
     now = prior.velocity(noise, torch.zeros(5))
     early = prior.early(noise, torch.zeros(5))
     *_, end = prior.path(noise)
-    torch.testing.assert_close(end, noise + 2.5 * now - 1.5 * early)
+    assert_close(end, noise + 2.5 * now - 1.5 * early)
     again = build(config)
     again.load_state_dict(prior.state_dict())
     assert torch.equal(again.solve(noise), prior.solve(noise))
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (2, 8, 8), (1, 16, 16), (1, 32, 32)])
+@pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (1, 16, 16)])
 def test_a_flow_fits_any_code(shape):
     flow = Flow(FlowConfig(width=8, depth=2, steps=3), shape)
     noise = torch.randn(4, *shape)
     assert flow.velocity(noise, torch.rand(4)).shape == noise.shape == flow.whiten(noise).shape
-    torch.testing.assert_close(flow.solve(noise), noise)
+    assert_close(flow.solve(noise), noise)
     torch.nn.init.ones_(flow.velocity.outer.bias)  # a velocity of 1 everywhere
-    torch.testing.assert_close(flow.solve(noise), noise + 1)
-
-
-def ridged(variances: torch.Tensor) -> torch.Tensor:
-    """Variances of whitened codes: near 1, but for directions of little spread."""
-    return variances / (variances + RIDGE * variances.mean())
+    assert_close(flow.solve(noise), noise + 1)
 
 
 def test_whitened_codes_have_no_spread_of_their_own():
     mixed = torch.einsum("ij,njhw->nihw", torch.randn(4, 4), torch.randn(500, 4, 6, 6)) + 5
     prior = build(shape=(4, 6, 6))
-    list(islice(prior.fit(Codes.of(mixed)), 1))
+    next(prior.fit(Codes.of(mixed)))
     white = prior.whiten(mixed).transpose(0, 1).flatten(1)
-    spread = torch.linalg.eigvalsh(mixed.transpose(0, 1).flatten(1).cov())
-    torch.testing.assert_close(torch.linalg.eigvalsh(white.cov()), ridged(spread), atol=1e-3, rtol=0)
-    torch.testing.assert_close(white.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
+    variances = torch.linalg.eigvalsh(mixed.transpose(0, 1).flatten(1).cov())
+    expected = variances / (variances + RIDGE * variances.mean())  # near 1, but for directions of little spread
+    assert_near(torch.linalg.eigvalsh(white.cov()), expected, 1e-3)
+    assert_near(white.mean(1), torch.zeros(4), 1e-3)
 
 
 def test_of_many_directions_the_leading_ones_are_modelled(monkeypatch):
     monkeypatch.setattr(flows, "DIRECTIONS", 2)
     spread = torch.tensor([0.01, 3.0, 0.02, 2.0, 0.03])
-    turn = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))).Q
-    mixed = torch.randn(2000, 5, generator=torch.Generator().manual_seed(1)) * spread @ turn + 1
+    turn = torch.linalg.qr(torch.randn(5, 5)).Q
+    mixed = torch.randn(2000, 5) * spread @ turn + 1
     prior = fitted(FlowConfig(width=16, depth=1, passes=1), mixed)
     assert prior.noise_shape == (2,)
     white = prior.whiten(mixed)
@@ -155,45 +165,25 @@ def test_of_many_directions_the_leading_ones_are_modelled(monkeypatch):
     assert prior.draw(0, 0, torch.arange(7), "cpu").shape == (7, 5)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_learn_what_one_would(world):
-    """Ranks in turn, each with the sum of all gradients, as a reduction gives it."""
-    codes = make_codes()
-    barrier = threading.Barrier(world)
-    parts: dict[int, torch.Tensor] = {}
-
-    priors = [build(TAUGHT_SETTINGS) for _ in range(world)]  # first weights come from one generator of all threads
-
-    def fit(rank: int) -> Flow:
-        def add(value: torch.Tensor) -> torch.Tensor:
-            parts[rank] = value
-            barrier.wait(30)
-            whole = torch.stack([parts[other] for other in range(world)]).sum(0)
-            barrier.wait(30)
-            return whole
-
-        ranks = Codes(sizes=(len(codes),), read=lambda _: (codes, None), rank=rank, world=world, add=add)
-        list(priors[rank].fit(ranks))
-        return priors[rank]
-
-    with ThreadPoolExecutor(world) as pool:
-        ranks = list(pool.map(fit, range(world)))
-    alone = fitted(TAUGHT_SETTINGS)
+def test_ranks_learn_what_one_would():
+    ranks = [build(TAUGHT_SETTINGS) for _ in range(3)]
+    fit_on_ranks(ranks, make_codes())
+    alone = fitted(TAUGHT_SETTINGS).state_dict()
     for prior in ranks:
-        for name, value in alone.state_dict().items():
-            torch.testing.assert_close(prior.state_dict()[name], value, atol=1e-4, rtol=1e-4)
+        for name, value in prior.state_dict().items():
+            assert_close(value, alone[name], atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_draws_by_its_flow_again_where_other_steps_are_asked_for(tmp_path):
     prior = fitted(TAUGHT_SETTINGS, torch.randn(256, 6))
-    settings = {name: getattr(TAUGHT_SETTINGS, name) for name in TAUGHT_SETTINGS.__dataclass_fields__}
-    metadata = {"shape": [1, 8, 8], "prior": settings, "model": {"name": "conv", "width": 8, "code": 6}}
     state = {f"prior.{name}": value for name, value in prior.state_dict().items()}
-    NAIGN(build_network(ConvConfig(width=8, code=6), (1, 8, 8)), metadata, state).save_pretrained(tmp_path)
+    made = make_model(CONV | {"code": 6}, state=state, prior=asdict(TAUGHT_SETTINGS))
+    made.save_pretrained(tmp_path)
     model = NAIGN.from_pretrained(tmp_path)
     assert int(model.prior.phase) == TAUGHT
     finer = model.with_flow(steps=9)
-    assert finer.prior.config.steps == 9 and not finer.prior.config.student
+    assert finer.prior.config.steps == 9
+    assert not finer.prior.config.student
     assert not torch.equal(finer.sample(3), model.sample(3))
     finer.save_pretrained(tmp_path / "finer")
     assert torch.equal(NAIGN.from_pretrained(tmp_path / "finer").sample(3), finer.sample(3))

@@ -50,4 +50,9 @@ def build_prior(
         missing = "prior.classes is set, but the data set has no labels: pack or index it with some, or leave it out"
         require((issubclass(kind, CodesPrior), blind), (labels, missing))
         conditions["labels"] = labels
-    return kind(config, drawn, seed=seed, **conditions).requires_grad_(False)
+    return kind(
+        config,
+        drawn,
+        seed=seed,
+        **conditions,
+    ).requires_grad_(False)

@@ -4,14 +4,12 @@ A prior is a module whose parameters and buffers are its state, which travels wi
 a subclass of `Prior` with its settings, registered as an entry point of the group `naign.priors`.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naign.philox import CLASS, uniform
@@ -92,8 +90,6 @@ class Prior(nn.Module):
     """Whether `fit` changes it."""
     labels: tuple[str, ...] = ()
     """The names of the classes that it is conditioned on, in the order of their numbers."""
-    arc = False
-    """Whether draws are normals, or linear in them: all along an arc between two draws the distribution is the same."""
 
     def __init__(self, config: Any, shape: Shape, *, seed: int = 0) -> None:
         super().__init__()
@@ -101,7 +97,13 @@ class Prior(nn.Module):
         self.shape = shape  # of one draw
         self.seed = seed  # of what it is fitted with
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+    ) -> Tensor:
         """Draw (n, *shape) float32 on `device`; row i depends on (seed, round, ids[i]) and the state alone."""
         raise NotImplementedError
 
@@ -125,19 +127,6 @@ class Prior(nn.Module):
         """Resume from what `training_state` returned."""
         self.load_state_dict({name: state[name] for name in self.state_dict()})
 
-    def between(self, seeds: tuple[int, int], round: int, device: Device, *, steps: int) -> Tensor:
-        """Draws (steps, *shape) between id 0 of two seeds, in equal steps of an arc's angle or of a line."""
-        ids = torch.zeros(1, dtype=torch.int64)
-        first = self.draw(seeds[0], round, ids, device)
-        last = self.draw(seeds[1], round, ids, device)
-        ones = (1,) * (first.ndim - 1)
-        share = torch.linspace(0, 1, steps, device=first.device).view(-1, *ones)
-        angle = F.cosine_similarity(first.flatten(), last.flatten(), dim=0).clamp(-1, 1).acos()
-        in_line = bool(angle < 1e-3 or angle > math.pi - 1e-3)  # no arc is the shortest
-        if in_line or not self.arc:
-            return torch.lerp(first, last, share)
-        return (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()
-
 
 class CodesPrior(Prior):
     """Base of priors that are fitted to codes, which may be conditioned on the classes that `labels` name.
@@ -149,22 +138,51 @@ class CodesPrior(Prior):
     learns = True
     class_counts: Tensor  # (classes,) int64, where there are any: images of each that it was fitted to
 
-    def __init__(self, config: Any, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        config: Any,
+        shape: Shape,
+        *,
+        seed: int = 0,
+        labels: Sequence[str] = (),
+    ) -> None:
         super().__init__(config, shape, seed=seed)
         self.labels = tuple(labels)
         if self.labels:
             self.register_buffer("class_counts", torch.zeros(len(self.labels), dtype=torch.int64))
 
-    def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor | None:
+    def choose(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+    ) -> Tensor | None:
         """Classes (n,) int64 in proportion to `class_counts`, by (seed, round, id); None without classes."""
         if not self.labels:
             return None
-        drawn = uniform(seed, round, ids, (1,), device, stream=CLASS).flatten()
-        shares = self.class_counts.cumsum(0).float() / self.class_counts.sum().clamp(min=1).float()
-        return torch.searchsorted(shares, drawn.contiguous()).clamp(max=len(self.labels) - 1)
+        drawn = uniform(
+            seed,
+            round,
+            ids,
+            (1,),
+            device,
+            stream=CLASS,
+        ).flatten()
+        total = self.class_counts.sum().clamp(min=1)
+        shares = self.class_counts.cumsum(0).float() / total.float()
+        chosen = torch.searchsorted(shares, drawn.contiguous())
+        return chosen.clamp(max=len(self.labels) - 1)
 
     def count_classes(self, labels: Tensor | None) -> None:
         """Set `class_counts` to those of the labels (n,) of codes."""
         if self.labels:
             assert labels is not None
             self.class_counts.copy_(torch.bincount(labels, minlength=len(self.labels)))
+
+
+def labels_of(labels: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The labels of some rows; None without labels."""
+    if labels is None:
+        return None
+    return labels[rows]

@@ -10,7 +10,6 @@ smooth functions of where they begin (arXiv 2209.03003, section 2.2).
 """
 
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -21,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from naign.errors import require
-from naign.model.prior.base import Codes, CodesConfig, CodesPrior, Device, Shape
+from naign.model.prior.base import Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
 from naign.model.prior.learner import Learner
-from naign.model.prior.noise import Gaussian
 from naign.model.prior.velocity import DenseVelocity, SpatialVelocity
 from naign.philox import LEARN, normal, uniform
 from naign.settings.constraints import AT_LEAST_0, POSITIVE, between
@@ -89,21 +87,39 @@ class Flow(CodesPrior):
     inward: Tensor  # (d, c): from codes, less their mean, to whitened ones
     outward: Tensor  # (c, d), and back
 
-    def __init__(self, config: FlowConfig, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
-        super().__init__(config, shape, seed=seed, labels=labels)
+    def __init__(
+        self,
+        config: FlowConfig,
+        shape: Shape,
+        *,
+        seed: int = 0,
+        labels: Sequence[str] = (),
+    ) -> None:
+        super().__init__(
+            config,
+            shape,
+            seed=seed,
+            labels=labels,
+        )
         channels = shape[0]
         directions = min(DIRECTIONS, channels)
         self.noise_shape = (directions, *shape[1:])
         kind = DenseVelocity if len(shape) == 1 else SpatialVelocity
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(seed)
-            self.velocity = kind(self.noise_shape, config.width, config.depth, classes=len(self.labels))
+            self.velocity = kind(
+                self.noise_shape,
+                config.width,
+                config.depth,
+                classes=len(self.labels),
+            )
         if config.autoguidance:
             self.early = deepcopy(self.velocity)
         if config.student:
             self.student = deepcopy(self.velocity)
         self.register_buffer("phase", torch.full((), UNFITTED))
         self._phase = UNFITTED  # the same, without waiting for a device
+        self.register_load_state_dict_post_hook(_read_phase)  # type: ignore[no-untyped-call]
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("inward", torch.eye(directions, channels))
         self.register_buffer("outward", torch.eye(channels, directions))
@@ -112,29 +128,31 @@ class Flow(CodesPrior):
         self.phase.fill_(phase)
         self._phase = phase
 
-    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        loaded = super().load_state_dict(state, strict, assign)
-        self._phase = int(state["phase"])
-        return loaded
-
     @cached_property
     def learner(self) -> Learner:
         """What trains the flow and, later, the student."""
         return Learner(self.velocity)
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device, labels: Tensor | None = None) -> Tensor:
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         if labels is None:
             labels = self.choose(seed, round, ids, device)
-        return self.solve(normal(seed, round, ids, self.noise_shape, device), labels)
-
-    def between(self, seeds: tuple[int, int], round: int, device: Device, *, steps: int) -> Tensor:
-        """Codes on paths that begin on an arc between the noise of two draws; half of them have the class of each."""
-        noise = Gaussian(self.config, self.noise_shape).between(seeds, round, device, steps=steps)
-        labels = None
-        if self.labels:
-            ends = [self.choose(seed, round, torch.zeros(1, dtype=torch.int64), device) for seed in seeds]
-            labels = torch.cat([end for end in ends if end is not None])[torch.arange(steps) * 2 // steps]
-        return self.solve(noise, labels)
+        return self.solve(
+            normal(
+                seed,
+                round,
+                ids,
+                self.noise_shape,
+                device,
+            ),
+            labels,
+        )
 
     def solve(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The codes (n, c, ...) of standard normals (n, d, ...), of the classes (n,) where there are any."""
@@ -143,8 +161,8 @@ class Flow(CodesPrior):
             middle = self._leap(self.student, noise, early, labels)
             codes = self._leap(self.student, middle, ~early, labels)
         else:
-            codes = deque(self.path(noise, labels), maxlen=1).pop()
-        return torch.einsum("ij,nj...->ni...", self.outward, codes) + _per_channel(self.mean, codes)
+            *_, codes = self.path(noise, labels)
+        return torch.einsum("ij,nj...->ni...", self.outward, codes) + self._mean_of(codes)
 
     def path(self, noise: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
         """`noise`, and the points (n, d, ...) that the flow's paths reach at times 1 / steps, 2 / steps, ..., 1.
@@ -176,7 +194,11 @@ class Flow(CodesPrior):
 
     def whiten(self, codes: Tensor) -> Tensor:
         """(n, c, ...) -> (n, d, ...)"""
-        return torch.einsum("ij,nj...->ni...", self.inward, codes - _per_channel(self.mean, codes))
+        return torch.einsum("ij,nj...->ni...", self.inward, codes - self._mean_of(codes))
+
+    def _mean_of(self, codes: Tensor) -> Tensor:
+        """The mean (1, c, 1, ...), to add to codes (n, c, ...)."""
+        return self.mean.view(1, -1, *(1,) * (codes.ndim - 2))
 
     def fit(self, codes: Codes) -> Iterator[float]:
         """Fit the flow, then the student; metrics are prior/loss, the squared error per value, and prior/student, the
@@ -184,7 +206,8 @@ class Flow(CodesPrior):
         in which gradients are added.
         """
         flow_steps = sum(self._count_steps(size) for size in codes.sizes)
-        paths = _chunks(self.config.student, SOLVED)
+        whole, rest = divmod(self.config.student, SOLVED)
+        paths = [SOLVED] * whole + [rest] * (rest > 0)
         steps = flow_steps + sum(self._count_steps(size) for size in paths)
         if self._phase < TAUGHT:
             for made in self._fit_flow(codes, flow_steps):
@@ -196,38 +219,38 @@ class Flow(CodesPrior):
     def _fit_flow(self, codes: Codes, steps: int) -> Iterator[int]:
         """Train the velocity; yields the number of steps made."""
         learner = self.learner
-        present: int | None = None  # chunk
-        whitened: Tensor | None = None
-        labels: Tensor | None = None
-        for chunk, rows in self._batches(codes.sizes, learner.made):
-            if chunk != present:
-                read, labels = codes.read(chunk)
-                self._begin(read, labels)
-                whitened = self.whiten(read)
-                present = chunk
-            assert whitened is not None
-            if self.config.autoguidance and self._phase == LEARNS and learner.made >= EARLY * steps:
-                self.early.load_state_dict(self.velocity.state_dict())
-                self._enter(KEPT)
-            mine = codes.part(rows.to(whitened.device))
-            numbers = codes.part(torch.arange(len(rows), device=whitened.device))
-            classes = None
-            if self.labels and labels is not None:
-                classes = labels[mine]
-            loss = self._error(whitened[mine], learner.made, numbers, classes, codes)
-            scale = len(rows) * math.prod(self.noise_shape)
-            rate = self.config.lr * cosine(learner.made / steps)
-            learner.step(loss / scale, rate, self.velocity, codes.add)
-            yield learner.made
+        for chunk, batches in self._batches(codes.sizes, learner.made):
+            read, labels = codes.read(chunk)
+            if not self.labels:
+                labels = None
+            if self._phase == UNFITTED:
+                self._measure(read, labels)
+            whitened = self.whiten(read)
+            for rows in batches:
+                if self.config.autoguidance and self._phase == LEARNS and learner.made >= EARLY * steps:
+                    self.early.load_state_dict(self.velocity.state_dict())
+                    self._enter(KEPT)
+                mine = codes.part(rows.to(whitened.device))
+                numbers = codes.part(torch.arange(len(rows), device=whitened.device))
+                loss = self._error(
+                    whitened[mine],
+                    learner.made,
+                    numbers,
+                    labels_of(labels, mine),
+                    codes,
+                )
+                scale = len(rows) * math.prod(self.noise_shape)
+                rate = self.config.lr * cosine(learner.made / steps)
+                learner.step(loss / scale, rate, self.velocity, codes.add)
+                yield learner.made
 
-    def _begin(self, codes: Tensor, labels: Tensor | None) -> None:
-        """Before the first step, measure the whitening and the classes of the first chunk."""
-        if self._phase != UNFITTED:
-            return
+    def _measure(self, codes: Tensor, labels: Tensor | None) -> None:
+        """Measure the whitening and the classes of the first chunk."""
         self.count_classes(labels)
         values = codes.transpose(0, 1).flatten(1).double()
         mean = values.mean(1)
-        spread, directions = torch.linalg.eigh((values - mean[:, None]) @ (values - mean[:, None]).T / values.shape[1])
+        centred = values - mean[:, None]
+        spread, directions = torch.linalg.eigh(centred @ centred.T / values.shape[1])
         kept = len(self.inward)
         deviations = (spread[-kept:].clamp(min=0) + RIDGE * spread.mean()).clamp(min=1e-30).sqrt()
         self.mean.copy_(mean)
@@ -235,10 +258,24 @@ class Flow(CodesPrior):
         self.outward.copy_(directions[:, -kept:] * deviations)
         self._enter(LEARNS)
 
-    def _error(self, wanted: Tensor, step: int, numbers: Tensor, labels: Tensor | None, codes: Codes) -> Tensor:
+    def _error(
+        self,
+        wanted: Tensor,
+        step: int,
+        numbers: Tensor,
+        labels: Tensor | None,
+        codes: Codes,
+    ) -> Tensor:
         """Sum of the squared errors of the velocity at random times of straight paths that end at `wanted`."""
         size = math.prod(wanted.shape[1:])
-        drawn = normal(self.seed, step, numbers, (size + 2,), wanted.device, stream=LEARN)
+        drawn = normal(
+            self.seed,
+            step,
+            numbers,
+            (size + 2,),
+            wanted.device,
+            stream=LEARN,
+        )
         noise = drawn[:, :size].view_as(wanted)
         time = drawn[:, size].sigmoid()
         if labels is not None:
@@ -251,26 +288,30 @@ class Flow(CodesPrior):
 
     def _fit_student(self, codes: Codes, paths: Sequence[int], steps: int) -> Iterator[int]:
         """Train the student on paths of the flow; yields the number of steps made."""
-        learner = self.learner
         if self._phase != TAUGHT:
             self.student.load_state_dict(self.velocity.state_dict())
-            learner.restart(self.student)
+            self.learner = Learner(self.student)
             self._enter(TAUGHT)
-        present: int | None = None  # chunk
-        for chunk, rows in self._batches(paths, learner.made):
-            if chunk != present:
-                noise, halves, ends, labels = self._follow(chunk * SOLVED, paths[chunk], codes)
-                present = chunk
-            mine = codes.part(rows.to(noise.device))
-            late = (mine + learner.made) % 2 == 1  # rows that learn the second step
-            chosen = _as_rows(late, noise)
-            points = torch.where(chosen, halves[mine], noise[mine])
-            with codes.autocast():
-                reached = self._leap(learner.network, points, late, None if labels is None else labels[mine])
-            error = (reached.float() - torch.where(chosen, ends[mine], halves[mine])).abs().sum()
-            rate = self.config.lr * RATE * cosine(learner.made / steps)
-            learner.step(error / (len(rows) * noise[0].numel()), rate, self.student, codes.add)
-            yield learner.made
+        learner = self.learner
+        for chunk, batches in self._batches(paths, learner.made):
+            noise, halves, ends, labels = self._follow(chunk * SOLVED, paths[chunk], codes)
+            for rows in batches:
+                mine = codes.part(rows.to(noise.device))
+                late = (mine + learner.made) % 2 == 1  # rows that learn the second step
+                chosen = _as_rows(late, noise)
+                points = torch.where(chosen, halves[mine], noise[mine])
+                wanted = torch.where(chosen, ends[mine], halves[mine])
+                with codes.autocast():
+                    reached = self._leap(learner.network, points, late, labels_of(labels, mine))
+                error = (reached.float() - wanted).abs().sum()
+                rate = self.config.lr * RATE * cosine(learner.made / steps)
+                learner.step(
+                    error / (len(rows) * noise[0].numel()),
+                    rate,
+                    self.student,
+                    codes.add,
+                )
+                yield learner.made
 
     @torch.no_grad()
     def _follow(self, first: int, count: int, codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -279,12 +320,19 @@ class Flow(CodesPrior):
         """
         device = self.mean.device
         ids = torch.arange(first, first + count)
-        noise = normal(self.seed, PATHS, ids, self.noise_shape, device, stream=LEARN)
+        noise = normal(
+            self.seed,
+            PATHS,
+            ids,
+            self.noise_shape,
+            device,
+            stream=LEARN,
+        )
         labels = self.choose(self.seed, PATHS, ids, device)
         halves = torch.zeros_like(noise)
         ends = torch.zeros_like(noise)
         for rows in codes.part(torch.arange(count, device=device)).split(AT_ONCE):
-            path = list(self.path(noise[rows], None if labels is None else labels[rows]))
+            path = list(self.path(noise[rows], labels_of(labels, rows)))
             halves[rows] = path[self._half]
             ends[rows] = path[-1]
         return noise, codes.add(halves), codes.add(ends), labels
@@ -294,7 +342,13 @@ class Flow(CodesPrior):
         """The flow's steps that the student's first one takes."""
         return max(1, round(MIDDLE * self.config.steps))
 
-    def _leap(self, student: nn.Module, points: Tensor, late: Tensor, labels: Tensor | None) -> Tensor:
+    def _leap(
+        self,
+        student: nn.Module,
+        points: Tensor,
+        late: Tensor,
+        labels: Tensor | None,
+    ) -> Tensor:
         """The first step of the student from points (n, d, ...), or the second of rows that are `late`, (n,) bool."""
         middle = self._half / self.config.steps
         length = torch.where(late, 1 - middle, middle)
@@ -305,19 +359,26 @@ class Flow(CodesPrior):
         """Steps on a chunk of so many rows."""
         return -(-size * self.config.passes // self.config.batch)
 
-    def _batches(self, sizes: Sequence[int], made: int) -> Iterator[tuple[int, Tensor]]:
-        """Chunk and rows of the batch of each step from step `made` on; each row of a chunk occurs `passes` times."""
+    def _batches(self, sizes: Sequence[int], made: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        """The number of each chunk and the rows of its batches from step `made` on; each row occurs `passes` times."""
         for chunk, size in enumerate(sizes):
             count = self._count_steps(size)
             if made < count:
-                drawn = uniform(self.seed, ORDER + chunk, torch.arange(size), (self.config.passes,), stream=LEARN)
+                drawn = uniform(
+                    self.seed,
+                    ORDER + chunk,
+                    torch.arange(size),
+                    (self.config.passes,),
+                    stream=LEARN,
+                )
                 order = drawn.argsort(dim=0, stable=True).T.flatten()
-                for rows in order.split(self.config.batch)[made:]:
-                    yield chunk, rows
+                yield chunk, order.split(self.config.batch)[made:]
             made = max(0, made - count)
 
     def read_metrics(self) -> dict[str, float]:
-        name = "prior/student" if self._phase == TAUGHT else "prior/loss"
+        name = "prior/loss"
+        if self._phase == TAUGHT:
+            name = "prior/student"
         return {name: self.learner.report()}
 
     def training_state(self) -> dict[str, Tensor]:
@@ -328,21 +389,16 @@ class Flow(CodesPrior):
         self.learner.load(state, int(state["made"]))
 
 
+def _read_phase(flow: Any, _: Any) -> None:
+    """After a state was loaded."""
+    flow._phase = int(flow.phase)
+
+
 def cosine(share: float) -> float:
     """The factor of a learning rate that falls from 1 to 0."""
     return (1 + math.cos(math.pi * share)) / 2
 
 
-def _chunks(count: int, most: int) -> list[int]:
-    """Sizes of chunks of at most `most` that make up `count`."""
-    return [min(most, count - first) for first in range(0, count, most)]
-
-
 def _as_rows(values: Tensor, like: Tensor) -> Tensor:
     """(n,) -> (n, 1, ...), to multiply rows of `like`."""
     return values.view(-1, *(1,) * (like.ndim - 1))
-
-
-def _per_channel(mean: Tensor, codes: Tensor) -> Tensor:
-    """(c,) -> (1, c, 1, ...), to add to `codes`."""
-    return mean.view(1, -1, *(1,) * (codes.ndim - 2))

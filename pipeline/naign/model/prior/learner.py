@@ -24,28 +24,17 @@ class Learner:
         self.made = 0  # steps
         self.loss: float | Tensor = 0.0  # sum over the steps since the last report
         self.counted = 0  # these steps
-        parameters = list(self.network.parameters())
-        self.ahead = parameters[0].device.type != "cpu"  # whether norm and loss of a step stay on the device
-        self.adam = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0, fused=self.ahead or None)
-        for value in parameters:  # as AdamW itself begins, but before the first step
-            moments = {name: torch.zeros_like(value) for name in MOMENTS}
-            step = torch.zeros((), device=value.device if self.ahead else "cpu")
-            self.adam.state[value] = {"step": step, **moments}
-
-    def restart(self, network: nn.Module) -> None:
-        """Train these weights instead, from the first step on."""
-        self.network.load_state_dict(network.state_dict())
-        self.report()  # that of the other weights
-        for moments in self.adam.state.values():
-            for name in MOMENTS:
-                moments[name].zero_()
-        self.resume_at(0)
-
-    def resume_at(self, made: int) -> None:
-        """Set the number of steps that weights and moments are of."""
-        self.made = made
-        for moments in self.adam.state.values():
-            moments["step"].fill_(made)
+        self.parameters = list(self.network.parameters())
+        self.ahead = self.parameters[0].device.type != "cpu"  # whether the norm of a step stays on the device
+        self.adam = torch.optim.AdamW(
+            self.parameters,
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=self.ahead or None,
+        )
+        for value in self.parameters:  # as AdamW itself begins, but before the first step
+            state = {name: torch.zeros_like(value) for name in MOMENTS}
+            self.adam.state[value] = {"step": torch.zeros((), device=value.device), **state}
 
     def step(
         self,
@@ -55,19 +44,19 @@ class Learner:
         add: Callable[[Tensor], Tensor],  # the sum over ranks
     ) -> None:
         """Make a step of AdamW. Collective."""
-        parameters = list(self.network.parameters())
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, self.parameters)
         parts = [part.flatten() for part in gradients]
         whole = add(torch.cat([*parts, loss.detach().view(1)]))
         summed = whole[:-1].split([part.numel() for part in parts])
-        for value, gradient in zip(parameters, summed, strict=True):
+        for value, gradient in zip(self.parameters, summed, strict=True):
             value.grad = gradient.view_as(value)
         self.adam.param_groups[0]["lr"] = rate * min(1.0, (self.made + 1) / WARMUP)
-        clip_and_step(self.adam, parameters, CLIP, ahead=self.ahead)
+        clip_and_step(self.adam, self.parameters, CLIP, ahead=self.ahead)
         self.made += 1
-        move = get_ema_multi_avg_fn(min(DECAY, (1 + self.made) / (10 + self.made)))
-        move(list(average.parameters()), [value.detach() for value in parameters], None)
-        self.loss = self.loss + (whole[-1].double() if self.ahead else float(whole[-1]))
+        decay = min(DECAY, (1 + self.made) / (10 + self.made))
+        weights = [value.detach() for value in self.parameters]
+        get_ema_multi_avg_fn(decay)(list(average.parameters()), weights, None)
+        self.loss = self.loss + whole[-1].double()
         self.counted += 1
 
     def report(self) -> float:
@@ -90,4 +79,6 @@ class Learner:
         """Go on from `tensors` after so many steps."""
         for name, value in self.tensors().items():
             value.copy_(state[name])
-        self.resume_at(made)
+        self.made = made
+        for moments in self.adam.state.values():
+            moments["step"].fill_(made)

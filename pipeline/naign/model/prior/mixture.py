@@ -5,17 +5,17 @@ several k-means starts on some of the codes, the one under which held-out codes 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from naign.data.mixing import shares as share_out
 from naign.errors import InputError, require
-from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device, Shape
+from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
 from naign.philox import SCALE, normal, uniform
 from naign.settings.constraints import between
 
@@ -70,13 +70,24 @@ class Mixture(CodesPrior):
     factors: Tensor  # (k, values, d): covariances are factor @ factor.T
     owners: Tensor  # (k,) int64, with classes: the class of each component
 
-    def __init__(self, config: MixtureConfig, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
-        super().__init__(config, shape, seed=seed, labels=labels)
+    def __init__(
+        self,
+        config: MixtureConfig,
+        shape: Shape,
+        *,
+        seed: int = 0,
+        labels: Sequence[str] = (),
+    ) -> None:
+        super().__init__(
+            config,
+            shape,
+            seed=seed,
+            labels=labels,
+        )
         number = config.components
         values = math.prod(shape)
         few = f"prior.components={number} for {len(labels)} classes: each needs at least one"
         require((number >= len(labels), few))
-        self.iteration = 0  # made of ITERATIONS
         self.likelihood = 0.0  # in nats per code, before the newest iteration
         self.register_buffer("weights", torch.zeros(number))
         self.register_buffer("means", torch.zeros(number, values))
@@ -84,70 +95,92 @@ class Mixture(CodesPrior):
         if labels:
             self.register_buffer("owners", torch.zeros(number, dtype=torch.int64))
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device, labels: Tensor | None = None) -> Tensor:
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         if labels is None:
             labels = self.choose(seed, round, ids, device)
-        which = uniform(seed, round, ids, (1,), device, stream=SCALE).contiguous()
-        if labels is None:
-            chosen = torch.searchsorted(self.weights.cumsum(0), which.flatten())
-        else:
-            weights = self.weights.clamp(min=1e-30).where(self.owners == labels[:, None], 0)
-            sums = weights.cumsum(1)
-            chosen = torch.searchsorted(sums / sums[:, -1:], which).flatten()
+        which = uniform(
+            seed,
+            round,
+            ids,
+            (1,),
+            device,
+            stream=SCALE,
+        ).contiguous()
+        weights = self.weights.expand(len(ids), -1)
+        if labels is not None:
+            weights = weights.clamp(min=1e-30).where(self.owners == labels[:, None], 0)
+        sums = weights.cumsum(1)
+        chosen = torch.searchsorted(sums / sums[:, -1:], which).flatten()
         chosen = chosen.clamp(max=len(self.weights) - 1)
-        noise = normal(seed, round, ids, (self.factors.shape[2],), device)
+        noise = normal(
+            seed,
+            round,
+            ids,
+            (self.factors.shape[2],),
+            device,
+        )
         drawn = self.means[chosen] + torch.einsum("nij,nj->ni", self.factors[chosen], noise)
         return drawn.view(-1, *self.shape)
 
     @torch.no_grad()
     def fit(self, codes: Codes) -> Iterator[float]:
-        """Fit by ITERATIONS of expectation maximisation; the metric prior/likelihood is in nats per code."""
+        """Fit by ITERATIONS of expectation maximisation; the metric prior/likelihood is in nats per code.
+
+        A fit that was stopped begins again: it takes a minute.
+        """
         chunk, labels = codes.read(0)
+        if not self.labels:
+            labels = None
         rows = chunk.flatten(1).float()
         self.count_classes(labels)
         space = Whitening(rows)
         white = space.inward(rows)
-        if self.iteration == 0:
-            self._keep(self._start(white, labels, codes), space)
+        gaussians = self._start(white, labels, codes)
         mine = codes.part(white)
-        owned = None if labels is None or not self.labels else codes.part(labels)
-        while self.iteration < ITERATIONS:
-            gaussians = self._kept(space)
-            counts, sums, outers, likelihood = self._expect(mine, owned, gaussians)
-            parts = (counts, sums, outers, likelihood.view(1))
-            total = codes.add(torch.cat([part.flatten() for part in parts]))
-            sizes = [part.numel() for part in parts]
-            counts, sums, outers, likelihood = (
-                part.view_as(like) for part, like in zip(total.split(sizes), parts, strict=True)
-            )
-            self._keep(_maximise(counts, sums, outers), space)
-            self.iteration += 1
-            self.likelihood = float(likelihood) / len(rows)
-            yield self.iteration / ITERATIONS
+        owned = None
+        if labels is not None:
+            owned = codes.part(labels)
+        for iteration in range(ITERATIONS):
+            moments, likelihood = self._expect(mine, owned, gaussians)
+            gaussians = _maximise(codes.add(moments))
+            self.likelihood = float(codes.add(likelihood)) / len(rows)
+            self._keep(gaussians, space)
+            yield (iteration + 1) / ITERATIONS
 
     def _start(self, white: Tensor, labels: Tensor | None, codes: Codes) -> Gaussians:
         """The best of STARTS mixtures of some codes, each after TRIED iterations; rank 0's on every rank."""
-        chosen = _some(len(white), STARTED, self.seed)
+        order = np.random.RandomState(self.seed % 2**32).permutation(len(white))
+        chosen = torch.from_numpy(np.sort(order[:STARTED]))
         held = chosen[::HELD_OUT]
         tried = chosen[torch.arange(len(chosen)) % HELD_OUT != 0]
         if len(tried) < FEW * self.config.components:  # few codes: none can be spared
             tried = chosen
-        owned = labels if self.labels else None
-        best = None
+        tried_labels = labels_of(labels, tried)
+        best: Gaussians | None = None
         highest = -math.inf
         for start in range(STARTS):
-            gaussians = self._cluster(white[tried], None if owned is None else owned[tried], self.seed + start)
+            gaussians = self._cluster(white[tried], tried_labels, self.seed + start)
             for _ in range(TRIED):
-                counts, sums, outers, _ = self._expect(white[tried], None if owned is None else owned[tried], gaussians)
-                gaussians = _maximise(counts, sums, outers)
-            *_, likelihood = self._expect(white[held], None if owned is None else owned[held], gaussians)
+                moments, _ = self._expect(white[tried], tried_labels, gaussians)
+                gaussians = _maximise(moments)
+            _, likelihood = self._expect(white[held], labels_of(labels, held), gaussians)
             if best is None or float(likelihood) > highest:
                 best = gaussians
                 highest = float(likelihood)
         assert best is not None
-        if codes.rank:  # other machines may round, and so cluster, otherwise
-            best = Gaussians(*(torch.zeros_like(part) for part in (best.weights, best.means, best.factors)))
-        return Gaussians(codes.add(best.weights), codes.add(best.means), codes.add(best.factors))
+        mine = float(codes.rank == 0)  # other machines may round, and so cluster, otherwise
+        return Gaussians(
+            weights=codes.add(best.weights * mine),
+            means=codes.add(best.means * mine),
+            factors=codes.add(best.factors * mine),
+        )
 
     def _cluster(self, rows: Tensor, labels: Tensor | None, seed: int) -> Gaussians:
         """A mixture of the clusters that k-means finds; with classes, those of each class share its components."""
@@ -156,83 +189,47 @@ class Mixture(CodesPrior):
             which = k_means(rows, number, seed)
         else:
             counts = torch.bincount(labels, minlength=len(self.labels)).tolist()
-            each = [1 + more for more in share_out(counts, number - len(counts))]
-            self.owners.copy_(torch.arange(len(each)).repeat_interleave(torch.tensor(each)))
+            sizes = torch.tensor(share_out(counts, number - len(counts))) + 1  # components of each class
+            self.owners.copy_(torch.arange(len(counts)).repeat_interleave(sizes))
             which = torch.empty_like(labels)
-            first = 0
-            for label, size in enumerate(each):
+            for label in labels.unique().tolist():
                 of_class = labels == label
-                if bool(of_class.any()):
-                    which[of_class] = first + k_means(rows[of_class], size, seed)
-                first += size
-        shares = torch.nn.functional.one_hot(which, number).double()
-        values = rows.double()
-        outers = torch.stack([(values * share[:, None]).T @ values for share in shares.T])
-        return _maximise(shares.sum(0), shares.T @ values, outers)
+                first = int(sizes[:label].sum())
+                which[of_class] = first + k_means(rows[of_class], int(sizes[label]), seed)
+        shares = F.one_hot(which, number).float()
+        moments = rows.new_zeros(_features(rows[:1]).shape[1], number, dtype=torch.float64)
+        for block, share in zip(rows.split(BLOCK), shares.split(BLOCK), strict=True):
+            moments += (_features(block).T @ share).double()
+        return _maximise(moments)
 
-    def _expect(
-        self,
-        rows: Tensor,  # (n, d) float32, whitened
-        labels: Tensor | None,  # (n,) int64: rows count in components of their class alone
-        gaussians: Gaussians,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Expected counts (k,), sums (k, d) and outer products (k, d, d) of each component, and the log-likelihood."""
-        number, directions = gaussians.means.shape
-        pairs = torch.triu_indices(directions, directions, device=rows.device)
-        density = _log_density(gaussians, pairs).float()
-        moments = rows.new_zeros(density.shape, dtype=torch.float64)
-        likelihood = rows.new_zeros((), dtype=torch.float64)
+    def _expect(self, rows: Tensor, labels: Tensor | None, gaussians: Gaussians) -> tuple[Tensor, Tensor]:
+        """The expected moments (features, k) of each component, sums of the features of rows (n, d) in float64, and the
+        log-likelihood (). With labels (n,) rows count in components of their class alone.
+        """
+        density = _log_density(gaussians).float()
+        moments = torch.zeros_like(density, dtype=torch.float64)
+        likelihood = moments.new_zeros(())
         for first in range(0, len(rows), BLOCK):
-            block = rows[first : first + BLOCK]
-            products = block[:, pairs[0]] * block[:, pairs[1]]
-            features = torch.cat([products, block, torch.ones_like(block[:, :1])], dim=1)
+            features = _features(rows[first : first + BLOCK])
             logarithms = features @ density
             if labels is not None:
                 may_be = self.owners == labels[first : first + BLOCK, None]
                 logarithms = logarithms.where(may_be, -math.inf)
-            sums_of_rows = logarithms.logsumexp(1)
-            likelihood += sums_of_rows.double().sum()
-            shares = (logarithms - sums_of_rows[:, None]).exp()
+            sums = logarithms.logsumexp(1)
+            likelihood += sums.double().sum()
+            shares = (logarithms - sums[:, None]).exp()
             moments += (features.T @ shares).double()
-        products, sums, counts = moments.split([pairs.shape[1], directions, 1])
-        outers = moments.new_zeros(number, directions, directions)
-        outers[:, pairs[0], pairs[1]] = products.T
-        outers[:, pairs[1], pairs[0]] = products.T
-        return counts.flatten(), sums.T, outers, likelihood
+        return moments, likelihood
 
     def _keep(self, gaussians: Gaussians, space: "Whitening") -> None:
         """Set the state, in the directions of codes."""
         self.weights.copy_(gaussians.weights)
         self.means.copy_(space.outward(gaussians.means))
-        factors = torch.zeros_like(self.factors)
-        directions = gaussians.means.shape[1]
-        factors[:, :, :directions] = (space.back.T @ gaussians.factors).to(factors)
-        self.factors.copy_(factors)
-
-    def _kept(self, space: "Whitening") -> Gaussians:
-        """The state, in whitened directions."""
-        directions = len(space.back)
-        factors = space.forth.T @ self.factors.double()[:, :, :directions]
-        means = (self.means.double() - space.mean) @ space.forth
-        covariances = factors @ factors.transpose(1, 2)
-        return Gaussians(self.weights.double(), means, torch.linalg.cholesky(covariances))
-
-    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Load a mixture of any number of directions."""
-        if "factors" in state:
-            sizes = (*self.means.shape, *state["factors"].shape[-1:])
-            self.factors = torch.empty(sizes, device=self.factors.device)
-        return super().load_state_dict(state, strict, assign)
+        self.factors.zero_()
+        self.factors[:, :, : gaussians.means.shape[1]] = space.back.T @ gaussians.factors
 
     def read_metrics(self) -> dict[str, float]:
         return {"prior/likelihood": self.likelihood}
-
-    def training_state(self) -> dict[str, Tensor]:
-        return self.state_dict() | {"progress": torch.tensor([self.iteration])}
-
-    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        super().load_training_state(state)
-        self.iteration = int(state["progress"])
 
 
 class Whitening:
@@ -242,10 +239,11 @@ class Whitening:
         """Raises InputError for rows that are all the same."""
         values = rows.double()
         self.mean = values.mean(0)
-        spread, directions = torch.linalg.eigh((values - self.mean).T @ (values - self.mean) / len(rows))
-        kept = min(DIRECTIONS, int((spread > 1e-12 * spread[-1].clamp(min=1e-30)).sum()))
+        centred = values - self.mean
+        spread, directions = torch.linalg.eigh(centred.T @ centred / len(rows))
         if float(spread[-1]) <= 0:
             raise InputError("the codes of all images are the same: there is nothing to fit a mixture to")
+        kept = min(DIRECTIONS, int((spread > 1e-12 * spread[-1]).sum()))
         deviations = spread[-kept:].sqrt()
         self.forth = directions[:, -kept:] / deviations  # (values, d)
         self.back = (directions[:, -kept:] * deviations).T  # (d, values)
@@ -259,30 +257,48 @@ class Whitening:
         return means @ self.back + self.mean
 
 
-def _log_density(gaussians: Gaussians, pairs: Tensor) -> Tensor:
-    """The coefficients (pairs + d + 1, k) of each weighted component's log-density in the products of two directions,
-    the directions and 1: both steps of an iteration are one matrix product each.
+def _features(rows: Tensor) -> Tensor:
+    """(n, d) -> (n, d (d + 1) / 2 + d + 1): the products of two directions, the directions and 1. A log-density is
+    linear in them, and so is the sum of what a component expects: each is one matrix product.
     """
+    directions = rows.shape[1]
+    first, second = torch.triu_indices(directions, directions, device=rows.device)
+    products = rows[:, first] * rows[:, second]
+    ones = torch.ones_like(rows[:, :1])
+    return torch.cat([products, rows, ones], dim=1)
+
+
+def _log_density(gaussians: Gaussians) -> Tensor:
+    """The coefficients (features, k) of each weighted component's log-density."""
     directions = gaussians.means.shape[1]
+    first, second = torch.triu_indices(directions, directions, device=gaussians.means.device)
     inverse = torch.linalg.inv(gaussians.factors)
     precision = inverse.transpose(1, 2) @ inverse
     pulled = torch.einsum("kij,kj->ki", precision, gaussians.means)
     square = (pulled * gaussians.means).sum(1)
-    twice = torch.where(pairs[0] == pairs[1], 1.0, 2.0)  # a pair stands for both of its orders
+    twice = torch.where(first == second, 1.0, 2.0)  # a pair stands for both of its orders
     sizes = gaussians.factors.diagonal(dim1=1, dim2=2).log().sum(1)
-    scale = gaussians.weights.clamp(min=1e-30).log() - sizes - directions / 2 * math.log(2 * math.pi)
-    quadratic = -precision[:, pairs[0], pairs[1]] * twice / 2
-    return torch.cat([quadratic, pulled, (scale - square / 2)[:, None]], dim=1).T
+    logarithms = gaussians.weights.clamp(min=1e-30).log()
+    constant = logarithms - sizes - directions / 2 * math.log(2 * math.pi) - square / 2
+    quadratic = -precision[:, first, second] * twice / 2
+    return torch.cat([quadratic, pulled, constant[:, None]], dim=1).T
 
 
-def _maximise(counts: Tensor, sums: Tensor, outers: Tensor) -> Gaussians:
-    """The components of expected counts, sums and outer products; each covariance is drawn to the mean of all."""
+def _maximise(moments: Tensor) -> Gaussians:
+    """The components with these moments (features, k); each covariance is drawn to the mean of all."""
+    directions = math.isqrt(2 * len(moments)) - 1  # of d (d + 3) / 2 + 1 features
+    first, second = torch.triu_indices(directions, directions, device=moments.device)
+    counts = moments[-1]
     some = counts.clamp(min=1e-12)
-    means = sums / some[:, None]
+    moments = (moments / some).T
+    means = moments[:, -directions - 1 : -1]
     weights = counts / counts.sum()
-    covariances = outers / some[:, None, None] - torch.einsum("ki,kj->kij", means, means)
+    covariances = moments.new_zeros(len(counts), directions, directions)
+    covariances[:, first, second] = moments[:, : len(first)]
+    covariances[:, second, first] = moments[:, : len(first)]
+    covariances -= torch.einsum("ki,kj->kij", means, means)
     within = torch.einsum("k,kij->ij", weights, covariances)
-    shrinkage = SHRINKAGE * sums.shape[1]
+    shrinkage = SHRINKAGE * directions
     drawn = shrinkage / (some + shrinkage)
     covariances = torch.lerp(covariances, within.expand_as(covariances), drawn[:, None, None])
     covariances.diagonal(dim1=1, dim2=2).add_(FLOOR)
@@ -299,16 +315,12 @@ def k_means(rows: Tensor, number: int, seed: int) -> Tensor:
         drawn = random.random_sample() * float(sums[-1])
         chosen = min(int(torch.searchsorted(sums, drawn)), len(rows) - 1)
         centers = torch.cat([centers, rows[chosen][None]])
-        nearest = torch.minimum(nearest, (rows - rows[chosen]).square().sum(1))
+        distances = (rows - rows[chosen]).square().sum(1)
+        nearest = torch.minimum(nearest, distances)
     for _ in range(CLUSTERED):
         which = torch.cdist(rows, centers).argmin(1)
         counts = torch.bincount(which, minlength=len(centers))
         sums = torch.zeros_like(centers).index_add_(0, which, rows)
-        centers = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centers)
+        counts = counts[:, None]
+        centers = torch.where(counts > 0, sums / counts.clamp(min=1), centers)
     return torch.cdist(rows, centers).argmin(1)
-
-
-def _some(count: int, most: int, seed: int) -> Tensor:
-    """Numbers of at most `most` of `count` rows, in order, drawn at random."""
-    chosen = np.random.RandomState(seed % 2**32).permutation(count)[:most]
-    return torch.from_numpy(np.sort(chosen))

@@ -36,10 +36,20 @@ class Latents(Prior):
 class Gaussian(Latents):
     """N(0, I)."""
 
-    arc = True
-
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
-        return normal(seed, round, ids, self.shape, device)
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+    ) -> Tensor:
+        return normal(
+            seed,
+            round,
+            ids,
+            self.shape,
+            device,
+        )
 
 
 class Halves(Latents):
@@ -48,10 +58,29 @@ class Halves(Latents):
     Flat latents teach f to map flat images to the data as well: a residual autoencoder maps black to black.
     """
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
-        noise = normal(seed, round, ids, self.shape, device)
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+    ) -> Tensor:
+        noise = normal(
+            seed,
+            round,
+            ids,
+            self.shape,
+            device,
+        )
         rows = (len(ids),) + (1,) * len(self.shape)
-        drawn = uniform(seed, round, ids, (2,), device, stream=SCALE)
+        drawn = uniform(
+            seed,
+            round,
+            ids,
+            (2,),
+            device,
+            stream=SCALE,
+        )
         offset = (2 * drawn[:, 0] - 1).view(rows)
         scale = (drawn[:, 1] / 2).view(rows)
         is_flat = (ids.to(noise.device) % 2 == 0).view(rows)
@@ -71,15 +100,25 @@ class Smooth(Latents):
     Noise of few dimensions: a pool of some thousand samples is dense enough in it that near images share near latents.
     """
 
-    arc = True
-
     def __init__(self, config: SmoothConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
         require((len(shape) == 3, "latents.name=smooth is for images, these are points: choose gaussian"))
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
+    def draw(
+        self,
+        seed: int,
+        round: int,
+        ids: Tensor,
+        device: Device,
+    ) -> Tensor:
         grid = self.config.grid
-        coarse = normal(seed, round, ids, (self.shape[0], grid, grid), device)
+        coarse = normal(
+            seed,
+            round,
+            ids,
+            (self.shape[0], grid, grid),
+            device,
+        )
         return F.interpolate(coarse, size=self.shape[1:], mode="bicubic")
 
 
@@ -94,7 +133,13 @@ LATENTS: dict[str, tuple[type[LatentsConfig], type[Latents]]] = {
 def find_latents(name: str) -> tuple[type[LatentsConfig], type[Latents]]:
     """The settings and the class of the latents of that name; InputError for an unknown one."""
     remedies = {"fourier": "fourier is IGN's, install it: pip install -e benchmarks/baselines"}
-    return lookup("latents.name", name, LATENTS, "naign.latents", remedies=remedies)
+    return lookup(
+        "latents.name",
+        name,
+        LATENTS,
+        "naign.latents",
+        remedies=remedies,
+    )
 
 
 def build_latents(config: LatentsConfig, shape: Shape) -> Latents:

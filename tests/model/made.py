@@ -1,0 +1,27 @@
+"""Small models, and a comparison."""
+
+import torch
+from torch.testing import assert_close
+
+from naign.model.naign import NAIGN
+from naign.model.networks import build_network, recorded_network
+
+CONV = {"name": "conv", "width": 4, "depth": 1, "code": 8}
+
+
+def make_model(network=None, shape=(1, 8, 8), state=None, **metadata):
+    """A model of random weights; `network` are its settings, `metadata` what differs from the usual."""
+    settings = network or CONV
+    metadata = {"model": settings, "shape": list(shape), "prior": {"name": "none"}} | metadata
+    torch.manual_seed(0)
+    return NAIGN(build_network(recorded_network(settings), shape), metadata, state)
+
+
+def assert_near(actual, expected, within):
+    """Values that differ by at most `within`."""
+    assert_close(
+        actual,
+        expected,
+        atol=within,
+        rtol=0,
+    )

@@ -1,0 +1,36 @@
+"""Priors that are fitted on ranks, which are threads here."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from naign.model.prior import Codes, CodesPrior
+
+
+def fit_on_ranks(priors: Sequence[CodesPrior], codes: torch.Tensor) -> None:
+    """Fit one prior a rank, each with its part of the codes and with sums over all, as a reduction gives them."""
+    world = len(priors)
+    barrier = threading.Barrier(world)
+    parts: dict[int, torch.Tensor] = {}
+
+    def fit(rank: int) -> None:
+        def add(value: torch.Tensor) -> torch.Tensor:
+            parts[rank] = value
+            barrier.wait(30)
+            whole = torch.stack([parts[other] for other in range(world)]).sum(0)
+            barrier.wait(30)
+            return whole
+
+        of_rank = Codes(
+            sizes=(len(codes),),
+            read=lambda _: (codes, None),
+            rank=rank,
+            world=world,
+            add=add,
+        )
+        list(priors[rank].fit(of_rank))
+
+    with ThreadPoolExecutor(world) as pool:
+        list(pool.map(fit, range(world)))
