@@ -59,7 +59,6 @@ def ours(job: Job) -> Read:
     config = DataConfig(path=job.path, split="train", workers=1)
     if job.crop:
         config.size = str(CROP)
-        config.fit = "random"
 
     def read() -> Iterator[tuple[int, Any]]:
         with Stream(config, seed=0, round_size=job.round) as stream:

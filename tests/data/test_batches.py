@@ -110,14 +110,14 @@ def test_two_iterations_at_once_are_refused(small: str) -> None:
 
 
 def test_the_types_of_settings(small: str) -> None:
-    dataset = open_dataset(small, size=12, cache=Path("none"), cache_gb=1, batch=torch.tensor(7).numpy()[()])
+    dataset = open_dataset(small, size=12, index=Path(small), batch=torch.tensor(7).numpy()[()])
     assert dataset.shape == (1, 12, 12)
     next(iter(dataset))
     dataset.load_state_dict(dataset.state_dict())
 
 
 def test_mirroring_and_windows_depend_on_the_seed_alone(digits: str) -> None:
-    options: dict[str, Any] = {"flip": True, "size": "6", "fit": "random"}
+    options: dict[str, Any] = {"flip": True, "crop": 6}
     whole = torch.cat([batch.images for batch in open_dataset(digits, batch=500, **options)])
     dataset = open_dataset(digits, batch=100, workers=2, **options)
     dataset.load_state_dict({**dataset.state_dict(), "position": 1000})

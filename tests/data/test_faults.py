@@ -131,7 +131,7 @@ def test_a_server_that_is_away_for_a_while(
 ) -> None:
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.5)
     config = DataConfig(path=remote, workers=2)
-    with Stream(config, seed=3, round_size=ROUND, prefetch=False) as stream:
+    with Stream(config, seed=3, round_size=ROUND) as stream:
         found = stream.take(0).keys
         proxy.faults = Faults(refusing=True)
         with pytest.raises(Unavailable, match=r"noise/train-\d+.*given up after"):
@@ -176,7 +176,7 @@ def test_bytes_that_stay_wrong(
 def test_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(
     lost: str, remote: str, s3: S3Server, bucket: str
 ) -> None:
-    with Stream(DataConfig(path=remote), seed=3, round_size=ROUND, prefetch=False) as stream:
+    with Stream(DataConfig(path=remote), seed=3, round_size=ROUND) as stream:
         stream.take(0)
         store = open_store(remote)
         for name in store.list():
@@ -193,7 +193,7 @@ def test_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(
 def test_local_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(lost: str, tmp_path: Path) -> None:
     pack(numbered(train=40), str(tmp_path), shards=2, progress=False)
     files = list(tmp_path.iterdir()) if lost == "everything" else [tmp_path / "train-00001.tar"]
-    with Stream(DataConfig(path=str(tmp_path)), seed=3, round_size=40, prefetch=False) as stream:
+    with Stream(DataConfig(path=str(tmp_path)), seed=3, round_size=40) as stream:
         stream.take(0)
         for file in files:
             if lost == "a half":

@@ -118,9 +118,9 @@ def damaged(suffix: str, data: bytes) -> Callable[[Members], Members]:
 def test_damaged_points_are_refused_by_training_and_verify(
     tmp_path: Path, suffix: str, data: bytes, message: str
 ) -> None:
-    moons = load("toy2d:moons")
-    few = {name: Made(length=12, make=split.__getitem__) for name, split in moons.splits.items()}
-    pack(replace(moons, splits=few), str(tmp_path), shards=2, progress=False)
+    spirals = load("toy2d:spirals")
+    few = {name: Made(length=12, make=split.__getitem__) for name, split in spirals.splits.items()}
+    pack(replace(spirals, splits=few), str(tmp_path), shards=2, progress=False)
     rewrite(str(tmp_path), "train-00001.tar", damaged(suffix, data))
     for read in (lambda path: read_split(path, "train"), lambda path: verify(path, progress=False)):
         with pytest.raises(InputError, match=rf"train-00001\.tar, key train-\d+: .*{message}"):

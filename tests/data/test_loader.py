@@ -73,16 +73,11 @@ def test_rounds_in_any_order(packed: str) -> None:
     assert take(packed, [2, 3, 0, 0], workers=2) == [rounds[2], rounds[3], rounds[0], rounds[0]]
 
 
-def test_reading_ahead_changes_nothing_and_leaves_random_state_and_threads_alone(packed: str) -> None:
+def test_reading_ahead_leaves_random_state_and_threads_alone(packed: str) -> None:
     state = torch.get_rng_state()
     threads = threading.active_count()
-    found = []
-    for prefetch in (False, True):
-        with Stream(DataConfig(path=packed, workers=2), seed=5, round_size=ROUND, prefetch=prefetch) as stream:
-            found.append([stream.take(round) for round in range(3)])
-    for plain, ahead in zip(*found, strict=True):
-        assert torch.equal(plain.images, ahead.images)
-        assert plain.keys == ahead.keys
+    with Stream(DataConfig(path=packed, workers=2), seed=5, round_size=ROUND) as stream:
+        stream.take(0)
     assert torch.equal(state, torch.get_rng_state())
     end = time.monotonic() + 10  # threads end by themselves, a moment later
     while threading.active_count() > threads and time.monotonic() < end:
@@ -110,14 +105,14 @@ def test_rows_are_counted_while_their_round_is_read(packed: str, monkeypatch: py
         return decode(*arguments)
 
     monkeypatch.setattr(Reader, "row", slow)
-    with Stream(DataConfig(path=packed, workers=workers), seed=5, round_size=ROUND, prefetch=False) as stream:
+    with Stream(DataConfig(path=packed, workers=workers), seed=5, round_size=ROUND) as stream:
 
         def look() -> bool:
             if stream.rows_read:
                 seen.set()
             return False
 
-        assert len(stream.take(0, look).keys) == stream.rows_read == ROUND
+        assert len(stream.take(0, look).keys) == ROUND <= stream.rows_read
 
 
 def test_a_manifest_is_found_without_a_listing(packed: str, bucket: str) -> None:
@@ -170,7 +165,6 @@ def test_without_labels(packed: str) -> None:
         ({"broken": "maybe"}, "data.broken is 'maybe': choose one of error, skip"),
         ({"crop": -1}, "data.crop is -1"),
         ({"crop": 5}, "data.crop=5 is more than there is of numbered"),
-        ({"cache_gb": 0}, "must be positive"),
     ],
 )
 def test_settings_that_no_stream_can_have(packed: str, changed: dict[str, Any], message: str) -> None:

@@ -137,13 +137,6 @@ def test_rounds_of_shards_sorted_by_class_are_mixed(
     assert max(shares) < most
 
 
-def test_the_log_says_what_an_epoch_is() -> None:
-    order = Order(sizes=UNEVEN, seed=0, round_size=20, lanes=8)
-    text = "each of 57 images once an epoch; a round goes on into the next epoch; 16 in turn from each of 8 places"
-    assert order.describe() == text
-    assert Order(sizes=(20, 20), seed=0, round_size=10).describe() == "each of 40 images once an epoch of 4 rounds"
-
-
 def test_the_order_of_shards_differs_by_epoch_and_seed_and_never_changes() -> None:
     assert shuffled(8, 0, 0) == [0, 2, 1, 5, 4, 3, 6, 7]
     orders = {tuple(shuffled(8, seed, epoch)) for seed in range(3) for epoch in range(3)}

@@ -183,11 +183,17 @@ def test_samples_are_those_of_webdataset(tmp_path: Path, form: int, at_once: int
     assert len(found) > 50 and {"npy", "seg.png", "cls"} < set(found[0])
 
 
-def test_members_that_are_no_samples_are_not_held(tmp_path: Path) -> None:
+def test_members_that_are_no_samples_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.tar", tarfile.USTAR_FORMAT, [("README", NOISE)] * 8 + [("a.npy", NOISE[:1000])])
-    pager = Pager()
     held = []
-    found = list(scan(open_store(str(tmp_path)), "a.tar", pager, lambda _: held.append(len(pager._bytes))))
+    write_bytes = Pager.write
+
+    def measured(pager: Pager, data: bytes) -> int:
+        held.append(len(pager._bytes))
+        return write_bytes(pager, data)
+
+    monkeypatch.setattr(Pager, "write", measured)
+    found = list(scan(open_store(str(tmp_path)), "a.tar", Pager()))
     assert [sample["npy"] for sample in found] == [NOISE[:1000]] and max(held) < 3 << 20
     assert by_pages(file) == by_webdataset(file)
 

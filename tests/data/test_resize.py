@@ -17,7 +17,7 @@ from naign.data.decode import decode_image, header_shape
 from naign.data.format.audit import verify
 from naign.data.format.indexing import index
 from naign.data.loader import Stream, read_split
-from naign.data.resize import WINDOW, Resize, channels, resized
+from naign.data.resize import Resize, channels, resized
 from naign.errors import InputError
 from tests.data.numbered import add, take
 
@@ -58,47 +58,37 @@ def difference(pixels: np.ndarray[Any, Any], picture: Image.Image) -> np.ndarray
     return np.abs(channels(pixels, 3).transpose(1, 2, 0) - expected)
 
 
-def cut(picture: Image.Image, resize: Resize, window: np.ndarray[Any, Any] | None = None) -> Image.Image:
+def cut(picture: Image.Image, resize: Resize) -> Image.Image:
     """What Pillow makes of the window."""
-    box = resize.box(*picture.size, window)
+    box = resize.box(*picture.size)
     return picture.crop(box).resize((resize.width, resize.height), Image.Resampling.BICUBIC)
 
 
 # Decoding
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(("form", "mode"), [("PNG", "RGB"), ("JPEG", "RGB"), ("JPEG", "L"), ("TIFF", "L")])
 def test_pictures_are_turned_upright(form: str, mode: str) -> None:
     for number in range(10):  # 0 and 9 are none of EXIF's
         data = lying(number, (24, 16), form, mode)
         expected = upright(data)
         assert (5 <= number <= 8) == (expected.size == (16, 24))
         decoded = decode_image(data)
-        assert len(decoded) == (1 if mode == "L" and form != "WEBP" else 3)
+        assert len(decoded) == len(mode)
         assert not difference(decoded, expected).any()
         assert form == "TIFF" or header_shape(data) == decoded.shape
         resize = Resize(height=8, width=8)
         assert difference(resized(data, resize), cut(expected, resize)).max() <= 1
 
 
-def test_orientation_is_found_wherever_it_stands() -> None:
-    data = lying(6, (24, 16))
+def test_orientation_is_found_in_xmp_and_not_in_damaged_exif() -> None:
     plain = stored(photo(1, (24, 16)), "JPEG")
-    start = data.index(b"\xff\xe1")
-    segment = data[start : start + 2 + int.from_bytes(data[start + 2 : start + 4])]
-    table = plain.index(b"\xff\xdb")
-    behind = table + 2 + int.from_bytes(plain[table + 2 : table + 4])
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     said = b"http://ns.adobe.com/xap/1.0/\0" + xmp
-    cases = {
-        "behind a table": plain[:behind] + segment + plain[behind:],
-        "filled": plain[:2] + b"\xff" + segment + plain[2:],
-        "XMP": plain[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2) + said + plain[2:],
-    }
-    for name, turned in cases.items():
-        assert upright(turned).size == (16, 24), name
-        assert decode_image(turned).shape == (3, 24, 16) == header_shape(turned), name
+    turned = plain[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2) + said + plain[2:]
+    assert upright(turned).size == (16, 24)
+    assert decode_image(turned).shape == (3, 24, 16)
+    assert header_shape(turned) == (3, 24, 16)
     damaged = stored(photo(1, (24, 16)), "JPEG", exif=b"Exif\0\0no such thing")
     assert decode_image(damaged).shape == (3, 16, 24)
 
@@ -130,7 +120,6 @@ def test_files_of_every_mode_come_as_pillow_shows_them() -> None:
     ("form", "change", "message"),
     [
         ("PNG", lambda data: data[:16] + (60_000).to_bytes(4, "big") * 2 + data[24:], "."),
-        ("PNG", lambda data: data[:16] + bytes(8) + data[24:], "."),
         ("JPEG", lambda data: data[: len(data) // 2], "."),
         ("JPEG", lambda data: b"", "not a picture"),
     ],
@@ -147,49 +136,23 @@ def test_bombs_and_pictures_without_pixels_are_refused(form: str, change: Any, m
 def test_the_largest_central_window_is_taken(size: tuple[int, int]) -> None:
     picture = photo(2, size)
     for width, height in ((20, 20), (20, 12)):
-        for fit in ("crop", "random"):  # random without draws, as in evaluation
-            resize = Resize(height=height, width=width, fit=fit)
-            left, top, right, bottom = resize.box(*size)
-            spare = 1 + resize.factor((left, top, right, bottom))  # pixels that a JPEG decoded small may lack
-            assert abs(right - left - min(size[0], size[1] * width / height)) < spare
-            assert abs(bottom - top - min(size[1], size[0] * height / width)) < spare
-            assert abs(left + right - size[0]) <= 2 * spare and abs(top + bottom - size[1]) <= 2 * spare
-            assert difference(resized(stored(picture), resize), cut(picture, resize)).max() <= 1
+        resize = Resize(height=height, width=width)
+        left, top, right, bottom = resize.box(*size)
+        spare = 1 + resize.factor(right - left, bottom - top)  # pixels that a JPEG decoded small may lack
+        assert abs(right - left - min(size[0], size[1] * width / height)) < spare
+        assert abs(bottom - top - min(size[1], size[0] * height / width)) < spare
+        assert abs(left + right - size[0]) <= 2 * spare
+        assert abs(top + bottom - size[1]) <= 2 * spare
+        assert difference(resized(stored(picture), resize), cut(picture, resize)).max() <= 1
 
 
-@pytest.mark.parametrize("size", [(801, 403), (800, 400), (806, 402)])
-def test_a_turned_jpeg_that_is_decoded_small_is_not_shifted(size: tuple[int, int]) -> None:
-    for number in range(1, 9):
-        data = lying(number, size)
-        resize = Resize(height=24, width=32)
-        assert difference(resized(data, resize), cut(upright(data), resize)).mean() < 0.7
-
-
-def test_random_windows_have_the_areas_and_shapes_of_torchvision() -> None:
-    resize = Resize(height=8, width=8, fit="random")
-    drawn = np.random.default_rng(1).random((4000, WINDOW))
-    left, top, right, bottom = np.array([resize.box(300, 300, row) for row in drawn]).T
-    assert left.min() == 0 == top.min() and right.max() > 290 and bottom.max() > 290
-    share = (right - left) * (bottom - top) / 90_000
-    ratio = (right - left) / (bottom - top)
-    assert 0.06 < share.min() < 0.09 and 0.95 < share.max() <= 1 and 0.47 < share.mean() < 0.54
-    assert 0.7 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.45 and abs(np.log(ratio).mean()) < 0.03
-    picture = photo(1, (300, 200))
-    exact = cut(picture, resize, drawn[0])
-    assert difference(resized(stored(picture), resize, drawn[0]), exact).max() <= 1
-    assert resize.box(300, 3, drawn[0]) == (148, 0, 152, 3)  # nothing fits: the largest that is central
-
-
-@pytest.mark.parametrize("fit", ["crop", "random"])
 @pytest.mark.parametrize("size", [16, 32, 64, 100])
-def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(fit: str, size: int) -> None:
-    windows = np.random.default_rng(3).random((12, WINDOW))
-    resize = Resize(height=size, width=size, fit=fit)
+def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(size: int) -> None:
+    resize = Resize(height=size, width=size)
     for path in PHOTOS:
         data = path.read_bytes()
-        for window in windows if fit == "random" else windows[:1]:
-            exact = resized(stored(Image.open(path)), resize, window).astype(int)
-            assert np.abs(resized(data, resize, window) - exact).mean() < 1
+        exact = resized(stored(Image.open(path)), resize).astype(int)
+        assert np.abs(resized(data, resize) - exact).mean() < 1
 
 
 # Data sets
@@ -216,30 +179,32 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> str:
     for number, (first, last) in enumerate([(0, 7), (7, 37), (37, 60)]):
         write(path, f"{number:05d}.tar", range(first, last))
     write(path, "val-00000.tar", range(60, 70))
-    assert index(str(path), progress=False).shape == (3, 0, 0)
+    assert index(str(path)).shape == (3, 0, 0)
     return str(path)
 
 
 @pytest.mark.slow
 def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: str) -> None:
-    settings = {"size": "24x32", "fit": "random", "flip": True}
+    settings = {"size": "24x32", "flip": True}
     plain, keys = take(theirs, 6, each=20, **settings)
-    assert plain.shape == (120, 3, 24, 32) and Counter(keys) == {f"{number:09d}": 2 for number in range(60)}
+    assert plain.shape == (120, 3, 24, 32)
+    assert Counter(keys) == {f"{number:09d}": 2 for number in range(60)}
     same = 0
     for key in set(keys):
         first, second = (plain[row] for row in range(120) if keys[row] == key)
         same += torch.equal(first, second)
-    assert same < 10  # another window every epoch, but for some of those that are very wide or high
-    for world, workers in ((1, 3), (2, 0), (4, 2), (5, 1)):
+    assert 20 < same < 40  # mirrored in one of two epochs, or not
+    for world, workers in ((2, 0), (4, 2)):
         images, others = take(theirs, 6, world, each=20, workers=workers, **settings)
-        assert others == keys and torch.equal(images, plain)
+        assert others == keys
+        assert torch.equal(images, plain)
 
 
-def test_evaluation_takes_the_central_window(theirs: str) -> None:
-    images, labels = read_split(DataConfig(path=theirs, size="16x24", fit="random"), "test")
-    assert images.shape == (10, 3, 16, 24) and (labels == -1).all()
-    assert torch.equal(images, read_split(DataConfig(path=theirs, size="16x24"), "test")[0])
-    assert verify(theirs, progress=False).samples == 70
+def test_pictures_of_many_sizes_are_read_in_one(theirs: str) -> None:
+    images, labels = read_split(DataConfig(path=theirs, size="16x24"), "test")
+    assert images.shape == (10, 3, 16, 24)
+    assert (labels == -1).all()
+    assert verify(theirs).samples == 70
 
 
 @pytest.mark.parametrize(
@@ -248,11 +213,8 @@ def test_evaluation_takes_the_central_window(theirs: str) -> None:
         ({}, "have many sizes: say one, as with --data.size=64"),
         ({"size": "0"}, "data.size is '0': give pixels a side"),
         ({"size": "64x"}, "data.size is '64x'"),
-        ({"size": "8x8x8"}, "data.size is '8x8x8'"),
         ({"size": "9999"}, "height x width, as 48x64, to 8192"),
         ({"size": "8", "crop": 4}, "data.crop takes windows .*choose one"),
-        ({"fit": "random"}, "data.fit=random .*give that as well"),
-        ({"size": "8", "fit": "centre"}, "data.fit is 'centre': choose one of crop"),
     ],
 )
 def test_settings_that_say_nothing(theirs: str, settings: dict[str, Any], message: str) -> None:
@@ -262,12 +224,13 @@ def test_settings_that_say_nothing(theirs: str, settings: dict[str, Any], messag
 
 def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "train.tar", range(12))
-    index(str(tmp_path), progress=False)
+    index(str(tmp_path))
     with pytest.raises(InputError, match=r"train.tar, key 0000000\d\d: .* is less than data.crop=70"):
         take(str(tmp_path), 1, crop=70)
     monkeypatch.setattr("naign.data.loader.BROKEN", 0.9)
     images, keys = take(str(tmp_path), 1, crop=70, broken="skip")
-    assert images.shape == (12, 3, 70, 70) and not {int(key) % 6 for key in keys} & {0, 1, 4}
+    assert images.shape == (12, 3, 70, 70)
+    assert not {int(key) % 6 for key in keys} & {0, 1, 4}
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from naign.data.format.pages import table_name
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
 from naign.data.sources.catalog import load
-from naign.data.sources.source import Example, Made
+from naign.data.sources.source import Made
 from naign.errors import InputError
 from naign.storage.local import LocalStore
 from tests.data.numbered import numbered
@@ -44,7 +44,7 @@ def test_shards_are_even_random_and_complete(packed: str) -> None:
         manifest.split("valid")
 
 
-@pytest.mark.parametrize("encoding", ["png", "webp", "npy"])
+@pytest.mark.parametrize("encoding", ["png", "npy"])
 @pytest.mark.parametrize("shape", [(1, 5, 7), (3, 5, 7)])
 def test_pixels_survive(tmp_path: Path, encoding: str, shape: tuple[int, ...]) -> None:
     source = numbered(shape=shape)
@@ -55,7 +55,7 @@ def test_pixels_survive(tmp_path: Path, encoding: str, shape: tuple[int, ...]) -
 
 
 def test_points_survive(tmp_path: Path) -> None:
-    toy = load("toy2d:moons")
+    toy = load("toy2d:spirals")
     few = replace(toy, splits={name: Made(length=50, make=split.__getitem__) for name, split in toy.splits.items()})
     pack(few, str(tmp_path), progress=False)
     points = read_split(str(tmp_path), "test")[0].numpy()
@@ -80,7 +80,7 @@ def test_an_index_of_our_own_tars_names_the_same_samples(packed: str) -> None:
 def test_jpg_and_other_encodings(tmp_path: Path) -> None:
     pack(numbered(), str(tmp_path), shards=2, encoding="jpg", progress=False)
     assert verify(str(tmp_path), progress=False).samples == 28
-    with pytest.raises(InputError, match="use one of png, jpg, webp, npy"):
+    with pytest.raises(InputError, match="use one of png, jpg, npy"):
         pack(numbered(), str(tmp_path), encoding="bmp", progress=False)
 
 
@@ -98,21 +98,6 @@ def test_packing_again_changes_nothing_and_another_set_is_refused(packed: str) -
     assert pack(numbered(), packed, shards=3, force=True, progress=False)[1]
     assert len(contents(packed)) == 2 * (3 + 3) + 1
     verify(packed, progress=False)
-
-
-def test_what_cannot_be_packed_replaces_nothing(packed: str) -> None:
-    before = contents(packed)
-    source = numbered()
-
-    def make(index: int) -> Example:
-        if index == 3:
-            raise InputError("3.png: not a picture")
-        return source.splits["test"][index]
-
-    broken = replace(source, splits={**source.splits, "test": Made(length=5, make=make)})
-    with pytest.raises(InputError, match="not a picture"):
-        pack(broken, packed, shards=3, force=True, progress=False)
-    assert contents(packed) == before
 
 
 def test_an_interrupted_pack_leaves_no_index_and_goes_on(
@@ -134,7 +119,7 @@ def test_an_interrupted_pack_leaves_no_index_and_goes_on(
     monkeypatch.undo()
     with pytest.raises(InputError, match="no index.json among its 5 files"):
         Manifest.load(target)
-    with pytest.raises(InputError, match="already holds shards of another"):
+    with pytest.raises(InputError, match="already holds another data set"):
         pack(numbered(), target, shards=3, progress=False)
     assert pack(numbered(), target, shards=4, progress=False)[1]
     assert contents(target) == contents(packed)

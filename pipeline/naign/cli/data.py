@@ -29,7 +29,7 @@ def pack(
     image: str = "",
     label: str = "",
     shards: int | None = None,
-    encoding: Literal["png", "jpg", "webp", "npy"] = "png",
+    encoding: Literal["png", "jpg", "npy"] = "png",
     seed: int = 0,
     force: bool = False,
 ) -> None:
@@ -43,10 +43,10 @@ def pack(
         size: For folder, parquet: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.
         channels: For folder, parquet: 3 colour, 1 grey.
         broken: For folder, parquet: fail at a file or row of no picture, or skip it with a warning.
-        image: For parquet: the column of pictures; default: the only one.
+        image: For parquet: the column of pictures; default: image.
         label: For parquet: the column of labels, or none; default: label.
         shards: Shards a split; default 16, more for large data.
-        encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
+        encoding: How images are stored: png keeps every bit, jpg is smaller, npy is read fastest.
         seed: Seed of the order of samples in shards, and of the choice of training images.
         force: Replace an existing data set, which is deleted before the new one is written.
     """

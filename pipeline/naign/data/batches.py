@@ -20,6 +20,8 @@ from naign.data.scale import scaled
 from naign.errors import require
 from naign.settings.read import build
 
+FOR_TRAINING = ("source", "endpoint", "trace")  # settings of data that open_dataset does not take
+
 
 class ImageBatch(NamedTuple):
     """One rank's part of a batch."""
@@ -69,13 +71,16 @@ class Batches(IterableDataset[ImageBatch]):
         epoch. Raises InputError for a state of another data set, split, `shuffle` or seed.
         """
         where = f"split {self._config.split} of {self._config.path}"
-        epoch, position, seed, order = (state.get(name, -1) for name in self.state_dict())
+        epoch = state.get("epoch", -1)
+        position = state.get("position", -1)
+        seed = state.get("seed")
+        end = self._plan.total
         require(
             (is_count(epoch) and is_count(position), "the state was not made by open_dataset(...).state_dict()"),
-            (order == self._digest, f"the state is of another data set, split or shuffle than {where}"),
+            (state.get("order") == self._digest, f"the state is of another data set, split or shuffle than {where}"),
             (seed == self._seed, f"the state is of seed {seed}, not {self._seed}: open the data set with that seed"),
-            (position <= self._plan.total, f"the state is of image {position} of the {self._plan.total} of {where}"),
         )
+        require((position <= end, f"the state is of image {position} of the {end} of {where}"))
         self.epoch = epoch
         self._position = position
         self._moves += 1
@@ -148,7 +153,9 @@ def _divided_by_accelerate(dataset: Batches) -> bool:
 
     loader = GradientState().active_dataloader
     read = getattr(loader, "dataset", None)
-    return getattr(read, "dataset", None) is dataset or (read is dataset and isinstance(loader, DataLoaderDispatcher))
+    if read is dataset:
+        return isinstance(loader, DataLoaderDispatcher)
+    return getattr(read, "dataset", None) is dataset
 
 
 def open_dataset(
@@ -159,7 +166,7 @@ def open_dataset(
     seed: int = 0,  # of the order of shards, and of windows and mirroring
     rank: int | None = None,  # None: that of torch.distributed when an iteration begins, or 0 of 1
     world: int | None = None,
-    **settings: Any,  # size, fit, crop, flip, cache, workers, broken, ...: of the section `data` in docs/settings.md
+    **settings: Any,  # size, crop, flip, cache, workers, broken, ...: of the section `data` in docs/settings.md
 ) -> Batches:
     """A split as a torch IterableDataset of batches (images, labels, keys): images (n, C, H, W) float32 in [-1, 1].
 
@@ -175,9 +182,12 @@ def open_dataset(
     InputError, a ValueError, for wrong arguments, some when an iteration begins, and for data that is missing or
     damaged; Unavailable for a store that stays out of reach.
     """
-    refused = ", ".join(sorted(settings.keys() & {"source", "endpoint", "trace"}))  # which are of trainings alone
-    require((not refused, f"open_dataset has no setting {refused}: leave it out"))
-    content = {"path": path, "split": split, **settings}
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in content.items()}
-    config: DataConfig = build(DataConfig, plain, "open_dataset", named={})
+    content: dict[str, Any] = {"path": path, "split": split}
+    for name, value in settings.items():
+        require((name not in FOR_TRAINING, f"open_dataset has no setting {name}: leave it out"))
+        content[name] = value
+    for name, value in content.items():
+        if isinstance(value, Path):
+            content[name] = str(value)
+    config: DataConfig = build(DataConfig, content, "open_dataset", named={})
     return Batches(config, batch=batch, seed=seed, rank=rank, world=world)

@@ -39,6 +39,8 @@ HOLES = 18  # that `holes` takes besides
 
 
 class Damage(NamedTuple):
+    """A damage to learn from."""
+
     damage: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """Damaged images (n, *shape), a function of the arguments alone, row by row: images (n, *shape) float32 in [-1, 1],
     standard normals (n, *shape), uniform numbers (n, uniforms(shape)) in (0, 1], and the noise's largest standard
@@ -110,7 +112,8 @@ def _coarse(images: Tensor, octaves: Tensor, weight: Tensor) -> Tensor:
     height, width = images.shape[2:]
     levels = []
     for factor in (2, 4, 8):
-        small = F.adaptive_avg_pool2d(images, (max(2, round(height / factor)), max(2, round(width / factor))))
+        size = (max(2, round(height / factor)), max(2, round(width / factor)))
+        small = F.adaptive_avg_pool2d(images, size)
         levels.append(F.interpolate(small, size=(height, width), mode="bilinear"))
     low = torch.where(octaves < 2, levels[0], levels[1])
     high = torch.where(octaves < 2, levels[1], levels[2])
@@ -147,7 +150,8 @@ def stroke(numbers: Tensor, size: torch.Size) -> Tensor:
     place = torch.stack([y, x], dim=-1)  # (H, W, 2)
     first = points[:, :-1, None, None]
     along = points.diff(dim=1)[:, :, None, None]
-    share = ((place - first) * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-12)
+    length = along.square().sum(-1, keepdim=True).clamp(min=1e-12)
+    share = ((place - first) * along).sum(-1, keepdim=True) / length
     distance = (place - first - share.clamp(0, 1) * along).square().sum(-1).sqrt()
     return (distance < radius).any(1, keepdim=True)
 
@@ -185,8 +189,10 @@ def degrade(images: Tensor, kind: Kind, *, seed: int = 0, strength: float = 1.0)
     count, channels, height, width = images.shape
     generator = torch.Generator().manual_seed(seed)
     if kind == "blur":
-        kernel = gaussian_kernel(sigma=2.0 * _shrink(height) * strength).expand(channels, 1, 9, 9)
-        padded = F.pad(images, (4, 4, 4, 4), mode="reflect" if min(height, width) > 4 else "replicate")
+        sigma = 2.0 * _shrink(height) * strength
+        kernel = gaussian_kernel(sigma).expand(channels, 1, 9, 9)
+        mode = "reflect" if min(height, width) > 4 else "replicate"
+        padded = F.pad(images, (4, 4, 4, 4), mode=mode)
         return F.conv2d(padded, kernel, groups=channels).clamp(-1, 1)
     if kind == "noise":
         return (images + 0.5 * strength * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
@@ -194,14 +200,15 @@ def degrade(images: Tensor, kind: Kind, *, seed: int = 0, strength: float = 1.0)
         chance = torch.rand(count, 1, height, width, generator=generator)
         salted = torch.where(chance < 0.1 * strength, 1.0, images)
         return torch.where(chance >= 1 - 0.1 * strength, -1.0, salted)
-    order = torch.rand(count, height, generator=generator).argsort(1)[:, : blackened_rows(height, strength)]
+    few = blackened_rows(height, strength)
+    order = torch.rand(count, height, generator=generator).argsort(1)[:, :few]
     rows = torch.zeros(count, height, dtype=torch.bool).scatter_(1, order, True)
     return images.masked_fill(rows[:, None, :, None], -1.0)
 
 
-def gaussian_kernel(*, size: int = 9, sigma: float = 2.0) -> Tensor:
-    """(size, size) float32 Gaussian kernel that sums to 1; sigma in pixels."""
-    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+def gaussian_kernel(sigma: float = 2.0) -> Tensor:
+    """(9, 9) float32 Gaussian kernel that sums to 1; sigma in pixels."""
+    offsets = torch.arange(-4, 5, dtype=torch.float64)
     weights = torch.exp(-offsets.square() / (2 * sigma**2))
     kernel = torch.outer(weights, weights)
     return (kernel / kernel.sum()).float()

@@ -47,18 +47,6 @@ class Order:
         """Images of an epoch."""
         return sum(self.sizes)
 
-    def describe(self) -> str:
-        """Which images a round takes and what happens at the end of an epoch, for a log."""
-        rounds, left = divmod(self.total, self.round_size)
-        text = f"each of {self.total} images once an epoch"
-        if left:
-            text += "; a round goes on into the next epoch"
-        else:
-            text += f" of {rounds} rounds"
-        if self.lanes > 1:
-            text += f"; {BLOCK} in turn from each of {self.lanes} places"
-        return text
-
 
 @dataclass(kw_only=True, frozen=True, eq=False)
 class Plan:
@@ -76,10 +64,14 @@ class Plan:
         return min(rounds * order.round_size / order.total for order in self.orders)
 
     def describe(self) -> str:
-        """Which images a round takes and what happens at the end of an epoch, for a log."""
-        if len(self.orders) == 1:
-            return self.orders[0].describe()
-        return "; ".join(f"{order.round_size} a round: {order.describe()}" for order in self.orders)
+        """Which images a round takes, for a log."""
+        parts = []
+        for order in self.orders:
+            text = f"{order.round_size} a round, each of {order.total} images once an epoch"
+            if order.lanes > 1:
+                text += f", {BLOCK} in turn from each of {order.lanes} places"
+            parts.append(text)
+        return "; ".join(parts)
 
     @cached_property
     def _owners(self) -> Longs:
@@ -98,11 +90,10 @@ class Plan:
 
     def pieces(self, number: int, spans: Iterable[Span]) -> Iterator[Piece]:
         """What data set `number` contributes to spans, in order."""
-        mine = self._owners == number if len(self.orders) > 1 else None
         for round, start, stop in spans:
-            if mine is not None:
-                start = int(np.count_nonzero(mine[:start]))
-                stop = int(np.count_nonzero(mine[:stop]))
+            if len(self.orders) > 1:
+                start = int(np.count_nonzero(self._owners[:start] == number))
+                stop = int(np.count_nonzero(self._owners[:stop] == number))
             yield from pieces(self.orders[number], round, start, stop)
 
 

@@ -24,7 +24,7 @@ from naign.model.naign import NAIGN
 from naign.settings.constraints import check_fields
 from naign.storage.store import is_in_bucket, use_endpoint
 
-RECORDED = ("path", "index", "split", "size", "fit", "broken")
+RECORDED = ("path", "index", "split", "size", "broken")
 """Settings of data that say how the training's images are read, besides data.crop."""
 
 

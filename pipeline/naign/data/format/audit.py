@@ -51,10 +51,10 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
         if summary.shard.pages:  # it is there, and a tar
             problems += _differences(shard, summary.shard, store, tables)
     if problems:
-        note = ""
-        if not index and not any(store.exists(name) for name in names):
-            note = f"no shard of {INDEX} is there: if it lies apart from its shards, naign verify SHARDS --index {path}"
-        raise Problems(path, problems, note)
+        remedy = ""
+        if not index and not any(summary.shard.pages for summary in summaries):
+            remedy = f"if the shards lie apart from {INDEX}: naign verify SHARDS --index {path}"
+        raise Problems(path, problems, remedy)
     samples = sum(shard.samples for shard in manifest.shards)
     return Report(samples, len(names), size, broken)
 

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,7 +21,7 @@ MOST_SAMPLES = 2**40  # of a split
 
 CHANNELS = (1, 3)  # of an image: grey or colour
 FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}  # type and axes of a sample, by kind
-DEFAULTS: dict[str, Any] = {"dealt": True, "label": "", "broken": {}, "without": {}}  # of fields that may be left out
+DEFAULTS: dict[str, Any] = {"dealt": True, "label": "", "broken": {}}  # of fields that may be left out
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -66,8 +65,6 @@ class Manifest:
     dealt: bool = True  # each shard is a random subset of its split, as `naign pack` makes them and others do not
     label: str = ""  # where samples have their labels: "" as a number in .cls, or see labels.label_text
     broken: dict[str, list[str]] = field(default_factory=dict)  # by shard, keys that `naign index --keep-broken` found
-    without: dict[str, list[int]] = field(default_factory=dict)
-    """By shard, places of samples in its tar that are left out, ascending: `samples` of the shard counts the others."""
 
     @classmethod
     def load(cls, path: str) -> "Manifest":
@@ -75,10 +72,10 @@ class Manifest:
         store = open_store(path)
         if store.exists(INDEX):
             return cls.parse(store.read(INDEX), where=store.url(INDEX))
-        names = store.list()
-        if names:
+        files = len(store.list())
+        if files:
             remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
-            raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
+            raise InputError(f"{path}: no {INDEX} among its {files} files: {remedy}, or check the path")
         pack = f"`naign pack mnist --to {path}`, or of your own pictures `naign pack folder --root DIR --size 64 ...`"
         raise InputError(f"{path}: no data set here, it is missing or empty: check the path, or make one: {pack}")
 
@@ -115,11 +112,6 @@ class Manifest:
             raise InputError(f"data set {self.name} has no split {name!r}, only {', '.join(self.splits)}: {remedy}")
         return self.splits[name]
 
-    def place(self, shard: str, number: int) -> int:
-        """The place in its tar of a sample of a shard by its number, which does not count those that are left out."""
-        left_out = self.without.get(shard, ())
-        return number + bisect_right(range(len(left_out)), number, key=lambda at: left_out[at] - at)
-
     def dump(self) -> bytes:
         """The bytes of index.json."""
         fields = {"format": FORMAT, **asdict(self)}
@@ -151,40 +143,44 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
             shard.pop("sha256", None)  # of the whole tar, which older programs wrote
         shards = tuple(Shard(**shard) for shard in split["shards"])
         splits[name] = Split(samples=split["samples"], shards=shards)
+    fields["splits"] = splits
     for name in ("shape", "labels"):
         if not isinstance(fields[name], list):
             raise TypeError(f"{name} is {fields[name]!r}, not a list")
-    return {**fields, "shape": tuple(fields["shape"]), "labels": tuple(fields["labels"]), "splits": splits}
+        fields[name] = tuple(fields[name])
+    return fields
 
 
 def _check(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for wrong types, values out of range, and contradictions."""
     shape = manifest.shape
-    texts = (manifest.name, manifest.label, *manifest.labels)
     _demand(FORMS.get(manifest.kind) == (manifest.dtype, len(shape)), "kind, shape and dtype do not go together")
-    _demand(manifest.kind != "image" or shape[0] in CHANNELS, "an image has 1 or 3 channels")
-    lengths = shape[:1] if manifest.kind == "image" and shape[1:] == (0, 0) else shape
+    lengths = shape
+    if manifest.kind == "image":
+        _demand(shape[0] in CHANNELS, "an image has 1 or 3 channels")
+        if shape[1:] == (0, 0):
+            lengths = shape[:1]
     _demand(all(is_count(length, 1) for length in lengths), "shape is not of positive integers")
     _demand(math.prod(lengths) <= VALUES, f"a sample has more than {VALUES} values")
-    _demand(all(isinstance(text, str) for text in texts), "name, label and labels are not text")
+    _demand(_are_texts([manifest.name, manifest.label, *manifest.labels]), "name, label and labels are not text")
     _demand(len(set(manifest.labels)) == len(manifest.labels), "one label stands twice")
     check_label_rule(manifest.label)
     _demand(type(manifest.dealt) is bool, "dealt is not true or false")
     for keys in manifest.broken.values():
-        _demand(type(keys) is list and all(isinstance(key, str) for key in keys), "broken does not list keys by shard")
-    sizes: dict[str, int] = {}
-    for name, split in manifest.splits.items():
+        _demand(_are_texts(keys), "broken does not list keys by shard")
+    names = set()
+    for split in manifest.splits.values():
         for shard in split.shards:
             _check_shard(shard)
-            _demand(shard.name not in sizes, f"shard {shard.name} is listed twice")
-            sizes[shard.name] = shard.samples
+            _demand(shard.name not in names, f"shard {shard.name} is listed twice")
+            names.add(shard.name)
         total = sum(split.sizes)
-        adds_up = is_count(split.samples, 1) and total == split.samples and total < MOST_SAMPLES
-        _demand(adds_up, f"the samples of the shards of split {name} do not add up to {split.samples!r}")
-    _demand(sizes, "no shards")
-    for name, places in manifest.without.items():
-        ascend = type(places) is list and all(map(is_count, places)) and sorted({*places}) == places != []
-        _demand(ascend and places[-1] < sizes[name] + len(places), f"without does not list places of shard {name!r}")
+        _demand(is_count(split.samples, 1) and total == split.samples < MOST_SAMPLES, "samples do not add up")
+    _demand(names, "no shards")
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _check_shard(shard: Shard) -> None:

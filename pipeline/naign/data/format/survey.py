@@ -52,10 +52,10 @@ class Summary:
     """What was read of one tar; also written to a file, so that an interrupted call can continue."""
 
     shard: Shard
-    table: bytes  # the file of its page table
-    survey: Survey
-    broken: dict[str, str]  # keys of samples that cannot be used, and why
-    problems: list[str]
+    table: bytes = b""  # the file of its page table
+    survey: Survey = field(default_factory=Survey)
+    broken: dict[str, str] = field(default_factory=dict)  # keys of samples that cannot be used, and why
+    problems: list[str] = field(default_factory=list)
 
     def dump(self, version: str) -> bytes:
         """The bytes of its file; `version` says what was read, and how."""
@@ -69,12 +69,15 @@ class Summary:
             fields = json.loads(data)
             if fields.pop("version") != version:
                 return None
-            survey = Survey(**fields.pop("survey"))
-            survey.shape = tuple(survey.shape)
-            survey.labels = set(survey.labels)
-            shard = Shard(**fields.pop("shard"))
-            table = bytes.fromhex(fields.pop("table"))
-            return cls(shard=shard, table=table, survey=survey, **fields)
+            survey = fields["survey"]
+            fields["survey"] = Survey(
+                kind=survey["kind"],
+                shape=tuple(survey["shape"]),
+                labels=set(survey["labels"]),
+            )
+            fields["shard"] = Shard(**fields["shard"])
+            fields["table"] = bytes.fromhex(fields["table"])
+            return cls(**fields)
         except (AttributeError, KeyError, TypeError, ValueError):  # cut, or of another version of naign
             return None
 
@@ -82,48 +85,38 @@ class Summary:
 def summarize(store: Store, name: str, inspect: Inspect) -> Summary:
     """Read every byte of a tar. What is wrong with it, or with single samples, is in `problems` and `broken`."""
     where = store.url(name)
-    survey = Survey()
     pager = Pager()
     keys: set[str] = set()
-    broken: dict[str, str] = {}
-    problems: list[str] = []
+    summary = Summary(shard=Shard(name=name, samples=0, bytes=0, pages=""))
     try:
         for number, sample in enumerate(scan(store, name, pager)):
             key = sample["__key__"]
             if key in keys:
-                problems.append(f"{where}, key {key}: twice, or its members are apart: repack the data set")
+                summary.problems.append(f"{where}, key {key}: twice, or its members are apart: repack the data set")
             keys.add(key)
             try:
                 kind, shape, labels = inspect(sample, where, number)
             except InputError as error:
-                broken[key] = str(error)
+                summary.broken[key] = str(error)
                 continue
             try:
-                survey.add(kind, shape, labels, f"{where}, key {key}")
+                summary.survey.add(kind, shape, labels, f"{where}, key {key}")
             except InputError as error:
-                problems.append(str(error))
-        problems += _end_problems(pager, where)
-        shard, table = pager.shard(name)
+                summary.problems.append(str(error))
+        _check_end(pager, where)
     except InputError as error:  # missing, or not a tar from some byte on
-        problems.append(str(error))
-        shard = Shard(name=name, samples=0, bytes=0, pages="")
-        table = b""
-    return Summary(
-        shard=shard,
-        table=table,
-        survey=survey,
-        broken=broken,
-        problems=problems,
-    )
+        summary.problems.append(str(error))
+        return summary
+    summary.shard, summary.table = pager.shard(name)
+    return summary
 
 
-def _end_problems(pager: Pager, where: str) -> list[str]:
-    """What is wrong with the end of a tar."""
+def _check_end(pager: Pager, where: str) -> None:
+    """Raise InputError for what is wrong with the end of a tar."""
     if not pager.samples:
-        return [f"{where}: holds no samples: remove it"]
+        raise InputError(f"{where}: holds no samples: remove it")
     rest = pager.get(pager.after, pager.size)
     if len(rest) < 2 * TAR_BLOCK:  # cut between two samples it reads as if whole
-        return [f"{where}: ends in the middle: no end-of-archive mark: copy it again"]
+        raise InputError(f"{where}: ends in the middle: no end-of-archive mark: copy it again")
     if rest.strip(b"\0"):
-        return [f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them"]
-    return []
+        raise InputError(f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them")

@@ -122,17 +122,17 @@ def _keywords(kind: bytes, data: bytes) -> dict[str, str]:
     if kind == b"K":  # the name that a link leads to
         return {}
     if kind == b"L":  # GNU's long name
-        return {"path": data.rstrip(b"\0").decode(errors="surrogateescape")}
+        return {"path": _text(data)}
     values: dict[str, str] = {}
     at = 0
     while at < len(data) and data[at]:
-        digits, space, _ = data[at : at + 20].partition(b" ")
-        if not space or not digits.isdigit() or not int(digits):
+        digits, _, _ = data[at : at + 20].partition(b" ")
+        if not digits.isdigit() or not int(digits):
             raise tarfile.ReadError("invalid header")
-        end = at + int(digits)
-        keyword, _, value = data[at + len(digits) + 1 : end - 1].partition(b"=")
+        record = data[at + len(digits) + 1 : at + int(digits) - 1]
+        keyword, _, value = record.partition(b"=")
         values[keyword.decode(errors="replace")] = value.decode(errors="surrogateescape")
-        at = end
+        at += int(digits)
     if not values.get("size", "0").isdecimal():
         raise tarfile.ReadError("invalid header")
     if kind == b"g" and values.keys() & {"path", "size"}:

@@ -25,13 +25,12 @@ class Problems(InputError):
     """The problems of a data set; the message lists the first of them."""
 
     def __init__(self, path: str, problems: list[str], note: str = "") -> None:
-        lines = [f"{path}: {len(problems)} problems"]
-        lines += [f"  {problem}" for problem in problems[:PROBLEMS]]
+        text = f"{path}: {len(problems)} problems"
+        for problem in problems[:PROBLEMS]:
+            text += f"\n  {problem}"
         if len(problems) > PROBLEMS:
-            lines.append(f"  and {len(problems) - PROBLEMS} more")
-        if note:
-            lines.append(note)
-        super().__init__("\n".join(lines))
+            text += f"\n  and {len(problems) - PROBLEMS} more"
+        super().__init__(f"{text}\n{note}".rstrip())
         self.problems = problems
 
 
@@ -56,29 +55,17 @@ def read_tars(
     to = keep.path if keep else ""
     parallel = Parallel(workers, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
     results = parallel(delayed(_summary)(store.path, name, inspect, to, version) for name in names)
+    hidden = None if title else True  # None: where stderr is not a terminal
+    shown = tqdm(results, desc=title, total=len(names), unit="tar", disable=hidden)
     try:
         with closing(results):
-            return list(
-                tqdm(
-                    results,
-                    desc=title,
-                    total=len(names),
-                    unit="tar",
-                    disable=None if title else True,
-                )
-            )
+            return list(shown)
     except BrokenProcessPool:
         killed = "a process that reads tars was killed, for its memory perhaps, or could not start"
         raise Unavailable(f"{killed}: try again; `naign index` continues with the tars not read yet") from None
 
 
-def _summary(
-    path: str,
-    name: str,
-    inspect: Inspect,
-    to: str,
-    version: str,
-) -> Summary:
+def _summary(path: str, name: str, inspect: Inspect, to: str, version: str) -> Summary:
     """The summary of a tar, read, or else what an interrupted call kept in the folder `to`."""
     store = open_store(path)
     if not to:

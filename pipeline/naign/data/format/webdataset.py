@@ -2,7 +2,7 @@
 
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
@@ -50,36 +50,31 @@ def key_and_suffix(name: str) -> tuple[str, str] | None:
     return match and (match[1], match[2].lower())
 
 
-def scan(
-    store: Store, name: str, pager: Pager, advance: Callable[[int], object] = lambda _: None
-) -> Iterator[dict[str, Any]]:
-    """The samples of a shard. `pager` measures all its bytes, and `advance` gets the size of each piece of them.
-    Raises InputError where they are not an uncompressed tar or end early, or a sample has two members of a suffix.
+def scan(store: Store, name: str, pager: Pager) -> Iterator[dict[str, Any]]:
+    """The samples of a shard. `pager` measures all its bytes. Raises InputError where they are not an uncompressed tar
+    or end early, or a sample has two members of a suffix.
     """
     where = store.url(name)
     with closing(store.pieces(name)) as pieces:
-
-        def more() -> bool:
-            data = next(pieces, b"")
-            advance(pager.write(data))
-            return bool(data)
-
         try:
-            yield from grouped(_measured(pager, more, where), f"{where}, ")
-            while more():
-                pass
+            yield from grouped(_measured(pager, pieces, where), f"{where}, ")
+            for data in pieces:
+                pager.write(data)
         except InputError:
             raise
         except (tarfile.TarError, ValueError) as error:
             raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
 
 
-def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[File]:
-    """The files of a shard's samples. `more` writes bytes to `pager`, which is told where samples start and end."""
+def _measured(pager: Pager, pieces: Iterator[bytes], where: str) -> Iterator[File]:
+    """The files of a shard's samples. The pieces go to `pager`, which is told where samples start and end."""
 
     def read(first: int, last: int) -> bytes:
-        while pager.size < last and more():
-            pass
+        while pager.size < last:
+            data = next(pieces, b"")
+            if not data:
+                break
+            pager.write(data)
         return pager.get(first, last)
 
     previous = None
@@ -99,4 +94,4 @@ def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[Fi
         yield key, suffix, member.data
         pager.end = member.end
     if not pager.after:
-        raise tarfile.ReadError("it begins with zeros" if pager.size else "empty file")
+        raise tarfile.ReadError("empty file, or it begins with zeros")

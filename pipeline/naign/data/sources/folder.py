@@ -59,12 +59,12 @@ class Form(NamedTuple):
 
 
 def from_tree(
+    _: str,
     root: Path,
-    *,
     size: str | int,
     channels: int,
-    seed: int = 0,
-    skip: bool = False,
+    seed: int,
+    skip: bool,
 ) -> Source:
     """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside), with
     `size` pixels a side, or height x width as 48x64, and 3 channels (colour) or 1 (grey).
@@ -77,14 +77,16 @@ def from_tree(
     pictures = _find_pictures(root)
     if len(pictures) < 2:
         raise InputError(f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path")
-    splits = _split(pictures, root, seed)
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        splits = _split(pictures, root)
+    else:
+        splits = draw_test(pictures, seed)
     names = {picture.top for split in splits.values() for picture in split}
     labels = sorted(names)
     if "" in names:
         labels = []
         if len(names) > 1:
-            inside = ", ".join(sorted(names - {""}))
-            log.warning("no labels: pictures lie in %s, others in no folder; move these into one for labels", inside)
+            log.warning("no labels: some pictures lie in folders, others in none; move these into one for labels")
     made = {}
     for split, group in splits.items():
         make = partial(_make, group, _keys(group), labels, form)
@@ -98,20 +100,15 @@ def from_tree(
     )
 
 
-def _make(
-    pictures: list[Picture],
-    keys: list[str],
-    labels: list[str],
-    form: Form,
-    index: int,
-) -> Example:
+def _make(pictures: list[Picture], keys: list[str], labels: list[str], form: Form, index: int) -> Example:
     picture = pictures[index]
     where = _printable(str(picture.file))
     try:
         data = picture.file.read_bytes()
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror}): check its owner and mode") from None
-    return keys[index], form.read(data, where), labels.index(picture.top) if labels else -1
+    label = labels.index(picture.top) if labels else -1
+    return keys[index], form.read(data, where), label
 
 
 def _find_pictures(root: Path) -> list[Picture]:
@@ -127,14 +124,13 @@ def _find_pictures(root: Path) -> list[Picture]:
         folder = Path(name)
         inner[:] = [name for name in inner if not name.startswith(".")]
         for link in map(folder.joinpath, inner):
-            if link.is_symlink() and link.resolve() in [above.resolve() for above in (folder, *folder.parents)]:
+            if link.is_symlink() and any(link.samefile(above) for above in (folder, *folder.parents)):
                 raise InputError(f"{link}: a link that leads back to a folder above it: remove it")
         for file in map(folder.joinpath, files):
             if file.name.startswith((".", *WINDOWS)):
                 continue
             if not file.is_file():
-                what = "neither file nor folder, or a link that leads to none"
-                raise InputError(f"{file}: {what}: remove it, or put the file itself there")
+                raise InputError(f"{file}: neither file nor folder, or a link that leads to none: remove it")
             pictures.append(Picture(file, PurePosixPath(file.relative_to(root))))
     return sorted(pictures)
 
@@ -143,11 +139,8 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
-def _split(pictures: list[Picture], root: Path, seed: int) -> dict[str, list[Picture]]:
-    """The pictures of each split."""
-    if not ((root / "train").is_dir() and (root / "test").is_dir()):
-        train, test = draw_test(len(pictures), seed)
-        return {"train": [pictures[index] for index in train], "test": [pictures[index] for index in test]}
+def _split(pictures: list[Picture], root: Path) -> dict[str, list[Picture]]:
+    """The pictures below train/ and test/."""
     splits: dict[str, list[Picture]] = {"train": [], "test": []}
     for picture in pictures:
         if picture.top not in splits:
@@ -164,11 +157,11 @@ def _keys(pictures: list[Picture]) -> list[str]:
     keys: dict[str, None] = {}
     for picture in pictures:
         shown = _printable(str(picture.path.with_suffix("")))
-        base = "/".join(part.replace(".", "_").lstrip("_") or "_" for part in shown.split("/"))
-        key = base
+        parts = [part.replace(".", "_").lstrip("_") or "_" for part in shown.split("/")]
+        key = "/".join(parts)
         number = 1
         while key in keys:
             number += 1
-            key = f"{base}_{number}"
+            key = f"{'/'.join(parts)}_{number}"
         keys[key] = None
     return list(keys)

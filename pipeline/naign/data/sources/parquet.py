@@ -8,11 +8,9 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-
-import pyarrow as pa
-from pyarrow import parquet, types
 
 from naign.data.format.labels import parse_number
 from naign.data.sources.folder import Form
@@ -33,8 +31,8 @@ class Row(NamedTuple):
 
 
 def from_tables(
+    _: str,
     root: Path,
-    *,
     size: str | int,
     channels: int,
     seed: int,
@@ -42,12 +40,18 @@ def from_tables(
     image: str,
     label: str,
 ) -> Source:
-    """The rows of a .parquet file or of those in a folder; pictures of column `image` ("": the only one of pictures),
-    cropped and resized as by `folder.from_tree`, and labels of column `label` ("": `label`, if there is one; "none":
-    none). The test split is files whose names, or else nearest folders below root, have the word test or validation, or
-    else a tenth of the rows, drawn by the seed. With `skip` rows of no picture are left out in packing. Raises
-    InputError that names file and row, and Unavailable where the disk is full.
+    """The rows of a .parquet file or of those in a folder; pictures of column `image` ("": `image`), cropped and
+    resized as by `folder.from_tree`, and labels of column `label` ("": `label`, if there is one; "none": none).
+
+    The test split is files whose names, or else nearest folders below root, have the word test or validation, or else a
+    tenth of the rows, drawn by the seed. With `skip` rows of no picture are left out in packing. Raises InputError that
+    names file and row, and Unavailable where the disk is full.
     """
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"parquet needs pyarrow ({error}): pip install pyarrow") from None
     form = Form.parse(size, channels)
     files = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
     splits: dict[str, list[Row]] = {"train": [], "test": []}
@@ -58,60 +62,58 @@ def from_tables(
         split = "test" if words and words[-1] != "train" else "train"
         try:
             table = parquet.ParquetFile(file)
-            columns = _columns(table.schema_arrow, str(file), image, label)
-            names = names or _class_names(table.schema_arrow, columns[1:])
+            columns = _columns(table.schema_arrow.names, str(file), image or "image", label)
+            names = names or _class_names(table.schema_arrow, columns)
             splits[split] += _rows(str(file), table, columns, names, spool)
         except (OSError, KeyError, UnicodeError, pa.ArrowException) as error:  # KeyError: two columns of one name
             raise unwritten(f"{file}: cannot be read, or copied to a temporary file ({one_line(error)})") from None
     rows = splits["train"] + splits["test"]
     if len(rows) < 2:
         raise InputError(f"{root}: {len(rows)} pictures in .parquet files, 2 are needed: check the path")
-    if len(rows) in map(len, splits.values()):
-        train, test = draw_test(len(rows), seed)
-        splits = {"train": [rows[number] for number in train], "test": [rows[number] for number in test]}
+    if not splits["train"] or not splits["test"]:
+        splits = draw_test(rows, seed)
     texts = {row.label for row in rows}
-    names = names or sorted(texts - {""}, key=lambda text: (parse_number(text), text))
-    if names and not texts <= set(names):
+    labels = names or sorted(texts - {""}, key=lambda text: (parse_number(text), text))
+    if labels and not texts <= set(labels):
         what = "some files have labels and others have none, or other names"
         raise InputError(f"{root}: {what}: pack them apart, or --label none")
-    numbers = {name: number for number, name in enumerate(names)}
-
-    def made(split: str) -> Made:
-        def make(index: int) -> Example:
-            row = splits[split][index]
-            if not row.size:
-                raise BrokenPicture(f"{row.where}: no bytes; of a path alone nothing is read")
-            pixels = form.read(os.pread(spool.fileno(), row.size, row.begin), row.where)
-            return f"{split}-{index:07d}", pixels, numbers.get(row.label, -1)
-
-        return Made(length=len(splits[split]), make=make, skip=skip)
-
-    made_splits = {split: made(split) for split in splits}
+    made = {}
+    for split, group in splits.items():
+        make = partial(_make, split, group, labels, form, spool)
+        made[split] = Made(length=len(group), make=make, skip=skip)
     return Source(
         name="parquet",
         kind="image",
         shape=form.shape,
-        labels=tuple(names),
-        splits=made_splits,
+        labels=tuple(labels),
+        splits=made,
     )
 
 
-def _rows(
-    file: str,
-    table: Any,
-    columns: list[str],
-    names: list[str],
-    spool: BinaryIO,
-) -> Iterator[Row]:
+def _make(split: str, rows: list[Row], labels: list[str], form: Form, spool: BinaryIO, index: int) -> Example:
+    row = rows[index]
+    if not row.size:
+        raise BrokenPicture(f"{row.where}: no bytes; of a path alone nothing is read")
+    pixels = form.read(os.pread(spool.fileno(), row.size, row.begin), row.where)
+    label = labels.index(row.label) if labels else -1
+    return f"{split}-{index:07d}", pixels, label
+
+
+def _rows(file: str, table: Any, columns: list[str], names: list[str], spool: BinaryIO) -> Iterator[Row]:
     """The rows of a file, whose pictures are copied to `spool`."""
     number = 0
     for batch in table.iter_batches(BATCH, columns=columns):
-        for cell, *value in zip(*(column.to_pylist() for column in batch.select(columns)), strict=True):
+        for record in batch.select(columns).to_pylist():
             where = f"{file}, row {number}"
-            data = cell["bytes"] if isinstance(cell, dict) else cell
-            label = _label(value[0], names, where) if value else ""
-            yield Row(where, spool.tell(), len(data or b""), label)
-            spool.write(data or b"")
+            data, *values = record.values()
+            if isinstance(data, dict):
+                data = data.get("bytes")
+            if not isinstance(data, bytes | None):
+                raise InputError(f"{where}: column {columns[0]} holds no pictures: choose one by --image")
+            label = _label(values[0], names, where) if values else ""
+            data = data or b""
+            yield Row(where, spool.tell(), len(data), label)
+            spool.write(data)
             number += 1
     spool.flush()
 
@@ -122,36 +124,27 @@ def _label(value: Any, names: list[str], where: str) -> str:
         value = int(value)
     if names and isinstance(value, int) and 0 <= value < len(names):
         return names[value]
-    if names or value in (None, -1, "") or isinstance(value, float):
+    if names or value in (-1, "") or not isinstance(value, (str, int)):
         raise InputError(f"{where}: {value!r} is not a label: move the file away, or --label none")
     return str(value)
 
 
-def _columns(schema: Any, file: str, image: str, label: str) -> list[str]:
+def _columns(found: list[str], file: str, image: str, label: str) -> list[str]:
     """The column of pictures and, if there is one, of labels. Raises InputError."""
-    fields = {field.name: field.type for field in schema}
-    for name, kind in fields.items():
-        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            fields[name] = kind.field("bytes").type
-    pictures = [name for name, kind in fields.items() if types.is_binary(kind) or types.is_large_binary(kind)]
-    if not image and len(pictures) == 1:
-        image = pictures[0]
-    listed = printable(", ".join(f"{field.name} ({field.type})" for field in schema), 1000)
-    if image not in pictures:
-        raise InputError(f"{file}: {len(pictures)} columns of pictures: choose one by --image among {listed}")
-    if label == "none" or (not label and "label" not in fields):
-        return [image]
-    label = label or "label"
-    if label not in fields or label in pictures or types.is_nested(fields[label]):
-        raise InputError(f"{file}: no column {label} of labels: choose one by --label, or none, among {listed}")
-    return [image, label]
+    columns = [image]
+    if label != "none" and (label or "label" in found):
+        columns.append(label or "label")
+    for name in columns:
+        if name not in found:
+            listed = printable(", ".join(found), 1000)
+            raise InputError(f"{file}: no column {name}: choose by --image, and --label or none, among {listed}")
+    return columns
 
 
-def _class_names(schema: Any, label: list[str]) -> list[str]:
+def _class_names(schema: Any, columns: list[str]) -> list[str]:
     """The names of the labels, which are numbers then, if datasets wrote them into the file."""
-    with suppress(AttributeError, LookupError, TypeError, ValueError):
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        names = [str(name) for name in features[label[0]]["names"]]
-        if types.is_integer(schema.field(label[0]).type) and len(set(names)) == len(names):
-            return names
+    with suppress(LookupError, TypeError, ValueError):
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][columns[1]]["names"]
+        if isinstance(names, list) and "int" in str(schema.field(columns[1]).type):
+            return list(map(str, names))
     return []

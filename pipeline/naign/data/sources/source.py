@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from naign.data.decode import Array
 from naign.data.order import shuffled
@@ -14,6 +15,7 @@ TEST_SHARE = 0.1  # of the examples, where a source has no test split of its own
 SUBSET = 2  # stream of random numbers that neither packing nor toys have: with theirs it would be an order, not chance
 
 Example = tuple[str, Array, int]  # key, array, label (-1 for none)
+T = TypeVar("T")
 
 
 class BrokenPicture(InputError):
@@ -59,21 +61,18 @@ class Source:
     splits: dict[str, Made]
 
 
-def labelled(keys: Sequence[str], arrays: Array, labels: Array) -> Made:
-    """The examples of an array, with their keys and labels."""
-    return Made(length=len(keys), make=lambda row: (keys[row], arrays[row], int(labels[row])))
-
-
 def numbered(split: str, arrays: Array, labels: Array) -> Made:
     """The examples of an array, whose keys are the split and a number."""
-    return labelled([f"{split}-{row:05d}" for row in range(len(arrays))], arrays, labels)
+    return Made(length=len(arrays), make=lambda row: (f"{split}-{row:05d}", arrays[row], int(labels[row])))
 
 
-def draw_test(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers below `count` for training and, drawn by the seed, a tenth of them for testing; each ascending."""
-    order = shuffled(count, seed)
-    few = max(1, round(TEST_SHARE * count))
-    return sorted(order[few:]), sorted(order[:few])
+def draw_test(rows: Sequence[T], seed: int) -> dict[str, list[T]]:
+    """The rows in two splits: a tenth of them, drawn by the seed, for testing; each in their order."""
+    order = shuffled(len(rows), seed)
+    few = max(1, round(TEST_SHARE * len(rows)))
+    train = [rows[index] for index in sorted(order[few:])]
+    test = [rows[index] for index in sorted(order[:few])]
+    return {"train": train, "test": test}
 
 
 def subset(source: Source, count: int, *, seed: int = 0) -> Source:

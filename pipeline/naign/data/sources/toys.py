@@ -17,13 +17,6 @@ Points = npt.NDArray[Any]  # (count, 2) float64
 Labels = npt.NDArray[np.int64]  # (count,)
 
 
-def moons(label: Labels, random: np.random.Generator) -> Points:
-    """Two interleaving half circles of radius 0.6, angle uniform."""
-    sign = 1 - 2 * label  # +1 upper arc, -1 lower
-    points: Points = sign[:, None] * (_circle(0.6, random.uniform(0, np.pi, len(label))) - [0.3, 0.15])
-    return points
-
-
 def spirals(label: Labels, random: np.random.Generator) -> Points:
     """Two arms, r = 0.9 sqrt(u), angle 3 pi sqrt(u) (+ pi), u uniform."""
     root = np.sqrt(random.uniform(0, 1, len(label)))
@@ -51,7 +44,6 @@ def _circle(radius: float | Points, angle: Points) -> Points:
 
 
 DISTRIBUTIONS: dict[str, tuple[int, float, Callable[[Labels, np.random.Generator], Points]]] = {
-    "moons": (2, 0.03, moons),
     "spirals": (2, 0.02, spirals),
     "gaussians": (8, 0.06, gaussians),
     "gaussians25": (25, 0.03, gaussians25),
@@ -63,8 +55,7 @@ DISTRIBUTIONS: dict[str, tuple[int, float, Callable[[Labels, np.random.Generator
 def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], Labels]:
     """`count` points (count, 2) float32 and the part each came from, (count,) int64. InputError for an unknown name."""
     if name not in DISTRIBUTIONS:
-        names = ", ".join(f"toy2d:{known}" for known in DISTRIBUTIONS)
-        raise InputError(f"no toy data set {name!r}: choose one of {names}")
+        raise InputError(f"no toy data set {name!r}: choose toy2d: with one of {', '.join(DISTRIBUTIONS)}")
     parts, deviation, place = DISTRIBUTIONS[name]
     key = np.array([seed % 2**64, STREAM], np.uint64)
     random = np.random.Generator(np.random.Philox(key=key))
@@ -76,15 +67,14 @@ def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], 
 def toy2d(name: str, seed: int = 0) -> Source:
     """A distribution as a source, 50,000 points to train and 10,000 to test, drawn together. Raises InputError."""
     points, labels = draw(name, TRAIN + TEST, seed=seed)
-    splits = {
-        "train": numbered("train", points[:TRAIN], labels[:TRAIN]),
-        "test": numbered("test", points[TRAIN:], labels[TRAIN:]),
-    }
-    names = tuple(f"part {number}" for number in range(DISTRIBUTIONS[name][0]))
+    parts, _, _ = DISTRIBUTIONS[name]
     return Source(
         name=f"toy2d:{name}",
         kind="point",
         shape=(2,),
-        labels=names,
-        splits=splits,
+        labels=tuple(f"part {number}" for number in range(parts)),
+        splits={
+            "train": numbered("train", points[:TRAIN], labels[:TRAIN]),
+            "test": numbered("test", points[TRAIN:], labels[TRAIN:]),
+        },
     )
