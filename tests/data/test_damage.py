@@ -48,7 +48,8 @@ def test_a_row_depends_on_its_own_numbers_alone(name):
 
 def test_noise_has_every_strength_up_to_the_largest():
     spread = damaged("noise", torch.zeros(4000, *SHAPE), *drawn("noise", 4000)).flatten(1).std(1)
-    assert 0 < float(spread.min()) < 0.02 and 0.48 < float(spread.max()) < 0.56
+    assert 0 < float(spread.min()) < 0.02
+    assert 0.48 < float(spread.max()) < 0.56
     assert float(spread.mean()) == pytest.approx(0.25, abs=0.01)
 
 
@@ -59,7 +60,9 @@ def test_noise_has_every_strength_up_to_the_largest():
 def test_some_images_stay_whole_and_all_in_range(name, whole, shape):
     images = bars(2000, shape) if shape == SHAPE else torch.rand(2000, *shape) * 2 - 1
     out = damaged(name, images, *drawn(name, 2000, shape))
-    assert out.shape == images.shape and float(out.min()) >= -1 and float(out.max()) <= 1
+    assert out.shape == images.shape
+    assert float(out.min()) >= -1
+    assert float(out.max()) <= 1
     unchanged = (out == images).flatten(1).all(1)
     assert share(unchanged) == pytest.approx(15 / 16 * whole, abs=0.03)  # one in sixteen is erased
 
@@ -97,7 +100,8 @@ def test_mixed_erases_one_image_in_sixteen():
     out = damaged("mixed", bars(4000), normals, uniform).flatten(1)
     flat = (out == out[:, :1]).all(1)
     assert share(flat) == pytest.approx(1 / 16, abs=0.015)
-    assert share(out[flat, 0] == -1) == pytest.approx(0.5, abs=0.1) and float(out[flat, 0].max()) > 0.8
+    assert share(out[flat, 0] == -1) == pytest.approx(0.5, abs=0.1)
+    assert float(out[flat, 0].max()) > 0.8
     assert not (damaged("photo", bars(4000), normals, uniform) != bars(4000)).any()
 
 
@@ -109,7 +113,8 @@ def test_holes_are_boxes_and_strokes_and_otherwise_mild():
     touched = changed.any(1)
     assert share(touched) == pytest.approx(1 / 2, abs=0.04)
     sizes = changed[touched].float().mean(1)
-    assert float(sizes.quantile(0.1)) < 0.1 and float(sizes.max()) < 0.8
+    assert float(sizes.quantile(0.1)) < 0.1
+    assert float(sizes.max()) < 0.8
     assert float(sizes.mean()) == pytest.approx(0.2, abs=0.07)
 
 

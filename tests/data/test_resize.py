@@ -4,7 +4,6 @@ import io
 import tarfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,13 +26,13 @@ PHOTOS = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"
 SIZES = [(64, 64), (90, 66), (150, 200), (640, 427), (65, 300), (1000, 80)]
 
 
-def stored(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+def stored(picture, form="PNG", **options):
     stream = io.BytesIO()
     picture.save(stream, form, **options)
     return stream.getvalue()
 
 
-def photo(number: int, size: tuple[int, int]) -> Image.Image:
+def photo(number, size):
     """Part of a photograph, of any size."""
     rng = np.random.default_rng(number)
     whole = Image.open(PHOTOS[number % 2])
@@ -41,24 +40,24 @@ def photo(number: int, size: tuple[int, int]) -> Image.Image:
     return whole.resize(size, box=(left, top, left + 400, top + 220))
 
 
-def lying(number: int, size: tuple[int, int], form: str = "JPEG", mode: str = "RGB") -> bytes:
+def lying(number, size, form="JPEG", mode="RGB"):
     """A photograph that lies as EXIF's number says."""
     exif = Image.Exif()
     exif[0x0112] = number
     return stored(photo(1, size).convert(mode), form, exif=exif)
 
 
-def upright(data: bytes) -> Image.Image:
+def upright(data):
     return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
 
 
-def difference(pixels: np.ndarray[Any, Any], picture: Image.Image) -> np.ndarray[Any, Any]:
+def difference(pixels, picture):
     """By how much pixels (C, H, W) differ from a picture, in grey levels."""
     expected = np.asarray(picture.convert("RGB")).astype(int)
     return np.abs(channels(pixels, 3).transpose(1, 2, 0) - expected)
 
 
-def cut(picture: Image.Image, resize: Resize) -> Image.Image:
+def cut(picture, resize):
     """What Pillow makes of the window."""
     box = resize.box(*picture.size)
     return picture.crop(box).resize((resize.width, resize.height), Image.Resampling.BICUBIC)
@@ -68,7 +67,7 @@ def cut(picture: Image.Image, resize: Resize) -> Image.Image:
 
 
 @pytest.mark.parametrize(("form", "mode"), [("PNG", "RGB"), ("JPEG", "RGB"), ("JPEG", "L"), ("TIFF", "L")])
-def test_pictures_are_turned_upright(form: str, mode: str) -> None:
+def test_pictures_are_turned_upright(form, mode):
     for number in range(10):  # 0 and 9 are none of EXIF's
         data = lying(number, (24, 16), form, mode)
         expected = upright(data)
@@ -81,7 +80,7 @@ def test_pictures_are_turned_upright(form: str, mode: str) -> None:
         assert difference(resized(data, resize), cut(expected, resize)).max() <= 1
 
 
-def test_orientation_is_found_in_xmp_and_not_in_damaged_exif() -> None:
+def test_orientation_is_found_in_xmp_and_not_in_damaged_exif():
     plain = stored(photo(1, (24, 16)), "JPEG")
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     said = b"http://ns.adobe.com/xap/1.0/\0" + xmp
@@ -93,7 +92,7 @@ def test_orientation_is_found_in_xmp_and_not_in_damaged_exif() -> None:
     assert decode_image(damaged).shape == (3, 16, 24)
 
 
-def test_files_of_every_mode_come_as_pillow_shows_them() -> None:
+def test_files_of_every_mode_come_as_pillow_shows_them():
     rgb = photo(0, (40, 30))
     alpha = rgb.copy()
     alpha.putalpha(Image.linear_gradient("L").resize((40, 30)))
@@ -124,7 +123,7 @@ def test_files_of_every_mode_come_as_pillow_shows_them() -> None:
         ("JPEG", lambda data: b"", "not a picture"),
     ],
 )
-def test_bombs_and_pictures_without_pixels_are_refused(form: str, change: Any, message: str) -> None:
+def test_bombs_and_pictures_without_pixels_are_refused(form, change, message):
     with pytest.raises(InputError, match=message):
         resized(change(stored(photo(0, (200, 100)), form)), Resize(height=8, width=8))
 
@@ -133,7 +132,7 @@ def test_bombs_and_pictures_without_pixels_are_refused(form: str, change: Any, m
 
 
 @pytest.mark.parametrize("size", [(61, 40), (40, 61), (20, 20), (5, 90), (1, 1), (640, 427)])
-def test_the_largest_central_window_is_taken(size: tuple[int, int]) -> None:
+def test_the_largest_central_window_is_taken(size):
     picture = photo(2, size)
     for width, height in ((20, 20), (20, 12)):
         resize = Resize(height=height, width=width)
@@ -147,7 +146,7 @@ def test_the_largest_central_window_is_taken(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 100])
-def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(size: int) -> None:
+def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(size):
     resize = Resize(height=size, width=size)
     for path in PHOTOS:
         data = path.read_bytes()
@@ -158,7 +157,7 @@ def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(size: i
 # Data sets
 
 
-def write(path: Path, name: str, numbers: range) -> None:
+def write(path, name, numbers):
     """Pictures of many sizes and forms with a caption and facts, as img2dataset writes them."""
     path.mkdir(exist_ok=True)
     with tarfile.open(path / name, "w") as tar:
@@ -173,7 +172,7 @@ def write(path: Path, name: str, numbers: range) -> None:
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> str:
+def theirs(tmp_path_factory):
     """60 training pictures in shards of 7, 30 and 23, and 10 for testing."""
     path = tmp_path_factory.mktemp("theirs")
     for number, (first, last) in enumerate([(0, 7), (7, 37), (37, 60)]):
@@ -184,7 +183,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: str) -> None:
+def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs):
     settings = {"size": "24x32", "flip": True}
     plain, keys = take(theirs, 6, each=20, **settings)
     assert plain.shape == (120, 3, 24, 32)
@@ -200,7 +199,7 @@ def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: s
         assert torch.equal(images, plain)
 
 
-def test_pictures_of_many_sizes_are_read_in_one(theirs: str) -> None:
+def test_pictures_of_many_sizes_are_read_in_one(theirs):
     images, labels = read_split(DataConfig(path=theirs, size="16x24"), "test")
     assert images.shape == (10, 3, 16, 24)
     assert (labels == -1).all()
@@ -217,12 +216,12 @@ def test_pictures_of_many_sizes_are_read_in_one(theirs: str) -> None:
         ({"size": "8", "crop": 4}, "data.crop takes windows .*choose one"),
     ],
 )
-def test_settings_that_say_nothing(theirs: str, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_say_nothing(theirs, settings, message):
     with pytest.raises(InputError, match=message):
         Stream(DataConfig(path=theirs, **settings), seed=0, round_size=4)
 
 
-def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path, monkeypatch):
     write(tmp_path, "train.tar", range(12))
     index(str(tmp_path))
     with pytest.raises(InputError, match=r"train.tar, key 0000000\d\d: .* is less than data.crop=70"):
@@ -234,7 +233,7 @@ def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_points_have_no_size(points: str) -> None:
+def test_points_have_no_size(points):
     check_config(DataConfig(path=points, size="8"))
     with pytest.raises(InputError, match=r"data.size and data.crop are of pictures"):
         Stream(DataConfig(path=points, size="8"), seed=0, round_size=4)

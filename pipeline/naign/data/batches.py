@@ -34,7 +34,15 @@ class ImageBatch(NamedTuple):
 class Batches(IterableDataset[ImageBatch]):
     """A split of a data set as this rank's batches; see `open_dataset`."""
 
-    def __init__(self, config: DataConfig, *, batch: int, seed: int, rank: int | None, world: int | None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        batch: int,
+        seed: int,
+        rank: int | None,
+        world: int | None,
+    ) -> None:
         check_config(config)
         whole = isinstance(batch, Integral) and isinstance(seed, Integral)
         require((whole, f"batch is {batch!r} and seed {seed!r}: both must be whole numbers"))
@@ -56,7 +64,8 @@ class Batches(IterableDataset[ImageBatch]):
         split = self.manifest.split(config.split)
         # A round as long as the epoch: the order depends neither on the batch nor on the number of ranks.
         self._plan = self._sets.plan(self._seed, split.samples)
-        content = repr((self._plan.orders[0].lanes, [(shard.pages, shard.samples) for shard in split.shards]))
+        shards = [(shard.pages, shard.samples) for shard in split.shards]
+        content = repr((self._plan.orders[0].lanes, shards))
         self._digest = hashlib.sha256(content.encode()).hexdigest()
         self.epoch = 0
         self._position = 0  # images of this epoch that all ranks together have yielded
@@ -64,7 +73,12 @@ class Batches(IterableDataset[ImageBatch]):
 
     def state_dict(self) -> dict[str, int | str]:
         """Epoch, and position in it after the batches yielded so far: equal on all ranks after equally many of them."""
-        return {"epoch": self.epoch, "position": self._position, "seed": self._seed, "order": self._digest}
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "order": self._digest,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of any number of ranks and any `batch`; the next iteration yields the rest of its
@@ -139,7 +153,13 @@ class Batches(IterableDataset[ImageBatch]):
                 position = self._plan.total
             yield position
 
-    def _spans(self, epoch: int, position: int, rank: int, world: int) -> Iterator[Span]:
+    def _spans(
+        self,
+        epoch: int,
+        position: int,
+        rank: int,
+        world: int,
+    ) -> Iterator[Span]:
         """This rank's part of each batch."""
         for end in self._ends(position, world):
             first, last = parts(position, end, world)[rank]
@@ -190,4 +210,10 @@ def open_dataset(
         if isinstance(value, Path):
             content[name] = str(value)
     config: DataConfig = build(DataConfig, content, "open_dataset", named={})
-    return Batches(config, batch=batch, seed=seed, rank=rank, world=world)
+    return Batches(
+        config,
+        batch=batch,
+        seed=seed,
+        rank=rank,
+        world=world,
+    )

@@ -75,7 +75,8 @@ def _formats() -> list[str]:
     """All that Pillow reads, the usual ones first, but EPS, for which it starts another program, Ghostscript."""
     Image.init()
     usual = ["PNG", "JPEG", "WEBP"]
-    return [*usual, *(name for name in Image.ID if name not in ("EPS", *usual))]
+    others = [name for name in Image.ID if name not in ("EPS", *usual)]
+    return usual + others
 
 
 def _open_picture(data: bytes) -> Image.Image:
@@ -168,7 +169,8 @@ def decode_jpeg(data: bytes, shape: tuple[int, int, int], factor: int = 1) -> Ar
     channels, height, width = shape
     height = -(-height // factor)
     width = -(-width // factor)
-    options: dict[str, Any] = {"colorspace": "GRAY" if channels == 1 else "RGB", "strict": True}
+    colours = "GRAY" if channels == 1 else "RGB"
+    options: dict[str, Any] = {"colorspace": colours, "strict": True}
     if factor > 1:
         options |= {"min_height": height, "min_width": width, "min_factor": factor}
     try:
@@ -191,16 +193,6 @@ def _orientation(picture: Image.Image) -> int:
     return int(orientation)
 
 
-def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
-    """Finite values of an .npy file with `dtype` and `shape` (0: any length; 1 channel does for 3), else InputError."""
-    array = read_npy(data)
-    grey = (1, *shape[1:])
-    is_grey = shape[0] == 3 and len(shape) == 3 and fits(array.shape, grey)
-    if array.dtype != dtype or not (is_grey or fits(array.shape, shape)):
-        raise InputError(f"{array.dtype} of shape {array.shape}, but index.json says {dtype} of {shape}")
-    return array
-
-
 def read_npy(data: bytes) -> Array:
     """The finite values of an .npy file. InputError for other bytes, and where there are no values."""
     header = NPY.match(data)
@@ -210,7 +202,12 @@ def read_npy(data: bytes) -> Array:
         shape = tuple(map(int, re.findall(rb"\d+", header[3])))
         if 0 in shape:
             raise InputError(f"no values, its shape is {shape}")
-        values: Array = np.frombuffer(data, header[1].decode(), math.prod(shape), header.end())
+        values = np.frombuffer(
+            data,
+            dtype=header[1].decode(),
+            count=math.prod(shape),
+            offset=header.end(),
+        )
         order = "F" if header[2] == b"True" else "C"
         array: Array = values.reshape(shape, order=order).copy()  # type: ignore[call-overload]
         if not np.isfinite(array).all():
@@ -220,4 +217,6 @@ def read_npy(data: bytes) -> Array:
 
 def fits(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
     """Whether a sample's shape is that of a data set, where 0 stands for a length that varies."""
-    return len(shape) == len(stored) and all(b in (0, a) for a, b in zip(shape, stored, strict=True))
+    if len(shape) != len(stored):
+        return False
+    return all(known in (0, length) for length, known in zip(shape, stored, strict=True))

@@ -101,7 +101,12 @@ def new_rows(images: Array) -> Rows:
     )
 
 
-def check_broken(problems: list[str], broken: int, rows: int, epoch: int) -> None:
+def check_broken(
+    problems: list[str],
+    broken: int,
+    rows: int,
+    epoch: int,
+) -> None:
     """Log the problems of samples. InputError if `broken`, all so far, are more than BROKEN of `rows` so far or of
     an epoch, whichever is more. One an epoch is always allowed.
     """
@@ -138,7 +143,7 @@ class ReadAhead:
         """Read these spans from now on."""
         self.close()
         if not self._readers:
-            self._readers = [self._sets.reader(number) for number in range(len(self._plan.orders))]
+            self._readers = [self._sets.reader(number) for number in range(len(self._sets.configs))]
         self._stop = threading.Event()
         self._spans = spans()
         self._stored = self._fetch(spans)
@@ -184,22 +189,31 @@ class ReadAhead:
             return
         span = next(self._spans, None)
         if span:
-            self._next = in_background(partial(self._read, span, self._stored, self._stop), f"read round {span[0]}")
+            read = partial(self._read, span, self._stored, self._stop)
+            self._next = in_background(read, f"read round {span[0]}")
 
     def _read(self, span: Span, stored: Stored, stop: threading.Event) -> Rows:
         round, first, last = span
+        count = last - first
         workers = max(1, self._config.workers)
-        rows = new_rows(self._memory(last - first))
+        step = max(1, min(TASK, count // workers))
+        rows = new_rows(self._memory(count))
         numbers = row_numbers(self._seed, round, first, last)
-        step = max(1, min(TASK, (last - first) // workers))
 
         def fills() -> Iterator[Callable[[], None]]:
-            for begin in range(0, last - first, step):
+            for begin in range(0, count, step):
                 if stop.is_set():
                     raise Stopped
-                samples = list(islice(stored, min(step, last - first - begin)))
-                self.rows_read += len(samples)
-                yield partial(rows.fill, begin, samples, numbers[begin:], flip=self._config.flip)
+                size = min(step, count - begin)
+                self.rows_read += size
+                samples = list(islice(stored, size))
+                yield partial(
+                    rows.fill,
+                    begin,
+                    samples,
+                    numbers[begin:],
+                    flip=self._config.flip,
+                )
 
         for _ in in_order(fills(), workers):
             pass
@@ -257,7 +271,7 @@ class Stream(AbstractContextManager["Stream"]):
             self._trace = Path(config.trace) / f"rank-{rank:05d}.txt"
             try:
                 self._trace.parent.mkdir(parents=True, exist_ok=True)
-                self._trace.open("a").close()
+                self._trace.touch()
             except (OSError, ValueError) as error:
                 raise InputError(f"data.trace {config.trace!r} cannot be written: {error}") from None
 
@@ -316,8 +330,8 @@ def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) 
             cut = _some(sizes[number], wanted, dealt=sets.manifests[number].dealt)
             chosen.append((sets.reader(number, split), cut))
     for reader, cut in chosen:
-        for piece in cut:
-            problem = size_problem(reader.store, reader.shards[piece.shard])
+        for shard in {piece.shard for piece in cut}:
+            problem = size_problem(reader.store, reader.shards[shard])
             require((not problem, problem))  # before memory is allocated for samples that are not there
     rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
     with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as stored:
@@ -337,6 +351,7 @@ def _some(sizes: Sequence[int], count: int, *, dealt: bool) -> list[Piece]:
     for shard, size in enumerate(sizes):
         last = min(size, count)
         if last:
-            found.append(Piece(epoch=0, shard=shard, first=0, last=last))
+            piece = Piece(epoch=0, shard=shard, first=0, last=last)
+            found.append(piece)
         count -= last
     return found

@@ -44,7 +44,8 @@ def members(config: DataConfig) -> list[Member]:
 def _parse_member(entry: Any) -> Member:
     if isinstance(entry, str):
         entry = {"path": entry}
-    require((isinstance(entry, dict) and entry.get("path"), f"data.path has the entry {entry!r}: {_HOW}"))
+    named = isinstance(entry, dict) and entry.get("path")
+    require((named, f"data.path has the entry {entry!r}: {_HOW}"))
     member: Member = build(Member, entry, "data.path", named={})
     positive = 0 < member.weight < math.inf
     require((positive, f"data.path gives {member.path} the weight {member.weight}: it must be a positive number"))
@@ -57,7 +58,8 @@ def shares(weights: Sequence[float], size: int) -> list[int]:
     exact = relative / relative.sum() * size
     counts = np.floor(exact).astype(int)
     left = size - int(counts.sum())
-    counts[np.argsort(counts - exact, kind="stable")[:left]] += 1
+    first = np.argsort(counts - exact, kind="stable")
+    counts[first[:left]] += 1
     found: list[int] = counts.tolist()
     assert sum(found) == size
     return found
@@ -82,8 +84,9 @@ class DataSets:
             self.manifests.append(manifest)
             shapes.append(resize.shape(manifest.shape, manifest.name))
         first = self.manifests[0]
+        size = shapes[0][1:]
         for manifest, shape in zip(self.manifests, shapes, strict=True):
-            if manifest.kind != first.kind or shape[1:] != shapes[0][1:]:
+            if manifest.kind != first.kind or shape[1:] != size:
                 both = f"{manifest.name} {shape} and {first.name} {shapes[0]}"
                 raise InputError(f"{both} do not go together: bring them to one data.size")
         self.shape = max(shapes)  # of one row: grey images are read as colour among others

@@ -79,7 +79,8 @@ class Plan:
         sizes = [order.round_size for order in self.orders]
         positions = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
         owners: Longs = np.repeat(np.arange(len(sizes)), sizes)
-        return owners[np.argsort(positions, kind="stable")]
+        order = np.argsort(positions, kind="stable")
+        return owners[order]
 
     def owners(self, start: int, stop: int) -> list[int]:
         """For each of the rows [start, stop) of a round, the number of the data set it comes from."""
@@ -148,14 +149,19 @@ class _Lanes:
         edges = np.arange(self._lanes + 1) * self.count // self._lanes
         self._firsts = edges[:-1]
         # Every second turn goes backwards: its first blocks lie apart from the last ones of the turn before.
-        self._turn_orders = [_spread(self._lanes, width), _spread(self._lanes, width, backwards=True)]
+        self._turn_orders = [
+            _spread(self._lanes, width),
+            _spread(self._lanes, width, backwards=True),
+        ]
         longer = np.flatnonzero(np.diff(edges) > self._turns)
         self._last_turn = longer[_spread(len(longer), width)]
 
     def block(self, place: int) -> tuple[int, int]:
         """The block that is taken at this place: its shard's place, and its number among the blocks of the shard."""
         turn, index = divmod(place, self._lanes)
-        lanes = self._last_turn if turn == self._turns else self._turn_orders[turn % 2]
+        lanes = self._turn_orders[turn % 2]
+        if turn == self._turns:
+            lanes = self._last_turn
         block = int(self._firsts[lanes[index]]) + turn
         shard = int(np.searchsorted(self._starts, block, "right")) - 1
         return shard, block - int(self._starts[shard])
@@ -165,7 +171,11 @@ def _grouped(shards: Longs, count: int) -> Longs:
     """Shards (n,) reordered so that each of `count` runs of consecutive numbers, often of one class, stays together."""
     if count >= len(shards):
         return shards
-    _, begins, groups = np.unique(shards * count // len(shards), return_index=True, return_inverse=True)
+    _, begins, groups = np.unique(
+        shards * count // len(shards),
+        return_index=True,
+        return_inverse=True,
+    )
     return shards[np.argsort(begins[groups], kind="stable")]  # groups by where their first shard stands
 
 
@@ -207,7 +217,8 @@ class _Epoch:
             shard = self._runs[run]
             run_end = int(self._run_ends[run])
             stop = min(end, run_end)
-            yield self._piece(shard, begin, stop, int(self._sizes[shard]) - run_end)  # a run ends where its shard does
+            offset = int(self._sizes[shard]) - run_end  # a run ends where its shard does
+            yield self._piece(shard, begin, stop, offset)
             begin = stop
             run += 1
 
@@ -259,7 +270,5 @@ def check(round_size: int, world: int) -> None:
     if share and not left:
         return
     near = max(1, round(round_size / world)) * world
-    raise InputError(
-        f"a round of {round_size} images cannot be shared equally by {world} ranks "
-        f"({round_size} = {share} x {world} + {left}): use {near}, for example"
-    )
+    shared = f"{round_size} = {share} x {world} + {left}"
+    raise InputError(f"a round of {round_size} images cannot be shared equally by {world} ranks ({shared}): use {near}")

@@ -95,7 +95,8 @@ class Reader:
         for step in range(1, shard.samples):
             number = (raw.number + step) % shard.samples
             with suppress(InputError):
-                (other,) = self.raw([replace(raw.piece, first=number, last=number + 1)])
+                piece = replace(raw.piece, first=number, last=number + 1)
+                (other,) = self.raw([piece])
                 return self._decode(other, drawn)._replace(broken=problem)
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
 
@@ -104,7 +105,8 @@ class Reader:
         array, label = decode(raw.sample, self._manifest, url, self._resize, drawn)
         if self.label_numbers is not None:
             label = self.label_numbers.get(label, -1)
-        return Row(array, label, self.key_prefix + raw.sample["__key__"], raw.piece.epoch)
+        key = self.key_prefix + raw.sample["__key__"]
+        return Row(array, label, key, raw.piece.epoch)
 
     def _cut(self, wanted: Iterable[Piece]) -> Iterator[Piece]:
         """The pieces, cut where they are larger than REQUEST, at ends of pages unless these are large, too."""
@@ -114,7 +116,9 @@ class Reader:
             if most > BLOCK:
                 most -= most % BLOCK
             for start in range(piece.first // most * most, piece.last, most):
-                yield replace(piece, first=max(piece.first, start), last=min(piece.last, start + most))
+                first = max(piece.first, start)
+                last = min(piece.last, start + most)
+                yield replace(piece, first=first, last=last)
 
     def _fetch(self, piece: Piece) -> bytes:
         """The bytes of the pages with a piece."""

@@ -105,9 +105,13 @@ def _scaled(pixels: Array, resize: Resize) -> Array:
         return pixels
     if not pixels.flags.writeable or min(pixels.strides) < 0:
         pixels = pixels.copy()
-    batch = torch.from_numpy(pixels)[None]
     with decoding():
-        scaled = torch.nn.functional.interpolate(batch, (resize.height, resize.width), mode="bicubic", antialias=True)
+        scaled = torch.nn.functional.interpolate(
+            torch.from_numpy(pixels)[None],
+            (resize.height, resize.width),
+            mode="bicubic",
+            antialias=True,
+        )
     image: Array = scaled[0].numpy()
     return image
 

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from naign.data.decode import Array, decode_array, decode_image, fits
+from naign.data.decode import Array, decode_image, fits, read_npy
 from naign.data.format.labels import label_text, parse_number
 from naign.data.format.manifest import INDEX, Manifest
 from naign.data.resize import Resize, channels, resized, resized_array
 from naign.errors import InputError, require
 
-SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  # of an array's member, by kind
+SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}
+"""Of the member that holds an array, by kind."""
 AS_STORED = Resize()
 REPACK = "repack the data set"
 
@@ -43,8 +44,8 @@ def decode(
     data = sample[suffix]
     try:
         if suffix == "npy":
-            array = decode_array(data, manifest.shape, manifest.dtype)
-            if resize.height:
+            array = read_npy(data)
+            if resize.height and array.ndim == 3:
                 array = resized_array(array, resize)
         elif resize.height:
             array = resized(data, resize)
@@ -57,8 +58,9 @@ def decode(
         array = channels(array, 3)
     if resize.height:
         shape = resize.shape(shape, where)
-    if not fits(array.shape, shape):
-        raise InputError(f"{where}: an image of shape {array.shape}, but {INDEX} says {manifest.shape}: {REPACK}")
+    if array.dtype != manifest.dtype or not fits(array.shape, shape):
+        found = f"{array.dtype} of shape {array.shape}"
+        raise InputError(f"{where}: {found}, but {INDEX} says {manifest.dtype} of {manifest.shape}: {REPACK}")
     if resize.crop:
         array = crop(array, resize.crop, drawn, f"{where}: ")
     return array, _label(sample, manifest, where)
@@ -79,7 +81,12 @@ def _label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
     return number
 
 
-def row_numbers(seed: int, round: int, first: int, last: int) -> Numbers:
+def row_numbers(
+    seed: int,
+    round: int,
+    first: int,
+    last: int,
+) -> Numbers:
     """Uniform numbers (rows, DRAWN) in [0, 1) for rows [first, last) of a round.
 
     They are Philox's, counted by row, so that those of any rows can be drawn alone. No order of shards has the same
@@ -87,12 +94,17 @@ def row_numbers(seed: int, round: int, first: int, last: int) -> Numbers:
     """
     key = np.array([seed % 2**64, round + 2**63], np.uint64)
     generator: Any = np.random.Philox(key=key, counter=[first, 0, 0, 0])
-    raw = generator.random_raw(DRAWN * (last - first)).reshape(-1, DRAWN)
+    raw = generator.random_raw(DRAWN * (last - first))
     numbers: Numbers = (raw >> np.uint64(11)) * 2.0**-53
-    return numbers
+    return numbers.reshape(-1, DRAWN)
 
 
-def crop(image: Array, size: int, drawn: Numbers | None = None, where: str = "") -> Array:
+def crop(
+    image: Array,
+    size: int,
+    drawn: Numbers | None = None,
+    where: str = "",
+) -> Array:
     """A window (C, size, size) of an image (C, H, W), None: the central one. InputError where the image is smaller."""
     _, height, width = image.shape
     if size > min(height, width):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from naign.data.format.manifest import INDEX, Manifest, Shard, size_problem
+from naign.data.format.manifest import INDEX, Manifest, Shard
 from naign.data.format.pages import table_name
 from naign.data.format.survey import Seen
 from naign.data.format.tars import Problems, compare, read_tars
@@ -40,7 +40,7 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
         size=size,
         title=f"verify {manifest.name}" if progress else "",
     )
-    _, problems = compare(store, summaries)
+    problems = compare(store, summaries).problems
     broken = []
     for shard, summary in zip(manifest.shards, summaries, strict=True):
         for key, reason in summary.broken.items():
@@ -69,17 +69,15 @@ def _inspect(manifest: Manifest, sample: dict[str, Any], where: str, _: int) -> 
 
 def _differences(shard: Shard, actual: Shard, store: Store, tables: Store) -> list[str]:
     """How a shard and its page table differ from the manifest."""
-    where = store.url(shard.name)
-    pages = table_name(shard.name)
     problems = []
-    if actual.bytes != shard.bytes:
-        problems.append(size_problem(store, shard))
+    if actual != shard:
+        remedy = "copy it again, or run `naign index --force`"
+        problems.append(f"{store.url(shard.name)}: its sizes or SHA-256 are not those in {INDEX}: {remedy}")
+    pages = table_name(shard.name)
     try:
-        digest = hashlib.sha256(tables.read(pages)).hexdigest()
+        table = tables.read(pages)
     except InputError as error:
         return [*problems, str(error)]
-    if digest != shard.pages:
+    if hashlib.sha256(table).hexdigest() != shard.pages:
         problems.append(f"{tables.url(pages)}: its SHA-256 is not the one in {INDEX}: repack the data set")
-    elif actual.pages != shard.pages:
-        problems.append(f"{where}: its SHA-256 are not those in {pages}: copy it again, or run `naign index --force`")
     return problems

@@ -83,7 +83,10 @@ def _find_tars(path: str) -> tuple[str, list[str]]:
     folder = folder or "."
     if not set("*?[") & set(last):
         return folder, patterns
-    names = [name for name in open_store(folder).list() if name.endswith(".tar") and _matches(name, patterns)]
+    names = []
+    for name in open_store(folder).list():
+        if name.endswith(".tar") and _matches(name, patterns):
+            names.append(name)
     if not names:
         raise InputError(f"{path}: no .tar there: check the path, and unpack tars that are compressed")
     return folder, names
@@ -153,7 +156,8 @@ def _manifest(
     options: IndexOptions,
 ) -> Manifest:
     """The manifest of the tars. Raises Problems."""
-    together, problems = compare(store, summaries)
+    together = compare(store, summaries)
+    problems = together.problems
     shards = {}
     broken = {}
     for summary in summaries:
@@ -177,7 +181,7 @@ def _manifest(
         shape=together.shape,
         dtype=FORMS[together.kind][0],
         labels=_label_names(together.labels, options.label),
-        splits={split: Split.of([shards[name] for name in names]) for split, names in splits.items()},
+        splits={split: Split.of(map(shards.__getitem__, names)) for split, names in splits.items()},
         dealt=False,
         label=options.label,
         broken=broken,

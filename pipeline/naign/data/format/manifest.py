@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -42,9 +43,10 @@ class Split:
     shards: tuple[Shard, ...]
 
     @classmethod
-    def of(cls, shards: list[Shard]) -> "Split":
+    def of(cls, shards: Iterable[Shard]) -> "Split":
         """The split of these shards."""
-        return cls(samples=sum(shard.samples for shard in shards), shards=tuple(shards))
+        listed = tuple(shards)
+        return cls(samples=sum(shard.samples for shard in listed), shards=listed)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -72,12 +74,9 @@ class Manifest:
         store = open_store(path)
         if store.exists(INDEX):
             return cls.parse(store.read(INDEX), where=store.url(INDEX))
-        files = len(store.list())
-        if files:
-            remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
-            raise InputError(f"{path}: no {INDEX} among its {files} files: {remedy}, or check the path")
-        pack = f"`naign pack mnist --to {path}`, or of your own pictures `naign pack folder --root DIR --size 64 ...`"
-        raise InputError(f"{path}: no data set here, it is missing or empty: check the path, or make one: {pack}")
+        found = f"{path}: no data set here, it has {len(store.list())} files, but no {INDEX}"
+        pack = f"`naign pack mnist --to {path}` or `naign pack folder --root DIR --size 64 --to {path}`"
+        raise InputError(f"{found}: check the path, or make one: {pack}; `naign index` for tars that others wrote")
 
     @classmethod
     def parse(cls, text: bytes, *, where: str) -> "Manifest":
@@ -98,7 +97,10 @@ class Manifest:
     @property
     def shards(self) -> list[Shard]:
         """Those of all splits."""
-        return [shard for split in self.splits.values() for shard in split.shards]
+        found = list[Shard]()
+        for split in self.splits.values():
+            found += split.shards
+        return found
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -154,8 +156,9 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
 def _check(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for wrong types, values out of range, and contradictions."""
     shape = manifest.shape
-    _demand(FORMS.get(manifest.kind) == (manifest.dtype, len(shape)), "kind, shape and dtype do not go together")
     lengths = shape
+    form = (manifest.dtype, len(shape))
+    _demand(FORMS.get(manifest.kind) == form, "kind, shape and dtype do not go together")
     if manifest.kind == "image":
         _demand(shape[0] in CHANNELS, "an image has 1 or 3 channels")
         if shape[1:] == (0, 0):
@@ -174,8 +177,8 @@ def _check(manifest: Manifest) -> None:
             _check_shard(shard)
             _demand(shard.name not in names, f"shard {shard.name} is listed twice")
             names.add(shard.name)
-        total = sum(split.sizes)
-        _demand(is_count(split.samples, 1) and total == split.samples < MOST_SAMPLES, "samples do not add up")
+        _demand(is_count(split.samples, 1), "samples is not a whole number")
+        _demand(sum(split.sizes) == split.samples < MOST_SAMPLES, "samples do not add up")
     _demand(names, "no shards")
 
 
@@ -186,8 +189,8 @@ def _are_texts(values: object) -> bool:
 def _check_shard(shard: Shard) -> None:
     """Raise ValueError or TypeError for an entry that no shard can have."""
     name = shard.name
-    _demand(name.isprintable() and 0 < len(name.encode()) < 256, f"{name!r} is not the name of a file")
-    _demand(not name.startswith(".") and "/" not in name and "\\" not in name, f"{name!r} leads out of the folder")
+    _demand(re.fullmatch(r"[^./\\][^/\\]*", name), f"{name!r} leads out of the folder")
+    _demand(name.isprintable() and len(name.encode()) < 256, f"{name!r} is not the name of a file")
     _demand(is_count(shard.samples, 1) and is_count(shard.bytes), f"{name}: samples and bytes are not whole numbers")
     _demand(shard.bytes >= SAMPLE_BYTES * shard.samples, f"{name}: its bytes cannot hold its samples")
     _demand(re.fullmatch("[0-9a-f]{64}", shard.pages), f"{name}: pages is not a SHA-256 of 64 hexadecimal digits")

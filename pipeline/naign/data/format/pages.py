@@ -21,7 +21,7 @@ PAGE = 256 << 10
 """Bytes after which a page ends, at the end of a sample. It also ends at each multiple of order.BLOCK samples, so that
 blocks are whole pages. Of samples of 2 KB tables are .15 % of the data, of large ones less than .02 %."""
 
-ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
+ROW = np.dtype({"names": ["sample", "byte", "sha256"], "formats": ["<i8", "<i8", "V32"]})
 """A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""
 
 Table = npt.NDArray[Any]  # (pages + 1,) of ROW
@@ -58,7 +58,8 @@ class Pager:
 
     def start(self, offset: int) -> None:
         """Start a sample at this byte of the tar."""
-        if self.samples % order.BLOCK == 0 or offset - self._pages[-1][1] >= PAGE:
+        begins_block = self.samples % order.BLOCK == 0
+        if begins_block or offset - self._pages[-1][1] >= PAGE:
             self._pages.append((self.samples, offset))
             self._hash_pages()
         self.samples += 1
@@ -78,8 +79,8 @@ class Pager:
         self._pages.append((self.samples, self.end))
         self._hash_pages()
         assert len(self._pages) == 1
-        end = (self.samples, self.end, bytes(32))
-        table = encode(np.array([*self._rows, end], ROW), "npy")
+        self._rows.append((self.samples, self.end, bytes(32)))
+        table = encode(np.array(self._rows, ROW), "npy")
         shard = Shard(
             name=name,
             samples=self.samples,
@@ -90,9 +91,12 @@ class Pager:
 
     def _hash_pages(self) -> None:
         """Hash the pages whose bytes are all known, and free these."""
-        while len(self._pages) > 1 and self._pages[1][1] <= self._start + len(self._bytes):
-            sample, first = self._pages.pop(0)
-            last = self._pages[0][1]
+        while len(self._pages) > 1:
+            sample, first = self._pages[0]
+            _, last = self._pages[1]
+            if last > self.size:
+                return
+            del self._pages[0]
             digest = hashlib.sha256(self.get(first, last)).digest()
             self._rows.append((sample, first, digest))
             self.skip(last)
@@ -106,8 +110,10 @@ def parse_table(data: bytes, *, samples: int, size: int) -> Table:
         raise ValueError("not a page table")
     number = table["sample"]
     byte = table["byte"]
+    block = byte // TAR_BLOCK
     if number[0] != 0 or number[-1] != samples or byte[0] < 0 or byte[-1] > size:
         raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
-    if (number[1:] <= number[:-1]).any() or (byte[1:] // TAR_BLOCK <= byte[:-1] // TAR_BLOCK).any():
-        raise ValueError("its pages are not in order")
+    for column in (number, block):
+        if (column[1:] <= column[:-1]).any():
+            raise ValueError("its pages are not in order")
     return table

@@ -7,7 +7,7 @@ from dataclasses import replace
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
 
-from naign.data.format.survey import Inspect, Summary, Survey, summarize
+from naign.data.format.survey import Inspect, Summary, summarize
 from naign.errors import InputError, Unavailable
 from naign.storage.base import Store
 from naign.storage.store import open_store
@@ -55,8 +55,13 @@ def read_tars(
     to = keep.path if keep else ""
     parallel = Parallel(workers, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
     results = parallel(delayed(_summary)(store.path, name, inspect, to, version) for name in names)
-    hidden = None if title else True  # None: where stderr is not a terminal
-    shown = tqdm(results, desc=title, total=len(names), unit="tar", disable=hidden)
+    shown = tqdm(
+        results,
+        desc=title,
+        total=len(names),
+        unit="tar",
+        disable=None if title else True,  # None: where stderr is not a terminal
+    )
     try:
         with closing(results):
             return list(shown)
@@ -65,7 +70,13 @@ def read_tars(
         raise Unavailable(f"{killed}: try again; `naign index` continues with the tars not read yet") from None
 
 
-def _summary(path: str, name: str, inspect: Inspect, to: str, version: str) -> Summary:
+def _summary(
+    path: str,
+    name: str,
+    inspect: Inspect,
+    to: str,
+    version: str,
+) -> Summary:
     """The summary of a tar, read, or else what an interrupted call kept in the folder `to`."""
     store = open_store(path)
     if not to:
@@ -83,17 +94,12 @@ def _summary(path: str, name: str, inspect: Inspect, to: str, version: str) -> S
     return summary
 
 
-def compare(store: Store, summaries: list[Summary]) -> tuple[Survey, list[str]]:
-    """The survey of all tars, and their problems: in single tars, and where they do not go together."""
-    together = Survey()
-    problems: list[str] = []
+def compare(store: Store, summaries: list[Summary]) -> Summary:
+    """What all tars hold together, with their problems: in single tars, and where they do not go together."""
+    together = Summary()
     for summary in summaries:
-        problems += summary.problems
-        survey = summary.survey
-        if not survey.kind:
-            continue
-        try:
-            together.add(survey.kind, survey.shape, survey.labels, store.url(summary.shard.name))
-        except InputError as error:
-            problems.append(str(error))
-    return together, problems
+        together.problems += summary.problems
+        if summary.kind:
+            seen = (summary.kind, summary.shape, summary.labels)
+            together.add(seen, store.url(summary.shard.name))
+    return together

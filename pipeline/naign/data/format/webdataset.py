@@ -15,6 +15,8 @@ from naign.storage.base import Store
 
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # WebDataset's own; importing it loads torch
 
+_METADATA = re.compile(r"__([^/]*)__(/|\Z)")  # the first part of a name
+
 File = tuple[str, str, bytes]  # key, suffix and data of a member
 
 
@@ -24,10 +26,10 @@ def samples(page: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _files(page: bytes) -> Iterator[File]:
-    for name, _, _, data in members(lambda first, last: page[first:last], hashed=True):
-        split = key_and_suffix(name)
-        if split and data is not None:
-            yield *split, data
+    for member in members(lambda first, last: page[first:last], hashed=True):
+        split = key_and_suffix(member.name)
+        if split and member.data is not None:
+            yield *split, member.data
 
 
 def grouped(files: Iterable[File], where: str = "") -> Iterator[dict[str, Any]]:
@@ -43,8 +45,7 @@ def grouped(files: Iterable[File], where: str = "") -> Iterator[dict[str, Any]]:
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:
     """Key and suffix of a member's name, as WebDataset splits it; None where WebDataset ignores the member."""
-    first = name.partition("/")[0]
-    if len(first) >= 4 and first.startswith("__") and first.endswith("__"):
+    if _METADATA.match(name):
         return None
     match = _KEY_AND_SUFFIX.fullmatch(name)
     return match and (match[1], match[2].lower())

