@@ -148,7 +148,7 @@ def write_mosaic(job: Job) -> Read:
 
 
 def pixels_of(job: Job) -> Callable[[Any], Any]:
-    """Turns a picture of Pillow into pixels, of a random window if the job asks for it."""
+    """Turns a picture of Pillow into pixels, of its central window, resized, if the job asks for it."""
     if not job.crop:
         return np.asarray
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,12 @@ def numbered(train=23, test=5, shape=(1, 4, 4)):
 
     def split(name, length):
         def make(index):
-            image = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
+            image = np.random.default_rng(index).integers(
+                0,
+                256,
+                shape,
+                dtype=np.uint8,
+            )
             image.flat[0] = index
             return f"{name}-{index:03d}", image, index % 2
 
@@ -35,6 +41,19 @@ def numbered(train=23, test=5, shape=(1, 4, 4)):
         labels=("even", "odd"),
         splits={"train": split("train", train), "test": split("test", test)},
     )
+
+
+def first(source, count):
+    """A source with so many examples a split."""
+    splits = {}
+    for name, made in source.splits.items():
+        splits[name] = Made(length=count, make=made.__getitem__)
+    return replace(source, splits=splits)
+
+
+def without_labels(members):
+    """The members but those that hold labels."""
+    return [member for member in members if not member[0].endswith(".cls")]
 
 
 def build(count):
@@ -91,7 +110,13 @@ def streams_of(config, *, seed, each, world):
     with ExitStack() as stack:
         streams = []
         for rank in range(world):
-            stream = Stream(config, seed=seed, round_size=each, rank=rank, world=world)
+            stream = Stream(
+                config,
+                seed=seed,
+                round_size=each,
+                rank=rank,
+                world=world,
+            )
             streams.append(stack.enter_context(stream))
         yield streams
 

@@ -11,7 +11,7 @@ from naign.data.format.audit import verify
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
 from naign.errors import InputError
-from tests.data.numbered import numbered, rewrite
+from tests.data.numbered import numbered, rewrite, without_labels
 
 
 def twisted(members):
@@ -29,7 +29,12 @@ def test_every_planted_fault_is_found(packed):
     report = verify(packed)
     assert (report.samples, report.shards) == (28, 8)
     folder = Path(packed)
-    rewrite(packed, "train-00000.tar", lambda members: members[:-2], damage=True)
+    rewrite(
+        packed,
+        "train-00000.tar",
+        lambda members: members[:-2],
+        damage=True,
+    )
     rewrite(packed, "train-00001.tar", twisted, damage=True)
     shutil.copy(folder / "train-00003.tar", folder / "train-00002.tar")
     cut = folder / "test-00000.tar"
@@ -69,7 +74,7 @@ def test_a_page_table_of_another_shard_is_not_read(packed):
 
 
 def test_labels_that_are_missing_are_found(packed):
-    rewrite(packed, "test-00000.tar", lambda members: [m for m in members if not m[0].endswith(".cls")])
+    rewrite(packed, "test-00000.tar", without_labels)
     with pytest.raises(InputError, match=r"test-00000\.tar, key test-\d+: no \.cls, but index\.json has labels"):
         verify(packed)
 

@@ -27,16 +27,35 @@ def larger(tmp_path):
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
 def test_windows_and_mirroring_do_not_depend_on_ranks_and_workers(larger, world, workers):
-    plain = take(larger, 3, crop=5, flip=True)
-    other = take(larger, 3, crop=5, flip=True, world=world, workers=workers)
+    plain = take(
+        larger,
+        3,
+        crop=5,
+        flip=True,
+    )
+    other = take(
+        larger,
+        3,
+        crop=5,
+        flip=True,
+        world=world,
+        workers=workers,
+    )
     assert plain[1] == other[1]
     assert torch.equal(plain[0], other[0])
 
 
 def test_windows_are_parts_of_the_images_and_all_places_come(larger):
-    whole = {int(image[0, 0, 0]): image for image in read_split(larger, "train")[0]}
+    images, _ = read_split(larger, "train")
+    whole = {int(image[0, 0, 0]): image for image in images}
+    windows, keys = take(
+        larger,
+        20,
+        crop=6,
+        flip=True,
+    )
     places = []
-    for window, key in zip(*take(larger, 20, crop=6, flip=True), strict=True):
+    for window, key in zip(windows, keys, strict=True):
         image = whole[int(key[-3:])]
         found = []
         for top, left, flipped in product(range(3), range(5), (False, True)):
@@ -68,27 +87,38 @@ def broken(path, shard, *numbers):
     """Put no picture into samples of a shard; the manifest agrees."""
 
     def change(members):
-        pictures = [name for name, _ in members if name.endswith(".png")]
-        wrong = {pictures[number] for number in numbers}
-        return [(name, b"no picture" if name in wrong else data) for name, data in members]
+        changed = dict(members)
+        pictures = [name for name in changed if name.endswith(".png")]
+        for number in numbers:
+            changed[pictures[number]] = b"no picture"
+        return list(changed.items())
 
     rewrite(path, shard, change)
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (3, 0)])
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
 def test_skipping_takes_the_next_sound_sample_of_the_shard(packed, world, workers, caplog, monkeypatch):
     monkeypatch.setattr("naign.data.loader.BROKEN", 0.5)
     _, sound = take(packed, 4)
     broken(packed, "train-00002.tar", 1, 2, 5)
     with caplog.at_level(logging.WARNING, logger="naign.data"):
-        images, keys = take(packed, 4, world=world, workers=workers, broken="skip")
+        images, keys = take(
+            packed,
+            4,
+            world=world,
+            workers=workers,
+            broken="skip",
+        )
     assert [f"train-{index:03d}" for index in images[:, 0, 0, 0].tolist()] == keys
     replaced = {old: new for old, new in zip(sound, keys, strict=True) if old != new}
     assert len(replaced) == 3
     assert not set(replaced) & set(replaced.values()) - set(sound)
     order = [key for key in read_order(packed) if key in set(sound)]
-    a, b, last = (order[i] for i in (1, 2, 5))
-    assert replaced == {a: order[3], b: order[3], last: order[0]}
+    assert replaced == {
+        order[1]: order[3],
+        order[2]: order[3],
+        order[5]: order[0],
+    }
     assert all(f"train-00002.tar, key {key}: the .png cannot be decoded" in caplog.text for key in replaced)
 
 
@@ -125,6 +155,13 @@ def test_more_broken_samples_than_allowed_stop_the_run(packed, monkeypatch):
 
 
 def test_a_grey_picture_in_a_colour_data_set_is_read_as_colour(larger):
-    grey = encode(np.arange(80, dtype=np.uint8).reshape(1, 8, 10), "png")
-    rewrite(larger, "test-00000.tar", lambda members: [(n, grey if n.endswith(".png") else d) for n, d in members])
-    assert (read_split(larger, "test", limit=1)[0][0].numpy() == np.arange(80).reshape(8, 10)).all()
+    pixels = np.arange(80, dtype=np.uint8).reshape(1, 8, 10)
+
+    def change(members):
+        name = next(name for name, _ in members if name.endswith(".png"))
+        changed = dict(members) | {name: encode(pixels, "png")}
+        return list(changed.items())
+
+    rewrite(larger, "test-00000.tar", change)
+    images, _ = read_split(larger, "test", limit=1)
+    assert (images[0].numpy() == pixels).all()

@@ -40,16 +40,27 @@ def impatient(monkeypatch):
 
 def noise(index):
     """An image that cannot be compressed; its first pixel is its index, modulo 256."""
-    image = np.random.default_rng(index).integers(0, 256, SHAPE, dtype=np.uint8)
+    image = np.random.default_rng(index).integers(
+        0,
+        256,
+        SHAPE,
+        dtype=np.uint8,
+    )
     image.flat[0] = index % 256
     return f"train-{index:04d}", image, index % 2
+
+
+def opened(path, round_size=ROUND, **settings):
+    config = DataConfig(path=str(path), **settings)
+    return Stream(config, seed=3, round_size=round_size)
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     """1,600 images of noise, 12 KiB each, in 7 shards; 23 MB."""
     path = str(tmp_path_factory.mktemp("noise"))
-    source = replace(numbered(shape=SHAPE), splits={"train": Made(length=IMAGES, make=noise)})
+    splits = {"train": Made(length=IMAGES, make=noise)}
+    source = replace(numbered(shape=SHAPE), splits=splits)
     pack(source, path, shards=7, encoding="npy")
     return path
 
@@ -57,7 +68,7 @@ def local(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(local):
     """An epoch and a quarter of it, from the folder."""
-    with Stream(DataConfig(path=local), seed=3, round_size=ROUND) as stream:
+    with opened(local) as stream:
         return take(stream, Tally())
 
 
@@ -78,7 +89,8 @@ def take(stream, tally):
         tally.merge(taken.tally)
         for epoch, key, image in zip(taken.epochs.tolist(), taken.keys, taken.images, strict=True):
             assert int(image[0, 0, 0]) == int(key.split("-")[1]) % 256
-            found.append((epoch, key, hashlib.sha256(image.numpy().tobytes()).hexdigest()))
+            pixels = hashlib.sha256(image.numpy().tobytes())
+            found.append((epoch, key, pixels.hexdigest()))
     return found
 
 
@@ -86,8 +98,14 @@ def take(stream, tally):
 def test_all_faults_at_once(remote, proxy, expected, monkeypatch):
     monkeypatch.setattr("naign.data.reader.REREADS", 10)  # more bytes are damaged here than by any network
     tally = Tally()
-    with Stream(DataConfig(path=remote, workers=2), seed=3, round_size=ROUND) as stream:
-        proxy.faults = Faults(reset_every=(100_000, 500_000), stall=0.05, refuse=0.1, errors=0.1, flip=0.15)
+    with opened(remote, workers=2) as stream:
+        proxy.faults = Faults(
+            reset_every=(100_000, 500_000),
+            stall=0.05,
+            refuse=0.1,
+            errors=0.1,
+            flip=0.15,
+        )
         assert take(stream, tally) == expected
     for kind in ("reset", "stall", "refuse", "error", "flip"):
         assert proxy.counts[kind], proxy.counts
@@ -99,8 +117,7 @@ def test_all_faults_at_once(remote, proxy, expected, monkeypatch):
 @pytest.mark.slow
 def test_a_server_that_is_away_for_a_while(remote, proxy, expected, monkeypatch):
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.5)
-    config = DataConfig(path=remote, workers=2)
-    with Stream(config, seed=3, round_size=ROUND) as stream:
+    with opened(remote, workers=2) as stream:
         found = stream.take(0).keys
         proxy.faults = Faults(refusing=True)
         with pytest.raises(Unavailable, match=r"noise/train-\d+.*given up after"):
@@ -124,7 +141,7 @@ def test_a_server_that_is_away_for_a_while(remote, proxy, expected, monkeypatch)
     ],
 )
 def test_bytes_that_stay_wrong(remote, proxy, expected, damaged, workers, said):
-    with Stream(DataConfig(path=remote, workers=workers), seed=3, round_size=ROUND) as stream:
+    with opened(remote, workers=workers) as stream:
         proxy.faults = Faults(flip_always=damaged)
         for _ in range(2):  # and again: an error does not jam the stream
             found = []
@@ -141,7 +158,7 @@ def test_bytes_that_stay_wrong(remote, proxy, expected, damaged, workers, said):
 
 @pytest.mark.parametrize("lost", ["everything", "shards", "bucket"])
 def test_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(lost, remote, s3, bucket):
-    with Stream(DataConfig(path=remote), seed=3, round_size=ROUND) as stream:
+    with opened(remote) as stream:
         stream.take(0)
         store = open_store(remote)
         for name in store.list():
@@ -158,7 +175,7 @@ def test_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(lost,
 def test_local_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(lost, tmp_path):
     pack(numbered(train=40), str(tmp_path), shards=2)
     files = list(tmp_path.iterdir()) if lost == "everything" else [tmp_path / "train-00001.tar"]
-    with Stream(DataConfig(path=str(tmp_path)), seed=3, round_size=40) as stream:
+    with opened(tmp_path, 40) as stream:
         stream.take(0)
         for file in files:
             if lost == "a half":
@@ -169,14 +186,14 @@ def test_local_data_that_are_lost_while_a_run_reads_them_are_worth_another_start
             for number in range(1, 12):  # the first of these are fetched already
                 stream.take(number)
     with pytest.raises(InputError, match="no such file|no data set|truncated"):
-        Stream(DataConfig(path=str(tmp_path)), seed=3, round_size=40).take(0)
+        opened(tmp_path, 40).take(0)
 
 
 def test_a_shard_that_was_missing_from_the_start_is_bad_input(remote):
     store = open_store(remote)
     for shard in Manifest.load(remote).shards[1:]:
         store.delete(shard.name)
-    stream = Stream(DataConfig(path=remote), seed=3, round_size=ROUND)
+    stream = opened(remote)
     with stream, pytest.raises(InputError, match="no such object: check the path"):
         for number in range(8):
             stream.take(number)

@@ -22,9 +22,10 @@ from naign.data.format.audit import verify
 from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
+from naign.data.resize import Resize, resized
+from naign.data.resize import channels as to_channels
 from naign.data.sources import published, toys
 from naign.data.sources.catalog import load
-from naign.data.sources.folder import Form
 from naign.data.sources.source import subset
 from naign.errors import InputError, Unavailable
 
@@ -35,7 +36,11 @@ def picture(path, size=(8, 8), colour=(200, 100, 50), mode="RGB"):
 
 
 def folder(root, **options):
-    return load("folder", root=root, **{"size": 4, **options})
+    return load(
+        "folder",
+        root=root,
+        **{"size": 4, **options},
+    )
 
 
 def keys(made):
@@ -59,7 +64,11 @@ def test_digits():
 
 @pytest.mark.parametrize("name", toys.DISTRIBUTIONS)
 def test_toys_are_drawn_alike_and_fit_the_square(name):
-    points, labels = toys.draw(name, 4000, seed=3)
+    points, labels = toys.draw(
+        name,
+        4000,
+        seed=3,
+    )
     assert points.shape == (4000, 2)
     assert points.dtype == np.float32
     assert (points == toys.draw(name, 4000, seed=3)[0]).all()
@@ -84,11 +93,14 @@ def test_packing_deals_points_by_chance(tmp_path, monkeypatch):
 def test_a_number_after_the_name_keeps_as_many_training_examples():
     whole = load("digits")
     few = load("digits:100", seed=1)
-    assert (len(few.splits["train"]), len(few.splits["test"])) == (100, len(whole.splits["test"]))
+    assert len(few.splits["test"]) == len(whole.splits["test"])
     kept = keys(few.splits["train"])
     assert len(set(kept)) == 100
     assert set(kept) < set(keys(whole.splits["train"]))
-    assert kept == keys(subset(whole, 100, seed=1).splits["train"]) != keys(subset(whole, 100, seed=2).splits["train"])
+    same = subset(whole, 100, seed=1)
+    other = subset(whole, 100, seed=2)
+    assert kept == keys(same.splits["train"])
+    assert kept != keys(other.splits["train"])
     with pytest.raises(IndexError):
         few.splits["train"][100]
     for number in (0, 2000):
@@ -115,7 +127,15 @@ def test_names_and_options_that_do_not_fit(tmp_path):
 
 
 def test_a_source_of_another_package(monkeypatch, tmp_path):
-    points = {"naign.sources": {"numbered:<name>": EntryPoint("numbered:<name>", "tests.data.numbered:build", "")}}
+    points = {
+        "naign.sources": {
+            "numbered:<name>": EntryPoint(
+                "numbered:<name>",
+                "tests.data.numbered:build",
+                "",
+            )
+        }
+    }
     monkeypatch.setattr("naign.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert len(load("numbered:7").splits["train"]) == 7
     with pytest.raises(InputError, match="numbered:7 does not take --root: leave it out"):
@@ -156,9 +176,12 @@ def test_folder_without_split_and_labels(tmp_path):
     for number in range(20):
         picture(tmp_path / f"{number}.png", mode="L", colour=number)
     grey = folder(tmp_path, channels=1)
-    tests = [keys(folder(tmp_path, channels=1, seed=seed).splits["test"]) for seed in (0, 0, 1)]
-    assert len(tests[0]) == 2
-    assert tests[0] == tests[1] != tests[2]
+    test = keys(grey.splits["test"])
+    same = folder(tmp_path, seed=0)
+    other = folder(tmp_path, seed=1)
+    assert len(test) == 2
+    assert test == keys(same.splits["test"])
+    assert test != keys(other.splits["test"])
     assert grey.labels == ()
     assert grey.splits["train"][0][2] == -1
     assert grey.shape == (1, 4, 4)
@@ -171,7 +194,8 @@ def test_links_to_folders_are_followed(tmp_path):
     (tmp_path / "tree/dog").symlink_to(tmp_path / "elsewhere")
     source = folder(tmp_path / "tree")
     assert source.labels == ("cat", "dog")
-    assert sorted(keys(source.splits["train"]) + keys(source.splits["test"])) == ["cat/0", "dog/0"]
+    found = keys(source.splits["train"]) + keys(source.splits["test"])
+    assert sorted(found) == ["cat/0", "dog/0"]
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "tree")
     with pytest.raises(InputError, match="dog/back: a link that leads back to a folder above it"):
         folder(tmp_path / "tree")
@@ -225,14 +249,28 @@ def test_files_of_no_picture_are_named_or_left_out(tmp_path, caplog):
     with pytest.raises(InputError, match=r"new_line\.txt: not a picture that Pillow .* leave out all .*--broken skip"):
         pack(folder(tree), str(target))
     assert not list(target.glob("*"))  # its shards are taken back
-    pack_command("folder", to=str(target), root=tree, size="4", broken="skip", shards=2)
+    pack_command(
+        "folder",
+        to=str(target),
+        root=tree,
+        size="4",
+        broken="skip",
+        shards=2,
+    )
     assert "new_line.txt: not a picture that Pillow can read: left out" in caplog.text
     assert Manifest.load(str(target)).split("train").samples == 6
     assert verify(str(target)).samples == 12
     for file in (tree / "train/a").iterdir():
         file.write_text("hello")
     with pytest.raises(InputError, match="train-0000.*: no picture for it can be read"):
-        pack_command("folder", to=f"{target}2", root=tree, size="4", broken="skip", shards=6)
+        pack_command(
+            "folder",
+            to=f"{target}2",
+            root=tree,
+            size="4",
+            broken="skip",
+            shards=6,
+        )
 
 
 def test_memory_that_does_not_suffice_is_no_broken_picture(tmp_path, monkeypatch):
@@ -240,7 +278,13 @@ def test_memory_that_does_not_suffice_is_no_broken_picture(tmp_path, monkeypatch
         picture(tmp_path / f"tree/{number}.png")
     monkeypatch.setattr("naign.data.decode._open_picture", Mock(side_effect=MemoryError))
     with pytest.raises(Unavailable, match="too little memory to decode a picture: free some"):
-        pack_command("folder", to=str(tmp_path / "packed"), root=tmp_path / "tree", size="4", broken="skip")
+        pack_command(
+            "folder",
+            to=str(tmp_path / "packed"),
+            root=tmp_path / "tree",
+            size="4",
+            broken="skip",
+        )
 
 
 @pytest.mark.parametrize(
@@ -249,7 +293,12 @@ def test_memory_that_does_not_suffice_is_no_broken_picture(tmp_path, monkeypatch
 def test_the_recipes_named_suit_the_size(tmp_path, size, recipes, capsys):
     for number in range(20):
         picture(tmp_path / f"tree/{number}.png")
-    pack_command("folder", to=str(tmp_path / "packed"), root=tmp_path / "tree", size=size)
+    pack_command(
+        "folder",
+        to=str(tmp_path / "packed"),
+        root=tmp_path / "tree",
+        size=size,
+    )
     assert re.findall(r"--config (\w+)", capsys.readouterr().out) == recipes
 
 
@@ -259,29 +308,46 @@ def test_the_recipes_named_suit_the_size(tmp_path, size, recipes, capsys):
 def read(image, kind, channels=1):
     stream = io.BytesIO()
     image.save(stream, kind)
-    return Form.parse(f"{image.height}x{image.width}", channels).read(stream.getvalue(), "here")
+    resize = Resize(height=image.height, width=image.width)
+    return to_channels(resized(stream.getvalue(), resize), channels)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind"), [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<i4", "TIFF")]
+    ("dtype", "kind"),
+    [
+        ("<u2", "PNG"),
+        ("<u2", "TIFF"),
+        (">u2", "TIFF"),
+        ("<i4", "TIFF"),
+    ],
 )  # modes I;16, I;16B and I
 def test_sixteen_bits_are_scaled(dtype, kind):
     values = np.array([[0, 257 * 100], [256, 65535]], dtype)
     for channels in (1, 3):
-        assert (read(Image.fromarray(values), kind, channels) == [[0, 100], [1, 255]]).all()
+        pixels = read(Image.fromarray(values), kind, channels)
+        assert (pixels == [[0, 100], [1, 255]]).all()
 
 
 @pytest.mark.parametrize(
     ("value", "dtype", "message"),
     [
-        (0.5, np.float32, "here: mode F"),
-        (65536, np.int32, "here: mode I, pixels beyond 16 bits"),
-        (-1, np.int32, "here: mode I, pixels beyond 16 bits"),
+        (0.5, np.float32, "mode F"),
+        (65536, np.int32, "mode I, pixels beyond 16 bits"),
+        (-1, np.int32, "mode I, pixels beyond 16 bits"),
     ],
 )
 def test_pixels_of_no_known_range(value, dtype, message):
     with pytest.raises(InputError, match=message):
-        read(Image.fromarray(np.full((2, 2), value, dtype)), "TIFF")
+        read(
+            Image.fromarray(
+                np.full(
+                    (2, 2),
+                    value,
+                    dtype,
+                )
+            ),
+            "TIFF",
+        )
 
 
 def test_no_other_program_is_started_for_a_picture():
@@ -304,7 +370,11 @@ def test_cifar10_binary_records(tmp_path, monkeypatch):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     (tmp_path / published.CIFAR_FILE).write_bytes(stream.getvalue())
-    monkeypatch.setattr(published, "checked", lambda _, data, __: data)
+    monkeypatch.setattr(
+        published,
+        "checked",
+        lambda _, data, __: data,
+    )
     source = load("cifar10", root=tmp_path)
     assert len(source.splits["train"]) == 5
     _, image, label = source.splits["test"][0]
@@ -314,17 +384,37 @@ def test_cifar10_binary_records(tmp_path, monkeypatch):
 
 
 def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    return (
+        bytes(
+            [
+                0,
+                0,
+                8,
+                array.ndim,
+            ]
+        )
+        + np.array(array.shape, ">u4").tobytes()
+        + array.tobytes()
+    )
 
 
 def test_idx_files_gzipped_or_not_are_checked(tmp_path, monkeypatch):
-    images = np.arange(3 * 784, dtype=np.uint8).reshape(3, 28, 28)
+    images = np.arange(3 * 784, dtype=np.uint8).reshape(
+        3,
+        28,
+        28,
+    )
     for stem in ("train", "t10k"):
         (tmp_path / f"{stem}-images-idx3-ubyte").write_bytes(idx(images))
-        (tmp_path / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.array([5, 0, 4], np.uint8))))
+        labels = gzip.compress(idx(np.array([5, 0, 4], np.uint8)))
+        (tmp_path / f"{stem}-labels-idx1-ubyte.gz").write_bytes(labels)
     with pytest.raises(InputError, match="train-images-idx3-ubyte has sha256 .*, not ba891046"):
         load("mnist", root=tmp_path)
-    monkeypatch.setattr(published, "checked", lambda _, data, __: gzip.decompress(data) if data[0] == 31 else data)
+    monkeypatch.setattr(
+        published,
+        "checked",
+        lambda _, data, __: gzip.decompress(data) if data[0] == 31 else data,
+    )
     key, image, label = load("mnist", root=tmp_path).splits["test"][2]
     assert (image == images[2]).all()
     assert label == 4
@@ -336,7 +426,14 @@ def test_every_way_that_failed_is_listed_and_success_is_cached(tmp_path, monkeyp
     sums = {"file": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}  # of b"abc"
 
     def obtain(ways):
-        return published.obtain("letters", published.Published(sums, ways, ()))
+        return published.obtain(
+            "letters",
+            published.Published(
+                sums,
+                ways,
+                (),
+            ),
+        )
 
     bad = [("here", partial(published.in_folder, tmp_path / "x")), ("there", lambda file: b"abd")]
     with pytest.raises(Unavailable) as caught:
@@ -355,7 +452,14 @@ def test_npm_without_a_network_is_worth_another_try(tmp_path, monkeypatch):
     monkeypatch.setenv("npm_config_fetch_retry_mintimeout", "10")
     with pytest.raises(Unavailable, match="npm pack failed"):
         ways = [("npm", partial(published.in_npm, "letters"))]
-        published.obtain("letters", published.Published({"file": "0" * 64}, ways, ()))
+        published.obtain(
+            "letters",
+            published.Published(
+                {"file": "0" * 64},
+                ways,
+                (),
+            ),
+        )
 
 
 @pytest.mark.network

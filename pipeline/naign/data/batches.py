@@ -104,7 +104,13 @@ class Batches(IterableDataset[ImageBatch]):
         self._check(world)
         self._moves += 1
         moves = self._moves
-        spans = partial(self._spans, self.epoch, self._position, rank, world)
+        spans = partial(
+            self._spans,
+            self.epoch,
+            self._position,
+            rank,
+            world,
+        )
         ahead = ReadAhead(self._sets, self._plan, self._seed, world)
         try:
             ahead.start(spans)

@@ -158,7 +158,13 @@ def _with_holes(
     uniform: Tensor,
     strength: float,
 ) -> Tensor:
-    damaged = _mixed(images, normals, uniform[:, :-HOLES], strength, each=1 / 3)
+    damaged = _mixed(
+        images,
+        normals,
+        uniform[:, :-HOLES],
+        strength,
+        each=1 / 3,
+    )
     size = images.shape[2:]
     kind, box, line = uniform[:, -HOLES:].split([1, 8, 9], dim=1)
     kind = kind.view(-1, 1, 1, 1)
@@ -250,7 +256,13 @@ def degrade(
         noise = torch.randn(images.shape, generator=generator)
         return (images + 0.5 * strength * noise).clamp(-1, 1)
     if kind == "salt_pepper":
-        chance = torch.rand(count, 1, height, width, generator=generator)
+        chance = torch.rand(
+            count,
+            1,
+            height,
+            width,
+            generator=generator,
+        )
         salted = torch.where(chance < 0.1 * strength, 1.0, images)
         return torch.where(chance >= 1 - 0.1 * strength, -1.0, salted)
     order = torch.rand(count, height, generator=generator).argsort(1)

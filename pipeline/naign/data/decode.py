@@ -104,13 +104,13 @@ def in_mode(picture: Image.Image, mode: str) -> Image.Image:
     return picture.convert(mode)
 
 
-def decode_image(data: bytes) -> Array:
+def decode_image(data: bytes, into: Array | None = None) -> Array:
     """The pixels (C, H, W) uint8 of an image file, upright, C being 1 for grey, else 3. Of several frames the first.
-    InputError for bytes of no picture.
+    Those of a JPEG are written to `into`, which is returned, if it has their shape. InputError for bytes of no picture.
     """
     shape = jpeg_shape(data)
     if shape:
-        plain = decode_jpeg(data, shape)
+        plain = decode_jpeg(data, shape, into=into)
         if plain is not None:
             return plain
     picture = decode_picture(data)
@@ -161,7 +161,12 @@ def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
     return channels, height, width
 
 
-def decode_jpeg(data: bytes, shape: tuple[int, int, int], factor: int = 1) -> Array | None:
+def decode_jpeg(
+    data: bytes,
+    shape: tuple[int, int, int],
+    factor: int = 1,
+    into: Array | None = None,
+) -> Array | None:
     """The pixels (C, H, W) of a sound JPEG of that shape, at 1/factor of its size; None: left to Pillow.
 
     Pillow has the same pixels by the same library, libjpeg-turbo, but takes five times as long for small images.
@@ -173,10 +178,14 @@ def decode_jpeg(data: bytes, shape: tuple[int, int, int], factor: int = 1) -> Ar
     options: dict[str, Any] = {"colorspace": colours, "strict": True}
     if factor > 1:
         options |= {"min_height": height, "min_width": width, "min_factor": factor}
+    if into is not None and into.shape == shape:
+        options["buffer"] = into.transpose(1, 2, 0)
     try:
         pixels: Array = simplejpeg.decode_jpeg(data, **options)
     except (ValueError, KeyError):
         return None
+    if "buffer" in options:
+        return into
     if pixels.shape[:2] != (height, width):
         return None
     return pixels.transpose(2, 0, 1)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from naign.data.dataset import DataConfig, check_config
 from naign.data.decode import Array
-from naign.data.format.manifest import size_problem
+from naign.data.format.manifest import Shard, size_problem
 from naign.data.mixing import DataSets, shares
 from naign.data.order import LANES, Order, Piece, Plan, Span, check, pieces, rank_rows
 from naign.data.reader import Raw, Reader
@@ -68,11 +68,12 @@ class Rows:
         epochs = self.epochs.numpy()
         for row, (reader, raw) in enumerate(stored, begin):
             drawn = None if numbers is None else numbers[row - begin]
-            sample = reader.row(raw, drawn)
-            array = sample.array
-            if flip and drawn is not None and array.ndim == 3 and drawn[2] < 0.5:
-                array = array[..., ::-1]
-            images[row] = array
+            place = images[row]
+            sample = reader.row(raw, drawn, place)
+            if sample.array is not place:
+                place[...] = sample.array
+            if flip and drawn is not None and place.ndim == 3 and drawn[2] < 0.5:
+                place[...] = place[..., ::-1]
             labels[row] = sample.label
             epochs[row] = sample.epoch
             self.keys[row] = sample.key
@@ -125,7 +126,13 @@ class ReadAhead:
     Samples are fetched in one pass over all spans, so what lies behind a span is asked for before its turn.
     """
 
-    def __init__(self, sets: DataSets, plan: Plan, seed: int, world: int) -> None:
+    def __init__(
+        self,
+        sets: DataSets,
+        plan: Plan,
+        seed: int,
+        world: int,
+    ) -> None:
         self._sets = sets
         self._plan = plan
         self._seed = seed
@@ -192,7 +199,12 @@ class ReadAhead:
             read = partial(self._read, span, self._stored, self._stop)
             self._next = in_background(read, f"read round {span[0]}")
 
-    def _read(self, span: Span, stored: Stored, stop: threading.Event) -> Rows:
+    def _read(
+        self,
+        span: Span,
+        stored: Stored,
+        stop: threading.Event,
+    ) -> Rows:
         round, first, last = span
         count = last - first
         workers = max(1, self._config.workers)
@@ -320,19 +332,19 @@ def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) 
     sets = DataSets(config)
     total = sets.manifest.split(split).samples
     count = total if limit is None else min(limit, total)
-    sizes = []
+    totals = []
     for manifest in sets.manifests:
         found = manifest.splits.get(split)
-        sizes.append(found.sizes if found else ())
+        totals.append(found.samples if found else 0)
     chosen = list[tuple[Reader, list[Piece]]]()
-    for number, wanted in enumerate(shares(list(map(sum, sizes)), count)):
+    for number, wanted in enumerate(shares(totals, count)):
         if wanted:
-            cut = _some(sizes[number], wanted, dealt=sets.manifests[number].dealt)
-            chosen.append((sets.reader(number, split), cut))
-    for reader, cut in chosen:
-        for shard in {piece.shard for piece in cut}:
-            problem = size_problem(reader.store, reader.shards[shard])
-            require((not problem, problem))  # before memory is allocated for samples that are not there
+            reader = sets.reader(number, split)
+            cut = _some(reader.shards, wanted, dealt=sets.manifests[number].dealt)
+            chosen.append((reader, cut))
+            for shard in {piece.shard for piece in cut}:
+                problem = size_problem(reader.store, reader.shards[shard])
+                require((not problem, problem))  # before memory is allocated for samples that are not there
     rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
     with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as stored:
         rows.fill(0, stored)
@@ -340,12 +352,11 @@ def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) 
     return rows.images.contiguous(), rows.labels
 
 
-def _some(sizes: Sequence[int], count: int, *, dealt: bool) -> list[Piece]:
-    """So many samples of shards of these sizes: the first ones if these are a random subset, or all; else blocks from
-    all over them.
-    """
+def _some(shards: Sequence[Shard], count: int, *, dealt: bool) -> list[Piece]:
+    """So many samples of shards: the first if these are a random subset, or all of them; else blocks from all over."""
+    sizes = tuple(shard.samples for shard in shards)
     if not dealt and count < sum(sizes):
-        order = Order(sizes=tuple(sizes), seed=0, round_size=count, lanes=LANES)
+        order = Order(sizes=sizes, seed=0, round_size=count, lanes=LANES)
         return pieces(order, 0, 0, count)
     found = []
     for shard, size in enumerate(sizes):

@@ -105,9 +105,9 @@ def check_seed(seed: int) -> None:
 
 def count_lanes(shuffle: int, *, dealt: bool) -> int:
     """From how many places images are taken in turn: `shuffle`, or for 0 what suits shards that are `dealt` or not."""
-    if shuffle:
-        return shuffle
-    return 1 if dealt else LANES
+    if dealt:
+        return shuffle or 1
+    return shuffle or LANES
 
 
 def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
@@ -140,7 +140,12 @@ class _Lanes:
     most. A turn takes the next block of each lane.
     """
 
-    def __init__(self, blocks: Longs, lanes: int, width: int) -> None:
+    def __init__(
+        self,
+        blocks: Longs,
+        lanes: int,
+        width: int,
+    ) -> None:
         """`blocks` (n,) has the number of whole blocks of each shard; a round takes `width` blocks."""
         self.count = int(blocks.sum())
         self._starts = np.cumsum(blocks) - blocks  # blocks before each shard
@@ -222,7 +227,13 @@ class _Epoch:
             begin = stop
             run += 1
 
-    def _piece(self, shard: np.int64, begin: int, end: int, offset: int) -> Piece:
+    def _piece(
+        self,
+        shard: np.int64,
+        begin: int,
+        end: int,
+        offset: int,
+    ) -> Piece:
         """The piece of a shard that images [begin, end) of the epoch are; its samples are numbered `offset` higher."""
         return Piece(
             epoch=self._epoch,
@@ -237,7 +248,12 @@ def _epoch(order: Order, epoch: int) -> _Epoch:
     return _Epoch(order, epoch)
 
 
-def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
+def pieces(
+    order: Order,
+    round: int,
+    start: int,
+    stop: int,
+) -> list[Piece]:
     """What rows [start, stop) of a round are, in order."""
     assert 0 <= start <= stop <= order.round_size
     found = list[Piece]()
@@ -253,9 +269,8 @@ def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
 
 def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
     """Rows [start, stop) of each round that `rank` of `world` reads."""
-    assert round_size % world == 0 and 0 <= rank < world
-    share = round_size // world
-    return rank * share, (rank + 1) * share
+    assert round_size % world == 0
+    return parts(0, round_size, world)[rank]
 
 
 def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:

@@ -52,7 +52,12 @@ class Row(NamedTuple):
 class Reader:
     """The samples of one split of a data set."""
 
-    def __init__(self, config: DataConfig, manifest: Manifest, split: str) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        split: str,
+    ) -> None:
         self.key_prefix = ""  # of one of several data sets
         self.label_numbers: dict[int, int] | None = None  # of its labels among those of all data sets
         self.store = open_store(config.path)
@@ -80,13 +85,18 @@ class Reader:
             for piece in turns:
                 yield from self._samples(piece, next(loaded))
 
-    def row(self, raw: Raw, drawn: Numbers | None = None) -> Row:
-        """The sample decoded; `drawn`: see sample.decode. Raises InputError.
+    def row(
+        self,
+        raw: Raw,
+        drawn: Numbers | None = None,
+        into: Array | None = None,
+    ) -> Row:
+        """The sample decoded; `drawn` and `into`: see sample.decode. Raises InputError.
 
         With data.broken=skip the shard's next readable sample, or after its last one the first, replaces a broken one.
         """
         try:
-            return self._decode(raw, drawn)
+            return self._decode(raw, drawn, into)
         except InputError as error:
             if not self._skip_broken:
                 raise
@@ -97,12 +107,23 @@ class Reader:
             with suppress(InputError):
                 piece = replace(raw.piece, first=number, last=number + 1)
                 (other,) = self.raw([piece])
-                return self._decode(other, drawn)._replace(broken=problem)
+                return self._decode(other, drawn, None)._replace(broken=problem)
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
 
-    def _decode(self, raw: Raw, drawn: Numbers | None) -> Row:
-        url = self.store.url(self.shards[raw.piece.shard].name)
-        array, label = decode(raw.sample, self._manifest, url, self._resize, drawn)
+    def _decode(
+        self,
+        raw: Raw,
+        drawn: Numbers | None,
+        into: Array | None,
+    ) -> Row:
+        array, label = decode(
+            raw.sample,
+            self._manifest,
+            self.store.url(self.shards[raw.piece.shard].name),
+            self._resize,
+            drawn,
+            into,
+        )
         if self.label_numbers is not None:
             label = self.label_numbers.get(label, -1)
         key = self.key_prefix + raw.sample["__key__"]
@@ -133,7 +154,13 @@ class Reader:
                     return f"the SHA-256 of bytes {first} to {last} is not the one in {table_name(name)}"
             return ""
 
-        return _read_sound(self.store, name, start, pages[-1][1], find_problem)
+        return _read_sound(
+            self.store,
+            name,
+            start,
+            pages[-1][1],
+            find_problem,
+        )
 
     def _pages(self, piece: Piece) -> Table:
         """The rows of the page table of the pages that hold a piece, and the one after them."""
@@ -153,7 +180,13 @@ class Reader:
                 return ""
             return f"its SHA-256 is not the one in {INDEX}"
 
-        data = _read_sound(self._table_store, name, 0, None, find_problem)
+        data = _read_sound(
+            self._table_store,
+            name,
+            0,
+            None,
+            find_problem,
+        )
         try:
             return parse_table(data, samples=shard.samples, size=shard.bytes)
         except ValueError as error:

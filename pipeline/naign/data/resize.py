@@ -1,5 +1,6 @@
 """How pictures of any size become images of one size: the largest central window of the upright picture is resized."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,15 +65,13 @@ class Resize:
 
 def parse_size(text: str, setting: str) -> tuple[int, int]:
     """Height and width in pixels of `64` or `48x64`. Raises InputError that names the setting."""
-    sides = text.lower().split("x")
-    if len(sides) == 1:
-        sides *= 2
-    for side in sides:
-        is_number = side.isascii() and side.isdecimal() and len(side) < 9
-        if len(sides) > 2 or not is_number or not SMALLEST <= int(side) <= LARGEST:
-            example = f"give pixels a side, as 64, or height x width, as 48x64, to {LARGEST}"
-            raise InputError(f"{setting} is '{text}': {example}")
-    return int(sides[0]), int(sides[1])
+    match = re.fullmatch(r"(\d{1,4})(x(\d{1,4}))?", text.lower(), re.ASCII)
+    if match:
+        height = int(match[1])
+        width = int(match[3] or height)
+        if SMALLEST <= height <= LARGEST and SMALLEST <= width <= LARGEST:
+            return height, width
+    raise InputError(f"{setting} is '{text}': give pixels a side, as 64, or height x width, as 48x64, to {LARGEST}")
 
 
 def resized(data: bytes, resize: Resize) -> Array:

@@ -59,7 +59,12 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
     return Report(samples, len(names), size, broken)
 
 
-def _inspect(manifest: Manifest, sample: dict[str, Any], where: str, _: int) -> Seen:
+def _inspect(
+    manifest: Manifest,
+    sample: dict[str, Any],
+    where: str,
+    _: int,
+) -> Seen:
     """Decode a sample as training does."""
     label = decode(sample, manifest, where)[1]
     if manifest.labels and label < 0:
@@ -67,7 +72,12 @@ def _inspect(manifest: Manifest, sample: dict[str, Any], where: str, _: int) -> 
     return manifest.kind, manifest.shape, set()
 
 
-def _differences(shard: Shard, actual: Shard, store: Store, tables: Store) -> list[str]:
+def _differences(
+    shard: Shard,
+    actual: Shard,
+    store: Store,
+    tables: Store,
+) -> list[str]:
     """How a shard and its page table differ from the manifest."""
     problems = []
     if actual != shard:

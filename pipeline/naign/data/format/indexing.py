@@ -63,7 +63,13 @@ def index(
         keep=target,
         version=f"{chosen.label}, {chosen.sample_check}",
     )
-    manifest = _manifest(path, store, splits, summaries, chosen)
+    manifest = _manifest(
+        path,
+        store,
+        splits,
+        summaries,
+        chosen,
+    )
     with busy("writing the index", shown=progress):
         _write(target, manifest, summaries)
     return manifest

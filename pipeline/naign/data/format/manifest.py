@@ -22,7 +22,6 @@ MOST_SAMPLES = 2**40  # of a split
 
 CHANNELS = (1, 3)  # of an image: grey or colour
 FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}  # type and axes of a sample, by kind
-DEFAULTS: dict[str, Any] = {"dealt": True, "label": "", "broken": {}}  # of fields that may be left out
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -88,7 +87,13 @@ class Manifest:
                 manifest = cls(**_converted(fields))
                 _check(manifest)
                 return manifest
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             problem = f"{type(error).__name__}: {error}"
             raise InputError(f"{where}: malformed ({problem}): pack or index the data set again with --force") from None
         remedy = "write it anew with `naign index --force`, or pack the data set again with --force"
@@ -117,9 +122,6 @@ class Manifest:
     def dump(self) -> bytes:
         """The bytes of index.json."""
         fields = {"format": FORMAT, **asdict(self)}
-        for name, default in DEFAULTS.items():
-            if fields[name] == default:
-                del fields[name]
         return (json.dumps(fields, indent=1) + "\n").encode()
 
 

@@ -24,7 +24,12 @@ PROBLEMS = 20  # how many problems a message lists
 class Problems(InputError):
     """The problems of a data set; the message lists the first of them."""
 
-    def __init__(self, path: str, problems: list[str], note: str = "") -> None:
+    def __init__(
+        self,
+        path: str,
+        problems: list[str],
+        note: str = "",
+    ) -> None:
         text = f"{path}: {len(problems)} problems"
         for problem in problems[:PROBLEMS]:
             text += f"\n  {problem}"
@@ -54,7 +59,16 @@ def read_tars(
     # Paths, not stores: these know the sizes of many tars, and each task would be sent all of them.
     to = keep.path if keep else ""
     parallel = Parallel(workers, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
-    results = parallel(delayed(_summary)(store.path, name, inspect, to, version) for name in names)
+    results = parallel(
+        delayed(_summary)(
+            store.path,
+            name,
+            inspect,
+            to,
+            version,
+        )
+        for name in names
+    )
     shown = tqdm(
         results,
         desc=title,

@@ -10,7 +10,7 @@ import numpy as np
 from naign.data.order import check_seed, shuffled
 from naign.data.sources import published, toys
 from naign.data.sources.folder import from_tree
-from naign.data.sources.source import Example, Made, Source, subset
+from naign.data.sources.source import Source, labelled, subset
 from naign.errors import InputError
 from naign.settings.registry import known, lookup
 
@@ -61,20 +61,16 @@ def digits(_: str) -> Source:
     images = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     order = shuffled(len(images), seed=0)
     count = len(images) // 5
-
-    def made(rows: list[int]) -> Made:
-        def make(index: int) -> Example:
-            row = rows[index]
-            return f"digit-{row:04d}", images[row], int(labels[row])
-
-        return Made(length=len(rows), make=make)
-
+    splits = {}
+    for split, rows in (("train", order[count:]), ("test", order[:count])):
+        keys = [f"digit-{row:04d}" for row in rows]
+        splits[split] = labelled(keys, images[rows], labels[rows])
     return Source(
         name="digits",
         kind="image",
         shape=(1, 8, 8),
         labels=tuple("0123456789"),
-        splits={"train": made(order[count:]), "test": made(order[:count])},
+        splits=splits,
     )
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from naign.data.decode import Array
 from naign.data.order import shuffled
-from naign.data.resize import Resize, channels, parse_size, resized
+from naign.data.resize import Resize, parse_size, resized
+from naign.data.resize import channels as to_channels
 from naign.data.sources.source import BrokenPicture, Example, Made, Source
 from naign.errors import InputError
 
@@ -34,33 +34,6 @@ class Picture(NamedTuple):
         return ""
 
 
-class Form(NamedTuple):
-    """What pictures become."""
-
-    resize: Resize
-    channels: int
-
-    @classmethod
-    def parse(cls, size: str | int, count: int) -> "Form":
-        """Of --size, such as 64 or 48x64, and --channels."""
-        if count not in (1, 3):
-            raise InputError(f"no {count} channels: use --channels 1 or 3")
-        height, width = parse_size(str(size), "--size")
-        return cls(Resize(height=height, width=width), count)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.channels, self.resize.height, self.resize.width
-
-    def read(self, data: bytes, where: str) -> Array:
-        """The largest central window of an upright picture, resized, (C, height, width) uint8. Raises BrokenPicture."""
-        try:
-            pixels = channels(resized(data, self.resize), self.channels)
-            return np.ascontiguousarray(pixels)
-        except InputError as error:
-            raise BrokenPicture(f"{where}: {error}") from None
-
-
 def from_tree(
     _: str,
     root: Path,
@@ -76,7 +49,10 @@ def from_tree(
     split. Names that start with a dot and WINDOWS are passed over, and with `skip` files of no picture are left out
     when they are packed. Raises InputError, naming the file, for broken links and folders that cannot be read.
     """
-    form = Form.parse(size, channels)
+    if channels not in (1, 3):
+        raise InputError(f"no {channels} channels: use --channels 1 or 3")
+    height, width = parse_size(str(size), "--size")
+    resize = Resize(height=height, width=width)
     pictures = _find_pictures(root)
     if len(pictures) < 2:
         raise InputError(f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path")
@@ -89,12 +65,19 @@ def from_tree(
             log.warning("no labels: some pictures lie in folders, others in none; move these into one for labels")
     made = {}
     for split, group in splits.items():
-        make = partial(_make, group, _keys(group), labels, form)
+        make = partial(
+            _make,
+            group,
+            _keys(group),
+            labels,
+            resize,
+            channels,
+        )
         made[split] = Made(length=len(group), make=make, skip=skip)
     return Source(
         name="folder",
         kind="image",
-        shape=form.shape,
+        shape=(channels, height, width),
         labels=tuple(labels),
         splits=made,
     )
@@ -104,17 +87,21 @@ def _make(
     pictures: list[Picture],
     keys: list[str],
     labels: list[str],
-    form: Form,
+    resize: Resize,
+    channels: int,
     index: int,
 ) -> Example:
+    """An example: the largest central window of an upright picture, resized. Raises BrokenPicture."""
     picture = pictures[index]
     where = _printable(str(picture.file))
+    label = labels.index(picture.top) if labels else -1
     try:
-        data = picture.file.read_bytes()
+        pixels = resized(picture.file.read_bytes(), resize)
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror}): check its owner and mode") from None
-    label = labels.index(picture.top) if labels else -1
-    return keys[index], form.read(data, where), label
+    except InputError as error:
+        raise BrokenPicture(f"{where}: {error}") from None
+    return keys[index], np.ascontiguousarray(to_channels(pixels, channels)), label
 
 
 def _find_pictures(root: Path) -> list[Picture]:

