@@ -18,6 +18,8 @@ from naign.errors import InputError, Unavailable
 Array = npt.NDArray[Any]
 
 JPEG_PIXELS = 1 << 26  # above it Pillow's own guard against pictures that are made to fill the memory decides
+PLAIN_PIXELS = 256 * 256  # above it the time is in decompression
+PLAIN_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour type, and three zeros
 NPY = re.compile(
     rb"\x93NUMPY\x01\x00..{'descr': '([<>|]\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *} *\n",
     re.DOTALL,
@@ -111,8 +113,10 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
     shape = jpeg_shape(data)
     if shape:
         plain = decode_jpeg(data, shape, into=into)
-        if plain is not None:
-            return plain
+    else:
+        plain = _decode_plain_png(data)
+    if plain is not None:
+        return plain
     picture = decode_picture(data)
     mode = "L" if picture.mode == "L" else "RGB"
     with decoding():
@@ -139,6 +143,25 @@ def header_shape(data: bytes) -> tuple[int, int, int]:
         if _orientation(picture) >= 5:
             return channels, width, height
         return channels, height, width
+
+
+def _decode_plain_png(data: bytes) -> Array | None:
+    """The pixels of a PNG of 8-bit grey or colour whose data is one chunk; None for any other, which is left to Pillow.
+    Not parsing the chunks halves the time that reading MNIST takes.
+    """
+    if data[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" or data[37:41] != b"IDAT" or data[-8:-4] != b"IEND":
+        return None
+    mode = PLAIN_MODES.get(data[24:29])
+    width = int.from_bytes(data[16:20])
+    height = int.from_bytes(data[20:24])
+    end = 41 + int.from_bytes(data[33:37])
+    if mode is None or len(data) != end + 16 or not 0 < width * height <= PLAIN_PIXELS:
+        return None
+    try:
+        picture = Image.frombytes(mode, (width, height), data[41:end], "zip", mode, 0)
+    except (ValueError, OSError):
+        return None
+    return to_pixels(picture)
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
