@@ -102,7 +102,7 @@ def test_reading_ahead_leaves_random_state_and_threads_alone(packed):
     end = time.monotonic() + 10  # threads end by themselves, a moment later
     while threading.active_count() > threads and time.monotonic() < end:
         time.sleep(0.01)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_rows_are_counted_while_their_round_is_read(packed, monkeypatch):
