@@ -9,7 +9,7 @@
 
 Compared in the same run: this project's reader, WebDataset (from S3 by `pipe:aws s3 cp`, and by this project's stores)
 and mosaicml-streaming. Each returns every image of a set once, as uint8 pixels, in a fresh process with one decoding
-thread; of pictures of many sizes, random windows of 64 x 64 (torchvision's RandomResizedCrop). In a first round, which
+thread; of pictures of many sizes, the largest central window, resized to 64 x 64. In a first round, which
 warms the page cache, the sums of pixels are compared; then readers take turns. The server is SeaweedFS on loopback and
 shares the cores with the reader; processor time is that of the reader alone. A reader that is not installed has a row
 that says how to install it.

@@ -41,7 +41,7 @@ class Job:
     """png or jpg."""
     grey: bool
     crop: bool
-    """Return random windows of CROP pixels (torchvision's RandomResizedCrop with its defaults)."""
+    """Return the largest central window, resized to CROP pixels."""
     aws: str = "aws"
     """AWS's program, for pipes."""
     summed: bool = False
@@ -59,7 +59,6 @@ def ours(job: Job) -> Read:
     config = DataConfig(path=job.path, split="train", workers=1)
     if job.crop:
         config.size = str(CROP)
-        config.fit = "random"
 
     def read() -> Iterator[tuple[int, Any]]:
         with Stream(config, seed=0, round_size=job.round) as stream:
@@ -149,12 +148,12 @@ def write_mosaic(job: Job) -> Read:
 
 
 def pixels_of(job: Job) -> Callable[[Any], Any]:
-    """Turns a picture of Pillow into pixels, of a random window if the job asks for it."""
+    """Turns a picture of Pillow into pixels, of its central window, resized, if the job asks for it."""
     if not job.crop:
         return np.asarray
-    from torchvision.transforms import InterpolationMode, RandomResizedCrop
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-    crop = RandomResizedCrop(CROP, interpolation=InterpolationMode.BICUBIC)
+    crop = Compose([Resize(CROP, interpolation=InterpolationMode.BICUBIC), CenterCrop(CROP)])
     return lambda picture: np.asarray(crop(picture.convert("RGB")))
 
 

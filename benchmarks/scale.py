@@ -242,7 +242,7 @@ LIMITS = (
         "reading: requests/s, packed",
         ASSUMED["gets"][0],
         "Requests for packed data, to one prefix.",
-        "More prefixes, each a data set of data.path; data.cache on the hosts' disks.",
+        "More prefixes, each a data set of data.path.",
     ),
     (
         "losses: of the time, %",

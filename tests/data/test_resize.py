@@ -4,7 +4,6 @@ import io
 import tarfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,109 +16,136 @@ from naign.data.decode import decode_image, header_shape
 from naign.data.format.audit import verify
 from naign.data.format.indexing import index
 from naign.data.loader import Stream, read_split
-from naign.data.resize import WINDOW, Resize, channels, resized
+from naign.data.resize import Resize, channels, resized
 from naign.errors import InputError
 from tests.data.numbered import add, take
 
 PHOTOS = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 """Two photographs of 640 x 427."""
 
-SIZES = [(64, 64), (90, 66), (150, 200), (640, 427), (65, 300), (1000, 80)]
+SIZES = [
+    (64, 64),
+    (90, 66),
+    (150, 200),
+    (640, 427),
+    (65, 300),
+    (1000, 80),
+]
 
 
-def stored(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+def stored(picture, form="PNG", **options):
     stream = io.BytesIO()
     picture.save(stream, form, **options)
     return stream.getvalue()
 
 
-def photo(number: int, size: tuple[int, int]) -> Image.Image:
+def photo(number, size):
     """Part of a photograph, of any size."""
     rng = np.random.default_rng(number)
     whole = Image.open(PHOTOS[number % 2])
     left, top = rng.integers(0, 200, 2).tolist()
-    return whole.resize(size, box=(left, top, left + 400, top + 220))
+    return whole.resize(
+        size,
+        box=(
+            left,
+            top,
+            left + 400,
+            top + 220,
+        ),
+    )
 
 
-def lying(number: int, size: tuple[int, int], form: str = "JPEG", mode: str = "RGB") -> bytes:
+def lying(number, size, form="JPEG", mode="RGB"):
     """A photograph that lies as EXIF's number says."""
     exif = Image.Exif()
     exif[0x0112] = number
     return stored(photo(1, size).convert(mode), form, exif=exif)
 
 
-def upright(data: bytes) -> Image.Image:
+def upright(data):
     return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
 
 
-def difference(pixels: np.ndarray[Any, Any], picture: Image.Image) -> np.ndarray[Any, Any]:
+def difference(pixels, picture):
     """By how much pixels (C, H, W) differ from a picture, in grey levels."""
     expected = np.asarray(picture.convert("RGB")).astype(int)
     return np.abs(channels(pixels, 3).transpose(1, 2, 0) - expected)
 
 
-def cut(picture: Image.Image, resize: Resize, window: np.ndarray[Any, Any] | None = None) -> Image.Image:
+def cut(picture, resize):
     """What Pillow makes of the window."""
-    box = resize.box(*picture.size, window)
-    return picture.crop(box).resize((resize.width, resize.height), Image.Resampling.BICUBIC)
+    box = resize.box(*picture.size)
+    size = (resize.width, resize.height)
+    return picture.crop(box).resize(size, Image.Resampling.BICUBIC)
 
 
 # Decoding
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_pictures_are_turned_upright(form: str, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [
+        ("PNG", "RGB"),
+        ("JPEG", "RGB"),
+        ("JPEG", "L"),
+        ("TIFF", "L"),
+    ],
+)
+def test_pictures_are_turned_upright(form, mode):
     for number in range(10):  # 0 and 9 are none of EXIF's
-        data = lying(number, (24, 16), form, mode)
+        data = lying(
+            number,
+            (24, 16),
+            form,
+            mode,
+        )
         expected = upright(data)
         assert (5 <= number <= 8) == (expected.size == (16, 24))
         decoded = decode_image(data)
-        assert len(decoded) == (1 if mode == "L" and form != "WEBP" else 3)
+        assert len(decoded) == len(mode)
         assert not difference(decoded, expected).any()
         assert form == "TIFF" or header_shape(data) == decoded.shape
         resize = Resize(height=8, width=8)
         assert difference(resized(data, resize), cut(expected, resize)).max() <= 1
 
 
-def test_orientation_is_found_wherever_it_stands() -> None:
-    data = lying(6, (24, 16))
+def test_orientation_is_found_in_xmp_and_not_in_damaged_exif():
     plain = stored(photo(1, (24, 16)), "JPEG")
-    start = data.index(b"\xff\xe1")
-    segment = data[start : start + 2 + int.from_bytes(data[start + 2 : start + 4])]
-    table = plain.index(b"\xff\xdb")
-    behind = table + 2 + int.from_bytes(plain[table + 2 : table + 4])
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     said = b"http://ns.adobe.com/xap/1.0/\0" + xmp
-    cases = {
-        "behind a table": plain[:behind] + segment + plain[behind:],
-        "filled": plain[:2] + b"\xff" + segment + plain[2:],
-        "XMP": plain[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2) + said + plain[2:],
-    }
-    for name, turned in cases.items():
-        assert upright(turned).size == (16, 24), name
-        assert decode_image(turned).shape == (3, 24, 16) == header_shape(turned), name
+    turned = plain[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2) + said + plain[2:]
+    assert upright(turned).size == (16, 24)
+    assert decode_image(turned).shape == (3, 24, 16)
+    assert header_shape(turned) == (3, 24, 16)
     damaged = stored(photo(1, (24, 16)), "JPEG", exif=b"Exif\0\0no such thing")
     assert decode_image(damaged).shape == (3, 16, 24)
 
 
-def test_files_of_every_mode_come_as_pillow_shows_them() -> None:
+def test_files_of_every_mode_come_as_pillow_shows_them():
     rgb = photo(0, (40, 30))
     alpha = rgb.copy()
     alpha.putalpha(Image.linear_gradient("L").resize((40, 30)))
     on_white = Image.alpha_composite(Image.new("RGBA", alpha.size, "white"), alpha)
-    deep = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    grey = rgb.convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     frames = {"save_all": True, "append_images": [photo(1, (40, 30))]}
     palette = rgb.convert("P", palette=Image.Palette.ADAPTIVE)
     cmyk = stored(rgb.convert("CMYK"), "JPEG")
     cases = {
-        "grey": (stored(rgb.convert("L")), rgb.convert("L")),
-        "two-tone": (stored(rgb.convert("1")), rgb.convert("1")),
+        "grey": (stored(grey), grey),
         "palette": (stored(palette), palette),
         "transparent": (stored(alpha), on_white),
-        "16 bits": (stored(deep), rgb.convert("L")),
+        "16 bits": (stored(deep), grey),
         "CMYK": (cmyk, Image.open(io.BytesIO(cmyk))),
-        "frames": (stored(rgb, "WEBP", lossless=True, **frames), rgb),
+        "frames": (
+            stored(
+                rgb,
+                "WEBP",
+                lossless=True,
+                **frames,
+            ),
+            rgb,
+        ),
         "GIF": (stored(palette, "GIF", **frames), palette),
     }
     for name, (data, expected) in cases.items():
@@ -130,72 +156,59 @@ def test_files_of_every_mode_come_as_pillow_shows_them() -> None:
     ("form", "change", "message"),
     [
         ("PNG", lambda data: data[:16] + (60_000).to_bytes(4, "big") * 2 + data[24:], "."),
-        ("PNG", lambda data: data[:16] + bytes(8) + data[24:], "."),
         ("JPEG", lambda data: data[: len(data) // 2], "."),
         ("JPEG", lambda data: b"", "not a picture"),
     ],
 )
-def test_bombs_and_pictures_without_pixels_are_refused(form: str, change: Any, message: str) -> None:
+def test_bombs_and_pictures_without_pixels_are_refused(form, change, message):
+    data = stored(photo(0, (200, 100)), form)
     with pytest.raises(InputError, match=message):
-        resized(change(stored(photo(0, (200, 100)), form)), Resize(height=8, width=8))
+        resized(change(data), Resize(height=8, width=8))
 
 
 # Windows
 
 
-@pytest.mark.parametrize("size", [(61, 40), (40, 61), (20, 20), (5, 90), (1, 1), (640, 427)])
-def test_the_largest_central_window_is_taken(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "size",
+    [
+        (61, 40),
+        (40, 61),
+        (20, 20),
+        (5, 90),
+        (1, 1),
+        (640, 427),
+    ],
+)
+def test_the_largest_central_window_is_taken(size):
     picture = photo(2, size)
     for width, height in ((20, 20), (20, 12)):
-        for fit in ("crop", "random"):  # random without draws, as in evaluation
-            resize = Resize(height=height, width=width, fit=fit)
-            left, top, right, bottom = resize.box(*size)
-            spare = 1 + resize.factor((left, top, right, bottom))  # pixels that a JPEG decoded small may lack
-            assert abs(right - left - min(size[0], size[1] * width / height)) < spare
-            assert abs(bottom - top - min(size[1], size[0] * height / width)) < spare
-            assert abs(left + right - size[0]) <= 2 * spare and abs(top + bottom - size[1]) <= 2 * spare
-            assert difference(resized(stored(picture), resize), cut(picture, resize)).max() <= 1
+        resize = Resize(height=height, width=width)
+        left, top, right, bottom = resize.box(*size)
+        spare = 1 + resize.factor(right - left, bottom - top)  # pixels that a JPEG decoded small may lack
+        wide = min(size[0], size[1] * width / height)
+        high = min(size[1], size[0] * height / width)
+        assert abs(right - left - wide) < spare
+        assert abs(bottom - top - high) < spare
+        assert abs(left + right - size[0]) <= 2 * spare
+        assert abs(top + bottom - size[1]) <= 2 * spare
+        pixels = resized(stored(picture), resize)
+        assert difference(pixels, cut(picture, resize)).max() <= 1
 
 
-@pytest.mark.parametrize("size", [(801, 403), (800, 400), (806, 402)])
-def test_a_turned_jpeg_that_is_decoded_small_is_not_shifted(size: tuple[int, int]) -> None:
-    for number in range(1, 9):
-        data = lying(number, size)
-        resize = Resize(height=24, width=32)
-        assert difference(resized(data, resize), cut(upright(data), resize)).mean() < 0.7
-
-
-def test_random_windows_have_the_areas_and_shapes_of_torchvision() -> None:
-    resize = Resize(height=8, width=8, fit="random")
-    drawn = np.random.default_rng(1).random((4000, WINDOW))
-    left, top, right, bottom = np.array([resize.box(300, 300, row) for row in drawn]).T
-    assert left.min() == 0 == top.min() and right.max() > 290 and bottom.max() > 290
-    share = (right - left) * (bottom - top) / 90_000
-    ratio = (right - left) / (bottom - top)
-    assert 0.06 < share.min() < 0.09 and 0.95 < share.max() <= 1 and 0.47 < share.mean() < 0.54
-    assert 0.7 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.45 and abs(np.log(ratio).mean()) < 0.03
-    picture = photo(1, (300, 200))
-    exact = cut(picture, resize, drawn[0])
-    assert difference(resized(stored(picture), resize, drawn[0]), exact).max() <= 1
-    assert resize.box(300, 3, drawn[0]) == (148, 0, 152, 3)  # nothing fits: the largest that is central
-
-
-@pytest.mark.parametrize("fit", ["crop", "random"])
 @pytest.mark.parametrize("size", [16, 32, 64, 100])
-def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(fit: str, size: int) -> None:
-    windows = np.random.default_rng(3).random((12, WINDOW))
-    resize = Resize(height=size, width=size, fit=fit)
+def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(size):
+    resize = Resize(height=size, width=size)
     for path in PHOTOS:
         data = path.read_bytes()
-        for window in windows if fit == "random" else windows[:1]:
-            exact = resized(stored(Image.open(path)), resize, window).astype(int)
-            assert np.abs(resized(data, resize, window) - exact).mean() < 1
+        exact = resized(stored(Image.open(path)), resize).astype(int)
+        assert np.abs(resized(data, resize) - exact).mean() < 1
 
 
 # Data sets
 
 
-def write(path: Path, name: str, numbers: range) -> None:
+def write(path, name, numbers):
     """Pictures of many sizes and forms with a caption and facts, as img2dataset writes them."""
     path.mkdir(exist_ok=True)
     with tarfile.open(path / name, "w") as tar:
@@ -210,36 +223,50 @@ def write(path: Path, name: str, numbers: range) -> None:
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> str:
+def theirs(tmp_path_factory):
     """60 training pictures in shards of 7, 30 and 23, and 10 for testing."""
     path = tmp_path_factory.mktemp("theirs")
     for number, (first, last) in enumerate([(0, 7), (7, 37), (37, 60)]):
         write(path, f"{number:05d}.tar", range(first, last))
     write(path, "val-00000.tar", range(60, 70))
-    assert index(str(path), progress=False).shape == (3, 0, 0)
+    assert index(str(path)).shape == (3, 0, 0)
     return str(path)
 
 
 @pytest.mark.slow
-def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: str) -> None:
-    settings = {"size": "24x32", "fit": "random", "flip": True}
-    plain, keys = take(theirs, 6, each=20, **settings)
-    assert plain.shape == (120, 3, 24, 32) and Counter(keys) == {f"{number:09d}": 2 for number in range(60)}
+def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs):
+    settings = {"size": "24x32", "flip": True}
+    plain, keys = take(
+        theirs,
+        6,
+        each=20,
+        **settings,
+    )
+    assert plain.shape == (120, 3, 24, 32)
+    assert Counter(keys) == {f"{number:09d}": 2 for number in range(60)}
     same = 0
     for key in set(keys):
         first, second = (plain[row] for row in range(120) if keys[row] == key)
         same += torch.equal(first, second)
-    assert same < 10  # another window every epoch, but for some of those that are very wide or high
-    for world, workers in ((1, 3), (2, 0), (4, 2), (5, 1)):
-        images, others = take(theirs, 6, world, each=20, workers=workers, **settings)
-        assert others == keys and torch.equal(images, plain)
+    assert 20 < same < 40  # mirrored in one of two epochs, or not
+    for world, workers in ((2, 0), (4, 2)):
+        images, others = take(
+            theirs,
+            6,
+            world,
+            each=20,
+            workers=workers,
+            **settings,
+        )
+        assert others == keys
+        assert torch.equal(images, plain)
 
 
-def test_evaluation_takes_the_central_window(theirs: str) -> None:
-    images, labels = read_split(DataConfig(path=theirs, size="16x24", fit="random"), "test")
-    assert images.shape == (10, 3, 16, 24) and (labels == -1).all()
-    assert torch.equal(images, read_split(DataConfig(path=theirs, size="16x24"), "test")[0])
-    assert verify(theirs, progress=False).samples == 70
+def test_pictures_of_many_sizes_are_read_in_one(theirs):
+    images, labels = read_split(DataConfig(path=theirs, size="16x24"), "test")
+    assert images.shape == (10, 3, 16, 24)
+    assert (labels == -1).all()
+    assert verify(theirs).samples == 70
 
 
 @pytest.mark.parametrize(
@@ -248,30 +275,33 @@ def test_evaluation_takes_the_central_window(theirs: str) -> None:
         ({}, "have many sizes: say one, as with --data.size=64"),
         ({"size": "0"}, "data.size is '0': give pixels a side"),
         ({"size": "64x"}, "data.size is '64x'"),
-        ({"size": "8x8x8"}, "data.size is '8x8x8'"),
         ({"size": "9999"}, "height x width, as 48x64, to 8192"),
         ({"size": "8", "crop": 4}, "data.crop takes windows .*choose one"),
-        ({"fit": "random"}, "data.fit=random .*give that as well"),
-        ({"size": "8", "fit": "centre"}, "data.fit is 'centre': choose one of crop"),
     ],
 )
-def test_settings_that_say_nothing(theirs: str, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_say_nothing(theirs, settings, message):
     with pytest.raises(InputError, match=message):
         Stream(DataConfig(path=theirs, **settings), seed=0, round_size=4)
 
 
-def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path, monkeypatch):
     write(tmp_path, "train.tar", range(12))
-    index(str(tmp_path), progress=False)
+    index(str(tmp_path))
     with pytest.raises(InputError, match=r"train.tar, key 0000000\d\d: .* is less than data.crop=70"):
         take(str(tmp_path), 1, crop=70)
     monkeypatch.setattr("naign.data.loader.BROKEN", 0.9)
-    images, keys = take(str(tmp_path), 1, crop=70, broken="skip")
-    assert images.shape == (12, 3, 70, 70) and not {int(key) % 6 for key in keys} & {0, 1, 4}
+    images, keys = take(
+        str(tmp_path),
+        1,
+        crop=70,
+        broken="skip",
+    )
+    assert images.shape == (12, 3, 70, 70)
+    assert not {int(key) % 6 for key in keys} & {0, 1, 4}
 
 
 @pytest.mark.slow
-def test_points_have_no_size(points: str) -> None:
+def test_points_have_no_size(points):
     check_config(DataConfig(path=points, size="8"))
     with pytest.raises(InputError, match=r"data.size and data.crop are of pictures"):
         Stream(DataConfig(path=points, size="8"), seed=0, round_size=4)

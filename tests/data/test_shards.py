@@ -15,25 +15,29 @@ from naign.data.format.pages import table_name
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
 from naign.data.sources.catalog import load
-from naign.data.sources.source import Example, Made
 from naign.errors import InputError
 from naign.storage.local import LocalStore
-from tests.data.numbered import numbered
+from tests.data.numbered import first, numbered
 
 
-def contents(path: str | Path) -> dict[str, bytes]:
+def contents(path):
     return {file.name: file.read_bytes() for file in Path(path).iterdir()}
 
 
-def test_the_same_source_gives_the_same_bytes(packed: str, tmp_path: Path) -> None:
-    pack(numbered(), str(tmp_path / "again"), shards=4, progress=False)
+def test_the_same_source_gives_the_same_bytes(packed, tmp_path):
+    pack(
+        numbered(),
+        str(tmp_path / "again"),
+        shards=4,
+    )
     assert contents(packed) == contents(tmp_path / "again")
 
 
-def test_shards_are_even_random_and_complete(packed: str) -> None:
+def test_shards_are_even_random_and_complete(packed):
     manifest = Manifest.load(packed)
     train = manifest.split("train")
-    assert [shard.samples for shard in train.shards] == [5, 6, 6, 6] and train.samples == 23
+    assert [shard.samples for shard in train.shards] == [5, 6, 6, 6]
+    assert train.samples == 23
     names = {shard.name for shard in manifest.shards}
     assert {"index.json", *names, *map(table_name, names)} == set(contents(packed))
     images, labels = read_split(packed, "train")
@@ -44,85 +48,86 @@ def test_shards_are_even_random_and_complete(packed: str) -> None:
         manifest.split("valid")
 
 
-@pytest.mark.parametrize("encoding", ["png", "webp", "npy"])
+@pytest.mark.parametrize("encoding", ["png", "npy"])
 @pytest.mark.parametrize("shape", [(1, 5, 7), (3, 5, 7)])
-def test_pixels_survive(tmp_path: Path, encoding: str, shape: tuple[int, ...]) -> None:
+def test_pixels_survive(tmp_path, encoding, shape):
     source = numbered(shape=shape)
-    pack(source, str(tmp_path), shards=2, encoding=encoding, progress=False)
+    pack(
+        source,
+        str(tmp_path),
+        shards=2,
+        encoding=encoding,
+    )
     images, _ = read_split(str(tmp_path), "train")
     for image in images.numpy():
-        assert (image == source.splits["train"][int(image.flat[0])][1]).all()
+        _, expected, _ = source.splits["train"][int(image.flat[0])]
+        assert (image == expected).all()
 
 
-def test_points_survive(tmp_path: Path) -> None:
-    toy = load("toy2d:moons")
-    few = replace(toy, splits={name: Made(length=50, make=split.__getitem__) for name, split in toy.splits.items()})
-    pack(few, str(tmp_path), progress=False)
+def test_points_survive(tmp_path):
+    source = first(load("toy2d:spirals"), 50)
+    pack(source, str(tmp_path))
     points = read_split(str(tmp_path), "test")[0].numpy()
     assert points.dtype == np.float32
-    assert {tuple(point) for point in points} == {tuple(few.splits["test"][i][1]) for i in range(50)}
+    for number in range(50):
+        _, point, _ = source.splits["test"][number]
+        assert (points == point).all(1).sum() == 1
 
 
-def test_any_webdataset_program_reads_them(packed: str) -> None:
+def test_any_webdataset_program_reads_them(packed):
     urls = [f"{packed}/train-{number:05d}.tar" for number in range(4)]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("l8").to_tuple("png", "cls"))
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode("l8")
+    samples = list(dataset.to_tuple("png", "cls"))
     assert len(samples) == 23
     assert all(image[0, 0] % 2 == label for image, label in samples)
 
 
-def test_an_index_of_our_own_tars_names_the_same_samples(packed: str) -> None:
+def test_an_index_of_our_own_tars_names_the_same_samples(packed):
     before = contents(packed)
-    made = index(packed, name="numbered", force=True, progress=False)
-    assert replace(made, dealt=True, labels=("even", "odd")) == Manifest.parse(before["index.json"], where="")
+    made = index(packed, name="numbered", force=True)
+    ours = Manifest.parse(before["index.json"], where="")
+    assert replace(made, dealt=True, labels=ours.labels) == ours
     assert {**contents(packed), "index.json": before["index.json"]} == before
 
 
-def test_jpg_and_other_encodings(tmp_path: Path) -> None:
-    pack(numbered(), str(tmp_path), shards=2, encoding="jpg", progress=False)
-    assert verify(str(tmp_path), progress=False).samples == 28
-    with pytest.raises(InputError, match="use one of png, jpg, webp, npy"):
-        pack(numbered(), str(tmp_path), encoding="bmp", progress=False)
+def test_jpg_and_other_encodings(tmp_path):
+    pack(
+        numbered(),
+        str(tmp_path),
+        shards=2,
+        encoding="jpg",
+    )
+    assert verify(str(tmp_path)).samples == 28
+    with pytest.raises(InputError, match="use one of png, jpg, npy"):
+        pack(numbered(), str(tmp_path), encoding="bmp")
 
 
-def test_packing_again_changes_nothing_and_another_set_is_refused(packed: str) -> None:
+def test_packing_again_changes_nothing_and_another_set_is_refused(packed):
     before = contents(packed)
-    assert pack(numbered(), packed, shards=4, progress=False) == (Manifest.load(packed), False)
-    for source, shards, seed in ((numbered(), 3, 0), (numbered(), 4, 1), (numbered(train=22), 4, 0)):
+    assert pack(numbered(), packed, shards=4) == (Manifest.load(packed), False)
+    for source, shards, seed in (
+        (numbered(), 3, 0),
+        (numbered(), 4, 1),
+        (numbered(train=22), 4, 0),
+    ):
         with pytest.raises(InputError, match="already holds another data set"):
-            pack(source, packed, shards=shards, seed=seed, progress=False)
+            pack(source, packed, shards=shards, seed=seed)
     assert contents(packed) == before
     (Path(packed) / "train-00001.tar").unlink()
     (Path(packed) / "train-00002.pages.npy").unlink()
-    pack(numbered(), packed, shards=4, progress=False)
+    pack(numbered(), packed, shards=4)
     assert contents(packed) == before
-    assert pack(numbered(), packed, shards=3, force=True, progress=False)[1]
+    assert pack(numbered(), packed, shards=3, force=True)[1]
     assert len(contents(packed)) == 2 * (3 + 3) + 1
-    verify(packed, progress=False)
+    verify(packed)
 
 
-def test_what_cannot_be_packed_replaces_nothing(packed: str) -> None:
-    before = contents(packed)
-    source = numbered()
-
-    def make(index: int) -> Example:
-        if index == 3:
-            raise InputError("3.png: not a picture")
-        return source.splits["test"][index]
-
-    broken = replace(source, splits={**source.splits, "test": Made(length=5, make=make)})
-    with pytest.raises(InputError, match="not a picture"):
-        pack(broken, packed, shards=3, force=True, progress=False)
-    assert contents(packed) == before
-
-
-def test_an_interrupted_pack_leaves_no_index_and_goes_on(
-    packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_pack_leaves_no_index_and_goes_on(packed, tmp_path, monkeypatch):
     target = str(tmp_path / "target")
     put = LocalStore.put
-    done: list[str] = []
+    done = []
 
-    def failing(self: LocalStore, name: str, source: Path | bytes) -> None:
+    def failing(self, name, source):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(name)
@@ -130,29 +135,28 @@ def test_an_interrupted_pack_leaves_no_index_and_goes_on(
 
     monkeypatch.setattr(LocalStore, "put", failing)
     with pytest.raises(KeyboardInterrupt):
-        pack(numbered(), target, shards=4, progress=False)
+        pack(numbered(), target, shards=4)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="no index.json among its 5 files"):
+    with pytest.raises(InputError, match="it has 5 files, but no index.json"):
         Manifest.load(target)
-    with pytest.raises(InputError, match="already holds shards of another"):
-        pack(numbered(), target, shards=3, progress=False)
-    assert pack(numbered(), target, shards=4, progress=False)[1]
+    with pytest.raises(InputError, match="already holds another data set"):
+        pack(numbered(), target, shards=3)
+    assert pack(numbered(), target, shards=4)[1]
     assert contents(target) == contents(packed)
 
 
-def test_impossible_numbers_of_shards(tmp_path: Path) -> None:
+def test_impossible_numbers_of_shards(tmp_path):
     for shards in (0, 24):
         with pytest.raises(InputError, match="cannot deal 23 train samples"):
-            pack(numbered(), str(tmp_path), shards=shards, progress=False)
+            pack(numbered(), str(tmp_path), shards=shards)
     with pytest.raises(InputError, match="test split is empty"):
-        pack(numbered(test=0), str(tmp_path), progress=False)
+        pack(numbered(test=0), str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_where_there_is_no_data_set(packed: str, tmp_path: Path) -> None:
+def test_where_there_is_no_data_set(packed, tmp_path):
     for path, message in (
-        (str(tmp_path / "nowhere"), "missing or empty: .*naign pack folder"),
-        (str(tmp_path), "missing or empty"),
+        (str(tmp_path / "nowhere"), "no data set here, it has 0 files, but no index.json: .*naign pack folder"),
         (f"{packed}/index.json", "give a folder"),
         ("ftpx://bucket/mnist", "cannot read ftpx://"),
     ):
@@ -160,20 +164,21 @@ def test_where_there_is_no_data_set(packed: str, tmp_path: Path) -> None:
             Manifest.load(path)
     (Path(packed) / "index.json").write_text(json.dumps({}))
     with pytest.raises(InputError, match="malformed.* with --force"):
-        pack(numbered(), packed, shards=4, progress=False)
+        pack(numbered(), packed, shards=4)
 
 
-def test_what_a_pack_that_was_killed_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_what_a_pack_that_was_killed_has_left_is_removed_by_the_next(tmp_path):
     (tmp_path / ".partial-0").write_bytes(b"a part")
     with LocalStore(str(tmp_path)).write("other") as target:
         target.write(b"of a writer at work")
-        pack(numbered(), str(tmp_path), shards=2, progress=False)
+        pack(numbered(), str(tmp_path), shards=2)
         assert len(list(tmp_path.glob(".partial-*"))) == 1
-    assert (tmp_path / "other").exists() and not list(tmp_path.glob(".partial-*"))
+    assert (tmp_path / "other").exists()
+    assert not list(tmp_path.glob(".partial-*"))
 
 
-def test_of_two_packs_into_one_folder_at_once_the_second_is_refused(tmp_path: Path) -> None:
+def test_of_two_packs_into_one_folder_at_once_the_second_is_refused(tmp_path):
     with LocalStore(str(tmp_path)).alone(), pytest.raises(InputError, match="another program packs there: wait"):
-        pack(numbered(), str(tmp_path), progress=False)
+        pack(numbered(), str(tmp_path))
     assert not list(tmp_path.iterdir())
-    assert pack(numbered(), str(tmp_path), progress=False)[1]
+    assert pack(numbered(), str(tmp_path))[1]

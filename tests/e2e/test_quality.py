@@ -68,7 +68,7 @@ def test_two_ranks_measure_what_one_does(train, digits, tmp_path):
 def test_pooled_pixels_are_warned_of_unless_they_are_asked_for(points, tmp_path, caplog):
     given = ["--quality.rounds=2", f"--data.path={points}", f"--run.path={tmp_path}", "--model.name=mlp"]
     given += ["--latents.name=gaussian", "--prior.name=none"]
-    with Stream(parse(given).data, seed=0, round_size=256, prefetch=False) as stream:
+    with Stream(parse(given).data, seed=0, round_size=256) as stream:
         assert open_quality(stream, [*given, "--quality.encoder=pixels"]).encoder.name == "pixels"
         assert "pooled pixels" not in caplog.text
         open_quality(stream, given)
@@ -79,7 +79,7 @@ def test_pooled_pixels_are_warned_of_unless_they_are_asked_for(points, tmp_path,
 
 def test_features_that_are_not_finite_are_no_measurement_and_the_rest_is_json(digits, tmp_path):
     given = ["--quality.rounds=2", f"--data.path={digits}", f"--run.path={tmp_path}", *SMALL]
-    with Stream(parse(given).data, seed=0, round_size=256, prefetch=False) as stream:
+    with Stream(parse(given).data, seed=0, round_size=256) as stream:
         quality = open_quality(stream, given)
         broken = SimpleNamespace(exported=lambda part, x: x * math.inf)
         images = torch.zeros(20, *stream.shape)

@@ -299,9 +299,9 @@ def test_a_floor_of_rounding_is_no_measure(save, tmp_path, alike):
 
 
 def test_points_skip_what_is_for_images(save_untrained, tmp_path):
-    source = load("toy2d:moons")
+    source = load("toy2d:spirals")
     few = {name: [examples[turn] for turn in range(400)] for name, examples in source.splits.items()}
-    data = pack_examples(source, few, tmp_path / "moons")
+    data = pack_examples(source, few, tmp_path / "spirals")
     folder = save_untrained(tmp_path / "run", data=data, shape=(2,), config=PointConfig(width=16))
     metrics = measure(folder, samples=500)
     assert metrics["restoration"] is metrics["modes"] is metrics["density"] is None

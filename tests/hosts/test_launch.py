@@ -324,7 +324,7 @@ def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, seconds, d
 
 
 def test_a_signal_ends_a_pack_that_is_the_first_process_of_a_container(tmp_path):
-    command = [sys.executable, "-m", "naign.cli", "pack", "toy2d:moons", "--to", "packed", "--shards", "1"]
+    command = [sys.executable, "-m", "naign.cli", "pack", "toy2d:spirals", "--to", "packed", "--shards", "1"]
     if not possible():
         command = ["unshare", "--fork", "--pid", "--kill-child", *command]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)

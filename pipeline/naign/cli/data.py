@@ -26,27 +26,22 @@ def pack(
     size: str | None = None,
     channels: Literal[1, 3] = 3,
     broken: Literal["error", "skip"] = "error",
-    image: str = "",
-    label: str = "",
     shards: int | None = None,
-    encoding: Literal["png", "jpg", "webp", "npy"] = "png",
+    encoding: Literal["png", "jpg", "npy"] = "png",
     seed: int = 0,
     force: bool = False,
 ) -> None:
     """Pack a data set into WebDataset shards with an index.json.
 
     Args:
-        source: mnist, fashion_mnist, cifar10, digits, toy2d:<name>, folder or parquet; mnist:100 keeps 100 of mnist.
+        source: mnist, fashion_mnist, cifar10, digits, toy2d:<name> or folder; mnist:100 keeps 100 of mnist.
         to: Folder, or s3://bucket/prefix (gs://, az://) to write.
-        root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels); for
-            parquet, a .parquet file, or a folder of them.
-        size: For folder, parquet: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.
-        channels: For folder, parquet: 3 colour, 1 grey.
-        broken: For folder, parquet: fail at a file or row of no picture, or skip it with a warning.
-        image: For parquet: the column of pictures; default: the only one.
-        label: For parquet: the column of labels, or none; default: label.
+        root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
+        size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.
+        channels: For folder: 3 colour, 1 grey.
+        broken: For folder: fail at a file of no picture, or skip it with a warning.
         shards: Shards a split; default 16, more for large data.
-        encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
+        encoding: How images are stored: png keeps every bit, jpg is smaller, npy is read fastest.
         seed: Seed of the order of samples in shards, and of the choice of training images.
         force: Replace an existing data set, which is deleted before the new one is written.
     """
@@ -65,8 +60,6 @@ def pack(
             size=size,
             channels=channels,
             skip=broken == "skip",
-            image=image,
-            label=label,
             seed=seed,
         )
     manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)

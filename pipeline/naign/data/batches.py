@@ -20,6 +20,8 @@ from naign.data.scale import scaled
 from naign.errors import require
 from naign.settings.read import build
 
+FOR_TRAINING = ("source", "endpoint", "trace")  # settings of data that open_dataset does not take
+
 
 class ImageBatch(NamedTuple):
     """One rank's part of a batch."""
@@ -32,7 +34,15 @@ class ImageBatch(NamedTuple):
 class Batches(IterableDataset[ImageBatch]):
     """A split of a data set as this rank's batches; see `open_dataset`."""
 
-    def __init__(self, config: DataConfig, *, batch: int, seed: int, rank: int | None, world: int | None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        batch: int,
+        seed: int,
+        rank: int | None,
+        world: int | None,
+    ) -> None:
         check_config(config)
         whole = isinstance(batch, Integral) and isinstance(seed, Integral)
         require((whole, f"batch is {batch!r} and seed {seed!r}: both must be whole numbers"))
@@ -54,7 +64,8 @@ class Batches(IterableDataset[ImageBatch]):
         split = self.manifest.split(config.split)
         # A round as long as the epoch: the order depends neither on the batch nor on the number of ranks.
         self._plan = self._sets.plan(self._seed, split.samples)
-        content = repr((self._plan.orders[0].lanes, [(shard.pages, shard.samples) for shard in split.shards]))
+        shards = [(shard.pages, shard.samples) for shard in split.shards]
+        content = repr((self._plan.orders[0].lanes, shards))
         self._digest = hashlib.sha256(content.encode()).hexdigest()
         self.epoch = 0
         self._position = 0  # images of this epoch that all ranks together have yielded
@@ -62,20 +73,28 @@ class Batches(IterableDataset[ImageBatch]):
 
     def state_dict(self) -> dict[str, int | str]:
         """Epoch, and position in it after the batches yielded so far: equal on all ranks after equally many of them."""
-        return {"epoch": self.epoch, "position": self._position, "seed": self._seed, "order": self._digest}
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "order": self._digest,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of any number of ranks and any `batch`; the next iteration yields the rest of its
         epoch. Raises InputError for a state of another data set, split, `shuffle` or seed.
         """
         where = f"split {self._config.split} of {self._config.path}"
-        epoch, position, seed, order = (state.get(name, -1) for name in self.state_dict())
+        epoch = state.get("epoch", -1)
+        position = state.get("position", -1)
+        seed = state.get("seed")
+        end = self._plan.total
         require(
             (is_count(epoch) and is_count(position), "the state was not made by open_dataset(...).state_dict()"),
-            (order == self._digest, f"the state is of another data set, split or shuffle than {where}"),
+            (state.get("order") == self._digest, f"the state is of another data set, split or shuffle than {where}"),
             (seed == self._seed, f"the state is of seed {seed}, not {self._seed}: open the data set with that seed"),
-            (position <= self._plan.total, f"the state is of image {position} of the {self._plan.total} of {where}"),
         )
+        require((position <= end, f"the state is of image {position} of the {end} of {where}"))
         self.epoch = epoch
         self._position = position
         self._moves += 1
@@ -85,7 +104,13 @@ class Batches(IterableDataset[ImageBatch]):
         self._check(world)
         self._moves += 1
         moves = self._moves
-        spans = partial(self._spans, self.epoch, self._position, rank, world)
+        spans = partial(
+            self._spans,
+            self.epoch,
+            self._position,
+            rank,
+            world,
+        )
         ahead = ReadAhead(self._sets, self._plan, self._seed, world)
         try:
             ahead.start(spans)
@@ -134,7 +159,13 @@ class Batches(IterableDataset[ImageBatch]):
                 position = self._plan.total
             yield position
 
-    def _spans(self, epoch: int, position: int, rank: int, world: int) -> Iterator[Span]:
+    def _spans(
+        self,
+        epoch: int,
+        position: int,
+        rank: int,
+        world: int,
+    ) -> Iterator[Span]:
         """This rank's part of each batch."""
         for end in self._ends(position, world):
             first, last = parts(position, end, world)[rank]
@@ -148,7 +179,9 @@ def _divided_by_accelerate(dataset: Batches) -> bool:
 
     loader = GradientState().active_dataloader
     read = getattr(loader, "dataset", None)
-    return getattr(read, "dataset", None) is dataset or (read is dataset and isinstance(loader, DataLoaderDispatcher))
+    if read is dataset:
+        return isinstance(loader, DataLoaderDispatcher)
+    return getattr(read, "dataset", None) is dataset
 
 
 def open_dataset(
@@ -159,7 +192,7 @@ def open_dataset(
     seed: int = 0,  # of the order of shards, and of windows and mirroring
     rank: int | None = None,  # None: that of torch.distributed when an iteration begins, or 0 of 1
     world: int | None = None,
-    **settings: Any,  # size, fit, crop, flip, cache, workers, broken, ...: of the section `data` in docs/settings.md
+    **settings: Any,  # size, crop, flip, cache, workers, broken, ...: of the section `data` in docs/settings.md
 ) -> Batches:
     """A split as a torch IterableDataset of batches (images, labels, keys): images (n, C, H, W) float32 in [-1, 1].
 
@@ -175,9 +208,18 @@ def open_dataset(
     InputError, a ValueError, for wrong arguments, some when an iteration begins, and for data that is missing or
     damaged; Unavailable for a store that stays out of reach.
     """
-    refused = ", ".join(sorted(settings.keys() & {"source", "endpoint", "trace"}))  # which are of trainings alone
-    require((not refused, f"open_dataset has no setting {refused}: leave it out"))
-    content = {"path": path, "split": split, **settings}
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in content.items()}
-    config: DataConfig = build(DataConfig, plain, "open_dataset", named={})
-    return Batches(config, batch=batch, seed=seed, rank=rank, world=world)
+    content: dict[str, Any] = {"path": path, "split": split}
+    for name, value in settings.items():
+        require((name not in FOR_TRAINING, f"open_dataset has no setting {name}: leave it out"))
+        content[name] = value
+    for name, value in content.items():
+        if isinstance(value, Path):
+            content[name] = str(value)
+    config: DataConfig = build(DataConfig, content, "open_dataset", named={})
+    return Batches(
+        config,
+        batch=batch,
+        seed=seed,
+        rank=rank,
+        world=world,
+    )

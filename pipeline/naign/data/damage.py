@@ -39,6 +39,8 @@ HOLES = 18  # that `holes` takes besides
 
 
 class Damage(NamedTuple):
+    """A damage to learn from."""
+
     damage: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """Damaged images (n, *shape), a function of the arguments alone, row by row: images (n, *shape) float32 in [-1, 1],
     standard normals (n, *shape), uniform numbers (n, uniforms(shape)) in (0, 1], and the noise's largest standard
@@ -52,7 +54,12 @@ def find_damage(name: str) -> Damage:
     return lookup("objective.damage", name, DAMAGES, "naign.damage")
 
 
-def _noise(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
+def _noise(
+    images: Tensor,
+    normals: Tensor,
+    uniform: Tensor,
+    strength: float,
+) -> Tensor:
     deviation = strength * uniform[:, 0].view(-1, *(1,) * (images.ndim - 1))
     return images + deviation * normals
 
@@ -81,25 +88,46 @@ def _mixed(
     erase: float = 1 / 16,
 ) -> Tensor:
     count, _, height, width = images.shape
-    scalars, pixels, lines = uniform.split([SCALARS, 2 * height * width, 2 * max(height, width)], dim=1)
+    parts = [SCALARS, 2 * height * width, 2 * max(height, width)]
+    scalars, pixels, lines = uniform.split(parts, dim=1)
     (
-        weight, spread, octaves, specks, colour, side, _, tone,
-        is_coarse, is_noisy, is_specked, is_striped,
-        stripes, shade, is_erased, level,
-    ) = scalars[..., None, None, None].unbind(1)  # fmt: skip  # each (n, 1, 1, 1)
+        weight,
+        spread,
+        octaves,
+        specks,
+        colour,
+        side,
+        _,
+        tone,
+        is_coarse,
+        is_noisy,
+        is_specked,
+        is_striped,
+        stripes,
+        shade,
+        is_erased,
+        level,
+    ) = scalars[..., None, None, None].unbind(1)  # each (n, 1, 1, 1)
 
     blank = torch.where(level < 0.5, -1.0, 4 * level - 3)
     out = torch.where(is_erased < erase, blank, images)
-    out = torch.where(is_coarse < each, _coarse(out, 1 + 2 * octaves, weight.sqrt()), out)
-    out = torch.where(is_noisy < each, (out + strength * spread * normals).clamp(-1, 1), out)
+
+    coarse = _coarse(out, 1 + 2 * octaves, weight.sqrt())
+    out = torch.where(is_coarse < each, coarse, out)
+
+    noisy = (out + strength * spread * normals).clamp(-1, 1)
+    out = torch.where(is_noisy < each, noisy, out)
 
     hit, shades = pixels.view(count, 2, height, width).split(1, dim=1)
-    speck = torch.where(colour < 0.5, 2 * (shades > 0.5) - 1.0, 2 * shades - 1)  # black and white, or any shade
-    out = torch.where((is_specked < each) & (hit < 0.4 * specks), speck, out)
+    any_shade = 2 * shades - 1
+    black_or_white = 2 * (shades > 0.5) - 1.0
+    speck = torch.where(colour < 0.5, black_or_white, any_shade)
+    specked = (is_specked < each) & (hit < 0.4 * specks)
+    out = torch.where(specked, speck, out)
 
     struck = lines.view(count, 2, -1) < 0.4 * stripes[:, :, 0]
-    across = struck[:, 0, :height].view(-1, 1, height, 1).expand(-1, 1, -1, width)
-    along = struck[:, 1, :width].view(-1, 1, 1, width).expand(-1, 1, height, -1)
+    across = struck[:, 0, :height].view(-1, 1, height, 1)
+    along = struck[:, 1, :width].view(-1, 1, 1, width)
     striped = torch.where(side < 0.75, across, along)
     tint = torch.where(tone < 0.75, -1.0, 2 * shade - 1)
     return torch.where((is_striped < each) & striped, tint, out)
@@ -110,45 +138,69 @@ def _coarse(images: Tensor, octaves: Tensor, weight: Tensor) -> Tensor:
     height, width = images.shape[2:]
     levels = []
     for factor in (2, 4, 8):
-        small = F.adaptive_avg_pool2d(images, (max(2, round(height / factor)), max(2, round(width / factor))))
-        levels.append(F.interpolate(small, size=(height, width), mode="bilinear"))
-    low = torch.where(octaves < 2, levels[0], levels[1])
-    high = torch.where(octaves < 2, levels[1], levels[2])
-    coarse = torch.where(octaves >= 3, levels[2], low + octaves.frac() * (high - low))
+        rows = max(2, round(height / factor))
+        columns = max(2, round(width / factor))
+        small = F.adaptive_avg_pool2d(images, (rows, columns))
+        level = F.interpolate(small, size=(height, width), mode="bilinear")
+        levels.append(level)
+    half, quarter, eighth = levels
+    low = torch.where(octaves < 2, half, quarter)
+    high = torch.where(octaves < 2, quarter, eighth)
+    between = low + octaves.frac() * (high - low)
+    coarse = torch.where(octaves >= 3, eighth, between)
     mixed: Tensor = images + weight * (coarse - images)
     return mixed
 
 
-def _with_holes(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
-    damaged = _mixed(images, normals, uniform[:, :-HOLES], strength, each=1 / 3)
+def _with_holes(
+    images: Tensor,
+    normals: Tensor,
+    uniform: Tensor,
+    strength: float,
+) -> Tensor:
+    damaged = _mixed(
+        images,
+        normals,
+        uniform[:, :-HOLES],
+        strength,
+        each=1 / 3,
+    )
     size = images.shape[2:]
     kind, box, line = uniform[:, -HOLES:].split([1, 8, 9], dim=1)
     kind = kind.view(-1, 1, 1, 1)
-    boxed = boxes(box.view(-1, 2, 4), size) & (kind < 1 / 3)
-    struck = stroke(line, size) & (kind > 1 / 6) & (kind < 1 / 2)
+    is_boxed = kind < 1 / 3
+    is_struck = (kind > 1 / 6) & (kind < 1 / 2)
+    boxed = boxes(box.view(-1, 2, 4), size) & is_boxed
+    struck = stroke(line, size) & is_struck
     hole = boxed | struck
     return torch.where(hole, known_mean(damaged, ~hole), damaged)
 
 
 def boxes(numbers: Tensor, size: torch.Size) -> Tensor:
     """Where two boxes are (n, 1, H, W); numbers (n, 2, 4) give centres and sides, of at most 3/4 of the image's."""
-    centre = numbers[..., :2, None]
-    half = 3 / 8 * numbers[..., 2:, None]
-    rows = (_centres(size[0], numbers) - centre[..., 0, :]).abs() < half[..., 0, :]
-    columns = (_centres(size[1], numbers) - centre[..., 1, :]).abs() < half[..., 1, :]
-    return (rows[..., None] & columns[..., None, :]).any(1, keepdim=True)
+    y, x, high, wide = numbers[..., None].unbind(2)  # each (n, 2, 1)
+    rows = (_centres(size[0], numbers) - y).abs() < 3 / 8 * high
+    columns = (_centres(size[1], numbers) - x).abs() < 3 / 8 * wide
+    both = rows[..., None] & columns[..., None, :]
+    return both.any(1, keepdim=True)
 
 
 def stroke(numbers: Tensor, size: torch.Size) -> Tensor:
     """Where a stroke is (n, 1, H, W); numbers (n, 9) give four points and a radius, of at most 1/10 of the image."""
     points = numbers[:, :8].view(-1, 4, 2)
     radius = 0.02 + 0.08 * numbers[:, 8].view(-1, 1, 1, 1)
-    y, x = torch.meshgrid(_centres(size[0], numbers), _centres(size[1], numbers), indexing="ij")
+    y, x = torch.meshgrid(
+        _centres(size[0], numbers),
+        _centres(size[1], numbers),
+        indexing="ij",
+    )
     place = torch.stack([y, x], dim=-1)  # (H, W, 2)
     first = points[:, :-1, None, None]
     along = points.diff(dim=1)[:, :, None, None]
-    share = ((place - first) * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-12)
-    distance = (place - first - share.clamp(0, 1) * along).square().sum(-1).sqrt()
+    length = along.square().sum(-1, keepdim=True).clamp(min=1e-12)
+    share = ((place - first) * along).sum(-1, keepdim=True) / length
+    apart = place - first - share.clamp(0, 1) * along
+    distance = apart.square().sum(-1).sqrt()
     return (distance < radius).any(1, keepdim=True)
 
 
@@ -159,15 +211,19 @@ def _centres(length: int, like: Tensor) -> Tensor:
 
 def known_mean(images: Tensor, known: Tensor) -> Tensor:
     """Mean of each channel of images (n, C, H, W) where `known` (bool, broadcast to them) is true: (n, C, 1, 1)."""
-    count = known.expand_as(images).sum((2, 3), keepdim=True).clamp(min=1)
-    return images.where(known, 0).sum((2, 3), keepdim=True) / count  # elsewhere they may be NaN
+    count = known.expand_as(images).sum((2, 3), keepdim=True)
+    total = images.where(known, 0).sum((2, 3), keepdim=True)  # elsewhere they may be NaN
+    return total / count.clamp(min=1)
 
+
+_mild = partial(_mixed, each=1 / 3)
+_photo = partial(_mixed, each=1 / 3, erase=0.0)
 
 DAMAGES: dict[str, Damage] = {
     "noise": Damage(_noise, lambda shape: 1, lambda shape: None),
     "mixed": Damage(_mixed, _count_mixed, _check_mixed),
-    "mild": Damage(partial(_mixed, each=1 / 3), _count_mixed, _check_mixed),
-    "photo": Damage(partial(_mixed, each=1 / 3, erase=0.0), _count_mixed, _check_mixed),
+    "mild": Damage(_mild, _count_mixed, _check_mixed),
+    "photo": Damage(_photo, _count_mixed, _check_mixed),
     "holes": Damage(_with_holes, _count_holes, _check_mixed),
 }
 
@@ -178,30 +234,46 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 REFERENCE_HEIGHT = 28  # height in pixels for which the damages are defined; lower images get proportionally less
 
 
-def degrade(images: Tensor, kind: Kind, *, seed: int = 0, strength: float = 1.0) -> Tensor:
+def degrade(
+    images: Tensor,
+    kind: Kind,
+    *,
+    seed: int = 0,
+    strength: float = 1.0,
+) -> Tensor:
     """(n, C, H, W) float32 in [-1, 1] -> damaged images of the same shape and range; a function of the arguments."""
     if strength == 0:
         return images
     count, channels, height, width = images.shape
     generator = torch.Generator().manual_seed(seed)
     if kind == "blur":
-        kernel = gaussian_kernel(sigma=2.0 * _shrink(height) * strength).expand(channels, 1, 9, 9)
-        padded = F.pad(images, (4, 4, 4, 4), mode="reflect" if min(height, width) > 4 else "replicate")
+        sigma = 2.0 * _shrink(height) * strength
+        kernel = gaussian_kernel(sigma).expand(channels, 1, 9, 9)
+        mode = "reflect" if min(height, width) > 4 else "replicate"
+        padded = F.pad(images, (4, 4, 4, 4), mode=mode)
         return F.conv2d(padded, kernel, groups=channels).clamp(-1, 1)
     if kind == "noise":
-        return (images + 0.5 * strength * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
+        noise = torch.randn(images.shape, generator=generator)
+        return (images + 0.5 * strength * noise).clamp(-1, 1)
     if kind == "salt_pepper":
-        chance = torch.rand(count, 1, height, width, generator=generator)
+        chance = torch.rand(
+            count,
+            1,
+            height,
+            width,
+            generator=generator,
+        )
         salted = torch.where(chance < 0.1 * strength, 1.0, images)
         return torch.where(chance >= 1 - 0.1 * strength, -1.0, salted)
-    order = torch.rand(count, height, generator=generator).argsort(1)[:, : blackened_rows(height, strength)]
-    rows = torch.zeros(count, height, dtype=torch.bool).scatter_(1, order, True)
+    order = torch.rand(count, height, generator=generator).argsort(1)
+    chosen = order[:, : blackened_rows(height, strength)]
+    rows = torch.zeros(count, height, dtype=torch.bool).scatter_(1, chosen, True)
     return images.masked_fill(rows[:, None, :, None], -1.0)
 
 
-def gaussian_kernel(*, size: int = 9, sigma: float = 2.0) -> Tensor:
-    """(size, size) float32 Gaussian kernel that sums to 1; sigma in pixels."""
-    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+def gaussian_kernel(sigma: float = 2.0) -> Tensor:
+    """(9, 9) float32 Gaussian kernel that sums to 1; sigma in pixels."""
+    offsets = torch.arange(-4, 5, dtype=torch.float64)
     weights = torch.exp(-offsets.square() / (2 * sigma**2))
     kernel = torch.outer(weights, weights)
     return (kernel / kernel.sum()).float()

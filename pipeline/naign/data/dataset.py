@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from naign.data.resize import FITS, Resize, parse_size
+from naign.data.resize import Resize, parse_size
 from naign.errors import InputError
-from naign.settings.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, check_fields, one_of
+from naign.settings.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, check_fields, one_of
+
+BROKEN = ("error", "skip")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,17 +32,11 @@ class DataConfig:
     crop: int = field(default=0, metadata=AT_LEAST_0)
     """Train on random windows of this many pixels a side, not resized; 0: on whole images."""
     size: str = ""
-    """Resize pictures to so many pixels a side (64), or height x width (48x64). Empty: as stored, in one size."""
-    fit: str = field(default="crop", metadata=one_of(FITS))
-    """How a picture is brought to `size`: crop takes the largest central window of that shape, random a window of
-    random area and shape (in evaluation crop)."""
-    broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
+    """Resize the largest central window of pictures to so many pixels a side (64), or height x width (48x64). Empty: as
+    stored, in one size."""
+    broken: str = field(default="error", metadata=FREE | one_of(BROKEN))
     """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead, up to
     1 % of the samples."""
-    cache: str = field(default="", metadata=FREE)
-    """Local folder that keeps what was read from s3://; ranks and pods may share it. Empty: none."""
-    cache_gb: float = field(default=100.0, metadata=FREE | POSITIVE)
-    """Size of the cache in GB (1e9 bytes); what was used least recently goes first."""
     trace: str = field(default="", metadata=FREE)
     """Folder in which every rank lists `epoch round key` of each image it trains on; empty: no list."""
 
@@ -53,12 +49,12 @@ def check_config(config: DataConfig) -> None:
 
 def parse_resize(config: DataConfig) -> Resize:
     """The resizing that the settings describe. Raises InputError if they contradict each other."""
-    height, width = parse_size(config.size, "data.size") if config.size else (0, 0)
-    if height and config.crop:
+    if not config.size:
+        return Resize(crop=config.crop)
+    if config.crop:
         raise InputError("data.crop takes windows of images as they are stored, data.size resizes them: choose one")
-    if not height and config.fit != "crop":
-        raise InputError(f"data.fit={config.fit} says how pictures are brought to data.size: give that as well")
-    return Resize(height=height, width=width, fit=config.fit, crop=config.crop)
+    height, width = parse_size(config.size, "data.size")
+    return Resize(height=height, width=width)
 
 
 def lists_data_sets(config: DataConfig) -> bool:

@@ -6,6 +6,7 @@ are wanted, and nothing is forked in a process that already runs gloo, CUDA or b
 
 import atexit
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -22,12 +23,11 @@ from torch import Tensor
 
 from naign.data.dataset import DataConfig, check_config
 from naign.data.decode import Array
-from naign.data.format.manifest import size_problem
+from naign.data.format.manifest import Shard, size_problem
 from naign.data.mixing import DataSets, shares
 from naign.data.order import LANES, Order, Piece, Plan, Span, check, pieces, rank_rows
 from naign.data.reader import Raw, Reader
-from naign.data.resize import Numbers
-from naign.data.sample import row_numbers
+from naign.data.sample import Numbers, row_numbers
 from naign.errors import InputError, Stopped, require
 from naign.storage.prefetch import in_background, in_order
 from naign.storage.retry import Tally
@@ -67,9 +67,9 @@ class Rows:
         labels = self.labels.numpy()
         epochs = self.epochs.numpy()
         for row, (reader, raw) in enumerate(stored, begin):
-            place = images[row]
             drawn = None if numbers is None else numbers[row - begin]
-            sample = reader.row(raw, place, drawn)
+            place = images[row]
+            sample = reader.row(raw, drawn, place)
             if sample.array is not place:
                 place[...] = sample.array
             if flip and drawn is not None and place.ndim == 3 and drawn[2] < 0.5:
@@ -102,13 +102,19 @@ def new_rows(images: Array) -> Rows:
     )
 
 
-def check_broken(problems: list[str], broken: int, rows: int, epoch: int) -> None:
+def check_broken(
+    problems: list[str],
+    broken: int,
+    rows: int,
+    epoch: int,
+) -> None:
     """Log the problems of samples. InputError if `broken`, all so far, are more than BROKEN of `rows` so far or of
     an epoch, whichever is more. One an epoch is always allowed.
     """
     for problem in problems:
         log.warning("skipped: %s", problem)
-    most = max(int(BROKEN * max(rows, epoch)), -(-rows // max(epoch, 1)))
+    epochs = math.ceil(rows / max(epoch, 1))
+    most = max(epochs, int(BROKEN * max(rows, epoch)))
     if problems and broken > most:
         allowed = f"data.broken=skip allows, {BROKEN:.0%} ({most}): repack the data set"
         raise InputError(f"{broken} broken samples of {rows} are more than {allowed}; the last: {problems[-1]}")
@@ -120,12 +126,17 @@ class ReadAhead:
     Samples are fetched in one pass over all spans, so what lies behind a span is asked for before its turn.
     """
 
-    def __init__(self, sets: DataSets, plan: Plan, seed: int, world: int, *, prefetch: bool = True) -> None:
+    def __init__(
+        self,
+        sets: DataSets,
+        plan: Plan,
+        seed: int,
+        world: int,
+    ) -> None:
         self._sets = sets
         self._plan = plan
         self._seed = seed
         self._epoch = plan.total // world  # rows of this rank in an epoch
-        self._prefetch = prefetch
         self._config = sets.configs[0]  # all are decoded alike
         self._readers: list[Reader] = []
         self._stored: Stored | None = None  # the samples of all spans to come
@@ -139,7 +150,7 @@ class ReadAhead:
         """Read these spans from now on."""
         self.close()
         if not self._readers:
-            self._readers = [self._sets.reader(number) for number in range(len(self._plan.orders))]
+            self._readers = [self._sets.reader(number) for number in range(len(self._sets.configs))]
         self._stop = threading.Event()
         self._spans = spans()
         self._stored = self._fetch(spans)
@@ -161,8 +172,7 @@ class ReadAhead:
             self.close()
             raise
         self._next = None
-        if self._prefetch:
-            self._begin()
+        self._begin()
         self._taken += len(rows.keys)
         self._broken += len(rows.broken)
         check_broken(rows.broken, self._broken, self._taken, self._epoch)
@@ -186,15 +196,21 @@ class ReadAhead:
             return
         span = next(self._spans, None)
         if span:
-            self._next = in_background(partial(self._read, span, self._stored, self._stop), f"read round {span[0]}")
+            read = partial(self._read, span, self._stored, self._stop)
+            self._next = in_background(read, f"read round {span[0]}")
 
-    def _read(self, span: Span, stored: Stored, stop: threading.Event) -> Rows:
+    def _read(
+        self,
+        span: Span,
+        stored: Stored,
+        stop: threading.Event,
+    ) -> Rows:
         round, first, last = span
-        workers = max(1, self._config.workers)
         count = last - first
-        rows = new_rows(self._memory(count))
-        numbers = row_numbers(self._seed, round, first, last, windows=self._config.fit == "random")
+        workers = max(1, self._config.workers)
         step = max(1, min(TASK, count // workers))
+        rows = new_rows(self._memory(count))
+        numbers = row_numbers(self._seed, round, first, last)
 
         def fills() -> Iterator[Callable[[], None]]:
             for begin in range(0, count, step):
@@ -202,17 +218,17 @@ class ReadAhead:
                     raise Stopped
                 size = min(step, count - begin)
                 self.rows_read += size
-                samples: Iterable[tuple[Reader, Raw]] = islice(stored, size)
-                if workers > 1:
-                    samples = list(samples)
-                yield partial(rows.fill, begin, samples, numbers[begin:], flip=self._config.flip)
+                samples = list(islice(stored, size))
+                yield partial(
+                    rows.fill,
+                    begin,
+                    samples,
+                    numbers[begin:],
+                    flip=self._config.flip,
+                )
 
-        if workers == 1:  # sample by sample
-            for fill in fills():
-                fill()
-        else:
-            for _ in in_order(fills(), workers):
-                pass
+        for _ in in_order(fills(), workers):
+            pass
         for reader in self._readers:
             rows.tally.merge(reader.store.tally.take())
         return rows
@@ -251,7 +267,6 @@ class Stream(AbstractContextManager["Stream"]):
         round_size: int,  # images a round, over all ranks
         rank: int = 0,
         world: int = 1,
-        prefetch: bool = True,  # read the next round while one is used
     ) -> None:
         """Raises InputError where the data set is missing, or the ranks cannot share a round equally."""
         check_config(config)
@@ -261,14 +276,14 @@ class Stream(AbstractContextManager["Stream"]):
         self.order = self.sets.plan(seed, round_size)
         check(round_size, world)
         self._share = rank_rows(round_size, rank, world)
-        self._ahead = ReadAhead(self.sets, self.order, seed, world, prefetch=prefetch)
+        self._ahead = ReadAhead(self.sets, self.order, seed, world)
         self._next = -1  # the round that is taken next without a new start
         self._trace: Path | None = None
         if config.trace:
             self._trace = Path(config.trace) / f"rank-{rank:05d}.txt"
             try:
                 self._trace.parent.mkdir(parents=True, exist_ok=True)
-                self._trace.open("a").close()
+                self._trace.touch()
             except (OSError, ValueError) as error:
                 raise InputError(f"data.trace {config.trace!r} cannot be written: {error}") from None
 
@@ -317,16 +332,19 @@ def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) 
     sets = DataSets(config)
     total = sets.manifest.split(split).samples
     count = total if limit is None else min(limit, total)
-    sizes = [manifest.splits[split].sizes if split in manifest.splits else () for manifest in sets.manifests]
+    totals = []
+    for manifest in sets.manifests:
+        found = manifest.splits.get(split)
+        totals.append(found.samples if found else 0)
     chosen = list[tuple[Reader, list[Piece]]]()
-    for number, wanted in enumerate(shares([sum(one) for one in sizes], count)):
+    for number, wanted in enumerate(shares(totals, count)):
         if wanted:
-            first = sets.manifests[number].dealt or wanted == sum(sizes[number])
-            chosen.append((sets.reader(number, split), _some(sizes[number], wanted, first=first)))
-    for reader, cut in chosen:
-        for shard in {piece.shard for piece in cut}:
-            problem = size_problem(reader.store, reader.shards[shard])
-            require((not problem, problem))  # before memory is allocated for samples that are not there
+            reader = sets.reader(number, split)
+            cut = _some(reader.shards, wanted, dealt=sets.manifests[number].dealt)
+            chosen.append((reader, cut))
+            for shard in {piece.shard for piece in cut}:
+                problem = size_problem(reader.store, reader.shards[shard])
+                require((not problem, problem))  # before memory is allocated for samples that are not there
     rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
     with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as stored:
         rows.fill(0, stored)
@@ -334,14 +352,17 @@ def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) 
     return rows.images.contiguous(), rows.labels
 
 
-def _some(sizes: Sequence[int], count: int, *, first: bool) -> list[Piece]:
-    """So many samples of shards of these sizes: the first ones, or blocks from all over them."""
-    if not first:
-        return pieces(Order(sizes=tuple(sizes), seed=0, round_size=count, lanes=LANES), 0, 0, count)
+def _some(shards: Sequence[Shard], count: int, *, dealt: bool) -> list[Piece]:
+    """So many samples of shards: the first if these are a random subset, or all of them; else blocks from all over."""
+    sizes = tuple(shard.samples for shard in shards)
+    if not dealt and count < sum(sizes):
+        order = Order(sizes=sizes, seed=0, round_size=count, lanes=LANES)
+        return pieces(order, 0, 0, count)
     found = []
     for shard, size in enumerate(sizes):
         last = min(size, count)
         if last:
-            found.append(Piece(epoch=0, shard=shard, first=0, last=last))
+            piece = Piece(epoch=0, shard=shard, first=0, last=last)
+            found.append(piece)
         count -= last
     return found

@@ -44,7 +44,8 @@ def members(config: DataConfig) -> list[Member]:
 def _parse_member(entry: Any) -> Member:
     if isinstance(entry, str):
         entry = {"path": entry}
-    require((isinstance(entry, dict) and entry.get("path"), f"data.path has the entry {entry!r}: {_HOW}"))
+    named = isinstance(entry, dict) and entry.get("path")
+    require((named, f"data.path has the entry {entry!r}: {_HOW}"))
     member: Member = build(Member, entry, "data.path", named={})
     positive = 0 < member.weight < math.inf
     require((positive, f"data.path gives {member.path} the weight {member.weight}: it must be a positive number"))
@@ -57,7 +58,8 @@ def shares(weights: Sequence[float], size: int) -> list[int]:
     exact = relative / relative.sum() * size
     counts = np.floor(exact).astype(int)
     left = size - int(counts.sum())
-    counts[np.argsort(counts - exact, kind="stable")[:left]] += 1
+    first = np.argsort(counts - exact, kind="stable")
+    counts[first[:left]] += 1
     found: list[int] = counts.tolist()
     assert sum(found) == size
     return found
@@ -67,23 +69,31 @@ class DataSets:
     """The data sets that data.path names. InputError where one is missing, or they do not go together."""
 
     def __init__(self, config: DataConfig) -> None:
-        named = members(config)
-        self._weights = [member.weight for member in named]
-        self.configs = [replace(config, path=member.path, index=member.index) for member in named]
-        places = [member.index or member.path for member in named]
-        self.indexes = [f"{place}/{INDEX}" for place in places]
-        self.manifests = [Manifest.load(place) for place in places]
         resize = parse_resize(config)
-        shapes = [resize.shape(manifest.shape, manifest.name) for manifest in self.manifests]
+        shapes = []
+        self._weights: list[float] = []
+        self.configs: list[DataConfig] = []
+        self.indexes: list[str] = []
+        self.manifests: list[Manifest] = []
+        for member in members(config):
+            place = member.index or member.path
+            manifest = Manifest.load(place)
+            self._weights.append(member.weight)
+            self.configs.append(replace(config, path=member.path, index=member.index))
+            self.indexes.append(f"{place}/{INDEX}")
+            self.manifests.append(manifest)
+            shapes.append(resize.shape(manifest.shape, manifest.name))
         first = self.manifests[0]
+        size = shapes[0][1:]
         for manifest, shape in zip(self.manifests, shapes, strict=True):
-            if manifest.kind != first.kind or shape[1:] != shapes[0][1:]:
+            if manifest.kind != first.kind or shape[1:] != size:
                 both = f"{manifest.name} {shape} and {first.name} {shapes[0]}"
                 raise InputError(f"{both} do not go together: bring them to one data.size")
-        channels = max(shape[0] for shape in shapes)
-        self.shape = (channels, *shapes[0][1:])  # of one row
-        if first.kind == "image":  # grey images are read as colour among others
-            self.manifests = [replace(one, shape=(channels, *one.shape[1:])) for one in self.manifests]
+        self.shape = max(shapes)  # of one row: grey images are read as colour among others
+        if first.kind == "image":
+            for number, manifest in enumerate(self.manifests):
+                shape = (self.shape[0], *manifest.shape[1:])
+                self.manifests[number] = replace(manifest, shape=shape)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -95,8 +105,10 @@ class DataSets:
         for manifest in self.manifests:
             labels |= dict.fromkeys(manifest.labels)
             for name, split in manifest.splits.items():
-                before = splits.get(name, Split(samples=0, shards=()))
-                splits[name] = Split(samples=before.samples + split.samples, shards=before.shards + split.shards)
+                shards = list(split.shards)
+                if name in splits:
+                    shards = [*splits[name].shards, *shards]
+                splits[name] = Split.of(shards)
         return replace(
             self.manifests[0],
             name=" + ".join(manifest.name for manifest in self.manifests),
@@ -112,16 +124,16 @@ class DataSets:
         reader = Reader(config, manifest, split or config.split)
         if len(self.configs) > 1:
             reader.key_prefix = f"{number}:"
-            numbers = [self.manifest.numbers[label] for label in manifest.labels]
-            reader.label_numbers = dict(enumerate(numbers))
+            names = self.manifest.numbers
+            reader.label_numbers = {label: names[name] for label, name in enumerate(manifest.labels)}
         return reader
 
     def plan(self, seed: int, round_size: int) -> Plan:
         """What rounds of so many images are made of. Raises InputError where one has no share."""
         orders = []
-        for config, manifest, share in zip(
-            self.configs, self.manifests, shares(self._weights, round_size), strict=True
-        ):
+        for number, share in enumerate(shares(self._weights, round_size)):
+            config = self.configs[number]
+            manifest = self.manifests[number]
             require((share, f"data.path: {config.path} has no image in a round of {round_size}: raise its weight"))
             order = Order(
                 sizes=manifest.split(config.split).sizes,

@@ -47,18 +47,6 @@ class Order:
         """Images of an epoch."""
         return sum(self.sizes)
 
-    def describe(self) -> str:
-        """Which images a round takes and what happens at the end of an epoch, for a log."""
-        rounds, left = divmod(self.total, self.round_size)
-        text = f"each of {self.total} images once an epoch"
-        if left:
-            text += "; a round goes on into the next epoch"
-        else:
-            text += f" of {rounds} rounds"
-        if self.lanes > 1:
-            text += f"; {BLOCK} in turn from each of {self.lanes} places"
-        return text
-
 
 @dataclass(kw_only=True, frozen=True, eq=False)
 class Plan:
@@ -76,10 +64,14 @@ class Plan:
         return min(rounds * order.round_size / order.total for order in self.orders)
 
     def describe(self) -> str:
-        """Which images a round takes and what happens at the end of an epoch, for a log."""
-        if len(self.orders) == 1:
-            return self.orders[0].describe()
-        return "; ".join(f"{order.round_size} a round: {order.describe()}" for order in self.orders)
+        """Which images a round takes, for a log."""
+        parts = []
+        for order in self.orders:
+            text = f"{order.round_size} a round, each of {order.total} images once an epoch"
+            if order.lanes > 1:
+                text += f", {BLOCK} in turn from each of {order.lanes} places"
+            parts.append(text)
+        return "; ".join(parts)
 
     @cached_property
     def _owners(self) -> Longs:
@@ -87,7 +79,8 @@ class Plan:
         sizes = [order.round_size for order in self.orders]
         positions = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
         owners: Longs = np.repeat(np.arange(len(sizes)), sizes)
-        return owners[np.argsort(positions, kind="stable")]
+        order = np.argsort(positions, kind="stable")
+        return owners[order]
 
     def owners(self, start: int, stop: int) -> list[int]:
         """For each of the rows [start, stop) of a round, the number of the data set it comes from."""
@@ -98,11 +91,10 @@ class Plan:
 
     def pieces(self, number: int, spans: Iterable[Span]) -> Iterator[Piece]:
         """What data set `number` contributes to spans, in order."""
-        mine = self._owners == number if len(self.orders) > 1 else None
         for round, start, stop in spans:
-            if mine is not None:
-                start = int(np.count_nonzero(mine[:start]))
-                stop = int(np.count_nonzero(mine[:stop]))
+            if len(self.orders) > 1:
+                start = int(np.count_nonzero(self._owners[:start] == number))
+                stop = int(np.count_nonzero(self._owners[:stop] == number))
             yield from pieces(self.orders[number], round, start, stop)
 
 
@@ -113,9 +105,9 @@ def check_seed(seed: int) -> None:
 
 def count_lanes(shuffle: int, *, dealt: bool) -> int:
     """From how many places images are taken in turn: `shuffle`, or for 0 what suits shards that are `dealt` or not."""
-    if shuffle:
-        return shuffle
-    return 1 if dealt else LANES
+    if dealt:
+        return shuffle or 1
+    return shuffle or LANES
 
 
 def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
@@ -148,7 +140,12 @@ class _Lanes:
     most. A turn takes the next block of each lane.
     """
 
-    def __init__(self, blocks: Longs, lanes: int, width: int) -> None:
+    def __init__(
+        self,
+        blocks: Longs,
+        lanes: int,
+        width: int,
+    ) -> None:
         """`blocks` (n,) has the number of whole blocks of each shard; a round takes `width` blocks."""
         self.count = int(blocks.sum())
         self._starts = np.cumsum(blocks) - blocks  # blocks before each shard
@@ -157,14 +154,19 @@ class _Lanes:
         edges = np.arange(self._lanes + 1) * self.count // self._lanes
         self._firsts = edges[:-1]
         # Every second turn goes backwards: its first blocks lie apart from the last ones of the turn before.
-        self._turn_orders = [_spread(self._lanes, width), _spread(self._lanes, width, backwards=True)]
+        self._turn_orders = [
+            _spread(self._lanes, width),
+            _spread(self._lanes, width, backwards=True),
+        ]
         longer = np.flatnonzero(np.diff(edges) > self._turns)
         self._last_turn = longer[_spread(len(longer), width)]
 
     def block(self, place: int) -> tuple[int, int]:
         """The block that is taken at this place: its shard's place, and its number among the blocks of the shard."""
         turn, index = divmod(place, self._lanes)
-        lanes = self._last_turn if turn == self._turns else self._turn_orders[turn % 2]
+        lanes = self._turn_orders[turn % 2]
+        if turn == self._turns:
+            lanes = self._last_turn
         block = int(self._firsts[lanes[index]]) + turn
         shard = int(np.searchsorted(self._starts, block, "right")) - 1
         return shard, block - int(self._starts[shard])
@@ -174,7 +176,11 @@ def _grouped(shards: Longs, count: int) -> Longs:
     """Shards (n,) reordered so that each of `count` runs of consecutive numbers, often of one class, stays together."""
     if count >= len(shards):
         return shards
-    _, begins, groups = np.unique(shards * count // len(shards), return_index=True, return_inverse=True)
+    _, begins, groups = np.unique(
+        shards * count // len(shards),
+        return_index=True,
+        return_inverse=True,
+    )
     return shards[np.argsort(begins[groups], kind="stable")]  # groups by where their first shard stands
 
 
@@ -216,11 +222,18 @@ class _Epoch:
             shard = self._runs[run]
             run_end = int(self._run_ends[run])
             stop = min(end, run_end)
-            yield self._piece(shard, begin, stop, int(self._sizes[shard]) - run_end)  # a run ends where its shard does
+            offset = int(self._sizes[shard]) - run_end  # a run ends where its shard does
+            yield self._piece(shard, begin, stop, offset)
             begin = stop
             run += 1
 
-    def _piece(self, shard: np.int64, begin: int, end: int, offset: int) -> Piece:
+    def _piece(
+        self,
+        shard: np.int64,
+        begin: int,
+        end: int,
+        offset: int,
+    ) -> Piece:
         """The piece of a shard that images [begin, end) of the epoch are; its samples are numbered `offset` higher."""
         return Piece(
             epoch=self._epoch,
@@ -235,7 +248,12 @@ def _epoch(order: Order, epoch: int) -> _Epoch:
     return _Epoch(order, epoch)
 
 
-def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
+def pieces(
+    order: Order,
+    round: int,
+    start: int,
+    stop: int,
+) -> list[Piece]:
     """What rows [start, stop) of a round are, in order."""
     assert 0 <= start <= stop <= order.round_size
     found = list[Piece]()
@@ -251,9 +269,8 @@ def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
 
 def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
     """Rows [start, stop) of each round that `rank` of `world` reads."""
-    assert round_size % world == 0 and 0 <= rank < world
-    share = round_size // world
-    return rank * share, (rank + 1) * share
+    assert round_size % world == 0
+    return parts(0, round_size, world)[rank]
 
 
 def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
@@ -268,7 +285,5 @@ def check(round_size: int, world: int) -> None:
     if share and not left:
         return
     near = max(1, round(round_size / world)) * world
-    raise InputError(
-        f"a round of {round_size} images cannot be shared equally by {world} ranks "
-        f"({round_size} = {share} x {world} + {left}): use {near}, for example"
-    )
+    shared = f"{round_size} = {share} x {world} + {left}"
+    raise InputError(f"a round of {round_size} images cannot be shared equally by {world} ranks ({shared}): use {near}")

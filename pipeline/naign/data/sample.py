@@ -3,59 +3,65 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from naign.data.decode import Array, decode_array, decode_image, fits
+from naign.data.decode import Array, decode_image, fits, read_npy
 from naign.data.format.labels import label_text, parse_number
 from naign.data.format.manifest import INDEX, Manifest
-from naign.data.resize import WINDOW, Numbers, Resize, channels, resized, resized_array
+from naign.data.resize import Resize, channels, resized, resized_array
 from naign.errors import InputError, require
 
-SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  # of an array's member, by kind
+SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}
+"""Of the member that holds an array, by kind."""
 AS_STORED = Resize()
 REPACK = "repack the data set"
 
-OTHERS = 4  # random numbers of a row that crop and flip take; those of its window follow
+Numbers = npt.NDArray[np.float64]
+DRAWN = 4  # random numbers of a row: for its window's top and left edge, and for mirroring; Philox counts in fours
+
+
+def find_suffix(sample: dict[str, Any], kind: str) -> str:
+    """The suffix of the member that holds the array, "" without one."""
+    for suffix in SUFFIXES[kind]:
+        if suffix in sample:
+            return suffix
+    return ""
 
 
 def decode(
     sample: dict[str, Any],
     manifest: Manifest,
     shard: str,  # for messages
-    into: Array | None = None,
     resize: Resize = AS_STORED,
     drawn: Numbers | None = None,  # a row of row_numbers; None: the central window
+    into: Array | None = None,  # memory that the array may be written to, which saves a copy
 ) -> tuple[Array, int]:
-    """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
-    InputError, which names shard and key, where one is not as the manifest says, or cannot be decoded.
+    """A sample's array (uint8 of an image, float32 of a point), and label, -1 if none. InputError, which names shard
+    and key, where one is not as the manifest says, or cannot be decoded.
     """
     where = f"{shard}, key {sample['__key__']}"
-    suffixes = SUFFIXES[manifest.kind]
-    suffix = next((suffix for suffix in suffixes if suffix in sample), "")
-    require((suffix, f"{where}: no member ends in {' or '.join(suffixes)}: {REPACK}"))
+    suffix = find_suffix(sample, manifest.kind)
+    require((suffix, f"{where}: no member ends in {' or '.join(SUFFIXES[manifest.kind])}: {REPACK}"))
     data = sample[suffix]
-    window = None
-    if drawn is not None and resize.fit == "random":
-        window = drawn[OTHERS:]
     try:
         if suffix == "npy":
-            array = decode_array(data, manifest.shape, manifest.dtype)
-            if resize.height:
-                array = resized_array(array, resize, window)
+            array = read_npy(data)
+            if resize.height and array.ndim == 3:
+                array = resized_array(array, resize)
         elif resize.height:
-            array = resized(data, resize, window)
+            array = resized(data, resize)
         else:
-            array = decode_image(data, None if resize.crop else into)
+            array = decode_image(data, into)
     except InputError as error:
         raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {REPACK}") from None
-    if len(array) == 1 and manifest.shape[0] == 3:
-        array = channels(array, 3)
-    elif len(array) == 3 and manifest.shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
-        array = array[:1]  # WebP has no grey
     shape = manifest.shape
+    if len(array) == 1 and shape[0] == 3:
+        array = channels(array, 3)
     if resize.height:
         shape = resize.shape(shape, where)
-    if not fits(array.shape, shape):
-        raise InputError(f"{where}: an image of shape {array.shape}, but {INDEX} says {manifest.shape}: {REPACK}")
+    if array.dtype != manifest.dtype or not fits(array.shape, shape):
+        found = f"{array.dtype} of shape {array.shape}"
+        raise InputError(f"{where}: {found}, but {INDEX} says {manifest.dtype} of {manifest.shape}: {REPACK}")
     if resize.crop:
         array = crop(array, resize.crop, drawn, f"{where}: ")
     return array, _label(sample, manifest, where)
@@ -67,32 +73,39 @@ def _label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
     if text is None:
         return -1
     classes = len(manifest.labels)
-    number = manifest.numbers.get(text, -1) if manifest.label else parse_number(text)
+    if manifest.label:
+        number = manifest.numbers.get(text, -1)
+    else:
+        number = parse_number(text)
     if number < 0 or (classes and number >= classes):
         raise InputError(f"{where}: label {text[:20]!r} is none of the {classes} in {INDEX}: {REPACK}")
     return number
 
 
-def row_numbers(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Numbers:
-    """Uniform numbers in [0, 1) for rows [first, last) of a round: (rows, OTHERS), and WINDOW more a row for `windows`.
+def row_numbers(
+    seed: int,
+    round: int,
+    first: int,
+    last: int,
+) -> Numbers:
+    """Uniform numbers (rows, DRAWN) in [0, 1) for rows [first, last) of a round.
 
     They are Philox's, counted by row, so that those of any rows can be drawn alone. No order of shards has the same
-    streams.
+    stream.
     """
-    streams = {round + 2**63: OTHERS}
-    if windows:
-        streams[round + 3 * 2**62] = WINDOW
-    found = []
-    for stream, count in streams.items():
-        blocks = -(-count // 4)  # of Philox, which counts in fours
-        key = np.array([seed % 2**64, stream], np.uint64)
-        generator: Any = np.random.Philox(key=key, counter=[first * blocks, 0, 0, 0])
-        raw = generator.random_raw(4 * blocks * (last - first)).reshape(-1, 4 * blocks)
-        found.append((raw[:, :count] >> np.uint64(11)) * 2.0**-53)
-    return np.hstack(found)
+    key = np.array([seed % 2**64, round + 2**63], np.uint64)
+    generator: Any = np.random.Philox(key=key, counter=[first, 0, 0, 0])
+    raw = generator.random_raw(DRAWN * (last - first))
+    numbers: Numbers = (raw >> np.uint64(11)) * 2.0**-53
+    return numbers.reshape(-1, DRAWN)
 
 
-def crop(image: Array, size: int, drawn: Numbers | None = None, where: str = "") -> Array:
+def crop(
+    image: Array,
+    size: int,
+    drawn: Numbers | None = None,
+    where: str = "",
+) -> Array:
     """A window (C, size, size) of an image (C, H, W), None: the central one. InputError where the image is smaller."""
     _, height, width = image.shape
     if size > min(height, width):

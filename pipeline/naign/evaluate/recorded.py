@@ -19,7 +19,7 @@ from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.settings.constraints import check_fields
 
-RECORDED = ("path", "index", "split", "size", "fit", "broken")
+RECORDED = ("path", "index", "split", "size", "broken")
 """Settings of data that say how the training's images are read, besides data.crop."""
 
 

@@ -31,7 +31,6 @@ class Tally:
     bytes: int = 0  # received, from a store or a cache
     retries: int = 0  # requests that had to be made again
     reread: int = 0  # bytes read again because their hash was wrong
-    cached: int = 0  # bytes of those received that came from the cache
 
     def add(self, **more: int) -> None:
         with _LOCK[0]:

@@ -157,7 +157,6 @@ def _cost_of_reading(run: Trainer, read: Rows) -> dict[str, float]:
     tally = read.tally
     costs = {
         "data/megabytes": tally.bytes / 1e6,
-        "data/cached_megabytes": tally.cached / 1e6,
         "data/reread_megabytes": tally.reread / 1e6,
         "data/retries": tally.retries,
         "data/skipped": len(read.broken),

@@ -163,7 +163,7 @@ def check_model(config: Config, stream: Stream, prior: Prior) -> None:
 
 def count_codes(config: Config, stream: Stream) -> int:
     """How many codes the prior is fitted to: no image twice where its code is the same."""
-    varied = config.data.flip or config.data.crop or config.data.fit == "random"
+    varied = config.data.flip or config.data.crop
     if varied:
         return config.prior.images
     return min(config.prior.images, stream.order.total)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from naign.data.format.manifest import INDEX, Manifest, Shard, size_problem
+from naign.data.format.manifest import INDEX, Manifest, Shard
 from naign.data.format.pages import table_name
 from naign.data.format.survey import Seen
 from naign.data.format.tars import Problems, compare, read_tars
@@ -40,7 +40,7 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
         size=size,
         title=f"verify {manifest.name}" if progress else "",
     )
-    _, problems = compare(store, summaries)
+    problems = compare(store, summaries).problems
     broken = []
     for shard, summary in zip(manifest.shards, summaries, strict=True):
         for key, reason in summary.broken.items():
@@ -51,15 +51,20 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
         if summary.shard.pages:  # it is there, and a tar
             problems += _differences(shard, summary.shard, store, tables)
     if problems:
-        note = ""
-        if not index and not any(store.exists(name) for name in names):
-            note = f"no shard of {INDEX} is there: if it lies apart from its shards, naign verify SHARDS --index {path}"
-        raise Problems(path, problems, note)
+        remedy = ""
+        if not index and not any(summary.shard.pages for summary in summaries):
+            remedy = f"if the shards lie apart from {INDEX}: naign verify SHARDS --index {path}"
+        raise Problems(path, problems, remedy)
     samples = sum(shard.samples for shard in manifest.shards)
     return Report(samples, len(names), size, broken)
 
 
-def _inspect(manifest: Manifest, sample: dict[str, Any], where: str, _: int) -> Seen:
+def _inspect(
+    manifest: Manifest,
+    sample: dict[str, Any],
+    where: str,
+    _: int,
+) -> Seen:
     """Decode a sample as training does."""
     label = decode(sample, manifest, where)[1]
     if manifest.labels and label < 0:
@@ -67,19 +72,22 @@ def _inspect(manifest: Manifest, sample: dict[str, Any], where: str, _: int) -> 
     return manifest.kind, manifest.shape, set()
 
 
-def _differences(shard: Shard, actual: Shard, store: Store, tables: Store) -> list[str]:
+def _differences(
+    shard: Shard,
+    actual: Shard,
+    store: Store,
+    tables: Store,
+) -> list[str]:
     """How a shard and its page table differ from the manifest."""
-    where = store.url(shard.name)
-    pages = table_name(shard.name)
     problems = []
-    if actual.bytes != shard.bytes:
-        problems.append(size_problem(store, shard))
+    if actual != shard:
+        remedy = "copy it again, or run `naign index --force`"
+        problems.append(f"{store.url(shard.name)}: its sizes or SHA-256 are not those in {INDEX}: {remedy}")
+    pages = table_name(shard.name)
     try:
-        digest = hashlib.sha256(tables.read(pages)).hexdigest()
+        table = tables.read(pages)
     except InputError as error:
         return [*problems, str(error)]
-    if digest != shard.pages:
+    if hashlib.sha256(table).hexdigest() != shard.pages:
         problems.append(f"{tables.url(pages)}: its SHA-256 is not the one in {INDEX}: repack the data set")
-    elif actual.pages != shard.pages:
-        problems.append(f"{where}: its SHA-256 are not those in {pages}: copy it again, or run `naign index --force`")
     return problems

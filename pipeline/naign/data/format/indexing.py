@@ -1,6 +1,7 @@
 """Indexing tars that others wrote."""
 
 import logging
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from naign.data.format.manifest import CHANNELS, FORMS, INDEX, Manifest, Split
 from naign.data.format.pages import table_name
 from naign.data.format.survey import MOST_LABELS, Seen, Summary
 from naign.data.format.tars import KEPT, THREADS, Problems, compare, read_tars
-from naign.data.sample import SUFFIXES
+from naign.data.sample import SUFFIXES, find_suffix
 from naign.errors import InputError
 from naign.storage.base import Store
 from naign.storage.store import check_writable, open_store
@@ -24,6 +25,8 @@ from naign.terminal import busy
 
 log = logging.getLogger("naign.data")
 
+KINDS = dict(zip(FORMS.values(), FORMS, strict=True))
+PATTERN = set("{*?[")  # letters of a pattern
 TEST = ("*test*.tar", "*val*.tar")  # names of tars that are for testing, unless a pattern is given
 
 
@@ -60,7 +63,13 @@ def index(
         keep=target,
         version=f"{chosen.label}, {chosen.sample_check}",
     )
-    manifest = _manifest(path, store, splits, summaries, chosen)
+    manifest = _manifest(
+        path,
+        store,
+        splits,
+        summaries,
+        chosen,
+    )
     with busy("writing the index", shown=progress):
         _write(target, manifest, summaries)
     return manifest
@@ -68,36 +77,43 @@ def index(
 
 def _find_tars(path: str) -> tuple[str, list[str]]:
     """Folder and names of the tars. A pattern of braces alone needs no listing, which a web server cannot give."""
-    folder = path
-    patterns = ["*.tar"]
-    parent, _, last = path.rstrip("/").rpartition("/")
+    folder, _, last = path.rstrip("/").rpartition("/")
     is_folder = "://" not in path and Path(path).expanduser().is_dir()  # its name is not a pattern then
-    if not is_folder and (last.endswith(".tar") or set("{*?[") & set(last)):
-        folder = parent or "."
-        try:
-            patterns = list(dict.fromkeys(braceexpand(last)))
-        except ValueError as error:  # brackets that do not match
-            raise InputError(f"{path}: {error}: write it as {{00000..01023}}.tar") from None
-        if not set("*?[") & set(last):
-            return folder, patterns
-    names = [name for name in open_store(folder).list() if name.endswith(".tar") and _matches(name, patterns)]
+    if is_folder or not (last.endswith(".tar") or PATTERN & set(last)):
+        folder = path
+        last = "*.tar"
+    try:
+        patterns = list(dict.fromkeys(braceexpand(last)))
+    except ValueError as error:  # brackets that do not match
+        raise InputError(f"{path}: {error}: write it as {{00000..01023}}.tar") from None
+    folder = folder or "."
+    if not set("*?[") & set(last):
+        return folder, patterns
+    names = []
+    for name in open_store(folder).list():
+        if name.endswith(".tar") and _matches(name, patterns):
+            names.append(name)
     if not names:
         raise InputError(f"{path}: no .tar there: check the path, and unpack tars that are compressed")
     return folder, names
 
 
-def _matches(name: str, patterns: list[str] | tuple[str, ...]) -> bool:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _split_names(files: list[str], path: str, test: str) -> dict[str, list[str]]:
     """The names of each split. Raises InputError where none is for training, or `test` matches none."""
-    tests = [file for file in files if _matches(file, (test,) if test else TEST)]
-    trains = sorted(set(files) - set(tests), key=files.index)
-    for split, names in (("train", trains), ("test", tests)):
+    splits: dict[str, list[str]] = {"train": [], "test": []}
+    for file in files:
+        split = "test" if _matches(file, (test,) if test else TEST) else "train"
+        splits[split].append(file)
+    for split, names in splits.items():
         if not names and (split == "train" or test):
             raise InputError(f"{path}: none of its {len(files)} tars ({files[0]}, ...) is for {split}: see --test")
-    return {"train": trains, "test": tests} if tests else {"train": trains}
+    if not splits["test"]:
+        del splits["test"]
+    return splits
 
 
 def _inspect(
@@ -109,26 +125,26 @@ def _inspect(
 ) -> Seen:
     """Kind, shape and label of a sample of any data set; pictures from the number `decoded` on only by their header."""
     where = f"{where}, key {sample['__key__']}"
-    suffix = next((suffix for suffix in SUFFIXES["image"] if suffix in sample), "")
+    suffix = find_suffix(sample, "image")
     if not suffix:
         raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
-    form = FORMS["image"]
+    data = sample[suffix]
+    kind = "image"
     try:
         if suffix == "npy":
-            array = read_npy(sample[suffix])
-            form = (str(array.dtype), array.ndim)
+            array = read_npy(data)
             shape = array.shape
+            kind = KINDS.get((str(array.dtype), array.ndim), "")
         elif decoded is None or number < decoded:
-            shape = decode_image(sample[suffix]).shape
+            shape = decode_image(data).shape
         else:
-            shape = header_shape(sample[suffix])
+            shape = header_shape(data)
     except InputError as error:
         remedy = "repack the data set, or index it with --keep-broken and train with --data.broken=skip"
         raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {remedy}") from None
-    kind = next((kind for kind in FORMS if FORMS[kind] == form), "")
     if not kind or (kind == "image" and shape[0] not in CHANNELS):
         wanted = "images are uint8 (1 or 3, H, W), points float32 (D,)"
-        raise InputError(f"{where}: the .npy is {form[0]} of {shape}, but {wanted}: repack the data set")
+        raise InputError(f"{where}: the .npy is {array.dtype} of {shape}, but {wanted}: repack the data set")
     text = label_text(sample, rule, where)
     if text is None:
         return kind, shape, set()
@@ -139,17 +155,25 @@ def _inspect(
 
 
 def _manifest(
-    path: str, store: Store, splits: dict[str, list[str]], summaries: list[Summary], options: IndexOptions
+    path: str,
+    store: Store,
+    splits: dict[str, list[str]],
+    summaries: list[Summary],
+    options: IndexOptions,
 ) -> Manifest:
     """The manifest of the tars. Raises Problems."""
-    read = {summary.shard.name: summary for summary in summaries}
-    together, problems = compare(store, summaries)
+    together = compare(store, summaries)
+    problems = together.problems
+    shards = {}
+    broken = {}
     for summary in summaries:
-        for reason in summary.broken.values():
-            if options.keep_broken:
-                log.warning("kept: %s", reason)
-            else:
-                problems.append(reason)
+        name = summary.shard.name
+        shards[name] = summary.shard
+        if summary.broken and options.keep_broken:
+            broken[name] = list(summary.broken)
+            log.warning("kept: %s", "; ".join(summary.broken.values()))
+        else:
+            problems += summary.broken.values()
     if not problems and not together.kind:
         problems.append(f"{path}: none of its samples can be decoded: repack the data set")
     if options.label and not together.labels:
@@ -163,22 +187,20 @@ def _manifest(
         shape=together.shape,
         dtype=FORMS[together.kind][0],
         labels=_label_names(together.labels, options.label),
-        splits={split: Split.of([read[name].shard for name in names]) for split, names in splits.items()},
+        splits={split: Split.of(map(shards.__getitem__, names)) for split, names in splits.items()},
         dealt=False,
         label=options.label,
-        broken={name: list(summary.broken) for name, summary in read.items() if summary.broken},
+        broken=broken,
     )
     return Manifest.parse(manifest.dump(), where=path)  # raises InputError before anything is replaced
 
 
 def _label_names(texts: set[str], rule: str) -> tuple[str, ...]:
     """The names of labels, in order: all numbers up to the largest in .cls, or the texts that a rule has found."""
-    numbers = {text: parse_number(text) for text in texts}
     if not rule:
-        return tuple(str(number) for number in range(max(numbers.values(), default=-1) + 1))
-    if min(numbers.values()) < 0:
-        return tuple(sorted(texts))
-    return tuple(sorted(texts, key=lambda text: (numbers[text], text)))
+        largest = max(map(int, texts), default=-1)
+        return tuple(map(str, range(largest + 1)))
+    return tuple(sorted(texts, key=lambda text: (parse_number(text), text)))
 
 
 def _write(target: Store, manifest: Manifest, summaries: list[Summary]) -> None:

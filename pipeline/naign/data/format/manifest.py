@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,6 @@ MOST_SAMPLES = 2**40  # of a split
 
 CHANNELS = (1, 3)  # of an image: grey or colour
 FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}  # type and axes of a sample, by kind
-DEFAULTS: dict[str, Any] = {"dealt": True, "label": "", "broken": {}, "without": {}}  # of fields that may be left out
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -43,9 +42,10 @@ class Split:
     shards: tuple[Shard, ...]
 
     @classmethod
-    def of(cls, shards: list[Shard]) -> "Split":
+    def of(cls, shards: Iterable[Shard]) -> "Split":
         """The split of these shards."""
-        return cls(samples=sum(shard.samples for shard in shards), shards=tuple(shards))
+        listed = tuple(shards)
+        return cls(samples=sum(shard.samples for shard in listed), shards=listed)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -66,8 +66,6 @@ class Manifest:
     dealt: bool = True  # each shard is a random subset of its split, as `naign pack` makes them and others do not
     label: str = ""  # where samples have their labels: "" as a number in .cls, or see labels.label_text
     broken: dict[str, list[str]] = field(default_factory=dict)  # by shard, keys that `naign index --keep-broken` found
-    without: dict[str, list[int]] = field(default_factory=dict)
-    """By shard, places of samples in its tar that are left out, ascending: `samples` of the shard counts the others."""
 
     @classmethod
     def load(cls, path: str) -> "Manifest":
@@ -75,12 +73,9 @@ class Manifest:
         store = open_store(path)
         if store.exists(INDEX):
             return cls.parse(store.read(INDEX), where=store.url(INDEX))
-        names = store.list()
-        if names:
-            remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
-            raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
-        pack = f"`naign pack mnist --to {path}`, or of your own pictures `naign pack folder --root DIR --size 64 ...`"
-        raise InputError(f"{path}: no data set here, it is missing or empty: check the path, or make one: {pack}")
+        found = f"{path}: no data set here, it has {len(store.list())} files, but no {INDEX}"
+        pack = f"`naign pack mnist --to {path}` or `naign pack folder --root DIR --size 64 --to {path}`"
+        raise InputError(f"{found}: check the path, or make one: {pack}; `naign index` for tars that others wrote")
 
     @classmethod
     def parse(cls, text: bytes, *, where: str) -> "Manifest":
@@ -92,7 +87,13 @@ class Manifest:
                 manifest = cls(**_converted(fields))
                 _check(manifest)
                 return manifest
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             problem = f"{type(error).__name__}: {error}"
             raise InputError(f"{where}: malformed ({problem}): pack or index the data set again with --force") from None
         remedy = "write it anew with `naign index --force`, or pack the data set again with --force"
@@ -101,7 +102,10 @@ class Manifest:
     @property
     def shards(self) -> list[Shard]:
         """Those of all splits."""
-        return [shard for split in self.splits.values() for shard in split.shards]
+        found = list[Shard]()
+        for split in self.splits.values():
+            found += split.shards
+        return found
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -115,17 +119,9 @@ class Manifest:
             raise InputError(f"data set {self.name} has no split {name!r}, only {', '.join(self.splits)}: {remedy}")
         return self.splits[name]
 
-    def place(self, shard: str, number: int) -> int:
-        """The place in its tar of a sample of a shard by its number, which does not count those that are left out."""
-        left_out = self.without.get(shard, ())
-        return number + bisect_right(range(len(left_out)), number, key=lambda at: left_out[at] - at)
-
     def dump(self) -> bytes:
         """The bytes of index.json."""
         fields = {"format": FORMAT, **asdict(self)}
-        for name, default in DEFAULTS.items():
-            if fields[name] == default:
-                del fields[name]
         return (json.dumps(fields, indent=1) + "\n").encode()
 
 
@@ -151,47 +147,52 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
             shard.pop("sha256", None)  # of the whole tar, which older programs wrote
         shards = tuple(Shard(**shard) for shard in split["shards"])
         splits[name] = Split(samples=split["samples"], shards=shards)
+    fields["splits"] = splits
     for name in ("shape", "labels"):
         if not isinstance(fields[name], list):
             raise TypeError(f"{name} is {fields[name]!r}, not a list")
-    return {**fields, "shape": tuple(fields["shape"]), "labels": tuple(fields["labels"]), "splits": splits}
+        fields[name] = tuple(fields[name])
+    return fields
 
 
 def _check(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for wrong types, values out of range, and contradictions."""
     shape = manifest.shape
-    texts = (manifest.name, manifest.label, *manifest.labels)
-    _demand(FORMS.get(manifest.kind) == (manifest.dtype, len(shape)), "kind, shape and dtype do not go together")
-    _demand(manifest.kind != "image" or shape[0] in CHANNELS, "an image has 1 or 3 channels")
-    lengths = shape[:1] if manifest.kind == "image" and shape[1:] == (0, 0) else shape
+    lengths = shape
+    form = (manifest.dtype, len(shape))
+    _demand(FORMS.get(manifest.kind) == form, "kind, shape and dtype do not go together")
+    if manifest.kind == "image":
+        _demand(shape[0] in CHANNELS, "an image has 1 or 3 channels")
+        if shape[1:] == (0, 0):
+            lengths = shape[:1]
     _demand(all(is_count(length, 1) for length in lengths), "shape is not of positive integers")
     _demand(math.prod(lengths) <= VALUES, f"a sample has more than {VALUES} values")
-    _demand(all(isinstance(text, str) for text in texts), "name, label and labels are not text")
+    _demand(_are_texts([manifest.name, manifest.label, *manifest.labels]), "name, label and labels are not text")
     _demand(len(set(manifest.labels)) == len(manifest.labels), "one label stands twice")
     check_label_rule(manifest.label)
     _demand(type(manifest.dealt) is bool, "dealt is not true or false")
     for keys in manifest.broken.values():
-        _demand(type(keys) is list and all(isinstance(key, str) for key in keys), "broken does not list keys by shard")
-    sizes: dict[str, int] = {}
-    for name, split in manifest.splits.items():
+        _demand(_are_texts(keys), "broken does not list keys by shard")
+    names = set()
+    for split in manifest.splits.values():
         for shard in split.shards:
             _check_shard(shard)
-            _demand(shard.name not in sizes, f"shard {shard.name} is listed twice")
-            sizes[shard.name] = shard.samples
-        total = sum(split.sizes)
-        adds_up = is_count(split.samples, 1) and total == split.samples and total < MOST_SAMPLES
-        _demand(adds_up, f"the samples of the shards of split {name} do not add up to {split.samples!r}")
-    _demand(sizes, "no shards")
-    for name, places in manifest.without.items():
-        ascend = type(places) is list and all(map(is_count, places)) and sorted({*places}) == places != []
-        _demand(ascend and places[-1] < sizes[name] + len(places), f"without does not list places of shard {name!r}")
+            _demand(shard.name not in names, f"shard {shard.name} is listed twice")
+            names.add(shard.name)
+        _demand(is_count(split.samples, 1), "samples is not a whole number")
+        _demand(sum(split.sizes) == split.samples < MOST_SAMPLES, "samples do not add up")
+    _demand(names, "no shards")
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _check_shard(shard: Shard) -> None:
     """Raise ValueError or TypeError for an entry that no shard can have."""
     name = shard.name
-    _demand(name.isprintable() and 0 < len(name.encode()) < 256, f"{name!r} is not the name of a file")
-    _demand(not name.startswith(".") and "/" not in name and "\\" not in name, f"{name!r} leads out of the folder")
+    _demand(re.fullmatch(r"[^./\\][^/\\]*", name), f"{name!r} leads out of the folder")
+    _demand(name.isprintable() and len(name.encode()) < 256, f"{name!r} is not the name of a file")
     _demand(is_count(shard.samples, 1) and is_count(shard.bytes), f"{name}: samples and bytes are not whole numbers")
     _demand(shard.bytes >= SAMPLE_BYTES * shard.samples, f"{name}: its bytes cannot hold its samples")
     _demand(re.fullmatch("[0-9a-f]{64}", shard.pages), f"{name}: pages is not a SHA-256 of 64 hexadecimal digits")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from naign.data import order
-from naign.data.decode import encode, npy_header
+from naign.data.decode import encode
 from naign.data.format.manifest import Shard
 from naign.data.format.tar import TAR_BLOCK
 from naign.storage.base import Writer
@@ -21,7 +21,7 @@ PAGE = 256 << 10
 """Bytes after which a page ends, at the end of a sample. It also ends at each multiple of order.BLOCK samples, so that
 blocks are whole pages. Of samples of 2 KB tables are .15 % of the data, of large ones less than .02 %."""
 
-ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
+ROW = np.dtype({"names": ["sample", "byte", "sha256"], "formats": ["<i8", "<i8", "V32"]})
 """A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""
 
 Table = npt.NDArray[Any]  # (pages + 1,) of ROW
@@ -58,7 +58,8 @@ class Pager:
 
     def start(self, offset: int) -> None:
         """Start a sample at this byte of the tar."""
-        if self.samples % order.BLOCK == 0 or offset - self._pages[-1][1] >= PAGE:
+        begins_block = self.samples % order.BLOCK == 0
+        if begins_block or offset - self._pages[-1][1] >= PAGE:
             self._pages.append((self.samples, offset))
             self._hash_pages()
         self.samples += 1
@@ -78,36 +79,41 @@ class Pager:
         self._pages.append((self.samples, self.end))
         self._hash_pages()
         assert len(self._pages) == 1
-        end = (self.samples, self.end, bytes(32))
-        table = encode(np.array([*self._rows, end], ROW), "npy")
-        digest = hashlib.sha256(table).hexdigest()
-        return Shard(name=name, samples=self.samples, bytes=self.size, pages=digest), table
+        self._rows.append((self.samples, self.end, bytes(32)))
+        table = encode(np.array(self._rows, ROW), "npy")
+        shard = Shard(
+            name=name,
+            samples=self.samples,
+            bytes=self.size,
+            pages=hashlib.sha256(table).hexdigest(),
+        )
+        return shard, table
 
     def _hash_pages(self) -> None:
         """Hash the pages whose bytes are all known, and free these."""
-        while len(self._pages) > 1 and self._pages[1][1] <= self._start + len(self._bytes):
-            sample, first = self._pages.pop(0)
-            last = self._pages[0][1]
-            with memoryview(self._bytes) as known:
-                digest = hashlib.sha256(known[first - self._start : last - self._start]).digest()
+        while len(self._pages) > 1:
+            sample, first = self._pages[0]
+            _, last = self._pages[1]
+            if last > self.size:
+                return
+            del self._pages[0]
+            digest = hashlib.sha256(self.get(first, last)).digest()
             self._rows.append((sample, first, digest))
             self.skip(last)
 
 
-def parse_table(data: bytes | memoryview, *, samples: int, size: int) -> Table:
+def parse_table(data: bytes, *, samples: int, size: int) -> Table:
     """The table in the bytes of a file. Raises ValueError where it is none, or not of such a shard."""
-    rows = (len(data) - len(npy_header((0,), ROW))) // ROW.itemsize  # a header's length is a multiple of 64
-    header = npy_header((max(rows, 0),), ROW)
-    if rows < 2 or data[: len(header)] != header or len(data) != len(header) + rows * ROW.itemsize:
+    header = 10 + int.from_bytes(data[8:10], "little")
+    table: Table = np.frombuffer(data[header:], ROW)
+    if len(table) < 2 or encode(table, "npy") != data:
         raise ValueError("not a page table")
-    table: Table = np.frombuffer(data, ROW, offset=len(header))
     number = table["sample"]
     byte = table["byte"]
-    for column, most in ((number, samples), (byte, size)):
-        if column.min() < 0 or column.max() > most:
-            raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
-    if number[0] != 0 or number[-1] != samples:
-        raise ValueError(f"it is of another shard than one of {samples} samples")
-    if np.diff(number).min() < 1 or np.diff(byte).min() < TAR_BLOCK:
-        raise ValueError("its pages are not in order")
+    block = byte // TAR_BLOCK
+    if number[0] != 0 or number[-1] != samples or byte[0] < 0 or byte[-1] > size:
+        raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
+    for column in (number, block):
+        if (column[1:] <= column[:-1]).any():
+            raise ValueError("its pages are not in order")
     return table

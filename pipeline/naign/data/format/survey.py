@@ -21,41 +21,37 @@ Inspect = Callable[[dict[str, Any], str, int], Seen]
 
 
 @dataclass(kw_only=True)
-class Survey:
-    """Kind, shape and labels of the samples seen so far; all must be of one kind, and all labelled or none."""
+class Summary:
+    """What was read of one tar, or of several; also written to a file, so that an interrupted call can continue."""
 
-    kind: str = ""
-    shape: tuple[int, ...] = ()  # (C, 0, 0) of pictures that differ in size
+    shard: Shard = Shard(name="", samples=0, bytes=0, pages="")
+    table: bytes = b""  # the file of its page table
+    kind: str = ""  # of all samples
+    shape: tuple[int, ...] = ()  # of all samples; (C, 0, 0) of pictures that differ in size
     labels: set[str] = field(default_factory=set)  # as they are written; empty where no sample has one
+    broken: dict[str, str] = field(default_factory=dict)  # keys of samples that cannot be used, and why
+    problems: list[str] = field(default_factory=list)
 
-    def add(self, kind: str, shape: tuple[int, ...], labels: set[str], where: str) -> None:
-        """Add a sample and its label, or samples that are alike. Raises InputError where they are unlike the others."""
+    def add(self, seen: Seen, where: str) -> None:
+        """Add a sample, or samples that are alike; it is a problem if they are unlike the others."""
+        kind, shape, labels = seen
         if not self.kind:
             self.kind = kind
             self.shape = shape
             self.labels = set(labels)
         if kind != self.kind or (kind == "point" and shape != self.shape):
-            raise InputError(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {ALIKE}")
-        if bool(labels) != bool(self.labels):
+            self.problems.append(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {ALIKE}")
+        elif bool(labels) != bool(self.labels):
             what = "a label" if labels else "no label"
-            raise InputError(f"{where}: {what}, unlike others: {ALIKE}")
-        if shape != self.shape:  # grey pictures are read as colour where others have it
-            sides = shape[1:] if shape[1:] == self.shape[1:] else (0, 0)
-            self.shape = (max(shape[0], self.shape[0]), *sides)
-        self.labels |= labels
+            self.problems.append(f"{where}: {what}, unlike others: {ALIKE}")
+        else:
+            channels, *size = self.shape
+            if size != [*shape[1:]]:
+                size = [0, 0]
+            self.shape = (max(shape[0], channels), *size)  # grey ones are read as colour among others
+            self.labels |= labels
         if len(self.labels) > MOST_LABELS:
             raise InputError(f"{where}: more than {MOST_LABELS} labels are not classes: choose others with --label")
-
-
-@dataclass(kw_only=True)
-class Summary:
-    """What was read of one tar; also written to a file, so that an interrupted call can continue."""
-
-    shard: Shard
-    table: bytes  # the file of its page table
-    survey: Survey
-    broken: dict[str, str]  # keys of samples that cannot be used, and why
-    problems: list[str]
 
     def dump(self, version: str) -> bytes:
         """The bytes of its file; `version` says what was read, and how."""
@@ -69,12 +65,11 @@ class Summary:
             fields = json.loads(data)
             if fields.pop("version") != version:
                 return None
-            survey = Survey(**fields.pop("survey"))
-            survey.shape = tuple(survey.shape)
-            survey.labels = set(survey.labels)
-            shard = Shard(**fields.pop("shard"))
-            table = bytes.fromhex(fields.pop("table"))
-            return cls(shard=shard, table=table, survey=survey, **fields)
+            fields["shard"] = Shard(**fields["shard"])
+            fields["table"] = bytes.fromhex(fields["table"])
+            fields["shape"] = tuple(fields["shape"])
+            fields["labels"] = set(fields["labels"])
+            return cls(**fields)
         except (AttributeError, KeyError, TypeError, ValueError):  # cut, or of another version of naign
             return None
 
@@ -82,48 +77,35 @@ class Summary:
 def summarize(store: Store, name: str, inspect: Inspect) -> Summary:
     """Read every byte of a tar. What is wrong with it, or with single samples, is in `problems` and `broken`."""
     where = store.url(name)
-    survey = Survey()
     pager = Pager()
     keys: set[str] = set()
-    broken: dict[str, str] = {}
-    problems: list[str] = []
+    summary = Summary(shard=Shard(name=name, samples=0, bytes=0, pages=""))
     try:
         for number, sample in enumerate(scan(store, name, pager)):
             key = sample["__key__"]
             if key in keys:
-                problems.append(f"{where}, key {key}: twice, or its members are apart: repack the data set")
+                summary.problems.append(f"{where}, key {key}: twice, or its members are apart: repack the data set")
             keys.add(key)
             try:
-                kind, shape, labels = inspect(sample, where, number)
+                seen = inspect(sample, where, number)
             except InputError as error:
-                broken[key] = str(error)
-                continue
-            try:
-                survey.add(kind, shape, labels, f"{where}, key {key}")
-            except InputError as error:
-                problems.append(str(error))
-        problems += _end_problems(pager, where)
-        shard, table = pager.shard(name)
+                summary.broken[key] = str(error)
+            else:
+                summary.add(seen, f"{where}, key {key}")
+        _check_end(pager, where)
     except InputError as error:  # missing, or not a tar from some byte on
-        problems.append(str(error))
-        shard = Shard(name=name, samples=0, bytes=0, pages="")
-        table = b""
-    return Summary(
-        shard=shard,
-        table=table,
-        survey=survey,
-        broken=broken,
-        problems=problems,
-    )
+        summary.problems.append(str(error))
+        return summary
+    summary.shard, summary.table = pager.shard(name)
+    return summary
 
 
-def _end_problems(pager: Pager, where: str) -> list[str]:
-    """What is wrong with the end of a tar."""
+def _check_end(pager: Pager, where: str) -> None:
+    """Raise InputError for what is wrong with the end of a tar."""
     if not pager.samples:
-        return [f"{where}: holds no samples: remove it"]
+        raise InputError(f"{where}: holds no samples: remove it")
     rest = pager.get(pager.after, pager.size)
     if len(rest) < 2 * TAR_BLOCK:  # cut between two samples it reads as if whole
-        return [f"{where}: ends in the middle: no end-of-archive mark: copy it again"]
+        raise InputError(f"{where}: ends in the middle: no end-of-archive mark: copy it again")
     if rest.strip(b"\0"):
-        return [f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them"]
-    return []
+        raise InputError(f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them")

@@ -40,7 +40,13 @@ def members(read: Read, where: str = "the tar", *, hashed: bool = False) -> Iter
             if not hashed:
                 _check_sum(header)
             size = _octal(header[124:136])
-            member: Member | None = _file(read, _text(header[:100]), begin, begin + TAR_BLOCK, size)
+            member: Member | None = _file(
+                read,
+                _text(header[:100]),
+                begin,
+                begin + TAR_BLOCK,
+                size,
+            )
         else:
             member = _extended(read, begin, where)
         if member is None:
@@ -49,7 +55,13 @@ def members(read: Read, where: str = "the tar", *, hashed: bool = False) -> Iter
         begin = member.end
 
 
-def _file(read: Read, name: str, begin: int, start: int, size: int) -> Member:
+def _file(
+    read: Read,
+    name: str,
+    begin: int,
+    start: int,
+    size: int,
+) -> Member:
     """The file with `size` bytes of data from `start` on."""
     last = start + size
     end = start + -(-size // TAR_BLOCK) * TAR_BLOCK
@@ -77,7 +89,13 @@ def _extended(read: Read, begin: int, where: str) -> Member | None:
         start += TAR_BLOCK
         if kind not in EXTENDED:
             break
-        extension = _file(read, "", begin, start, size)
+        extension = _file(
+            read,
+            "",
+            begin,
+            start,
+            size,
+        )
         start = extension.end
         found |= _keywords(kind, extension.data or b"")
     name = found.get("path") or _name(header)
@@ -85,7 +103,13 @@ def _extended(read: Read, begin: int, where: str) -> Member | None:
         raise InputError(f"{where}: {name} is a link or sparse: repack it with the files")
     if kind in NOT_FILES:
         return Member(name, begin, start, None)
-    member = _file(read, name, begin, start, int(found.get("size", size)))
+    member = _file(
+        read,
+        name,
+        begin,
+        start,
+        int(found.get("size", size)),
+    )
     if kind in FILES:
         return member
     return member._replace(data=None)
@@ -122,17 +146,17 @@ def _keywords(kind: bytes, data: bytes) -> dict[str, str]:
     if kind == b"K":  # the name that a link leads to
         return {}
     if kind == b"L":  # GNU's long name
-        return {"path": data.rstrip(b"\0").decode(errors="surrogateescape")}
+        return {"path": _text(data)}
     values: dict[str, str] = {}
     at = 0
     while at < len(data) and data[at]:
-        digits, space, _ = data[at : at + 20].partition(b" ")
-        if not space or not digits.isdigit() or not int(digits):
+        digits, _, _ = data[at : at + 20].partition(b" ")
+        if not digits.isdigit() or not int(digits):
             raise tarfile.ReadError("invalid header")
-        end = at + int(digits)
-        keyword, _, value = data[at + len(digits) + 1 : end - 1].partition(b"=")
+        record = data[at + len(digits) + 1 : at + int(digits) - 1]
+        keyword, _, value = record.partition(b"=")
         values[keyword.decode(errors="replace")] = value.decode(errors="surrogateescape")
-        at = end
+        at += int(digits)
     if not values.get("size", "0").isdecimal():
         raise tarfile.ReadError("invalid header")
     if kind == b"g" and values.keys() & {"path", "size"}:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
 
-from naign.data.format.survey import Inspect, Summary, Survey, summarize
+from naign.data.format.survey import Inspect, Summary, summarize
 from naign.errors import InputError, Unavailable
 from naign.storage.base import Store
 from naign.storage.store import open_store
@@ -24,14 +24,18 @@ PROBLEMS = 20  # how many problems a message lists
 class Problems(InputError):
     """The problems of a data set; the message lists the first of them."""
 
-    def __init__(self, path: str, problems: list[str], note: str = "") -> None:
-        lines = [f"{path}: {len(problems)} problems"]
-        lines += [f"  {problem}" for problem in problems[:PROBLEMS]]
+    def __init__(
+        self,
+        path: str,
+        problems: list[str],
+        note: str = "",
+    ) -> None:
+        text = f"{path}: {len(problems)} problems"
+        for problem in problems[:PROBLEMS]:
+            text += f"\n  {problem}"
         if len(problems) > PROBLEMS:
-            lines.append(f"  and {len(problems) - PROBLEMS} more")
-        if note:
-            lines.append(note)
-        super().__init__("\n".join(lines))
+            text += f"\n  and {len(problems) - PROBLEMS} more"
+        super().__init__(f"{text}\n{note}".rstrip())
         self.problems = problems
 
 
@@ -55,18 +59,26 @@ def read_tars(
     # Paths, not stores: these know the sizes of many tars, and each task would be sent all of them.
     to = keep.path if keep else ""
     parallel = Parallel(workers, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
-    results = parallel(delayed(_summary)(store.path, name, inspect, to, version) for name in names)
+    results = parallel(
+        delayed(_summary)(
+            store.path,
+            name,
+            inspect,
+            to,
+            version,
+        )
+        for name in names
+    )
+    shown = tqdm(
+        results,
+        desc=title,
+        total=len(names),
+        unit="tar",
+        disable=None if title else True,  # None: where stderr is not a terminal
+    )
     try:
         with closing(results):
-            return list(
-                tqdm(
-                    results,
-                    desc=title,
-                    total=len(names),
-                    unit="tar",
-                    disable=None if title else True,
-                )
-            )
+            return list(shown)
     except BrokenProcessPool:
         killed = "a process that reads tars was killed, for its memory perhaps, or could not start"
         raise Unavailable(f"{killed}: try again; `naign index` continues with the tars not read yet") from None
@@ -96,17 +108,12 @@ def _summary(
     return summary
 
 
-def compare(store: Store, summaries: list[Summary]) -> tuple[Survey, list[str]]:
-    """The survey of all tars, and their problems: in single tars, and where they do not go together."""
-    together = Survey()
-    problems: list[str] = []
+def compare(store: Store, summaries: list[Summary]) -> Summary:
+    """What all tars hold together, with their problems: in single tars, and where they do not go together."""
+    together = Summary()
     for summary in summaries:
-        problems += summary.problems
-        survey = summary.survey
-        if not survey.kind:
-            continue
-        try:
-            together.add(survey.kind, survey.shape, survey.labels, store.url(summary.shard.name))
-        except InputError as error:
-            problems.append(str(error))
-    return together, problems
+        together.problems += summary.problems
+        if summary.kind:
+            seen = (summary.kind, summary.shape, summary.labels)
+            together.add(seen, store.url(summary.shard.name))
+    return together

@@ -2,7 +2,7 @@
 
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
@@ -15,6 +15,8 @@ from naign.storage.base import Store
 
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # WebDataset's own; importing it loads torch
 
+_METADATA = re.compile(r"__([^/]*)__(/|\Z)")  # the first part of a name
+
 File = tuple[str, str, bytes]  # key, suffix and data of a member
 
 
@@ -24,10 +26,10 @@ def samples(page: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _files(page: bytes) -> Iterator[File]:
-    for name, _, _, data in members(lambda first, last: page[first:last], hashed=True):
-        split = key_and_suffix(name)
-        if split and data is not None:
-            yield *split, data
+    for member in members(lambda first, last: page[first:last], hashed=True):
+        split = key_and_suffix(member.name)
+        if split and member.data is not None:
+            yield *split, member.data
 
 
 def grouped(files: Iterable[File], where: str = "") -> Iterator[dict[str, Any]]:
@@ -43,43 +45,37 @@ def grouped(files: Iterable[File], where: str = "") -> Iterator[dict[str, Any]]:
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:
     """Key and suffix of a member's name, as WebDataset splits it; None where WebDataset ignores the member."""
-    first = name.partition("/")[0]
-    if len(first) >= 4 and first.startswith("__") and first.endswith("__"):
+    if _METADATA.match(name):
         return None
     match = _KEY_AND_SUFFIX.fullmatch(name)
     return match and (match[1], match[2].lower())
 
 
-def scan(
-    store: Store, name: str, pager: Pager, advance: Callable[[int], object] = lambda _: None
-) -> Iterator[dict[str, Any]]:
-    """The samples of a shard. `pager` measures all its bytes, and `advance` gets the size of each piece of them.
-    Raises InputError where they are not an uncompressed tar or end early, or a sample has two members of a suffix.
+def scan(store: Store, name: str, pager: Pager) -> Iterator[dict[str, Any]]:
+    """The samples of a shard. `pager` measures all its bytes. Raises InputError where they are not an uncompressed tar
+    or end early, or a sample has two members of a suffix.
     """
     where = store.url(name)
     with closing(store.pieces(name)) as pieces:
-
-        def more() -> bool:
-            data = next(pieces, b"")
-            advance(pager.write(data))
-            return bool(data)
-
         try:
-            yield from grouped(_measured(pager, more, where), f"{where}, ")
-            while more():
-                pass
+            yield from grouped(_measured(pager, pieces, where), f"{where}, ")
+            for data in pieces:
+                pager.write(data)
         except InputError:
             raise
         except (tarfile.TarError, ValueError) as error:
             raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
 
 
-def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[File]:
-    """The files of a shard's samples. `more` writes bytes to `pager`, which is told where samples start and end."""
+def _measured(pager: Pager, pieces: Iterator[bytes], where: str) -> Iterator[File]:
+    """The files of a shard's samples. The pieces go to `pager`, which is told where samples start and end."""
 
     def read(first: int, last: int) -> bytes:
-        while pager.size < last and more():
-            pass
+        while pager.size < last:
+            data = next(pieces, b"")
+            if not data:
+                break
+            pager.write(data)
         return pager.get(first, last)
 
     previous = None
@@ -99,4 +95,4 @@ def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[Fi
         yield key, suffix, member.data
         pager.end = member.end
     if not pager.after:
-        raise tarfile.ReadError("it begins with zeros" if pager.size else "empty file")
+        raise tarfile.ReadError("empty file, or it begins with zeros")

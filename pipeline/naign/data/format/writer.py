@@ -1,6 +1,7 @@
 """Packing a source into WebDataset shards, which stream into their store as they are made."""
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import BinaryIO, NamedTuple, cast
@@ -21,7 +22,7 @@ from naign.storage.store import open_store
 
 SHARDS = 16  # shards a split at least, unless given: enough readers for a machine or two
 SHARD_BYTES = 64 << 20  # decoded bytes a shard at most, unless given: long enough reads, short enough retries
-ENCODINGS = ("png", "jpg", "webp", "npy")  # of images: jpg trades exactness for space, npy space for speed
+ENCODINGS = ("png", "jpg", "npy")  # of images: jpg trades exactness for space, npy space for speed
 
 
 class _Planned(NamedTuple):
@@ -40,7 +41,7 @@ def pack(
     shards: int | None = None,  # a split; None: 16, or as many as keep a shard under 64 MiB decoded
     encoding: str = "png",  # of images: one of ENCODINGS
     seed: int = 0,  # of the order in which samples are dealt to shards
-    force: bool = False,  # replace what is there, once the whole source was decoded
+    force: bool = False,  # delete what is there first
     progress: bool = True,  # bar on stderr
 ) -> tuple[Manifest, bool]:
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
@@ -57,26 +58,20 @@ def pack(
     target = open_store(to)
     made: dict[str, list[Shard]] = {split: [] for split in source.splits}
     with _undone_on_error(target) as written:
-        if force and target.list():
-            for planned in _counted(plan, "check", source.name, progress):
-                _write(planned, suffix, io.BytesIO())
+        if force:
             _clear(target, source)
-        old = None
-        if target.exists(INDEX):
-            old = Manifest.parse(target.read(INDEX), where=target.url(INDEX))
-        refusal = f"{to} already holds {'another data set' if old else 'shards of another set'}"
-        refusal += ": choose another folder, or replace it with --force"
         present = target.list()
-        for planned in _counted(plan, "pack", source.name, progress):
+        old = None
+        if INDEX in present:
+            old = Manifest.parse(target.read(INDEX), where=target.url(INDEX))
+        refusal = f"{to} already holds another data set: choose another folder, or replace it with --force"
+        hidden = None if progress else True  # None: where stderr is not a terminal
+        for planned in tqdm(plan, desc=f"pack {source.name}", unit="shard", disable=hidden):
             name = planned.name
             if name in present:
                 copy = io.BytesIO()
                 shard, table = _write(planned, suffix, copy)
-                if table_name(name) in present:
-                    same = target.size(name) == shard.bytes and target.read(table_name(name)) == table
-                else:
-                    same = target.read(name) == copy.getvalue()
-                if not same:
+                if _differs(target, name, copy.getvalue()):
                     raise InputError(refusal)
             else:
                 with target.write(name) as stream:
@@ -85,6 +80,8 @@ def pack(
             if table_name(name) not in present:
                 written.append(table_name(name))
                 target.put(table_name(name), table)
+            elif _differs(target, table_name(name), table):
+                raise InputError(refusal)
             made[planned.split].append(shard)
         manifest = Manifest(
             name=source.name,
@@ -94,18 +91,14 @@ def pack(
             labels=source.labels,
             splits={split: Split.of(listed) for split, listed in made.items()},
         )
+        if old and manifest != old:
+            raise InputError(refusal)
         if old:
-            if manifest != old:
-                raise InputError(refusal)
             return manifest, False
     if target.exists(INDEX):
         raise Conflict(f"{to}: another program packed a data set there: take another folder, or replace it by --force")
     target.put(INDEX, manifest.dump())
     return manifest, True
-
-
-def _counted(plan: list[_Planned], what: str, name: str, progress: bool) -> "tqdm[_Planned]":
-    return tqdm(plan, desc=f"{what} {name}", unit="shard", disable=None if progress else True)
 
 
 def _plan(source: Source, shards: int | None, seed: int) -> Iterator[_Planned]:
@@ -114,13 +107,13 @@ def _plan(source: Source, shards: int | None, seed: int) -> Iterator[_Planned]:
         samples = len(examples)
         if not samples:
             raise InputError(f"{source.name}: the {split} split is empty: give more images")
-        if shards is None:
-            size = samples * int(np.prod(source.shape)) * np.dtype(FORMS[source.kind][0]).itemsize
+        count = shards
+        if count is None:
+            dtype, _ = FORMS[source.kind]
+            size = samples * math.prod(source.shape) * np.dtype(dtype).itemsize
             count = min(samples, max(SHARDS, -(-size // SHARD_BYTES)))
-        elif 1 <= shards <= samples:
-            count = shards
-        else:
-            raise InputError(f"cannot deal {samples} {split} samples to {shards} shards: use --shards 1 to {samples}")
+        if not 1 <= count <= samples:
+            raise InputError(f"cannot deal {samples} {split} samples to {count} shards: use --shards 1 to {samples}")
         order = shuffled(samples, seed)  # cut evenly, so that every shard is a random subset
         for number, (first, last) in enumerate(parts(0, samples, count)):
             yield _Planned(split, f"{split}-{number:05d}.tar", examples, order[first:last])
@@ -142,12 +135,17 @@ def _write(planned: _Planned, suffix: str, target: Writer) -> tuple[Shard, bytes
     return pager.shard(planned.name)
 
 
+def _differs(target: Store, name: str, data: bytes) -> bool:
+    return target.size(name) != len(data) or target.read(name) != data
+
+
 def _clear(target: Store, source: Source) -> None:
     """Delete the index, and with it the data set; then the files of the source's splits."""
     target.delete(INDEX)
     for name in target.list():
         stem, _, suffix = name.partition(".")
-        if suffix in ("tar", "pages.npy") and stem.rpartition("-")[0] in source.splits:
+        split, _, _ = stem.rpartition("-")
+        if split in source.splits and suffix in ("tar", "pages.npy"):
             target.delete(name)
 
 
@@ -159,9 +157,10 @@ def _undone_on_error(target: Store) -> Iterator[list[str]]:
     with lock:
         try:
             yield names
-        except InputError as error:
+        except Conflict:
+            raise
+        except InputError:
             for name in names:
                 with suppress(InputError):  # the first error is the one to report
-                    if not isinstance(error, Conflict):
-                        target.delete(name)
+                    target.delete(name)
             raise

@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from naign.data.decode import Array
-from naign.data.resize import Resize, channels, parse_size, resized
-from naign.data.sources.source import BrokenPicture, Example, Made, Source, draw_test
+from naign.data.order import shuffled
+from naign.data.resize import Resize, parse_size, resized
+from naign.data.resize import channels as to_channels
+from naign.data.sources.source import BrokenPicture, Example, Made, Source
 from naign.errors import InputError
 
 log = logging.getLogger(__name__)
 
+TEST_SHARE = 0.1  # of the pictures, where there is no folder test/
 WINDOWS = ("Thumbs.db", "desktop.ini")  # files that Windows leaves in folders of pictures
 
 
@@ -32,39 +34,13 @@ class Picture(NamedTuple):
         return ""
 
 
-class Form(NamedTuple):
-    """What pictures become."""
-
-    resize: Resize
-    channels: int
-
-    @classmethod
-    def parse(cls, size: str | int, count: int) -> "Form":
-        """Of --size, such as 64 or 48x64, and --channels."""
-        if count not in (1, 3):
-            raise InputError(f"no {count} channels: use --channels 1 or 3")
-        height, width = parse_size(str(size), "--size")
-        return cls(Resize(height=height, width=width), count)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.channels, self.resize.height, self.resize.width
-
-    def read(self, data: bytes, where: str) -> Array:
-        """The largest central window of an upright picture, resized, (C, height, width) uint8. Raises BrokenPicture."""
-        try:
-            return np.ascontiguousarray(channels(resized(data, self.resize), self.channels))
-        except InputError as error:
-            raise BrokenPicture(f"{where}: {error}") from None
-
-
 def from_tree(
+    _: str,
     root: Path,
-    *,
     size: str | int,
     channels: int,
-    seed: int = 0,
-    skip: bool = False,
+    seed: int,
+    skip: bool,
 ) -> Source:
     """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside), with
     `size` pixels a side, or height x width as 48x64, and 3 channels (colour) or 1 (grey).
@@ -73,7 +49,10 @@ def from_tree(
     split. Names that start with a dot and WINDOWS are passed over, and with `skip` files of no picture are left out
     when they are packed. Raises InputError, naming the file, for broken links and folders that cannot be read.
     """
-    form = Form.parse(size, channels)
+    if channels not in (1, 3):
+        raise InputError(f"no {channels} channels: use --channels 1 or 3")
+    height, width = parse_size(str(size), "--size")
+    resize = Resize(height=height, width=width)
     pictures = _find_pictures(root)
     if len(pictures) < 2:
         raise InputError(f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path")
@@ -83,16 +62,22 @@ def from_tree(
     if "" in names:
         labels = []
         if len(names) > 1:
-            inside = ", ".join(sorted(names - {""}))
-            log.warning("no labels: pictures lie in %s, others in no folder; move these into one for labels", inside)
+            log.warning("no labels: some pictures lie in folders, others in none; move these into one for labels")
     made = {}
     for split, group in splits.items():
-        make = partial(_make, group, _keys(group), labels, form)
+        make = partial(
+            _make,
+            group,
+            _keys(group),
+            labels,
+            resize,
+            channels,
+        )
         made[split] = Made(length=len(group), make=make, skip=skip)
     return Source(
         name="folder",
         kind="image",
-        shape=form.shape,
+        shape=(channels, height, width),
         labels=tuple(labels),
         splits=made,
     )
@@ -102,16 +87,21 @@ def _make(
     pictures: list[Picture],
     keys: list[str],
     labels: list[str],
-    form: Form,
+    resize: Resize,
+    channels: int,
     index: int,
 ) -> Example:
+    """An example: the largest central window of an upright picture, resized. Raises BrokenPicture."""
     picture = pictures[index]
     where = _printable(str(picture.file))
+    label = labels.index(picture.top) if labels else -1
     try:
-        data = picture.file.read_bytes()
+        pixels = resized(picture.file.read_bytes(), resize)
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror}): check its owner and mode") from None
-    return keys[index], form.read(data, where), labels.index(picture.top) if labels else -1
+    except InputError as error:
+        raise BrokenPicture(f"{where}: {error}") from None
+    return keys[index], np.ascontiguousarray(to_channels(pixels, channels)), label
 
 
 def _find_pictures(root: Path) -> list[Picture]:
@@ -127,14 +117,14 @@ def _find_pictures(root: Path) -> list[Picture]:
         folder = Path(name)
         inner[:] = [name for name in inner if not name.startswith(".")]
         for link in map(folder.joinpath, inner):
-            if link.is_symlink() and link.resolve() in [above.resolve() for above in (folder, *folder.parents)]:
+            above = (folder, *folder.parents)
+            if link.is_symlink() and any(map(link.samefile, above)):
                 raise InputError(f"{link}: a link that leads back to a folder above it: remove it")
         for file in map(folder.joinpath, files):
             if file.name.startswith((".", *WINDOWS)):
                 continue
             if not file.is_file():
-                what = "neither file nor folder, or a link that leads to none"
-                raise InputError(f"{file}: {what}: remove it, or put the file itself there")
+                raise InputError(f"{file}: neither file nor folder, or a link that leads to none: remove it")
             pictures.append(Picture(file, PurePosixPath(file.relative_to(root))))
     return sorted(pictures)
 
@@ -144,15 +134,20 @@ def _printable(text: str) -> str:
 
 
 def _split(pictures: list[Picture], root: Path, seed: int) -> dict[str, list[Picture]]:
-    """The pictures of each split."""
-    if not ((root / "train").is_dir() and (root / "test").is_dir()):
-        train, test = draw_test(len(pictures), seed)
-        return {"train": [pictures[index] for index in train], "test": [pictures[index] for index in test]}
+    """The pictures of each split, in order."""
     splits: dict[str, list[Picture]] = {"train": [], "test": []}
+    if not ((root / "train").is_dir() and (root / "test").is_dir()):
+        few = max(1, round(TEST_SHARE * len(pictures)))
+        tests = set(shuffled(len(pictures), seed)[:few])
+        for index, picture in enumerate(pictures):
+            split = "test" if index in tests else "train"
+            splits[split].append(picture)
+        return splits
     for picture in pictures:
         if picture.top not in splits:
             raise InputError(f"{_printable(str(picture.file))}: lies beside train/ and test/: move it into one of them")
-        splits[picture.top].append(Picture(picture.file, picture.path.relative_to(picture.top)))
+        path = picture.path.relative_to(picture.top)
+        splits[picture.top].append(Picture(picture.file, path))
     for split, group in splits.items():
         if not group:
             raise InputError(f"{root}: {split}/ holds no pictures: put some there, or remove it")
@@ -164,11 +159,11 @@ def _keys(pictures: list[Picture]) -> list[str]:
     keys: dict[str, None] = {}
     for picture in pictures:
         shown = _printable(str(picture.path.with_suffix("")))
-        base = "/".join(part.replace(".", "_").lstrip("_") or "_" for part in shown.split("/"))
-        key = base
+        parts = [part.replace(".", "_").lstrip("_") or "_" for part in shown.split("/")]
+        key = "/".join(parts)
         number = 1
         while key in keys:
             number += 1
-            key = f"{base}_{number}"
+            key = f"{'/'.join(parts)}_{number}"
         keys[key] = None
     return list(keys)

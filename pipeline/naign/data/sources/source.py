@@ -10,7 +10,6 @@ from naign.errors import InputError
 
 log = logging.getLogger("naign.data")
 
-TEST_SHARE = 0.1  # of the examples, where a source has no test split of its own
 SUBSET = 2  # stream of random numbers that neither packing nor toys have: with theirs it would be an order, not chance
 
 Example = tuple[str, Array, int]  # key, array, label (-1 for none)
@@ -61,19 +60,17 @@ class Source:
 
 def labelled(keys: Sequence[str], arrays: Array, labels: Array) -> Made:
     """The examples of an array, with their keys and labels."""
-    return Made(length=len(keys), make=lambda row: (keys[row], arrays[row], int(labels[row])))
+
+    def make(row: int) -> Example:
+        return keys[row], arrays[row], int(labels[row])
+
+    return Made(length=len(keys), make=make)
 
 
 def numbered(split: str, arrays: Array, labels: Array) -> Made:
     """The examples of an array, whose keys are the split and a number."""
-    return labelled([f"{split}-{row:05d}" for row in range(len(arrays))], arrays, labels)
-
-
-def draw_test(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers below `count` for training and, drawn by the seed, a tenth of them for testing; each ascending."""
-    order = shuffled(count, seed)
-    few = max(1, round(TEST_SHARE * count))
-    return sorted(order[few:]), sorted(order[:few])
+    keys = [f"{split}-{row:05d}" for row in range(len(arrays))]
+    return labelled(keys, arrays, labels)
 
 
 def subset(source: Source, count: int, *, seed: int = 0) -> Source:

@@ -17,17 +17,12 @@ Points = npt.NDArray[Any]  # (count, 2) float64
 Labels = npt.NDArray[np.int64]  # (count,)
 
 
-def moons(label: Labels, random: np.random.Generator) -> Points:
-    """Two interleaving half circles of radius 0.6, angle uniform."""
-    sign = 1 - 2 * label  # +1 upper arc, -1 lower
-    points: Points = sign[:, None] * (_circle(0.6, random.uniform(0, np.pi, len(label))) - [0.3, 0.15])
-    return points
-
-
 def spirals(label: Labels, random: np.random.Generator) -> Points:
     """Two arms, r = 0.9 sqrt(u), angle 3 pi sqrt(u) (+ pi), u uniform."""
     root = np.sqrt(random.uniform(0, 1, len(label)))
-    return _circle(0.9 * root[:, None], 3 * np.pi * root + np.pi * label)
+    radius = 0.9 * root[:, None]
+    angle = 3 * np.pi * root + np.pi * label
+    return _circle(radius, angle)
 
 
 def gaussians(label: Labels, random: np.random.Generator) -> Points:
@@ -37,21 +32,25 @@ def gaussians(label: Labels, random: np.random.Generator) -> Points:
 
 def gaussians25(label: Labels, random: np.random.Generator) -> Points:
     """25 centres on a grid of 5 x 5 that reaches from -0.8 to 0.8."""
-    return 0.4 * np.stack([label % 5, label // 5], axis=1) - 0.8
+    cells = np.stack([label % 5, label // 5], axis=1)
+    return 0.4 * cells - 0.8
 
 
 def ring(label: Labels, random: np.random.Generator) -> Points:
     """The circle of radius 0.7 itself, angle uniform: a manifold whose distance is known everywhere."""
-    return _circle(0.7, random.uniform(0, 2 * np.pi, len(label)))
+    angle = random.uniform(0, 2 * np.pi, len(label))
+    return _circle(0.7, angle)
 
 
 def _circle(radius: float | Points, angle: Points) -> Points:
-    points: Points = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    directions = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    points: Points = radius * directions
     return points
 
 
-DISTRIBUTIONS: dict[str, tuple[int, float, Callable[[Labels, np.random.Generator], Points]]] = {
-    "moons": (2, 0.03, moons),
+Place = Callable[[Labels, np.random.Generator], Points]
+
+DISTRIBUTIONS: dict[str, tuple[int, float, Place]] = {
     "spirals": (2, 0.02, spirals),
     "gaussians": (8, 0.06, gaussians),
     "gaussians25": (25, 0.03, gaussians25),
@@ -63,28 +62,27 @@ DISTRIBUTIONS: dict[str, tuple[int, float, Callable[[Labels, np.random.Generator
 def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], Labels]:
     """`count` points (count, 2) float32 and the part each came from, (count,) int64. InputError for an unknown name."""
     if name not in DISTRIBUTIONS:
-        names = ", ".join(f"toy2d:{known}" for known in DISTRIBUTIONS)
-        raise InputError(f"no toy data set {name!r}: choose one of {names}")
+        raise InputError(f"no toy data set {name!r}: choose toy2d: with one of {', '.join(DISTRIBUTIONS)}")
     parts, deviation, place = DISTRIBUTIONS[name]
     key = np.array([seed % 2**64, STREAM], np.uint64)
     random = np.random.Generator(np.random.Philox(key=key))
     labels = random.integers(parts, size=count)
-    points = place(labels, random) + random.normal(0, deviation, (count, 2))
+    points = place(labels, random)
+    points = points + random.normal(0, deviation, (count, 2))
     return points.astype(np.float32), labels
 
 
 def toy2d(name: str, seed: int = 0) -> Source:
     """A distribution as a source, 50,000 points to train and 10,000 to test, drawn together. Raises InputError."""
     points, labels = draw(name, TRAIN + TEST, seed=seed)
-    splits = {
-        "train": numbered("train", points[:TRAIN], labels[:TRAIN]),
-        "test": numbered("test", points[TRAIN:], labels[TRAIN:]),
-    }
-    names = tuple(f"part {number}" for number in range(DISTRIBUTIONS[name][0]))
+    parts, _, _ = DISTRIBUTIONS[name]
     return Source(
         name=f"toy2d:{name}",
         kind="point",
         shape=(2,),
-        labels=names,
-        splits=splits,
+        labels=tuple(f"part {number}" for number in range(parts)),
+        splits={
+            "train": numbered("train", points[:TRAIN], labels[:TRAIN]),
+            "test": numbered("test", points[TRAIN:], labels[TRAIN:]),
+        },
     )
