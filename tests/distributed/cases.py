@@ -13,7 +13,7 @@ from naign.distributed.ranks import part, together
 from naign.match import assign
 from naign.match.matcher import Match, MatchConfig, match_round
 from naign.model.networks import ConvConfig, build_network
-from naign.model.prior import PriorConfig, build_prior
+from naign.model.prior import LatentsConfig, build_latents
 from tests.match.problems import draw
 
 
@@ -43,11 +43,11 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
-    prior = build_prior(PriorConfig(name="halves"), (1, 8, 8), network)
+    latents = build_latents(LatentsConfig(name="halves"), (1, 8, 8))
 
     @torch.inference_mode()
     def sample(ids: Tensor) -> Tensor:
-        return network(prior.draw(1, 2, ids, "cpu"))
+        return network(latents.draw(1, 2, ids, "cpu"))
 
     assign.NEIGHBOURS = 2  # so few that images ask again
     images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
