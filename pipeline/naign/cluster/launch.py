@@ -122,9 +122,7 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
             wanted = options.gpus
             if place.orchestrator == "Slurm" and not options.engine:
                 wanted = wanted or place.processes  # the GPUs of this node that are the job's
-            on_gpus = require_gpus(wanted, processes, engine)
-            if on_gpus and place.hosts * processes > 1:
-                _record_collectives(Path(config.run.path))
+            require_gpus(wanted, processes, engine)
             if _is_done(config, place):
                 say(f"nothing left to do: the run in {config.run.remote or config.run.path} is done")
                 return Outcome.DONE
@@ -156,7 +154,6 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
                     code, killed = await _watch(ranks, links, asked)
             hosts.note_training(time.monotonic() - begun, timeout=config.train.timeout)
             code = await _end(code, killed, links, config, place, asked)
-            _send_collectives(Path(config.run.path), config.run.remote)
             if asked or not place.is_replaced or not links.may_meet_again(code):
                 return code
             links.close()
@@ -216,26 +213,6 @@ async def _end(code: int, killed: bool, links: Links, config: Any, place: Place,
         if links.codes.get(0) != Outcome.DONE:
             code = Outcome.INTERRUPTED if asked else Outcome.PEER_LOST
     return code
-
-
-def _record_collectives(run: Path) -> None:
-    """Have torch write each rank's newest collectives to nccl/rank_N in `run` if NCCL hangs, or as the user set it."""
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{run.absolute()}/nccl/rank_")
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-
-
-def _send_collectives(run: Path, remote: str) -> None:
-    """Copy what ranks left in nccl/ to the run's bucket, if there is one: a pod's disk is lost with it."""
-    from naign.storage.store import open_store
-
-    if not remote:
-        return
-    try:
-        for file in run.glob("nccl/*"):
-            open_store(f"{remote}/nccl").put(file.name, file.read_bytes())
-    except (InputError, Unavailable, OSError) as error:
-        say(f"{run}/nccl is not copied to {remote}: {error}")
 
 
 def _is_done(config: Any, place: Place) -> bool:

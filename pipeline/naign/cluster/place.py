@@ -1,4 +1,4 @@
-"""This host's place in its job, from the variables that Kubernetes, Kubeflow or Slurm set."""
+"""This host's place in its job, from the variables that Kubernetes or Slurm set."""
 
 import re
 import subprocess
@@ -26,15 +26,14 @@ class Place:
     @property
     def is_replaced(self) -> bool:
         """Whether the orchestrator replaces a host that is lost while the others stay."""
-        return self.orchestrator in ("Kubernetes", "Kubeflow")
+        return self.orchestrator == "Kubernetes"
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
     """This host's place, from the first orchestrator whose variables are set.
 
     - Kubernetes: an Indexed Job's JOB_COMPLETION_INDEX, beside NAIGN_HOSTS, NAIGN_HEAD (the name of the first pod) and
-      NAIGN_START (the Job's uid), which k8s/job.yaml sets.
-    - Kubeflow Trainer v2, or whoever sets torchrun's options: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR.
+      NAIGN_START (the Job's uid), which the manifests in k8s/ set.
     - Slurm: one task of `srun` a node. A batch script that calls no srun is alone, on its one node.
 
     Without any of them the host is alone. Raises InputError where variables are missing or contradictory.
@@ -47,8 +46,6 @@ def find_place(environ: Mapping[str, str]) -> Place:
             head=_text(environ, "NAIGN_HEAD"),
             start=environ.get("NAIGN_START", ""),
         )
-    elif "PET_NNODES" in environ:
-        place = _of_kubeflow(environ)
     elif "SLURM_PROCID" in environ:
         place = _of_slurm(environ)
     elif "JOB_COMPLETION_INDEX" in environ:
@@ -63,22 +60,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
         counted = f"{place.orchestrator} says that this is host {place.index} of {place.hosts}, counted from 0"
         remedy = "make NAIGN_HOSTS, or completions and parallelism of the Job, the number of hosts everywhere"
         raise InputError(f"{counted}: {remedy}")
-    if place.processes > RANKS:
-        raise InputError(f"{place.processes} ranks on this host: at most {RANKS} are possible")
     return place
-
-
-def _of_kubeflow(environ: Mapping[str, str]) -> Place:
-    hosts = _number(environ, "PET_NNODES")
-    has_number = environ.get("PET_NPROC_PER_NODE", "auto").isdecimal()
-    return Place(
-        orchestrator="Kubeflow",
-        index=_number(environ, "PET_NODE_RANK", default="0" if hosts == 1 else ""),
-        hosts=hosts,
-        head=environ.get("PET_MASTER_ADDR", "localhost"),
-        start=environ.get("NAIGN_START", ""),
-        processes=_number(environ, "PET_NPROC_PER_NODE") if has_number else 0,
-    )
 
 
 def _of_slurm(environ: Mapping[str, str]) -> Place:

@@ -3,19 +3,15 @@
 import importlib.util
 import os
 import shutil
-import socket
-import time
-from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, check_cuda_p2p_ib_support
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
 from naign.distributed.host import check_bf16, check_gpus, check_versions, count_ranks, why_unfit
-from naign.errors import InputError, PeerLost
+from naign.errors import InputError
 
 
 def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: int = 1) -> Accelerator:
@@ -130,32 +126,12 @@ def choose_precision(on_cpu: bool) -> str:
 
 
 def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
-    """Initialize the process group over a store that rank 0 opens: at MASTER_PORT, or on a port of its own where the
-    launcher's store has that port (torchrun, accelerate launch). That one, which survives restarts and keeps addresses
-    of dead ranks, then only publishes the port.
+    """Initialize the process group over the store at MASTER_ADDR and MASTER_PORT: rank 0's, or the launcher's
+    (torchrun, accelerate launch), which survives restarts and keeps the addresses of dead ranks.
     """
-    host = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    rank = int(os.environ["RANK"])
-    world = int(os.environ["WORLD_SIZE"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        store = TCPStore(host, port, world, is_master=rank == 0, timeout=connecting, wait_for_workers=False)
-    elif rank == 0:
-        store = TCPStore(host, 0, world, is_master=True, timeout=connecting, wait_for_workers=False)
-        launcher = TCPStore(host, port, world, is_master=False, timeout=connecting)
-        launcher.set("port", str(store.port))
-    else:
-        launcher = TCPStore(host, port, world, is_master=False, timeout=connecting)
-        end = time.monotonic() + connecting.total_seconds()
-        while True:
-            port = int(launcher.get("port"))
-            with suppress(OSError):  # a port that refuses connections is an earlier attempt's
-                socket.create_connection((host, port), timeout=5).close()
-                break
-            if time.monotonic() > end:
-                raise PeerLost(f"rank {rank} waited {connecting} for rank 0, on {host}")
-            time.sleep(0.1)
-        store = TCPStore(host, port, world, is_master=False, timeout=connecting)
+    store, rank, world = next(dist.rendezvous("env://", timeout=connecting))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=collective)
 
 

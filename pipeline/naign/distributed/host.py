@@ -2,24 +2,19 @@
 
 import ctypes
 import importlib.util
-import logging
 import os
 import pkgutil
 import runpy
 import sys
-import time
 from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import NoReturn
 
 import joblib
-import psutil
 import torch
 
 from naign import shipped
 from naign.errors import InputError, Unavailable, one_line
-
-log = logging.getLogger("naign.distributed")
 
 MAY_PASS = ("CUDA driver initialization failed", "CUDA unknown error", "No CUDA GPUs are available")
 """Parts of what torch says where GPUs or their driver are out of order: another host, or a reboot, may help."""
@@ -57,33 +52,6 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
     elif launched or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, joblib.cpu_count() // count_ranks()))
-
-
-def warn_of_others(seconds: float = 0.2) -> None:
-    """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on:
-    threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says).
-    """
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return
-    ranks = count_ranks()
-    cores = joblib.cpu_count()
-    before = time.process_time()
-    shares = psutil.cpu_percent(seconds, percpu=True)
-    ours = (time.process_time() - before) / seconds  # of threads that read ahead
-    allowed = _allowed_cores()
-    busy = max(0.0, sum(share for core, share in enumerate(shares) if core in allowed) / 100 - ours)
-    if threads * ranks > cores - busy + 0.5:
-        fewer = max(1, round(cores - busy) // ranks)
-        slower = "threads that wait for one another may train many times slower than fewer would"
-        log.warning(f"other programs keep {busy:.1f} of {cores} cores busy: {slower}, try --train.threads={fewer}")
-
-
-def _allowed_cores() -> set[int]:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
 
 
 def keep_memory() -> None:

@@ -6,7 +6,7 @@ checkpoint holds no more. Another package adds one as an entry point of the grou
 
 import math
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,21 +34,38 @@ class Muon(Optimizer):
 
     def __init__(self, parameters: list[Tensor], *, lr: float, betas: Any, weight_decay: float, **_: Any) -> None:
         super().__init__(parameters, {"lr": lr})
-        self._views = {value: value.detach().flatten(1) if value.ndim > 1 else value for value in parameters}
-        matrices = [view for view in self._views.values() if view.ndim > 1]
-        vectors = [view for view in self._views.values() if view.ndim < 2]
-        muon: Any = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-        kinds = ((muon, matrices), (partial(AdamW, betas=betas), vectors))
-        self._parts: list[Optimizer] = [kind(some, weight_decay=weight_decay) for kind, some in kinds if some]
+        self._views: dict[Tensor, Tensor] = {}  # of each matrix or kernel, as a matrix
+        vectors = []
+        for value in parameters:
+            if value.ndim > 1:
+                self._views[value] = value.detach().flatten(1)
+            else:
+                vectors.append(value)
+        self._parts: list[Optimizer] = []
+        if self._views:
+            matrices: Any = self._views.values()
+            self._parts.append(
+                torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            )
+        if vectors:
+            self._parts.append(AdamW(vectors, betas=betas, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for value, view in self._views.items():
-            view.grad = None if value.grad is None else value.grad.flatten(1) if view.ndim > 1 else value.grad
+            if value.grad is not None:
+                view.grad = value.grad.flatten(1)
+            else:
+                view.grad = None
+        states: dict[Tensor, Any] = {}
         for part in self._parts:
             part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
             part.step()
-            self.state |= {value: part.state[view] for value, view in self._views.items() if view in part.state}
+            states |= part.state
+        for value in self.param_groups[0]["params"]:
+            kept = states.get(self._views.get(value, value))
+            if kept is not None:
+                self.state[value] = kept
 
 
 Build = Callable[..., Optimizer]

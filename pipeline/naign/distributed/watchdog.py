@@ -14,12 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple, Self
 
-from torch._C import _distributed_c10d as c10
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -67,7 +63,6 @@ class Watchdog:
         self._say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         self._store: Store | None = None
         self._seen: dict[int, Seen] = {}  # of the other ranks
-        self._collectives = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")  # where torch writes them, before the rank
         self._lost = ""  # why the last exchange with the store failed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -90,8 +85,6 @@ class Watchdog:
     def __enter__(self) -> Self:
         self._since = time.monotonic()
         self._devnull = os.open(os.devnull, os.O_WRONLY)
-        with suppress(OSError):  # where there is no such file
-            os.makedirs(os.path.dirname(self._collectives), exist_ok=True)
         self._thread.start()
         return self
 
@@ -146,9 +139,6 @@ class Watchdog:
                 with suppress(Exception):
                     stream.flush()
             faulthandler.dump_traceback(file=2)
-            if self._collectives:  # last, since it may hang as the device does
-                dump = "_dump_nccl_trace" if hasattr(c10, "_dump_nccl_trace") else "_dump_fr_trace"
-                Path(f"{self._collectives}{self._rank}").write_bytes(getattr(c10, dump)())
         finally:
             os._exit(FAILED)
 
@@ -165,7 +155,7 @@ class Watchdog:
         self._store = None  # one that failed, or still hangs, is not used again
         try:
             # In a thread: the store's own timeout does not cover a host that vanished.
-            swapped = in_background(lambda: swap(store or connect(), key, text, others), "watchdog's store")
+            swapped = in_background(lambda: swap(store, key, text, others), "watchdog's store")
             self._store, posts = swapped.result(PATIENCE)
         except Exception as error:
             self._lost = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -186,27 +176,16 @@ def exit_after(seconds: float, *, file: int) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=file)
 
 
-def connect() -> Store:
-    """The store of the process group, over a new connection where it is a TCPStore."""
-    store = c10d._get_default_store()
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    if isinstance(store, TCPStore):
-        # TCPStore would keep trying where nobody listens any more.
-        socket.create_connection((store.host, store.port), PATIENCE).close()
-        patience = timedelta(seconds=PATIENCE)
-        store = TCPStore(store.host, store.port, is_master=False, timeout=patience, wait_for_workers=False)
-    return PrefixStore("watchdog", store)
-
-
-def swap(store: Store, key: str, text: str, others: list[str]) -> tuple[Store, dict[int, bytes]]:
-    """Set this rank's post. Returns the store, and the posts of those other ranks that have one."""
+def swap(store: Store | None, key: str, text: str, others: list[str]) -> tuple[Store, dict[int, bytes]]:
+    """Set this rank's post in the store, over a new connection if None. Returns the store, and the others' posts."""
+    if store is None:
+        store = PrefixStore("watchdog", c10d._get_default_store().clone())
     store.set(key, text)
-    if others and not store.check(others):  # reading a missing key would block
-        others = [key for key in others if store.check([key])]
-    if not others:
-        return store, {}
-    return store, dict(zip(map(int, others), store.multi_get(others), strict=True))
+    posts = {}
+    for other in others:
+        if store.check([other]):  # reading a missing key would block
+            posts[int(other)] = store.get(other)
+    return store, posts
 
 
 def describe(rank: int, world: int, mine: Post, seen: Mapping[int, Seen], *, silence: float, lost: str = "") -> str:
