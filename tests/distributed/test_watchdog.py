@@ -1,7 +1,6 @@
 """A rank that makes no progress ends itself and says for whom it waited; one that makes some is left alone."""
 
 import json
-import pickle
 import re
 import subprocess
 import sys
@@ -40,13 +39,13 @@ def program(text: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def two_ranks(case: str, folder: Path, **more: str) -> Iterator[list[subprocess.Popen[str]]]:
+def two_ranks(case: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Both ranks of a case of tests/distributed/watchdog_cases.py, which are killed in the end."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, f"watchdog_cases.{case}", str(folder), "60", "[]"],
-            env=forked(**address, RANK=str(rank), **more),
+            env=forked(**address, RANK=str(rank)),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -80,15 +79,6 @@ def test_a_rank_that_is_late_is_named_by_the_one_that_waits(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_waits_leaves_its_newest_collectives(tmp_path):
-    with two_ranks("late", tmp_path, TORCH_FR_DUMP_TEMP_FILE=f"{tmp_path}/nccl/rank_") as (waiting, _):
-        verdict(waiting)
-    entries = pickle.loads((tmp_path / "nccl/rank_0").read_bytes())["entries"]  # as torchfrtrace reads them
-    assert entries[-1]["profiling_name"] == "gloo:all_reduce" and not entries[-1]["retired"]
-    assert "watchdog_cases.py" in str(entries[-1]["frames"])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("case", "phase"), [("frozen", "match"), ("killed", "take")])
 def test_a_rank_that_is_frozen_or_was_killed_is_silent(case, phase, tmp_path):
     with two_ranks(case, tmp_path) as (waiting, _):
@@ -102,16 +92,8 @@ def test_a_rank_that_is_frozen_or_was_killed_is_silent(case, phase, tmp_path):
 def test_the_store_goes_with_the_rank_that_holds_it(tmp_path):
     with two_ranks("holder_killed", tmp_path) as (_, waiting):
         mine = verdict(waiting)[0]
-    assert mine.startswith("rank 1 has made no progress for 2 s in match of round 12")
+    assert re.match(r"rank 1 has made no progress for \d+ s in match of round 12", mine)
     assert "the store cannot be reached (" in mine and mine.endswith("): rank 0, which holds it, is gone")
-
-
-@pytest.mark.slow
-def test_a_rank_that_left_is_named(tmp_path):
-    with two_ranks("left", tmp_path) as (waiting, _):
-        mine, other = verdict(waiting)
-    assert mine.startswith("rank 0 has made no progress for 2 s in match of round 12")
-    assert other.startswith("  rank 1 in take of round 12") and other.endswith(": LEFT")
 
 
 @pytest.mark.slow
@@ -197,12 +179,11 @@ def post(
     *,
     beats: int = 5,
     idle: float = 600,
-    state: str = "at work",
     ago: float = 2,
     unchanged: float = 0,
 ) -> Seen:
     first = time.monotonic() - ago
-    return Post(**place, beats=beats, idle=idle, host="xyz", state=state), first, first + unchanged
+    return Post(**place, beats=beats, idle=idle, host="xyz"), first, first + unchanged
 
 
 HERE = "in match of round 12, beat 5, last progress 602 s ago, host xyz"
@@ -234,13 +215,6 @@ STALLED = "rank 0 has made no progress for 600 s in match of round 12, beat 5"
             ["rank 2 in take of round 12, beat 5, last progress 3 s ago, host xyz: BEHIND", f"rank 1 {HERE}"],
         ),
         (
-            lambda: {1: post(MATCH, beats=4), 2: post(MATCH, beats=3)},  # rank 1 may wait for rank 2 as well
-            [
-                "rank 2 in match of round 12, beat 3, last progress 602 s ago, host xyz: BEHIND",
-                "rank 1 in match of round 12, beat 4, last progress 602 s ago, host xyz: BEHIND",
-            ],
-        ),
-        (
             lambda: {1: post(MATCH, beats=3), 2: post(TAKE, beats=9)},  # the phase comes before the beats
             [
                 "rank 2 in take of round 12, beat 9, last progress 602 s ago, host xyz: BEHIND",
@@ -248,14 +222,6 @@ STALLED = "rank 0 has made no progress for 600 s in match of round 12, beat 5"
             ],
         ),
         (lambda: {1: post(MATCH)}, ["rank 2 MISSING, never heard of", f"rank 1 {HERE}"]),
-        (
-            lambda: {1: post(FIT, state="left"), 2: post(MATCH, state="left")},  # rank 1 was done, so not it
-            [f"rank 2 {HERE}: LEFT", f"rank 1 {AFTER}"],
-        ),
-        (
-            lambda: {1: post(MATCH, state="ended", ago=40, unchanged=40), 2: post(MATCH)},  # waited, as we do
-            ["rank 1 in match of round 12, beat 5, last progress 640 s ago, host xyz", f"rank 2 {HERE}"],
-        ),
         (lambda: {1: post(FIT), 2: post(MATCH)}, [f"rank 2 {HERE}", f"rank 1 {AFTER}"]),  # only this one is behind
     ],
 )

@@ -56,16 +56,6 @@ def holder_killed(rank: int, world: int) -> None:
     time.sleep(60)
 
 
-def left(rank: int, world: int) -> None:
-    """Rank 1 is out of the context but still there."""
-    watchdog = begin(rank, world, 2)
-    if rank:
-        watchdog.__exit__(None, None, None)
-        time.sleep(60)
-    watchdog.enter("match", 12)
-    time.sleep(60)
-
-
 def slow(rank: int, world: int) -> None:
     """Both make progress and part in good order."""
     with Watchdog(rank=rank, world=world, timeout=1, every=0.2) as watchdog:

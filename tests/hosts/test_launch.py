@@ -93,7 +93,6 @@ def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr("naign.storage.retry.ATTEMPTS", 1, raising=False)
     monkeypatch.setattr(launch, "REACH", 0.0)
 
 

@@ -7,7 +7,6 @@ import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,17 +159,8 @@ def take_over(remote: str) -> str:
     """Become the only process that may write to the bucket, and log who was. Returns the claim for `check_claim`."""
     before = _owner(remote)
     if before:
-        log.info(
-            "%s: the earlier start of this run on %s at %s can no longer upload",
-            remote,
-            before["host"],
-            before["since"],
-        )
-    owner = {
-        "claim": uuid.uuid4().hex,
-        "host": socket.gethostname(),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+        log.info("%s: the earlier start of this run on %s can no longer upload", remote, before["host"])
+    owner = {"claim": uuid.uuid4().hex, "host": socket.gethostname()}
     open_store(remote).put(OWNER, json.dumps(owner).encode())
     return owner["claim"]
 
@@ -179,13 +169,13 @@ def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if another process has called `take_over` since."""
     owner = _owner(remote)
     if owner and owner["claim"] != claim:
-        later = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
+        later = f"{remote} was taken over by a run that started later (on {owner['host']})"
         raise Conflict(f"{later}: this one exits and writes no more to it; give each run its own --run.remote")
 
 
 def _owner(remote: str) -> dict[str, str]:
-    """The claim, host and start of the process that may write to the bucket; {} if it is missing or unreadable."""
+    """The claim and host of the process that may write to the bucket; {} if the file is missing or unreadable."""
     found = read_object(remote, OWNER)
-    if found.keys() >= {"claim", "host", "since"}:
-        return {key: printable(str(value)) for key, value in found.items()}
-    return {}
+    if "claim" not in found or "host" not in found:
+        return {}
+    return {"claim": str(found["claim"]), "host": printable(str(found["host"]))}

@@ -218,21 +218,18 @@ async def _end(code: int, killed: bool, links: Links, config: Any, place: Place,
 def _is_done(config: Any, place: Place) -> bool:
     """Whether the run is finished: in its bucket or, for one of several hosts, in the folder that they share.
 
-    Raises Unavailable where the bucket does not answer for REACH seconds.
+    Raises Unavailable where the bucket does not answer for REACH seconds; its server may still be starting.
     """
+    from naign.storage.retry import give_up_after
     from naign.training.run_folder import is_done
 
     kept = config.run.remote
     if not kept and place.hosts > 1:
         kept = str(Path(config.run.path).absolute())  # shared, or its ranks are refused
-    end = time.monotonic() + REACH  # the bucket's server may still be starting
-    while kept:
-        try:
+    if not kept:
+        return False
+    try:
+        with give_up_after(REACH):
             return is_done(replace(config, run=replace(config.run, remote=kept)))
-        except Unavailable as error:
-            reason = str(error).partition(". Check ")[0]
-            if time.monotonic() > end:
-                problem = f"run.remote cannot be reached: {reason}"
-                raise Unavailable(f"{problem}; check its name and AWS_ENDPOINT_URL") from None
-            say(f"waiting for {kept}: {reason}")
-    return False
+    except Unavailable as error:
+        raise Unavailable(f"run.remote cannot be reached: {error}") from None

@@ -9,12 +9,19 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, check_cuda_p2p_ib_support
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from naign.distributed.host import check_bf16, check_gpus, check_versions, count_ranks, why_unfit
+from naign.distributed.host import check_bf16, check_gpus, count_ranks, why_unfit
 from naign.errors import InputError
 
 
-def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: int = 1) -> Accelerator:
+def build_accelerator(
+    timeout: float = 600,
+    *,
+    precision: str = "",
+    accumulate: int = 1,
+) -> Accelerator:
     """The Accelerator that the launcher's configuration asks for, over gloo where there is no GPU. Collective.
 
     A rank waits `timeout` seconds for the others before it fails. `precision` is fp32, bf16, fp16, auto
@@ -36,7 +43,6 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
     if deepspeed:
         _check_deepspeed(on_cpu)
     _forget_settings(sharded=world > 1, deepspeed=deepspeed)
-    check_versions("torch")
     mixed = _mixed_precision(precision, on_cpu=on_cpu, deepspeed=deepspeed)
     backend = "gloo" if on_cpu else "nccl"
     connecting = timedelta(seconds=timeout + 60)
@@ -129,9 +135,9 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
     """Initialize the process group over the store at MASTER_ADDR and MASTER_PORT: rank 0's, or the launcher's
     (torchrun, accelerate launch), which survives restarts and keeps the addresses of dead ranks.
     """
-    store, rank, world = next(dist.rendezvous("env://", timeout=connecting))
+    store, rank, world = next(rendezvous("env://", timeout=connecting))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}", store)
+    store = PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=collective)
 
 
@@ -147,7 +153,6 @@ def _check_deepspeed(on_cpu: bool) -> None:
         raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    check_versions("deepspeed")
     if on_cpu:
         from naign.distributed.zero import compile_communication
 

@@ -21,7 +21,13 @@ def adamw(parameters: list[Tensor], *, fused: bool, **settings: Any) -> Optimize
     return AdamW(parameters, **settings, fused=fused or None)
 
 
-def adafactor(parameters: list[Tensor], *, lr: float, weight_decay: float, **_: Any) -> Optimizer:
+def adafactor(
+    parameters: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    **_: Any,
+) -> Optimizer:
     """torch's: `lr` is relative to the RMS of each weight, and at most 1 / sqrt(step). arXiv 1804.04235."""
     return Adafactor(parameters, lr=lr, weight_decay=weight_decay)
 
@@ -32,7 +38,15 @@ class Muon(Optimizer):
     (arXiv 2502.16982). Weights must be contiguous.
     """
 
-    def __init__(self, parameters: list[Tensor], *, lr: float, betas: Any, weight_decay: float, **_: Any) -> None:
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        *,
+        lr: float,
+        betas: Any,
+        weight_decay: float,
+        **_: Any,
+    ) -> None:
         super().__init__(parameters, {"lr": lr})
         self._views: dict[Tensor, Tensor] = {}  # of each matrix or kernel, as a matrix
         vectors = []
@@ -76,9 +90,17 @@ OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": Muon, "adafactor": adafa
 def find_optimizer(name: str) -> Build:
     """The function that builds the optimizer of that name; InputError for an unknown one, or if a trial of it fails."""
     build = lookup("train.optimizer", name, OPTIMIZERS, "naign.optimizers")
-    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2,), (2, 2), (2, 2, 1, 1))]
+    weights = []
+    for dimensions in (1, 2, 4):
+        weights.append(nn.Parameter(torch.zeros([2] * dimensions)))
     try:
-        made: object = build(weights, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=False)
+        made: object = build(
+            weights,
+            lr=1e-3,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            fused=False,
+        )
         require((isinstance(made, Optimizer), f"it returns a {type(made).__name__}"))
     except Exception as error:  # whatever another package's function may raise
         raise InputError(f"train.optimizer '{name}' cannot be built: {one_line(error)}: fix its package") from None

@@ -63,7 +63,14 @@ class LocalStore(Store):
         self._seen[name] = status.st_size
         return Stat(status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
 
-    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+    def read(
+        self,
+        name: str,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        fresh: bool = False,
+    ) -> bytes:
         with self._explained(name), (self._folder / name).open("rb", buffering=0) as stream:
             stream.seek(first)
             data = stream.readall() if last is None else stream.read(last - first)
@@ -73,7 +80,12 @@ class LocalStore(Store):
         self.tally.add(bytes=len(data))
         return data
 
-    def pieces(self, name: str, first: int = 0, last: int | None = None) -> Generator[bytes]:
+    def pieces(
+        self,
+        name: str,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Generator[bytes]:
         end = self.size(name) if last is None else last
         for start in range(first, end, PIECE):
             yield self.read(name, start, min(start + PIECE, end))

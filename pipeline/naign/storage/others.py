@@ -49,7 +49,14 @@ class OtherStore(NetworkStore):
         version = answer["e_tag"] or f"W/{answer['last_modified']}-{answer['size']}"
         return Stat(answer["size"], version)
 
-    def _range(self, name: str, version: str, first: int, last: int, piece: int) -> Iterator[bytes]:
+    def _range(
+        self,
+        name: str,
+        version: str,
+        first: int,
+        last: int,
+        piece: int,
+    ) -> Iterator[bytes]:
         options: Any = {"range": (first, last)}
         if not version.startswith("W/"):  # a weak ETag never matches
             options["if_match"] = version
