@@ -118,9 +118,14 @@ def test_an_object_that_changes_while_it_is_read(
 
 def test_no_such_bucket(place: str) -> None:
     store = open_store(f"{place}-none/there")
-    for ask in (store.list, lambda: store.put("a", b""), lambda: store.put("a", DATA)):
-        with pytest.raises(InputError, match=f"{place}-none/there/a?: (there is no bucket|no such object)"):
+    said = "(there is no bucket|no such object)"
+    if place.startswith("s3:"):
+        said = "there is no bucket .*-none: make it first, or check the path, AWS_ENDPOINT_URL"
+    for ask in (lambda: store.put("a", b""), lambda: store.put("a", DATA)):
+        with pytest.raises(InputError, match=f"{place}-none/there/a: {said}"):
             ask()
+    with pytest.raises(InputError, match=f"{place}-none/there/: there is no bucket"):
+        store.list()
     assert not store.exists("a")
 
 
@@ -160,10 +165,8 @@ def test_google_through_faults(google: str, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("gs://", "no bucket: write gs://bucket/prefix"),
         ("az:c/data", "az:c/data: write az://bucket/prefix"),
-        ("az://c/a/../b", "an empty, '.' or '..' part"),
         ("gs://me:secret@example.org/data", "gs://: the address holds a user"),
         ("abfs://c:secret@acc.dfs.core.windows.net/data", "abfs://: the address has a user, password"),
-        ("az://c/data?sv=2023&sig=secret", "az://: the address holds a user or a password, or a query"),
         ("gs://a bucket/data", "gs://: the address has a user, password or query, or no plain name"),
     ],
 )

