@@ -50,7 +50,17 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
         return network(latents.draw(1, 2, ids, "cpu"))
 
     assign.NEIGHBOURS = 2  # so few that images ask again
-    images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
+    images, _ = share(
+        draw(
+            7,
+            360,
+            1,
+            8,
+            8,
+        ).tanh(),
+        rank,
+        world,
+    )
     config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
     return match_round(images, sample, config)
 
@@ -79,10 +89,7 @@ class Narrower(errors.Damaged):
 
 RAISED: dict[str, tuple[Exception | None, Exception | None]] = {
     "one": (None, errors.Damaged("damaged")),
-    "conflict": (None, errors.Conflict("conflict")),
     "diverged": (errors.Diverged("diverged"), None),
-    "lost": (None, errors.PeerLost("lost")),
-    "out of reach": (None, errors.Unavailable("out of reach")),
     "stopped": (errors.Stopped(), None),
     "a subclass of another module": (None, Narrower("narrower")),
     "2 before 75": (errors.Stopped(), errors.Damaged("damaged")),

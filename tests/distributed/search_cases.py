@@ -50,7 +50,13 @@ def answers(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             part = candidates[first:last]
             blocks = Blocks(rows=last - first, make=lambda a, b, part=part: part[a:b], size=(64, 1000)[turn % 2])
             method = ("flat", "bounded")[(number + turn) % 2]
-            result = search(queries[low:high], blocks, first, method=method, neighbours=3)
+            result = search(
+                queries[low:high],
+                blocks,
+                first,
+                method=method,
+                neighbours=3,
+            )
             found[f"{name}, {share.__name__}"] = (torch.arange(low, high), result.distances, result.ids)
     return found
 
@@ -152,12 +158,29 @@ def stopped(rank: int, world: int) -> dict[str, Any]:
                 if fail:
                     raise OSError("the disk is gone")
                 os.kill(os.getpid(), signal.SIGTERM)
-            return draw(int(ids[0]), len(ids), 1, 2, 2)
+            return draw(
+                int(ids[0]),
+                len(ids),
+                1,
+                2,
+                2,
+            )
 
         first, last = even(30, rank, world)
         config = MatchConfig(round=30, ratio=samples / 30, block=2)
         try:
-            match_round(draw(rank, last - first, 1, 2, 2), sample, config, look)
+            match_round(
+                draw(
+                    rank,
+                    last - first,
+                    1,
+                    2,
+                    2,
+                ),
+                sample,
+                config,
+                look,
+            )
         except (Stopped, OSError, RuntimeError) as error:
             assert not isinstance(error, Stopped) or stop.left <= 600  # the time limit is every rank's
             return type(error).__name__, len(made)

@@ -14,7 +14,15 @@ def four_cores(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("asked", "local", "threads"), [(0, 1, 4), (0, 3, 1), (0, 9, 1), (3, 1, 3)])
+@pytest.mark.parametrize(
+    ("asked", "local", "threads"),
+    [
+        (0, 1, 4),
+        (0, 3, 1),
+        (0, 9, 1),
+        (3, 1, 3),
+    ],
+)
 def test_cores_are_shared_among_ranks(asked, local, threads, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -186,6 +186,12 @@ def post(
     return Post(**place, beats=beats, idle=idle, host="xyz"), first, first + unchanged
 
 
+def told(posts: dict[int, Seen], *, world: int = 3, lost: str = "") -> list[str]:
+    """The lines of what rank 0 says."""
+    mine = post(MATCH)[0]
+    return describe(0, world, mine, posts, silence=17, lost=lost).split("\n  ")
+
+
 HERE = "in match of round 12, beat 5, last progress 602 s ago, host xyz"
 BEFORE = "in take of round 12, beat 5, last progress 602 s ago, host xyz"
 AFTER = "in fit of round 12, beat 5, last progress 602 s ago, host xyz"
@@ -226,21 +232,24 @@ STALLED = "rank 0 has made no progress for 600 s in match of round 12, beat 5"
     ],
 )
 def test_the_message_has_a_line_a_rank_the_missing_first_then_the_hindmost(posts, rows):
-    assert describe(0, 3, post(MATCH)[0], posts(), silence=17).split("\n  ") == [STALLED, *rows]
+    assert told(posts()) == [STALLED, *rows]
 
 
 def test_alone_it_names_no_others():
-    assert describe(0, 1, post(MATCH)[0], {}, silence=17) == STALLED
+    assert told({}, world=1) == [STALLED]
 
 
 def test_a_long_list_is_cut():
-    said = describe(0, 20, post(MATCH)[0], {rank: post(TAKE) for rank in range(1, 20)}, silence=17)
-    assert "rank 8 in take" in said and "rank 9" not in said and said.endswith("\n  and 11 more")
+    posts = {}
+    for rank in range(1, 20):
+        posts[rank] = post(TAKE)
+    said = told(posts, world=20)
+    assert said[8].startswith("rank 8 in take")
+    assert said[9:] == ["and 11 more"]
 
 
 def test_what_was_read_before_the_store_was_lost_is_told():
     gone = f"{STALLED}; the store cannot be reached (refused): rank 0, which holds it, is gone"
     posts = {1: post(MATCH), 2: post(TAKE)}
-    said = describe(0, 3, post(MATCH)[0], posts, silence=17, lost="refused")
-    assert said.split("\n  ") == [gone, f"rank 2 {BEFORE}: BEHIND", f"rank 1 {HERE}"]
-    assert describe(0, 3, post(MATCH)[0], {}, silence=17, lost="refused") == gone
+    assert told(posts, lost="refused") == [gone, f"rank 2 {BEFORE}: BEHIND", f"rank 1 {HERE}"]
+    assert told({}, lost="refused") == [gone]

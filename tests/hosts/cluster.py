@@ -96,13 +96,33 @@ class Cluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         self.hosts.write_text("127.0.0.1 localhost\n")
-        run("ip", "link", "add", self.tag, "type", "bridge")
+        run(
+            "ip",
+            "link",
+            "add",
+            self.tag,
+            "type",
+            "bridge",
+        )
         used = subprocess.run(["ip", "-o", "-4", "address"], capture_output=True, text=True, check=True).stdout
         first = os.getpid() % 250
         numbers = [*range(first, 250), *range(first)]
         self.network = next(f"10.77.{number}" for number in numbers if f" 10.77.{number}." not in used)
-        run("ip", "address", "add", f"{self.network}.1/24", "dev", self.tag)
-        run("ip", "link", "set", self.tag, "up")
+        run(
+            "ip",
+            "address",
+            "add",
+            f"{self.network}.1/24",
+            "dev",
+            self.tag,
+        )
+        run(
+            "ip",
+            "link",
+            "set",
+            self.tag,
+            "up",
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,7 +231,15 @@ class Cluster:
         runtime = [*command, sys.executable, str(ROOT / "tests/hosts/pod.py"), str(place / "spec.json")]
         with log.open("wb") as output:
             process = subprocess.Popen(runtime, stdout=output, stderr=output, env=environment())
-        pod = Pod(name, network, outside, address, log, process, time.monotonic())
+        pod = Pod(
+            name,
+            network,
+            outside,
+            address,
+            log,
+            process,
+            time.monotonic(),
+        )
         self.pods.append(pod)
         self.tell(f"{name} starts on {address}")
         return pod
@@ -317,7 +345,13 @@ class Job:
     def take_node(self, index: int) -> None:
         """A node vanishes with its pod, and is taken out of the cluster: that is ignored, and the pod replaced."""
         pod = self.pods.pop(index)
-        run("ip", "link", "set", pod.link, "down")
+        run(
+            "ip",
+            "link",
+            "set",
+            pod.link,
+            "down",
+        )
         self.cluster.tell(f"the node of {pod.name} is gone")
         self._replace(index, pod, counts=False)
 

@@ -18,7 +18,14 @@ from naign.cluster.place import MOST, Place
 from naign.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
 from tests.servers import free_port
 
-HELLO = Hello("a", 1, 3, 1, 0, "m")
+HELLO = Hello(
+    "a",
+    1,
+    3,
+    1,
+    0,
+    "m",
+)
 pytestmark = pytest.mark.usefixtures("quickly")
 
 
@@ -48,7 +55,13 @@ class Meeting:
 
     def host(self, index: int, **changed: Any) -> Hosts:
         given = {"start": "a", "hosts": self.count, "within": 20.0, "ranks": 1, "generation": 0, "since": 0, **changed}
-        place = Place(orchestrator="test", index=index, hosts=given["hosts"], head="localhost", start=given["start"])
+        place = Place(
+            orchestrator="test",
+            index=index,
+            hosts=given["hosts"],
+            head="localhost",
+            start=given["start"],
+        )
         made = Hosts(place, port=self.port, ranks=given["ranks"], within=given["within"])
         made.generation = made._newest = given["generation"]
         made.since = given["since"]
@@ -337,7 +350,12 @@ async def test_a_crash_counts_unless_a_host_vanished(end, expected):
 
 
 @pytest.mark.parametrize(
-    ("killed", "asked", "alone"), [(True, False, False), (False, True, False), (False, False, True)]
+    ("killed", "asked", "alone"),
+    [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ],
 )
 @in_loop
 async def test_who_was_killed_or_is_asked_to_end_or_is_alone_waits_for_nobody(killed, asked, alone):
@@ -366,7 +384,13 @@ def test_ranks_have_less_time_to_end_after_a_loss():
 
 @pytest.mark.parametrize(
     ("code", "again"),
-    [(PEER_LOST, True), (INTERRUPTED, True), (DONE, False), (BAD_INPUT, False), (FAILED, False)],
+    [
+        (PEER_LOST, True),
+        (INTERRUPTED, True),
+        (DONE, False),
+        (BAD_INPUT, False),
+        (FAILED, False),
+    ],
 )
 def test_who_meets_again(code, again):
     assert linked().may_meet_again(code) == again

@@ -34,7 +34,13 @@ print(json.dumps({
 
 
 def call(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        check=False,
+    )
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
 
@@ -43,21 +49,49 @@ def build(context: Path) -> list[str]:
     """Build the image. Returns its layers, the lowest first."""
     verb = ("bud", "--layers") if BUILDER == "buildah" else ("build",)
     options = ("--build-arg", f"BASE={BASE}", "--target", "cpu", "-t", NAME, "-f", str(context / "launch/Dockerfile"))
-    call(BUILDER, *verb, *options, *MORE, str(context))
+    call(
+        BUILDER,
+        *verb,
+        *options,
+        *MORE,
+        str(context),
+    )
     if BUILDER == "docker":
         layers: list[str] = json.loads(call("docker", "inspect", NAME))[0]["RootFS"]["Layers"]
     else:
-        layers = json.loads(call("buildah", "inspect", "--type", "image", NAME))["OCIv1"]["rootfs"]["diff_ids"]
+        layers = json.loads(
+            call(
+                "buildah",
+                "inspect",
+                "--type",
+                "image",
+                NAME,
+            )
+        )["OCIv1"]["rootfs"]["diff_ids"]
     return layers
 
 
 def run(*command: str) -> str:
     """What a command prints in a container of the image."""
     if BUILDER == "docker":
-        return call("docker", "run", "--rm", "--entrypoint", command[0], NAME, *command[1:])
+        return call(
+            "docker",
+            "run",
+            "--rm",
+            "--entrypoint",
+            command[0],
+            NAME,
+            *command[1:],
+        )
     container = call("buildah", "from", NAME).strip()
     try:
-        return call("buildah", "run", container, "--", *command)
+        return call(
+            "buildah",
+            "run",
+            container,
+            "--",
+            *command,
+        )
     finally:
         call("buildah", "rm", container)
 

@@ -121,7 +121,14 @@ def rendered(**changed: Any) -> dict[str, dict[str, Any]]:
     return {item["kind"] + item["metadata"]["name"]: item for item in load(render_k8s(job))}
 
 
-@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (8, 8), (3, 0)])
+@pytest.mark.parametrize(
+    ("nodes", "gpus"),
+    [
+        (1, 1),
+        (8, 8),
+        (3, 0),
+    ],
+)
 def test_what_is_rendered_is_valid(nodes, gpus):
     named = rendered(nodes=nodes, gpus=gpus, config=ROOT / "tests/hosts/size.yaml")
     objects = list(named.values())
@@ -229,7 +236,13 @@ def test_ci_names_the_packages_that_it_lacks_and_fails_where_one_cannot_be_insta
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
     for in_ci, code in (("true", 1), ("", 0)):
         environ = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CI": in_ci}
-        done = subprocess.run([tmp_path / ".ci/run"], env=environ, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [tmp_path / ".ci/run"],
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == code, done.stderr
         assert "apt-get cannot install prometheus: skipped in tests/hosts/test_metrics.py" in done.stdout
         assert "there is no package munge here: skipped in tests/hosts/test_slurm.py" in done.stdout

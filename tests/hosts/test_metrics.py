@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,20 +13,19 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
-import psutil
 import pytest
 
 from naign.cluster import launch, metrics
 from naign.cluster.metrics import Metrics
-from naign.errors import BAD_INPUT, INTERRUPTED
+from naign.errors import BAD_INPUT
 from naign.observe.heartbeat import Heartbeat
-from tests.conftest import ROOT, SMALL
-from tests.hosts.test_launch import handlers, start  # noqa: F401
+from tests.conftest import ROOT
+from tests.hosts.test_launch import handlers  # noqa: F401
+from tests.hosts.waiting import until
 from tests.servers import free_port
 
 DASHBOARD = ROOT / "k8s/components/monitor/dashboard.json"
@@ -42,13 +40,6 @@ def get(port: int, page: str) -> tuple[int, str]:
         return error.code, error.read().decode()
     except OSError:
         return 0, ""
-
-
-def until(condition: Callable[[], Any], log: Callable[[], str], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, log()
-        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -131,7 +122,7 @@ def test_clients_that_hang_or_go_away_do_not_keep_a_probe_from_its_answer(page, 
     port = page.server_address[1]
     hanging = [socket.create_connection(("localhost", port)) for _ in range(40)]
     assert get(port, "/healthz")[0] == 200
-    until(lambda: threading.active_count() <= before, str)
+    until(lambda: threading.active_count() <= before)
     for client in hanging:
         client.close()
     assert get(port, "/healthz")[0] == 200 and not capfd.readouterr().err
@@ -189,33 +180,3 @@ def test_the_dashboard_and_the_page_name_series_that_exist(beaten, monkeypatch):
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         for target in panel["targets"]:
             assert set(re.findall(r"naign_\w+", target["expr"])) <= exist
-
-
-IMPATIENT = """
-from naign.cli.main import main
-from naign.cluster import metrics
-metrics.LEAST, metrics.FACTOR = 3.0, 2.0
-main()
-"""
-
-
-@pytest.mark.slow
-def test_healthz_goes_bad_when_rounds_stop_and_recovers(start, digits, tmp_path):
-    port = free_port()
-    training = ("--processes=1", f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
-    job = start(f"--metrics={port}", *training, program=("-c", IMPATIENT))
-
-    def log() -> str:
-        return f"{get(port, '/healthz')}, {job.poll()}"
-
-    until(lambda: "naign_rounds_total" in get(port, "/metrics")[1], log)
-    assert get(port, "/healthz")[0] == 200
-    (trainer,) = (child for child in psutil.Process(job.pid).children() if "train.py" in " ".join(child.cmdline()))
-    trainer.suspend()
-    until(lambda: get(port, "/healthz")[0] == 503, log)
-    assert "naign_rounds_total" in get(port, "/metrics")[1]  # still served
-    trainer.resume()
-    until(lambda: get(port, "/healthz")[0] == 200, log)
-    job.send_signal(signal.SIGTERM)
-    output = job.communicate(timeout=200)[1]
-    assert job.returncode == INTERRUPTED and "Traceback" not in output, output

@@ -25,8 +25,27 @@ ALONE = Place(orchestrator="none")
     ("environ", "expected"),
     [
         ({}, ALONE),
-        (KUBERNETES, Place(orchestrator="Kubernetes", index=3, hosts=4, head="a-0.a", start="uid")),
-        (SLURM, Place(orchestrator="Slurm", index=1, hosts=2, head="node3", start="7.3.1", processes=8)),
+        (
+            KUBERNETES,
+            Place(
+                orchestrator="Kubernetes",
+                index=3,
+                hosts=4,
+                head="a-0.a",
+                start="uid",
+            ),
+        ),
+        (
+            SLURM,
+            Place(
+                orchestrator="Slurm",
+                index=1,
+                hosts=2,
+                head="node3",
+                start="7.3.1",
+                processes=8,
+            ),
+        ),
         ({"SLURM_PROCID": "0", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7"}, ALONE),  # no srun
     ],
 )

@@ -25,7 +25,14 @@ def with_programs(folder: Path, script: str, **programs: str) -> subprocess.Comp
         "SLURM_JOB_ID": "7",
         "SLURM_RESTART_COUNT": "10",
     }
-    return subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, check=False, cwd=folder)
+    return subprocess.run(
+        ["bash", "-c", script],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+    )
 
 
 def options_of(script: str, folder: Path) -> list[str]:
@@ -103,7 +110,13 @@ def test_a_mistake_ends_the_job(digits, tmp_path):
     place = tmp_path / "submitted"
     place.mkdir()
     with Slurm() as slurm:
-        job = slurm.submit(place, f"--data.path={digits}", *SMALL, "--train.batch=33", "--run.path=run")
+        job = slurm.submit(
+            place,
+            f"--data.path={digits}",
+            *SMALL,
+            "--train.batch=33",
+            "--run.path=run",
+        )
         until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
         assert slurm.state(job) == "FAILED 2:0"
     assert "no multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()

@@ -193,5 +193,12 @@ def test_a_run_is_mirrored_and_resumed_from_there(google: str, digits: str, trai
     assert "goes on with another train.images: 256 there" in done.stderr
     assert len(open_store(f"{google}/run/checkpoints").folders()) == 2
     assert "metrics.jsonl" in open_store(f"{google}/run").list()
-    done = naign("sample", f"{google}/run", "--n", "4", "--to", "samples.png")
+    done = naign(
+        "sample",
+        f"{google}/run",
+        "--n",
+        "4",
+        "--to",
+        "samples.png",
+    )
     assert done.returncode == 0, done.stderr
