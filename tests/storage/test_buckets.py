@@ -22,12 +22,6 @@ MIB = 1 << 20
 DATA = random.Random(0).randbytes(12 * MIB + 12_345)
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
-    monkeypatch.setattr("naign.storage.others.PART", 5 * MIB)
-
-
 @pytest.fixture
 def store(place: str) -> Store:
     return open_store(f"{place}/some/where")
@@ -82,7 +76,11 @@ def test_files_in_parts_appear_whole_or_not_at_all(store: Store, tmp_path: Path)
 def test_another_program_that_writes_there_too_is_noticed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     upload = type(store)._upload  # type: ignore[attr-defined]
 
-    def both(one: Store, name: str, file: object) -> object:
+    def both(
+        one: Store,
+        name: str,
+        file: object,
+    ) -> object:
         sent = upload(one, name, file)
         monkeypatch.undo()
         open_store(one.path).put(name, b"54321")  # of the same size
@@ -130,7 +128,12 @@ def test_no_such_bucket(place: str) -> None:
 
 
 def test_a_data_set_is_packed_verified_and_read(place: str, packed: str) -> None:
-    pack(numbered(), f"{place}/set", shards=4, progress=False)
+    pack(
+        numbered(),
+        f"{place}/set",
+        shards=4,
+        progress=False,
+    )
     assert verify(f"{place}/set", progress=False).samples == 28
     assert read_split(f"{place}/set", "train")[0].equal(read_split(packed, "train")[0])
 
@@ -185,7 +188,12 @@ def test_credentials_of_a_machine_that_has_none(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_a_run_is_mirrored_and_resumed_from_there(google: str, digits: str, train: Program, naign: Program) -> None:
+def test_a_run_is_mirrored_and_resumed_from_there(
+    google: str,
+    digits: str,
+    train: Program,
+    naign: Program,
+) -> None:
     options = [f"--data.path={digits}", *SMALL, f"--run.remote={google}/run", "--resume=changed"]
     for run, images in (("one", 256), ("two", 512)):
         done = train(*options, f"--run.path={run}", f"--train.images={images}")

@@ -33,7 +33,11 @@ def unfinished(s3: S3Server, bucket: str) -> list[str]:
 
 
 @pytest.mark.parametrize("part", [1000, 8 * MIB])
-def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+def test_ranges_and_streams(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    part: int,
+) -> None:
     monkeypatch.setattr("naign.storage.network.RANGE", part)
     data = DATA if part > 1000 else DATA[:54_321]
     store.put("a", data)
@@ -83,10 +87,7 @@ def test_more_names_than_a_page_of_a_listing(s3: S3Server, bucket: str) -> None:
 
 
 @pytest.mark.parametrize("size", [5 * MIB, 28 * MIB + 5])
-def test_large_objects_are_sent_in_parts(
-    s3: S3Server, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
+def test_large_objects_are_sent_in_parts(s3: S3Server, store: Store, bucket: str, size: int) -> None:
     data = (DATA * 10)[:size]
     store.put("a", b"old")
     with store.write("a") as target:
@@ -99,11 +100,7 @@ def test_large_objects_are_sent_in_parts(
     assert unfinished(s3, bucket) == []
 
 
-def test_an_upload_that_fails_leaves_nothing_behind(
-    s3: S3Server, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
-
+def test_an_upload_that_fails_leaves_nothing_behind(s3: S3Server, store: Store, bucket: str) -> None:
     def fail(params: Params, **_: object) -> None:
         if params["PartNumber"] == 3:
             assert unfinished(s3, bucket) == ["some/where/a"]
@@ -127,7 +124,11 @@ def requests(bucket: str) -> list[str]:
     return made
 
 
-def test_one_file_is_asked_for_alone(store: Store, bucket: str, requests: list[str]) -> None:
+def test_one_file_is_asked_for_alone(
+    store: Store,
+    bucket: str,
+    requests: list[str],
+) -> None:
     store.put("a", b"1")
     open_store(f"{store.path}/deeper").put("below", b"")
     requests.clear()
@@ -140,11 +141,18 @@ def test_one_file_is_asked_for_alone(store: Store, bucket: str, requests: list[s
 
 @pytest.mark.parametrize("size", [10, 12 * MIB])
 @pytest.mark.parametrize("change", ["opaque", "unquoted"])
-def test_etags_that_are_not_a_quoted_md5(store: Store, monkeypatch: pytest.MonkeyPatch, size: int, change: str) -> None:
+def test_etags_that_are_not_a_quoted_md5(
+    store: Store,
+    size: int,
+    change: str,
+) -> None:
     """Opaque ones, as of encrypted objects; and answers to HEAD whose ETag has no quotes, where others have them."""
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
 
-    def disguise(parsed: Params, model: Any, **_: object) -> None:
+    def disguise(
+        parsed: Params,
+        model: Any,
+        **_: object,
+    ) -> None:
         if change == "unquoted" and model.name == "HeadObject" and "ETag" in parsed:
             parsed["ETag"] = parsed["ETag"].strip('"')
         elif change == "opaque" and model.name != "UploadPart" and "ETag" in parsed:
@@ -186,7 +194,11 @@ ACTIONS: dict[str, Action] = {
 }
 
 
-def refusal(s3: S3Server, action: str, path: str) -> str:
+def refusal(
+    s3: S3Server,
+    action: str,
+    path: str,
+) -> str:
     """The message, which names the object, and gives no secret away."""
     with pytest.raises(InputError) as caught:
         ACTIONS[action](open_store(path))
@@ -259,7 +271,11 @@ def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch) 
         assert "\n" not in message
 
 
-def test_a_public_bucket_needs_no_account(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_bucket_needs_no_account(
+    s3: S3Server,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     open_store(f"{bucket}/x").put("a", DATA)
     monkeypatch.setattr("naign.storage.network.granted", set())
     name = bucket.removeprefix("s3://")
@@ -287,7 +303,11 @@ def flaky(store: Store) -> Store:
     return open_store(store.path)
 
 
-def test_a_server_that_is_down(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_down(
+    store: Store,
+    proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("naign.storage.network.RANGE", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")
@@ -304,7 +324,11 @@ def test_a_server_that_is_down(store: Store, proxy: FaultProxy, monkeypatch: pyt
     assert store.read("a") == DATA
 
 
-def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_absence_is_waited_out(
+    store: Store,
+    proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 1.0)
     store.put("a", DATA)
     proxy.faults = Faults(refusing=True)
@@ -320,7 +344,12 @@ def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypa
     "faults",
     [
         Faults(stall=0.3),
-        Faults(refuse=0.1, errors=0.1, stall=0.03, reset_every=(MIB + 100_000, 3 * MIB)),
+        Faults(
+            refuse=0.1,
+            errors=0.1,
+            stall=0.03,
+            reset_every=(MIB + 100_000, 3 * MIB),
+        ),
     ],
     ids=["stalls", "all"],
 )
@@ -345,10 +374,18 @@ def test_reading_through_faults(
 
 
 @pytest.mark.slow
-def test_writing_through_faults(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
+def test_writing_through_faults(
+    store: Store,
+    proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
-    faults = Faults(errors=0.15, refuse=0.1, stall=0.05, reset_every=(100, 3000))
+    faults = Faults(
+        errors=0.15,
+        refuse=0.1,
+        stall=0.05,
+        reset_every=(100, 3000),
+    )
     proxy.faults = faults
     large = (DATA * 9)[: 26 * MIB + 3]
     written = {"large": large}
@@ -377,7 +414,6 @@ def test_writing_through_faults(store: Store, proxy: FaultProxy, monkeypatch: py
 def test_an_upload_is_done_even_if_the_answer_is_lost(
     s3: S3Server, store: Store, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
     healed = threading.Event()
 
@@ -410,7 +446,11 @@ def digest(store: Store) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_that_a_program_starts(store: Store, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_processes_that_a_program_starts(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
     monkeypatch.setattr("naign.storage.network.RANGE", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")  # its threads read on while the processes start
