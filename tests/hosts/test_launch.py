@@ -156,35 +156,27 @@ def training(start: Callable[..., subprocess.Popen[str]], folder: Path, *options
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [("--processes=2",), ("--processes=1", "--engine=single")], ids=["two", "one"])
-def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "first"),
+    [
+        (("--processes=2",), "SIGTERM"),
+        (("--processes=1", "--engine=single"), "SIGINT"),  # Ctrl-C: a terminal sends it to all processes
+    ],
+)
+def test_further_signals_change_nothing(ranks, first, start, digits, tmp_path):
     """Neither while the ranks write their checkpoint, nor when the code is known. Before that /metrics has rounds."""
     port = free_port()
     job = training(start, tmp_path, *ranks, f"--metrics={port}", f"--data.path={digits}")
     with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as answer:
         assert b"\nnaign_rounds_total " in answer.read()
+    if first == "SIGINT":
+        os.killpg(job.pid, signal.SIGINT)
     deadline = time.monotonic() + 60
     while job.poll() is None and time.monotonic() < deadline:
-        job.send_signal(signal.SIGTERM)
         time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
     errors = job.communicate()[1]
-    assert job.returncode == INTERRUPTED and "SIGTERM: stopped on request" in errors and "Traceback" not in errors
-    assert list((tmp_path / "run/checkpoints").glob("step-*"))
-
-
-@pytest.mark.slow
-def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(start, digits, tmp_path):
-    """With one rank by Ctrl-C; with two see SIGHUP below."""
-    job = training(
-        start,
-        tmp_path,
-        "--processes=1",
-        "--engine=single",
-        f"--data.path={digits}",
-    )
-    os.killpg(job.pid, signal.SIGINT)
-    errors = job.communicate(timeout=200)[1]
-    assert job.returncode == INTERRUPTED and "Traceback" not in errors
+    assert job.returncode == INTERRUPTED and f"{first}: stopped on request" in errors and "Traceback" not in errors
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
