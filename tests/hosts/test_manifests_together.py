@@ -53,6 +53,15 @@ def test_the_store_is_open_to_the_pods_of_these_manifests_alone_and_tensorboard_
     assert closed["policyTypes"] == ["Ingress"] and closed["ingress"] == []
 
 
+def test_the_pods_of_a_train_job_know_how_many_they_are_and_where_they_meet():
+    (job,) = read("trainjob")
+    trainer = job["spec"]["trainer"]
+    variables = {item["name"]: item.get("value") for item in trainer["env"]}
+    name = job["metadata"]["name"]
+    assert variables["NAIGN_HOSTS"] == str(trainer["numNodes"])
+    assert variables["NAIGN_HEAD"] == f"{name}-node-0-0.{name}"
+
+
 def test_a_train_job_is_locked_down_as_the_job_is():
     wanted = only(read("job"), "Job")["spec"]["template"]["spec"]
     found = train_job_patch()["spec"]

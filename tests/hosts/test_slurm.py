@@ -67,6 +67,12 @@ def test_a_host_that_is_lost_after_ten_planned_stops_does_not_end_the_job(tmp_pa
     assert "ended with 76: all hosts start again" in done.stdout
 
 
+def test_hosts_meet_on_the_first_node_of_the_job(tmp_path):
+    script = (ROOT / "launch/slurm.sbatch").read_text()
+    done = with_programs(tmp_path, script, scontrol="printf 'n3\\nn4\\n'", srun='echo "at $NAIGN_HEAD"')
+    assert done.returncode == 0 and "at n3\n" in done.stderr
+
+
 def until(met, slurm: Slurm, place: Path, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not met():

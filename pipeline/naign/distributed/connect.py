@@ -153,7 +153,6 @@ def _check_deepspeed(on_cpu: bool) -> None:
         raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if on_cpu:
         from naign.distributed.zero import compile_communication
 
         compile_communication()
