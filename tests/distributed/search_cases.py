@@ -21,10 +21,6 @@ def even(rows: int, rank: int, world: int) -> tuple[int, int]:
     return rows * rank // world, rows * (rank + 1) // world
 
 
-def shuffled(rows: int, rank: int, world: int) -> tuple[int, int]:
-    return even(rows, world - 1 - rank, world)
-
-
 def uneven(rows: int, rank: int, world: int) -> tuple[int, int]:
     return rows * rank**2 // world**2, rows * (rank + 1) ** 2 // world**2
 
@@ -35,7 +31,7 @@ def one_has_all(rows: int, rank: int, world: int) -> tuple[int, int]:
     return 0, 0
 
 
-SHARES: tuple[Share, ...] = (even, shuffled, uneven, one_has_all)
+SHARES: tuple[Share, ...] = (even, uneven, one_has_all)
 """Which rows [first, last) a rank has: (rows, rank, world)."""
 
 

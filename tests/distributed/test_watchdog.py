@@ -79,12 +79,11 @@ def test_a_rank_that_is_late_is_named_by_the_one_that_waits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "phase"), [("frozen", "match"), ("killed", "take")])
-def test_a_rank_that_is_frozen_or_was_killed_is_silent(case, phase, tmp_path):
-    with two_ranks(case, tmp_path) as (waiting, _):
+def test_a_rank_that_is_frozen_is_silent(tmp_path):
+    with two_ranks("frozen", tmp_path) as (waiting, _):
         mine, other = verdict(waiting)
     assert mine == "rank 0 has made no progress for 3 s in match of round 12, beat 0"
-    assert other.startswith(f"  rank 1 in {phase} of round 12, beat 0, last progress ")
+    assert other.startswith("  rank 1 in match of round 12, beat 0, last progress ")
     assert re.search(r": SILENT for \d s$", other)
 
 
@@ -161,17 +160,9 @@ def test_leaving_stops_the_threads():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("watchdog")]
 
 
-def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 4e9)
-    with Watchdog(rank=0, world=1, timeout=5, every=0.01):
-        time.sleep(0.1)
-
-
-TAKE, MATCH, FIT = (
-    {"phase": "take", "round": 12, "order": 1},
-    {"phase": "match", "round": 12, "order": 2},
-    {"phase": "fit", "round": 12, "order": 3},
-)
+TAKE = {"phase": "take", "round": 12, "order": 1}
+MATCH = {"phase": "match", "round": 12, "order": 2}
+FIT = {"phase": "fit", "round": 12, "order": 3}
 
 
 def post(

@@ -6,7 +6,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from naign.distributed.watchdog import Watchdog
 
@@ -37,15 +36,6 @@ def frozen(rank: int, world: int) -> None:
         time.sleep(0.5)  # long enough to post it
         os.kill(os.getpid(), signal.SIGSTOP)
     dist.all_reduce(torch.ones(1))
-
-
-def killed(rank: int, world: int) -> None:
-    """Rank 0 waits where it does not notice, and holds its connection to the store all the time."""
-    watchdog = begin(rank, world, 3)
-    if rank:
-        os.kill(os.getpid(), signal.SIGKILL)
-    watchdog.enter("match", 12)
-    _get_default_store().get("never")
 
 
 def holder_killed(rank: int, world: int) -> None:
