@@ -204,10 +204,12 @@ def swap(
         group: Any = c10d._get_default_store()
         store = PrefixStore("watchdog", group.clone())
     store.set(key, text)
+    if others and not store.check(others):  # reading a missing key would block
+        others = [key for key in others if store.check([key])]
     posts = {}
-    for other in others:
-        if store.check([other]):  # reading a missing key would block
-            posts[int(other)] = store.get(other)
+    if others:  # in one request: a thousand ranks may ask at once
+        for other, post in zip(others, store.multi_get(others), strict=True):
+            posts[int(other)] = post
     return store, posts
 
 
