@@ -84,7 +84,12 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
     return folder
 
 
-def fetch_file(remote: str, name: str, files: Iterable[str], folder: Path) -> Path:
+def fetch_file(
+    remote: str,
+    name: str,
+    files: Iterable[str],
+    folder: Path,
+) -> Path:
     """Download the first of `files` that a checkpoint has. Raises Damaged if it has none, or other bytes."""
     where = f"{remote}/checkpoints/{name}"
     with _damage_named(where):
@@ -104,7 +109,12 @@ def _damage_named(where: str) -> Iterator[None]:
         raise Damaged(f"{where} is damaged ({error}): remove it") from None
 
 
-def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -> None:
+def _download_file(
+    where: str,
+    file: str,
+    entry: dict[str, Any],
+    folder: Path,
+) -> None:
     """Raises ValueError if the file does not match its entry in the manifest."""
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     store, base = locate(f"{where}/{file}")

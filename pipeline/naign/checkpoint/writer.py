@@ -117,7 +117,12 @@ class Writer:
         self._group = SideGroup(world, timeout=timeout)
         self._pending: Future[str] | None = None  # a checkpoint: why the run must end, or ""
 
-    def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
+    def start(
+        self,
+        name: str,
+        copy: Callable[[], None],
+        files: Mapping[str, Write],
+    ) -> None:
         """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background. Waits for
         the previous checkpoint, and raises as `join` does.
         """
@@ -178,7 +183,12 @@ class Writer:
             raise StoreLost(f"{folder} could not be sent to {self._remote}: start again to send it once more")
         return True
 
-    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
+    def _work(
+        self,
+        folder: Path,
+        copy: Callable[[], None],
+        files: Mapping[str, Write],
+    ) -> str:
         title("write")
         start = time.perf_counter()
         problem = self._write(folder, copy, files)
@@ -194,7 +204,12 @@ class Writer:
             self.done(folder)
         return conflict
 
-    def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
+    def _write(
+        self,
+        folder: Path,
+        copy: Callable[[], None],
+        files: Mapping[str, Write],
+    ) -> str:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks, which
         raise RuntimeError if it was something other than the disk, such as a device.
         """
