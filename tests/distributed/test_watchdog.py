@@ -1,7 +1,6 @@
 """A rank that makes no progress ends itself and says for whom it waited; one that makes some is left alone."""
 
 import json
-import pickle
 import re
 import subprocess
 import sys
@@ -40,13 +39,13 @@ def program(text: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def two_ranks(case: str, folder: Path, **more: str) -> Iterator[list[subprocess.Popen[str]]]:
+def two_ranks(case: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Both ranks of a case of tests/distributed/watchdog_cases.py, which are killed in the end."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, f"watchdog_cases.{case}", str(folder), "60", "[]"],
-            env=forked(**address, RANK=str(rank), **more),
+            env=forked(**address, RANK=str(rank)),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -80,21 +79,11 @@ def test_a_rank_that_is_late_is_named_by_the_one_that_waits(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_waits_leaves_its_newest_collectives(tmp_path):
-    with two_ranks("late", tmp_path, TORCH_FR_DUMP_TEMP_FILE=f"{tmp_path}/nccl/rank_") as (waiting, _):
-        verdict(waiting)
-    entries = pickle.loads((tmp_path / "nccl/rank_0").read_bytes())["entries"]  # as torchfrtrace reads them
-    assert entries[-1]["profiling_name"] == "gloo:all_reduce" and not entries[-1]["retired"]
-    assert "watchdog_cases.py" in str(entries[-1]["frames"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "phase"), [("frozen", "match"), ("killed", "take")])
-def test_a_rank_that_is_frozen_or_was_killed_is_silent(case, phase, tmp_path):
-    with two_ranks(case, tmp_path) as (waiting, _):
+def test_a_rank_that_is_frozen_is_silent(tmp_path):
+    with two_ranks("frozen", tmp_path) as (waiting, _):
         mine, other = verdict(waiting)
     assert mine == "rank 0 has made no progress for 3 s in match of round 12, beat 0"
-    assert other.startswith(f"  rank 1 in {phase} of round 12, beat 0, last progress ")
+    assert other.startswith("  rank 1 in match of round 12, beat 0, last progress ")
     assert re.search(r": SILENT for \d s$", other)
 
 
@@ -102,16 +91,8 @@ def test_a_rank_that_is_frozen_or_was_killed_is_silent(case, phase, tmp_path):
 def test_the_store_goes_with_the_rank_that_holds_it(tmp_path):
     with two_ranks("holder_killed", tmp_path) as (_, waiting):
         mine = verdict(waiting)[0]
-    assert mine.startswith("rank 1 has made no progress for 2 s in match of round 12")
+    assert re.match(r"rank 1 has made no progress for \d+ s in match of round 12", mine)
     assert "the store cannot be reached (" in mine and mine.endswith("): rank 0, which holds it, is gone")
-
-
-@pytest.mark.slow
-def test_a_rank_that_left_is_named(tmp_path):
-    with two_ranks("left", tmp_path) as (waiting, _):
-        mine, other = verdict(waiting)
-    assert mine.startswith("rank 0 has made no progress for 2 s in match of round 12")
-    assert other.startswith("  rank 1 in take of round 12") and other.endswith(": LEFT")
 
 
 @pytest.mark.slow
@@ -179,17 +160,9 @@ def test_leaving_stops_the_threads():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("watchdog")]
 
 
-def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 4e9)
-    with Watchdog(rank=0, world=1, timeout=5, every=0.01):
-        time.sleep(0.1)
-
-
-TAKE, MATCH, FIT = (
-    {"phase": "take", "round": 12, "order": 1},
-    {"phase": "match", "round": 12, "order": 2},
-    {"phase": "fit", "round": 12, "order": 3},
-)
+TAKE = {"phase": "take", "round": 12, "order": 1}
+MATCH = {"phase": "match", "round": 12, "order": 2}
+FIT = {"phase": "fit", "round": 12, "order": 3}
 
 
 def post(
@@ -197,12 +170,17 @@ def post(
     *,
     beats: int = 5,
     idle: float = 600,
-    state: str = "at work",
     ago: float = 2,
     unchanged: float = 0,
 ) -> Seen:
     first = time.monotonic() - ago
-    return Post(**place, beats=beats, idle=idle, host="xyz", state=state), first, first + unchanged
+    return Post(**place, beats=beats, idle=idle, host="xyz"), first, first + unchanged
+
+
+def told(posts: dict[int, Seen], *, world: int = 3, lost: str = "") -> list[str]:
+    """The lines of what rank 0 says."""
+    mine = post(MATCH)[0]
+    return describe(0, world, mine, posts, silence=17, lost=lost).split("\n  ")
 
 
 HERE = "in match of round 12, beat 5, last progress 602 s ago, host xyz"
@@ -234,13 +212,6 @@ STALLED = "rank 0 has made no progress for 600 s in match of round 12, beat 5"
             ["rank 2 in take of round 12, beat 5, last progress 3 s ago, host xyz: BEHIND", f"rank 1 {HERE}"],
         ),
         (
-            lambda: {1: post(MATCH, beats=4), 2: post(MATCH, beats=3)},  # rank 1 may wait for rank 2 as well
-            [
-                "rank 2 in match of round 12, beat 3, last progress 602 s ago, host xyz: BEHIND",
-                "rank 1 in match of round 12, beat 4, last progress 602 s ago, host xyz: BEHIND",
-            ],
-        ),
-        (
             lambda: {1: post(MATCH, beats=3), 2: post(TAKE, beats=9)},  # the phase comes before the beats
             [
                 "rank 2 in take of round 12, beat 9, last progress 602 s ago, host xyz: BEHIND",
@@ -248,33 +219,28 @@ STALLED = "rank 0 has made no progress for 600 s in match of round 12, beat 5"
             ],
         ),
         (lambda: {1: post(MATCH)}, ["rank 2 MISSING, never heard of", f"rank 1 {HERE}"]),
-        (
-            lambda: {1: post(FIT, state="left"), 2: post(MATCH, state="left")},  # rank 1 was done, so not it
-            [f"rank 2 {HERE}: LEFT", f"rank 1 {AFTER}"],
-        ),
-        (
-            lambda: {1: post(MATCH, state="ended", ago=40, unchanged=40), 2: post(MATCH)},  # waited, as we do
-            ["rank 1 in match of round 12, beat 5, last progress 640 s ago, host xyz", f"rank 2 {HERE}"],
-        ),
         (lambda: {1: post(FIT), 2: post(MATCH)}, [f"rank 2 {HERE}", f"rank 1 {AFTER}"]),  # only this one is behind
     ],
 )
 def test_the_message_has_a_line_a_rank_the_missing_first_then_the_hindmost(posts, rows):
-    assert describe(0, 3, post(MATCH)[0], posts(), silence=17).split("\n  ") == [STALLED, *rows]
+    assert told(posts()) == [STALLED, *rows]
 
 
 def test_alone_it_names_no_others():
-    assert describe(0, 1, post(MATCH)[0], {}, silence=17) == STALLED
+    assert told({}, world=1) == [STALLED]
 
 
 def test_a_long_list_is_cut():
-    said = describe(0, 20, post(MATCH)[0], {rank: post(TAKE) for rank in range(1, 20)}, silence=17)
-    assert "rank 8 in take" in said and "rank 9" not in said and said.endswith("\n  and 11 more")
+    posts = {}
+    for rank in range(1, 20):
+        posts[rank] = post(TAKE)
+    said = told(posts, world=20)
+    assert said[8].startswith("rank 8 in take")
+    assert said[9:] == ["and 11 more"]
 
 
 def test_what_was_read_before_the_store_was_lost_is_told():
     gone = f"{STALLED}; the store cannot be reached (refused): rank 0, which holds it, is gone"
     posts = {1: post(MATCH), 2: post(TAKE)}
-    said = describe(0, 3, post(MATCH)[0], posts, silence=17, lost="refused")
-    assert said.split("\n  ") == [gone, f"rank 2 {BEFORE}: BEHIND", f"rank 1 {HERE}"]
-    assert describe(0, 3, post(MATCH)[0], {}, silence=17, lost="refused") == gone
+    assert told(posts, lost="refused") == [gone, f"rank 2 {BEFORE}: BEHIND", f"rank 1 {HERE}"]
+    assert told({}, lost="refused") == [gone]

@@ -6,7 +6,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from naign.distributed.watchdog import Watchdog
 
@@ -39,29 +38,10 @@ def frozen(rank: int, world: int) -> None:
     dist.all_reduce(torch.ones(1))
 
 
-def killed(rank: int, world: int) -> None:
-    """Rank 0 waits where it does not notice, and holds its connection to the store all the time."""
-    watchdog = begin(rank, world, 3)
-    if rank:
-        os.kill(os.getpid(), signal.SIGKILL)
-    watchdog.enter("match", 12)
-    _get_default_store().get("never")
-
-
 def holder_killed(rank: int, world: int) -> None:
     watchdog = begin(rank, world, 2)
     if rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    watchdog.enter("match", 12)
-    time.sleep(60)
-
-
-def left(rank: int, world: int) -> None:
-    """Rank 1 is out of the context but still there."""
-    watchdog = begin(rank, world, 2)
-    if rank:
-        watchdog.__exit__(None, None, None)
-        time.sleep(60)
     watchdog.enter("match", 12)
     time.sleep(60)
 

@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -95,13 +96,33 @@ class Cluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         self.hosts.write_text("127.0.0.1 localhost\n")
-        run("ip", "link", "add", self.tag, "type", "bridge")
+        run(
+            "ip",
+            "link",
+            "add",
+            self.tag,
+            "type",
+            "bridge",
+        )
         used = subprocess.run(["ip", "-o", "-4", "address"], capture_output=True, text=True, check=True).stdout
         first = os.getpid() % 250
         numbers = [*range(first, 250), *range(first)]
         self.network = next(f"10.77.{number}" for number in numbers if f" 10.77.{number}." not in used)
-        run("ip", "address", "add", f"{self.network}.1/24", "dev", self.tag)
-        run("ip", "link", "set", self.tag, "up")
+        run(
+            "ip",
+            "address",
+            "add",
+            f"{self.network}.1/24",
+            "dev",
+            self.tag,
+        )
+        run(
+            "ip",
+            "link",
+            "set",
+            self.tag,
+            "up",
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,18 +179,23 @@ class Cluster:
     ) -> Pod:
         """Run a pod's first container."""
         number = len(self.pods) + 2
-        address, network = f"{self.network}.{number}", f"{self.tag}-{number}"
-        run("ip", "netns", "add", network)
+        address = f"{self.network}.{number}"
+        network = f"{self.tag}-{number}"
         outside = f"{self.tag}v{number}"
-        run("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", network)
-        run("ip", "link", "set", outside, "master", self.tag, "up")
-        run("ip", "-n", network, "address", "add", f"{address}/24", "dev", "eth0")
-        run("ip", "-n", network, "link", "set", "eth0", "up")
-        run("ip", "-n", network, "link", "set", "lo", "up")
+        commands = [
+            f"ip netns add {network}",
+            f"ip link add {outside} type veth peer name eth0 netns {network}",
+            f"ip link set {outside} master {self.tag} up",
+            f"ip -n {network} address add {address}/24 dev eth0",
+            f"ip -n {network} link set eth0 up",
+            f"ip -n {network} link set lo up",
+        ]
         if rate:
-            shape = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "400ms")
-            run("ip", "netns", "exec", network, "tc", "qdisc", "add", "dev", "eth0", *shape)
-            run("tc", "qdisc", "add", "dev", outside, *shape)
+            shape = f"root tbf rate {rate} burst 64kb latency 400ms"
+            commands.append(f"ip netns exec {network} tc qdisc add dev eth0 {shape}")
+            commands.append(f"tc qdisc add dev {outside} {shape}")
+        for command in commands:
+            run(*command.split())
         spec = template["spec"]
         container = spec["containers"][0]
         user = int(spec["securityContext"]["runAsUser"])
@@ -196,16 +222,24 @@ class Cluster:
             "read_only": container["securityContext"]["readOnlyRootFilesystem"],
             "mounts": mounts,
             "hosts": str(self.hosts),
-            "program": [folder for folder in dict.fromkeys((str(ROOT), sys.prefix, sys.base_prefix)) if inside(folder)],
+            "program": [folder for folder in (str(ROOT), sys.prefix, sys.base_prefix) if inside(folder)],
             "root": str(place / "root"),
         }
         (place / "spec.json").write_text(json.dumps(plan))
         log = place / "log"
-        command = ["ip", "netns", "exec", network, "unshare", "--mount", "--uts", "--ipc", "--pid", "--fork"]
-        runtime = [*command, "--kill-child", sys.executable, str(ROOT / "tests/hosts/pod.py"), str(place / "spec.json")]
+        command = f"ip netns exec {network} unshare --mount --uts --ipc --pid --fork --kill-child".split()
+        runtime = [*command, sys.executable, str(ROOT / "tests/hosts/pod.py"), str(place / "spec.json")]
         with log.open("wb") as output:
             process = subprocess.Popen(runtime, stdout=output, stderr=output, env=environment())
-        pod = Pod(name, network, outside, address, log, process, time.monotonic())
+        pod = Pod(
+            name,
+            network,
+            outside,
+            address,
+            log,
+            process,
+            time.monotonic(),
+        )
         self.pods.append(pod)
         self.tell(f"{name} starts on {address}")
         return pod
@@ -230,54 +264,57 @@ class Cluster:
 
 
 class Job:
-    """An Indexed Job, as its controller runs it (kubernetes/pkg/controller/job/backoff_utils.go).
+    """An Indexed Job with backoffLimitPerIndex, as its controller runs it (kubernetes/pkg/controller/job).
 
-    A pod that failed is replaced after backoff x 2^(n-1) seconds, MOST_BACKOFF at most, where n counts the failures,
-    ignored ones too: of its index with backoffLimitPerIndex, else of all since the last success.
+    A pod that failed is replaced after backoff x 2^(n-1) seconds, where n counts the failures of its index, with those
+    that are ignored.
     """
-
-    MOST_BACKOFF = 600.0
 
     def __init__(
         self,
         cluster: Cluster,
         name: str,
+        *,
         uid: str = "uid-1",
         rates: dict[int, str] | None = None,
         backoff: float = 2.0,  # seconds; a real controller's are 10
     ) -> None:
-        self.cluster, self.uid, self.rates, self.backoff = cluster, uid, rates or {}, backoff
+        self.cluster = cluster
+        self.uid = uid
+        self.rates = rates or {}
+        self.backoff = backoff
         self.object = cluster.find("Job", name)
         self.size = self.object["spec"]["completions"]
         self.pods: dict[int, Pod] = {}
         self.done: set[int] = set()
-        self.failures, self.failed, self.count = 0, "", 0
-        self.per_index = "backoffLimitPerIndex" in self.object["spec"]
-        self._counted, self._all = Counter[int](), Counter[int]()  # failures, by index or of all; without ignored ones
+        self.failures = 0
+        self.failed = ""
+        self.count = 0
+        self._counted = Counter[int]()  # failures by index, without ignored ones
+        self._all = Counter[int]()
         self._due: dict[int, float] = {}
 
     def create(self, index: int) -> Pod:
         """A new pod for an index."""
-        cluster, template, name = self.cluster, self.object["spec"]["template"], self.object["metadata"]["name"]
-        labels = {"batch.kubernetes.io/controller-uid": self.uid}
+        template = self.object["spec"]["template"]
+        name = self.object["metadata"]["name"]
         self.count += 1
-        pod = cluster.start(
+        pod = self.cluster.start(
             f"{name}-{index}-{self.uid}-{self.count}",
             template,
             hostname=f"{name}-{index}",
             env={"JOB_COMPLETION_INDEX": str(index)},
-            labels=labels,
+            labels={"batch.kubernetes.io/controller-uid": self.uid},
             rate=self.rates.get(index, ""),
         )
-        cluster.names(f"{name}-{index}.{template['spec']['subdomain']}", pod.address)
+        self.cluster.names(f"{name}-{index}.{template['spec']['subdomain']}", pod.address)
         self.pods[index] = pod
         return pod
 
     def step(self) -> bool:
         """Look at the pods and do what the policy says; whether the Job is over."""
-        now = time.monotonic()
         for index, due in list(self._due.items()):
-            if now >= due:
+            if time.monotonic() >= due:
                 del self._due[index]
                 self.create(index)
         for index, pod in list(self.pods.items()):
@@ -285,36 +322,38 @@ class Job:
             if code is None:
                 continue
             del self.pods[index]
-            action = "" if code == 0 else self.judge(code)
-            self.cluster.tell(f"{pod.name} ended with {code}{f': {action}' if action else ''}")
+            self.cluster.tell(f"{pod.name} ended with {code}")
             if code == 0:
                 self.done.add(index)
-                self._all[0] = 0 if not self.per_index else self._all[0]
-            elif action == "FailJob":
+            elif self.judge(code) == "FailJob":
                 self.failed = f"{pod.name}: {pod.output()[-1000:]}"
             else:
-                self._replace(index, action, pod)
+                self._replace(index, pod, counts=self.judge(code) == "Count")
         if self.failed:
             for pod in self.pods.values():
                 pod.kill(signal.SIGTERM)
         return bool(self.failed) or len(self.done) == self.size
 
-    def _replace(self, index: int, action: str, pod: Pod) -> None:
-        spec, key = self.object["spec"], index if self.per_index else 0
-        self.failures += action == "Count"
-        self._counted[key] += action == "Count"
-        self._all[key] += 1
-        limit = spec["backoffLimitPerIndex" if self.per_index else "backoffLimit"]
-        if self._counted[key] > limit:  # maxFailedIndexes is 0
+    def _replace(self, index: int, pod: Pod, *, counts: bool) -> None:
+        self.failures += counts
+        self._counted[index] += counts
+        self._all[index] += 1
+        if self._counted[index] > self.object["spec"]["backoffLimitPerIndex"]:  # maxFailedIndexes is 0
             self.failed = f"{pod.name}: {pod.output()[-1000:]}"
-        self._due[index] = time.monotonic() + min(self.backoff * 2 ** (self._all[key] - 1), self.MOST_BACKOFF)
+        self._due[index] = time.monotonic() + self.backoff * 2 ** (self._all[index] - 1)
 
     def take_node(self, index: int) -> None:
         """A node vanishes with its pod, and is taken out of the cluster: that is ignored, and the pod replaced."""
         pod = self.pods.pop(index)
-        run("ip", "link", "set", pod.link, "down")
-        self.cluster.tell(f"the node of {pod.name} is gone: Ignore")
-        self._replace(index, "Ignore", pod)
+        run(
+            "ip",
+            "link",
+            "set",
+            pod.link,
+            "down",
+        )
+        self.cluster.tell(f"the node of {pod.name} is gone")
+        self._replace(index, pod, counts=False)
 
     def judge(self, code: int) -> str:
         """The action of the first rule that an exit code meets."""
@@ -323,7 +362,7 @@ class Job:
                 return str(rule["action"])
         return "Count"
 
-    def until(self, happened: Any, seconds: float) -> None:
+    def until(self, happened: Callable[[], object], seconds: float) -> None:
         """Go on until `happened()`."""
         end = time.monotonic() + seconds
         while not happened():

@@ -2,10 +2,10 @@
 
 import contextlib
 import json
+import operator
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,9 +36,13 @@ def prepared(hosts: int, *, rounds: int = 24, **train: Any) -> list[dict[str, An
 
 def reported(pod: Pod | None) -> list[dict[str, float]]:
     """The rounds that host 0 has reported, by its own files."""
-    metrics = pod.log.parent / "volumes/run/digits/metrics.jsonl" if pod else Path("none")
-    found = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+    found: list[dict[str, float]] = []
+    if pod is None:
+        return found
+    metrics = pod.log.parent / "volumes/run/digits/metrics.jsonl"
+    if not metrics.exists():
+        return found
+    for line in metrics.read_text().splitlines():
         with contextlib.suppress(ValueError):  # that is being written
             found.append(json.loads(line))
     return found
@@ -79,19 +83,27 @@ def lose(job: Job, index: int, kind: str) -> None:
 
 def recover(job: Job, index: int, kind: str, within: float) -> Recovery:
     """Lose a pod and wait until the Job trains again; AssertionError where another pod ends, or it takes too long."""
-    lost, others = job.pods[index], [pod for other, pod in job.pods.items() if other != index]
-    stayed = {pod.name: pod.output().count("this host stays") for pod in others}
-    met = 0 if index == 0 else job.pods[0].output().count("all hosts are here")
+    lost = job.pods[index]
+    others = [pod for pod in job.pods.values() if pod is not lost]
+
+    def stays() -> list[int]:
+        return [pod.output().count("this host stays") for pod in others]
+
+    stayed = stays()
+    met = 0
+    if index:
+        met = job.pods[0].output().count("all hosts are here")
     begun = time.monotonic()
     seconds: list[float] = []
 
     def reached(condition: Any) -> None:
         job.until(condition, within + begun - time.monotonic())
         seconds.append(time.monotonic() - begun)
-        assert all(pod.code is None for pod in others), [*job.cluster.events, *(pod.output() for pod in others)]
+        for pod in others:
+            assert pod.code is None, [*job.cluster.events, pod.output()]
 
     lose(job, index, kind)
-    reached(lambda: all(pod.output().count("this host stays") > stayed[pod.name] for pod in others))
+    reached(lambda: all(map(operator.gt, stays(), stayed)))
     reached(lambda: job.pods.get(index, lost) is not lost)
     reached(lambda: job.pods[0].output().count("all hosts are here") > met)
     now = time.time()

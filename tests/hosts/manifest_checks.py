@@ -92,15 +92,18 @@ def _of_job(name: str, item: Object, objects: list[Object]) -> Iterator[str]:
         yield f"{name}: completions, parallelism and NAIGN_HOSTS are not the same"
     if variables["NAIGN_HEAD"] != f"{item['metadata']['name']}-0.{pod['subdomain']}":
         yield f"{name}: NAIGN_HEAD is {variables['NAIGN_HEAD']}, not the name of the first pod"
-    headless = [other for other in objects if other["kind"] == "Service" and other["spec"].get("clusterIP") == "None"]
-    if pod["subdomain"] not in [service["metadata"]["name"] for service in headless]:
-        yield f"{name}: subdomain {pod['subdomain']} is no headless Service here"
-    config = pod["volumes"][0]["configMap"]["name"]
+    headless = set()
+    configs = {}
     for other in objects:
-        if other["kind"] == "ConfigMap" and other["metadata"]["name"] == config:
-            within = (yaml.safe_load(other["data"]["run.yaml"]).get("stop") or {}).get("within", 25)
-            if within + 10 > pod["terminationGracePeriodSeconds"]:
-                yield f"{name}: terminationGracePeriodSeconds leaves no time beyond stop.within={within}"
+        if other["kind"] == "Service" and other["spec"].get("clusterIP") == "None":
+            headless.add(other["metadata"]["name"])
+        if other["kind"] == "ConfigMap":
+            configs[other["metadata"]["name"]] = other["data"]
+    if pod["subdomain"] not in headless:
+        yield f"{name}: subdomain {pod['subdomain']} is no headless Service here"
+    config = yaml.safe_load(configs[pod["volumes"][0]["configMap"]["name"]]["run.yaml"])
+    if config["stop"]["within"] + 10 > pod["terminationGracePeriodSeconds"]:
+        yield f"{name}: terminationGracePeriodSeconds leaves no time beyond stop.within"
 
 
 def _of_pod(name: str, pod: Object, objects: list[Object]) -> Iterator[str]:
@@ -110,8 +113,6 @@ def _of_pod(name: str, pod: Object, objects: list[Object]) -> Iterator[str]:
     context = pod.get("securityContext", {})
     if not context.get("runAsNonRoot") or context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
         yield f"{name}: not runAsNonRoot with the default seccomp profile"
-    if pod.get("enableServiceLinks", True):
-        yield f"{name}: enableServiceLinks puts variables of other Services among ours"
     volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
     for volume in volumes.values():
         if not set(volume) - {"name"} <= VOLUMES:
@@ -129,9 +130,6 @@ def _of_pod(name: str, pod: Object, objects: list[Object]) -> Iterator[str]:
             yield f"{what}: not locked down"
         if "memory" not in container["resources"].get("limits", {}):
             yield f"{what}: no limit of memory"
-        for mounted in container.get("volumeMounts", []):
-            if mounted["name"] not in volumes:
-                yield f"{what}: no volume {mounted['name']}"
         for source in container.get("envFrom", []):
             if "secretRef" in source and not source["secretRef"].get("optional"):
                 yield f"{what}: needs the Secret {source['secretRef']['name']}, which is not here"

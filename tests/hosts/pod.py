@@ -22,8 +22,20 @@ SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr")
 ETC = ("passwd", "group", "ld.so.cache", "ld.so.conf", "nsswitch.conf", "localtime", "ssl", "alternatives")
 
 
-def mount(source: str, target: Path | str, kind: str, flags: int = 0, data: str = "") -> None:
-    if libc.mount(source.encode(), str(target).encode(), kind.encode(), flags, data.encode()):
+def mount(
+    source: str,
+    target: Path | str,
+    kind: str,
+    flags: int = 0,
+    data: str = "",
+) -> None:
+    if libc.mount(
+        source.encode(),
+        str(target).encode(),
+        kind.encode(),
+        flags,
+        data.encode(),
+    ):
         number = ctypes.get_errno()
         raise OSError(number, f"mount {source} on {target}: {os.strerror(number)}")
 
@@ -43,7 +55,13 @@ def main(spec: dict[str, Any]) -> None:
     socket.sethostname(spec["hostname"])
     mount("none", "/", "none", MS_REC | MS_PRIVATE)
     root = Path(spec["root"])
-    mount("tmpfs", root, "tmpfs", 0, "mode=755")
+    mount(
+        "tmpfs",
+        root,
+        "tmpfs",
+        0,
+        "mode=755",
+    )
     for name in SYSTEM:
         place = Path("/", name)
         if place.is_symlink():
@@ -75,7 +93,13 @@ def main(spec: dict[str, Any]) -> None:
     os.setgroups([])
     os.setgid(spec["user"])
     os.setuid(spec["user"])
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, as allowPrivilegeEscalation: false
+    libc.prctl(
+        38,
+        1,
+        0,
+        0,
+        0,
+    )  # PR_SET_NO_NEW_PRIVS, as allowPrivilegeEscalation: false
     os.execvpe(spec["command"][0], spec["command"], spec["env"])
 
 

@@ -72,10 +72,23 @@ class Slurm:
         files = [f"--{name}={self.folder}/munge.{end}" for name, end in kinds.items()]
         self._start("munged", "--foreground", "--force", *files)
         self._wait(lambda: (self.folder / "munge.socket").exists())
-        self._start("slurmctld", "-D", "-i", "-f", str(self.folder / "slurm.conf"))
+        self._start(
+            "slurmctld",
+            "-D",
+            "-i",
+            "-f",
+            str(self.folder / "slurm.conf"),
+        )
         for node in ("node1", "node2"):
             (self.folder / f"spool-{node}").mkdir()
-            self._start("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+            self._start(
+                "slurmd",
+                "-D",
+                "-N",
+                node,
+                "-f",
+                str(self.folder / "slurm.conf"),
+            )
         self._wait(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 2")
         return self
 
@@ -102,7 +115,13 @@ class Slurm:
             time.sleep(0.1)
 
     def ask(self, *command: str) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return done.stdout
 
     def submit(self, place: Path, *options: str) -> str:
@@ -122,6 +141,12 @@ class Slurm:
 
     def state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED, FAILED, ... and its exit code."""
-        shown = self.ask("scontrol", "--oneliner", "show", "job", job)
+        shown = self.ask(
+            "scontrol",
+            "--oneliner",
+            "show",
+            "job",
+            job,
+        )
         found = dict(part.split("=", 1) for part in shown.split() if "=" in part)
         return f"{found.get('JobState', 'none')} {found.get('ExitCode', '')}"

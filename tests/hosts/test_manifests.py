@@ -1,6 +1,5 @@
 """Every manifest is what Kubernetes takes, and means what it should."""
 
-import copy
 import json
 import os
 import re
@@ -16,10 +15,10 @@ import yaml
 from naign.cli.cluster import render
 from naign.cluster import launch
 from naign.cluster.job import Job, name_after
-from naign.cluster.render import IMAGE, render_k8s
+from naign.cluster.render import render_k8s
 from naign.errors import BAD_INPUT, INTERRUPTED, PEER_LOST, InputError
 from tests.conftest import ROOT
-from tests.hosts.manifest_checks import problems, templates
+from tests.hosts.manifest_checks import problems
 
 VERSIONS = ("1.29", "1.35", kubernetes_validate.latest_version())
 FILES = ("job", "pack-job", "evaluate-job", "tensorboard", "jobset", "trainjob")
@@ -122,7 +121,14 @@ def rendered(**changed: Any) -> dict[str, dict[str, Any]]:
     return {item["kind"] + item["metadata"]["name"]: item for item in load(render_k8s(job))}
 
 
-@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (8, 8), (3, 0)])
+@pytest.mark.parametrize(
+    ("nodes", "gpus"),
+    [
+        (1, 1),
+        (8, 8),
+        (3, 0),
+    ],
+)
 def test_what_is_rendered_is_valid(nodes, gpus):
     named = rendered(nodes=nodes, gpus=gpus, config=ROOT / "tests/hosts/size.yaml")
     objects = list(named.values())
@@ -150,13 +156,10 @@ def test_what_cannot_be_rendered_is_refused(options, said, naign):
     ("changed", "said"),
     [
         ({"data": "s3://x/d"}, "--data s3://x/d: write s3://bucket/prefix"),
-        ({"run": "s3://buc..ket/r"}, "--run s3://buc..ket/r: write"),
         ({"run": "s3://bucket/r\n#"}, "--run s3://bucket/r?#: write"),
         ({"run": "s3://me:SEC RET@bucket/r"}, "--run ...@bucket/r: write"),
         ({"data": "me:SECRET@host"}, "--data ...@host: pods share"),
-        ({"image": "me:SECRET@host/a"}, "--image ...@host/a is not a name"),
-        ({"region": "a\x1bb"}, "--region a?b is not a name"),
-        ({"service_account": "a\nb"}, "--service-account a?b is not a name"),
+        ({"endpoint": "http://me:SECRET@host"}, "--endpoint ...@host: it must be"),
         ({"nodes": 3, "gpus": 8}, "cannot be shared by 24 ranks"),
         ({"nodes": 0}, "0 nodes"),
     ],
@@ -167,16 +170,7 @@ def test_what_no_cluster_could_use_is_refused(changed, said):
     assert "SEC" not in str(caught.value)
 
 
-def test_what_is_an_image():
-    for image in ("naign", "localhost:5000/a/b__c--d:V1_x", f"a.b/c@sha256:{'0' * 64}"):
-        assert re.fullmatch(IMAGE, image, re.ASCII), image
-    for image in ("", "a@sha256:0", "a b", "Naign", "a\n", "é", "-a"):
-        assert not re.fullmatch(IMAGE, image, re.ASCII), image
-
-
-@pytest.mark.parametrize(
-    ("text", "within"), [("{}", 60), ("stop: {within: 20}", 20), ("stop: {within: 0.5}", 0.5), ("stop:", 60)]
-)
+@pytest.mark.parametrize(("text", "within"), [("{}", 60), ("stop: {within: 0.5}", 0.5)])
 def test_the_grace_period_follows_stop_within(text, within, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
     objects = rendered(config=tmp_path / "run.yaml")
@@ -227,43 +221,6 @@ def test_nothing_secret_stands_in_a_manifest():
         assert "kind: Secret" not in text and "AWS_SECRET_ACCESS_KEY" not in text
 
 
-def of_pod(change: Any) -> Any:
-    return lambda item: change(templates(item)[0][1]["spec"])
-
-
-def of_container(change: Any) -> Any:
-    return of_pod(lambda spec: change(spec["containers"][0]))
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "said"),
-    [
-        ("Service", lambda item: item["spec"]["selector"].update(a="b"), "selects no pod"),
-        ("Service", lambda item: item["spec"]["ports"][0].update(port=1), "no container has the port 1"),
-        ("Job", lambda item: item["spec"].update(completions=3), "are not the same"),
-        ("Job", of_pod(lambda spec: spec.update(subdomain="other")), "not the name of the first pod"),
-        ("Job", of_pod(lambda spec: spec.update(subdomain="other")), "no headless Service"),
-        ("Job", of_pod(lambda spec: spec.update(restartPolicy="OnFailure")), "restartPolicy"),
-        ("Job", of_pod(lambda spec: spec.update(terminationGracePeriodSeconds=30)), "leaves no time"),
-        ("Job", of_pod(lambda spec: spec.update(hostNetwork=True)), "hostNetwork"),
-        ("Job", of_pod(lambda spec: spec["securityContext"].pop("runAsNonRoot")), "not runAsNonRoot"),
-        ("Job", of_pod(lambda spec: spec["volumes"][1].update(hostPath={"path": "/"})), "`restricted` forbids"),
-        ("Job", of_pod(lambda spec: spec["volumes"].pop()), "no volume"),
-        ("Job", of_container(lambda it: it["securityContext"].pop("capabilities")), "not locked down"),
-        ("Job", of_container(lambda it: it["resources"].pop("limits")), "no limit of memory"),
-        ("Job", of_container(lambda it: it["envFrom"][0]["configMapRef"].update(name="x")), "no ConfigMap x"),
-        ("Job", of_container(lambda it: it["envFrom"][1]["secretRef"].pop("optional")), "needs the Secret"),
-        ("ConfigMap", lambda item: item["data"].update({"run.yaml": "train: {batch: 0}"}), "train.batch is 0"),
-    ],
-)
-def test_what_is_wrong_is_found(kind, change, said):
-    """One mistake of each kind that `problems` looks for."""
-    objects = copy.deepcopy(read("job"))
-    (item,) = (item for item in objects if item["kind"] == kind and item["metadata"]["name"] == "naign")
-    change(item)
-    assert said in "\n".join(problems(objects))
-
-
 def test_ci_names_the_packages_that_it_lacks_and_fails_where_one_cannot_be_installed(tmp_path):
     tools = {
         "apt-get": 'case "$*" in *prometheus*|*munge*) exit 100 ;; esac',
@@ -279,7 +236,13 @@ def test_ci_names_the_packages_that_it_lacks_and_fails_where_one_cannot_be_insta
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
     for in_ci, code in (("true", 1), ("", 0)):
         environ = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CI": in_ci}
-        done = subprocess.run([tmp_path / ".ci/run"], env=environ, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [tmp_path / ".ci/run"],
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == code, done.stderr
         assert "apt-get cannot install prometheus: skipped in tests/hosts/test_metrics.py" in done.stdout
         assert "there is no package munge here: skipped in tests/hosts/test_slurm.py" in done.stdout

@@ -3,23 +3,14 @@
 import os
 import signal
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from naign.errors import FAILED, INTERRUPTED
 from tests.conftest import SMALL, environment
+from tests.hosts.waiting import until
 from tests.servers import free_port
-
-
-def until(condition: Any, log: Path, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -32,36 +23,47 @@ def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwh
         "--run.path=run",
         "--checkpoint.rounds=2",
     )
-    logs, metrics = [tmp_path / "0.log", tmp_path / "1.log"], tmp_path / "run/metrics.jsonl"
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    metrics = tmp_path / "run/metrics.jsonl"
+    log = logs[0].read_text
 
     def start(index: int) -> psutil.Popen:
         named = environment(NAIGN_HOSTS="2", NAIGN_HEAD="localhost", JOB_COMPLETION_INDEX=str(index), NAIGN_START="s")
-        with logs[index].open("a") as log:
+        with logs[index].open("a") as output:
             command = [sys.executable, "-m", "naign.cli", "launch", *options]
-            return psutil.Popen(command, cwd=tmp_path, env=named, stderr=log, stdout=log)
+            return psutil.Popen(
+                command,
+                cwd=tmp_path,
+                env=named,
+                stderr=output,
+                stdout=output,
+            )
 
     def staying() -> int:
-        return logs[0].read_text().count("this host stays")
+        return log().count("this host stays")
 
     def rounds() -> int:
-        return metrics.read_text().count("\n") if metrics.exists() else 0
+        if not metrics.exists():
+            return 0
+        return metrics.read_text().count("\n")
 
-    first, second = start(0), start(1)
+    first = start(0)
+    second = start(1)
     try:
-        until(lambda: rounds() > 3, logs[0])
+        until(lambda: rounds() > 3, log)
         (rank,) = second.children()
         rank.kill()
         assert second.wait(60) == FAILED and "SIGKILL: out of memory?" in logs[1].read_text().splitlines()[-1]
-        until(lambda: staying() == 1, logs[0])
+        until(lambda: staying() == 1, log)
         second = start(1)
-        until(lambda: "resuming from" in logs[0].read_text(), logs[0])
+        until(lambda: "resuming from" in log(), log)
         before = rounds()
-        until(lambda: rounds() > before, logs[0])
+        until(lambda: rounds() > before, log)
         second.kill()
-        until(lambda: staying() == 2, logs[0])
+        until(lambda: staying() == 2, log)
         first.send_signal(signal.SIGTERM)
-        assert first.wait(60) == INTERRUPTED, logs[0].read_text()
-        assert "stopped on request" in logs[0].read_text().splitlines()[-1]
+        assert first.wait(60) == INTERRUPTED, log()
+        assert "stopped on request" in log().splitlines()[-1]
     finally:
         for process in (first, second):
             if process.is_running():

@@ -25,7 +25,14 @@ def with_programs(folder: Path, script: str, **programs: str) -> subprocess.Comp
         "SLURM_JOB_ID": "7",
         "SLURM_RESTART_COUNT": "10",
     }
-    return subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, check=False, cwd=folder)
+    return subprocess.run(
+        ["bash", "-c", script],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+    )
 
 
 def options_of(script: str, folder: Path) -> list[str]:
@@ -58,6 +65,12 @@ def test_a_host_that_is_lost_after_ten_planned_stops_does_not_end_the_job(tmp_pa
     done = with_programs(tmp_path, (ROOT / "launch/slurm.sbatch").read_text(), srun=srun)
     assert done.returncode == 0, done.stdout
     assert "ended with 76: all hosts start again" in done.stdout
+
+
+def test_hosts_meet_on_the_first_node_of_the_job(tmp_path):
+    script = (ROOT / "launch/slurm.sbatch").read_text()
+    done = with_programs(tmp_path, script, scontrol="printf 'n3\\nn4\\n'", srun='echo "at $NAIGN_HEAD"')
+    assert done.returncode == 0 and "at n3\n" in done.stderr
 
 
 def until(met, slurm: Slurm, place: Path, seconds: float = 120) -> None:
@@ -103,7 +116,13 @@ def test_a_mistake_ends_the_job(digits, tmp_path):
     place = tmp_path / "submitted"
     place.mkdir()
     with Slurm() as slurm:
-        job = slurm.submit(place, f"--data.path={digits}", *SMALL, "--train.batch=33", "--run.path=run")
+        job = slurm.submit(
+            place,
+            f"--data.path={digits}",
+            *SMALL,
+            "--train.batch=33",
+            "--run.path=run",
+        )
         until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
         assert slurm.state(job) == "FAILED 2:0"
     assert "no multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()

@@ -20,7 +20,9 @@ from tests.servers import S3Server
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Waits that are too short for a network, and short enough for tests; nothing is known of any server."""
+    """Waits too short for a network, and short enough for tests; small parts; nothing is known of any server."""
+    monkeypatch.setattr("naign.storage.s3.PART", 5 << 20)
+    monkeypatch.setattr("naign.storage.others.PART", 5 << 20)
     monkeypatch.setattr("naign.storage.s3_client.SILENCE", 1.0)
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 2.0)
     monkeypatch.setattr("naign.storage.retry.FIRST_PATIENCE", 0.3)
@@ -44,7 +46,12 @@ class Signing(BaseHTTPRequestHandler):
         passed = {key: value for key, value in self.headers.items() if key.lower() in ("range", "if-match")}
         path, _, query = self.path.partition("?")  # signed as S3 reads it: without %2F
         target = f"{self.server.upstream}{quote(unquote(path), safe='/~')}?{query}".rstrip("?")
-        request = AWSRequest(self.command, target, headers=passed, data=body)
+        request = AWSRequest(
+            self.command,
+            target,
+            headers=passed,
+            data=body,
+        )
         S3SigV4Auth(self.server.keys, "s3", "us-east-1").add_auth(request)
         reply = self.server.pool.request(
             self.command,
@@ -72,7 +79,11 @@ class Signing(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def google(bucket: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def google(
+    bucket: str,
+    s3: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[str]:
     """A bucket of SeaweedFS as "gs://name"."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Signing)
     server.upstream = s3.endpoint

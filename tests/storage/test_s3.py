@@ -32,8 +32,12 @@ def unfinished(s3: S3Server, bucket: str) -> list[str]:
     return [upload["Key"] for upload in answer.get("Uploads", [])]
 
 
-@pytest.mark.parametrize("part", [1000, 999_983, 8 * MIB])
-def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+@pytest.mark.parametrize("part", [1000, 8 * MIB])
+def test_ranges_and_streams(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    part: int,
+) -> None:
     monkeypatch.setattr("naign.storage.network.RANGE", part)
     data = DATA if part > 1000 else DATA[:54_321]
     store.put("a", data)
@@ -81,11 +85,8 @@ def test_more_names_than_a_page_of_a_listing(s3: S3Server, bucket: str) -> None:
     assert open_store(f"{bucket}/x").list() == names
 
 
-@pytest.mark.parametrize("size", [5 * MIB, 5 * MIB + 1, 28 * MIB + 5])
-def test_large_objects_are_sent_in_parts(
-    s3: S3Server, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
+@pytest.mark.parametrize("size", [5 * MIB, 28 * MIB + 5])
+def test_large_objects_are_sent_in_parts(s3: S3Server, store: Store, bucket: str, size: int) -> None:
     data = (DATA * 10)[:size]
     store.put("a", b"old")
     with store.write("a") as target:
@@ -98,11 +99,7 @@ def test_large_objects_are_sent_in_parts(
     assert unfinished(s3, bucket) == []
 
 
-def test_an_upload_that_fails_leaves_nothing_behind(
-    s3: S3Server, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
-
+def test_an_upload_that_fails_leaves_nothing_behind(s3: S3Server, store: Store, bucket: str) -> None:
     def fail(params: Params, **_: object) -> None:
         if params["PartNumber"] == 3:
             assert unfinished(s3, bucket) == ["some/where/a"]
@@ -126,7 +123,11 @@ def requests(bucket: str) -> list[str]:
     return made
 
 
-def test_one_file_is_asked_for_alone(store: Store, bucket: str, requests: list[str]) -> None:
+def test_one_file_is_asked_for_alone(
+    store: Store,
+    bucket: str,
+    requests: list[str],
+) -> None:
     store.put("a", b"1")
     open_store(f"{store.path}/deeper").put("below", b"")
     requests.clear()
@@ -139,11 +140,18 @@ def test_one_file_is_asked_for_alone(store: Store, bucket: str, requests: list[s
 
 @pytest.mark.parametrize("size", [10, 12 * MIB])
 @pytest.mark.parametrize("change", ["opaque", "unquoted"])
-def test_etags_that_are_not_a_quoted_md5(store: Store, monkeypatch: pytest.MonkeyPatch, size: int, change: str) -> None:
+def test_etags_that_are_not_a_quoted_md5(
+    store: Store,
+    size: int,
+    change: str,
+) -> None:
     """Opaque ones, as of encrypted objects; and answers to HEAD whose ETag has no quotes, where others have them."""
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
 
-    def disguise(parsed: Params, model: Any, **_: object) -> None:
+    def disguise(
+        parsed: Params,
+        model: Any,
+        **_: object,
+    ) -> None:
         if change == "unquoted" and model.name == "HeadObject" and "ETag" in parsed:
             parsed["ETag"] = parsed["ETag"].strip('"')
         elif change == "opaque" and model.name != "UploadPart" and "ETag" in parsed:
@@ -185,7 +193,11 @@ ACTIONS: dict[str, Action] = {
 }
 
 
-def refusal(s3: S3Server, action: str, path: str) -> str:
+def refusal(
+    s3: S3Server,
+    action: str,
+    path: str,
+) -> str:
     """The message, which names the object, and gives no secret away."""
     with pytest.raises(InputError) as caught:
         ACTIONS[action](open_store(path))
@@ -196,16 +208,6 @@ def refusal(s3: S3Server, action: str, path: str) -> str:
     return message
 
 
-def test_a_missing_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
-    for action in ("list", "put"):
-        message = refusal(s3, action, "s3://no-such-bucket/x")
-        assert "there is no bucket no-such-bucket: make it first, or check the path, AWS_ENDPOINT_URL" in message
-    with pytest.raises(InputError, match="x/a: there is no bucket no-such"):
-        open_store("s3://no-such/x").put("a", bytes(11 * MIB))
-    assert not open_store("s3://no-such/x").exists("a")
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -213,7 +215,6 @@ def test_a_missing_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None
             {"AWS_SECRET_ACCESS_KEY": "not-the-secret"},
             r"access denied \((SignatureDoesNotMatch|403): .*: check the cre",
         ),
-        ({"AWS_ACCESS_KEY_ID": "unknown"}, r"access denied \((InvalidAccessKeyId|403): .*: check the credentials"),
         (
             {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
             r"access denied \((AccessDenied|403): .*; no credentials were found, .*: set AWS_ACCESS_KEY_ID",
@@ -222,9 +223,8 @@ def test_a_missing_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None
         ({"AWS_PROFILE": "nowhere"}, r"profile \(nowhere\) could not be found: check .* AWS configuration"),
         ({"AWS_ENDPOINT_URL": "nonsense"}, r"nonsense.*AWS_ENDPOINT_URL"),
         ({"AWS_ENDPOINT_URL": "http://me:not-to-be-read@127.0.0.1:1"}, r"the server's address holds a user"),
-        ({"AWS_ENDPOINT_URL": "me:not-to-be-read@nonsense"}, r"\.\.\.@nonsense"),
     ],
-    ids=["secret", "key", "none", "half", "profile", "endpoint", "password", "password too"],
+    ids=["secret", "none", "half", "profile", "endpoint", "password"],
 )
 def test_credentials_that_do_not_do(
     s3: S3Server,
@@ -245,11 +245,10 @@ def test_credentials_that_do_not_do(
         assert "not-to-be-read" not in found, action
 
 
-@pytest.mark.parametrize("status", [301, 308])
-def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     class Redirect(BaseHTTPRequestHandler):
         def answer(self) -> None:
-            self.send_response(status)
+            self.send_response(301)
             self.send_header("Location", f"https://elsewhere{self.path}")
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -266,12 +265,16 @@ def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch, 
         messages = [refusal(s3, action, "s3://bucket/x") for action in ACTIONS]
         server.shutdown()
     for message in messages:
-        assert f"the server redirects ({status}) to https://elsewhere/bucket" in message
+        assert "the server redirects (301) to https://elsewhere/bucket" in message
         assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message
         assert "\n" not in message
 
 
-def test_a_public_bucket_needs_no_account(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_bucket_needs_no_account(
+    s3: S3Server,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     open_store(f"{bucket}/x").put("a", DATA)
     monkeypatch.setattr("naign.storage.network.granted", set())
     name = bucket.removeprefix("s3://")
@@ -299,7 +302,11 @@ def flaky(store: Store) -> Store:
     return open_store(store.path)
 
 
-def test_a_server_that_is_down(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_down(
+    store: Store,
+    proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("naign.storage.network.RANGE", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")
@@ -316,7 +323,11 @@ def test_a_server_that_is_down(store: Store, proxy: FaultProxy, monkeypatch: pyt
     assert store.read("a") == DATA
 
 
-def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_absence_is_waited_out(
+    store: Store,
+    proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 1.0)
     store.put("a", DATA)
     proxy.faults = Faults(refusing=True)
@@ -331,12 +342,15 @@ def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypa
 @pytest.mark.parametrize(
     "faults",
     [
-        Faults(errors=0.3),
         Faults(stall=0.3),
-        Faults(refuse=0.3, reset_every=(MIB + 100_000, 3 * MIB)),
-        Faults(refuse=0.1, errors=0.1, stall=0.03, reset_every=(MIB + 100_000, 3 * MIB)),
+        Faults(
+            refuse=0.1,
+            errors=0.1,
+            stall=0.03,
+            reset_every=(MIB + 100_000, 3 * MIB),
+        ),
     ],
-    ids=["errors", "stalls", "refusals and resets", "all"],
+    ids=["stalls", "all"],
 )
 @pytest.mark.slow
 def test_reading_through_faults(
@@ -358,18 +372,19 @@ def test_reading_through_faults(
     assert fresh.tally.bytes % (2 * len(DATA) - 7) == 0  # what was received twice counts once
 
 
-def test_bodies_that_break_off_early(store: Store, proxy: FaultProxy) -> None:
-    store.put("a", DATA)
-    proxy.faults = Faults(reset_every=(100_000, 300_000))
-    assert flaky(store).read("a") == DATA
-    assert proxy.counts["reset"] >= 10
-
-
 @pytest.mark.slow
-def test_writing_through_faults(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
+def test_writing_through_faults(
+    store: Store,
+    proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
-    faults = Faults(errors=0.15, refuse=0.1, stall=0.05, reset_every=(100, 3000))
+    faults = Faults(
+        errors=0.15,
+        refuse=0.1,
+        stall=0.05,
+        reset_every=(100, 3000),
+    )
     proxy.faults = faults
     large = (DATA * 9)[: 26 * MIB + 3]
     written = {"large": large}
@@ -398,7 +413,6 @@ def test_writing_through_faults(store: Store, proxy: FaultProxy, monkeypatch: py
 def test_an_upload_is_done_even_if_the_answer_is_lost(
     s3: S3Server, store: Store, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("naign.storage.s3.PART", 5 * MIB)
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
     healed = threading.Event()
 
@@ -431,7 +445,11 @@ def digest(store: Store) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_that_a_program_starts(store: Store, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_processes_that_a_program_starts(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
     monkeypatch.setattr("naign.storage.network.RANGE", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")  # its threads read on while the processes start

@@ -77,9 +77,7 @@ def test_paths_that_are_no_store(tmp_path: Path) -> None:
     assert open_store("~nobody-of-that-name/x").list() == []
 
 
-@pytest.mark.parametrize(
-    "path", ["s3://b/d?X-Amz-Signature=SECRET", "s3://me:SECRET@b/d", "s3:/b/d?SECRET", "x://h?a=SECRET"]
-)
+@pytest.mark.parametrize("path", ["s3://b/d?X-Amz-Signature=SECRET", "s3://me:SECRET@b/d", "s3:/b/d?SECRET"])
 def test_a_secret_in_an_address_is_refused_and_not_shown(path: str) -> None:
     for call in (open_store, read_yaml):
         with pytest.raises(InputError, match="the address holds a user or a password, or a query") as refused:

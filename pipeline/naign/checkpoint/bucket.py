@@ -7,7 +7,6 @@ import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,12 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
     return folder
 
 
-def fetch_file(remote: str, name: str, files: Iterable[str], folder: Path) -> Path:
+def fetch_file(
+    remote: str,
+    name: str,
+    files: Iterable[str],
+    folder: Path,
+) -> Path:
     """Download the first of `files` that a checkpoint has. Raises Damaged if it has none, or other bytes."""
     where = f"{remote}/checkpoints/{name}"
     with _damage_named(where):
@@ -105,7 +109,12 @@ def _damage_named(where: str) -> Iterator[None]:
         raise Damaged(f"{where} is damaged ({error}): remove it") from None
 
 
-def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -> None:
+def _download_file(
+    where: str,
+    file: str,
+    entry: dict[str, Any],
+    folder: Path,
+) -> None:
     """Raises ValueError if the file does not match its entry in the manifest."""
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     store, base = locate(f"{where}/{file}")
@@ -160,17 +169,8 @@ def take_over(remote: str) -> str:
     """Become the only process that may write to the bucket, and log who was. Returns the claim for `check_claim`."""
     before = _owner(remote)
     if before:
-        log.info(
-            "%s: the earlier start of this run on %s at %s can no longer upload",
-            remote,
-            before["host"],
-            before["since"],
-        )
-    owner = {
-        "claim": uuid.uuid4().hex,
-        "host": socket.gethostname(),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+        log.info("%s: the earlier start of this run on %s can no longer upload", remote, before["host"])
+    owner = {"claim": uuid.uuid4().hex, "host": socket.gethostname()}
     open_store(remote).put(OWNER, json.dumps(owner).encode())
     return owner["claim"]
 
@@ -179,13 +179,13 @@ def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if another process has called `take_over` since."""
     owner = _owner(remote)
     if owner and owner["claim"] != claim:
-        later = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
+        later = f"{remote} was taken over by a run that started later (on {owner['host']})"
         raise Conflict(f"{later}: this one exits and writes no more to it; give each run its own --run.remote")
 
 
 def _owner(remote: str) -> dict[str, str]:
-    """The claim, host and start of the process that may write to the bucket; {} if it is missing or unreadable."""
+    """The claim and host of the process that may write to the bucket; {} if the file is missing or unreadable."""
     found = read_object(remote, OWNER)
-    if found.keys() >= {"claim", "host", "since"}:
-        return {key: printable(str(value)) for key, value in found.items()}
-    return {}
+    if "claim" not in found or "host" not in found:
+        return {}
+    return {"claim": str(found["claim"]), "host": printable(str(found["host"]))}

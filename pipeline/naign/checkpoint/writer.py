@@ -117,7 +117,12 @@ class Writer:
         self._group = SideGroup(world, timeout=timeout)
         self._pending: Future[str] | None = None  # a checkpoint: why the run must end, or ""
 
-    def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
+    def start(
+        self,
+        name: str,
+        copy: Callable[[], None],
+        files: Mapping[str, Write],
+    ) -> None:
         """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background. Waits for
         the previous checkpoint, and raises as `join` does.
         """
@@ -178,7 +183,12 @@ class Writer:
             raise StoreLost(f"{folder} could not be sent to {self._remote}: start again to send it once more")
         return True
 
-    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
+    def _work(
+        self,
+        folder: Path,
+        copy: Callable[[], None],
+        files: Mapping[str, Write],
+    ) -> str:
         title("write")
         start = time.perf_counter()
         problem = self._write(folder, copy, files)
@@ -194,37 +204,42 @@ class Writer:
             self.done(folder)
         return conflict
 
-    def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
+    def _write(
+        self,
+        folder: Path,
+        copy: Callable[[], None],
+        files: Mapping[str, Write],
+    ) -> str:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks, which
         raise RuntimeError if it was something other than the disk, such as a device.
         """
-        entries = dict[str, dict[str, Any]]()
-        problem = ""
-        fault = False
-        try:
+        entries = dict[str, dict[str, Any]]()  # of the manifest
+
+        def write_mine() -> None:
             copy()  # first: the next step waits for it
             for name, write in files.items():
                 entries[name] = _write_file(folder / name, write)
-        except Exception as error:
-            problem = f"rank {self._rank}: {type(error).__name__}: {error}"
-            fault = not isinstance(error, OSError | SafetensorError)
-        listed = dict[str, dict[str, Any]]()
-        for theirs, failed, is_fault in self._group.gather((entries, problem, fault)):
-            listed |= theirs
-            problem = problem or failed
-            fault = fault or is_fault
-        if self._rank == 0 and not problem:
-            problem = _complete(folder, listed)
-        problem = self._group.gather(problem)[0]
-        if problem and self._rank == 0:
+
+        def complete() -> None:
+            text = json.dumps({"files": dict(sorted(entries.items()))}, indent=2)
+            write_atomically(folder / MANIFEST, text + "\n")
+
+        is_first = self._rank == 0
+        error = self._agreed(True, write_mine)
+        if not error:
+            for theirs in self._group.gather(entries):
+                entries |= theirs
+            error = self._agreed(is_first, complete)
+        if error and is_first:
             shutil.rmtree(folder, ignore_errors=True)
-        if fault:
-            raise RuntimeError(f"{folder} could not be written ({problem}); the checkpoint before it is untouched")
-        if not problem and os.environ.get("LOCAL_RANK", "0") == "0":  # a machine may have a folder of its own
-            root = str(self._run.absolute())
+        if isinstance(error, RuntimeError):
+            raise RuntimeError(f"{folder} could not be written ({error}); the checkpoint before it is untouched")
+        if error:
+            return str(error)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # a machine may have a folder of its own
             with _may_fail(f"old checkpoints stay in {folder.parent}"):
-                prune(f"{root}/checkpoints", self._keep, newest=folder.name)
-        return problem
+                prune(str(folder.parent.absolute()), self._keep, newest=folder.name)
+        return ""
 
     def _upload(self, folder: Path, names: list[str]) -> str:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
@@ -259,26 +274,24 @@ class Writer:
             bucket.mirror(self._run, self._remote, bucket.PICTURES)
 
     def _agreed(self, active: bool, act: Callable[[], None]) -> Exception | None:
-        """Collective: call `act` on the ranks that are active. Returns the first rank's error on all of them."""
+        """Collective: call `act` on the ranks that are active. Returns the first rank's error on all of them: Conflict,
+        Unavailable for a store or a disk, else RuntimeError.
+        """
         mine: Exception | None = None
         try:
             if active:
                 act()
+        except Conflict as error:
+            mine = Conflict(str(error))
+        except (InputError, Unavailable) as error:
+            mine = Unavailable(str(error))
         except Exception as error:
-            kind = Conflict if isinstance(error, Conflict) else Unavailable
-            mine = kind(str(error) or type(error).__name__)
-        failed = [theirs for theirs in self._group.gather(mine) if theirs]
-        return failed[0] if failed else None
-
-
-def _complete(folder: Path, entries: dict[str, dict[str, Any]]) -> str:
-    """Write the manifest. Returns why the checkpoint does not count, or ""."""
-    try:
-        text = json.dumps({"files": dict(sorted(entries.items()))}, indent=2)
-        write_atomically(folder / MANIFEST, text + "\n")
-    except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+            kind = Unavailable if isinstance(error, OSError | SafetensorError) else RuntimeError
+            mine = kind(f"rank {self._rank}: {type(error).__name__}: {error}")
+        for theirs in self._group.gather(mine):
+            if theirs:
+                return theirs
+        return None
 
 
 def _write_file(file: Path, write: Write) -> dict[str, Any]:

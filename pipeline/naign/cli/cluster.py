@@ -32,7 +32,7 @@ def train() -> None:
 
 
 def launch() -> None:
-    """Start the ranks of this host, under Kubernetes, Kubeflow, Slurm or alone; naign launch --help lists options."""
+    """Start the ranks of this host, under Kubernetes, Slurm or alone; naign launch --help lists options."""
     gc.disable()  # while modules are imported; see pipeline/train.py
     from naign.cluster.launch import build_parser, main
 

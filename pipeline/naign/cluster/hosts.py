@@ -358,7 +358,7 @@ class Hosts:
         error = self._failure
         if isinstance(error, InputError | Unavailable):
             self._informed.add(index)
-            writer.write(Answer(reason=f"host 0: {error}"[:400], code=error.code).line())
+            self._refuse(writer, f"host 0: {error}"[:400], error.code)
         writer.close()
 
     def _refuse(self, writer: asyncio.StreamWriter, reason: str, code: int = 0) -> None:

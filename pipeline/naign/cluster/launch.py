@@ -119,9 +119,7 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
             wanted = options.gpus
             if place.orchestrator == "Slurm" and not options.engine:
                 wanted = wanted or place.processes  # the GPUs of this node that are the job's
-            on_gpus = require_gpus(wanted, processes, engine)
-            if on_gpus and place.hosts * processes > 1:
-                _record_collectives(Path(config.run.path))
+            require_gpus(wanted, processes, engine)
             if _is_done(config, place):
                 say(f"nothing left to do: the run in {config.run.remote or config.run.path} is done")
                 return Outcome.DONE
@@ -153,7 +151,6 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
                     code, killed = await _watch(ranks, links, asked)
             hosts.note_training(time.monotonic() - begun, timeout=config.train.timeout)
             code = await _end(code, killed, links, config, place, asked)
-            _send_collectives(Path(config.run.path), config.run.remote)
             if asked or not place.is_replaced or not links.may_meet_again(code):
                 return code
             links.close()
@@ -215,44 +212,21 @@ async def _end(code: int, killed: bool, links: Links, config: Any, place: Place,
     return code
 
 
-def _record_collectives(run: Path) -> None:
-    """Have torch write each rank's newest collectives to nccl/rank_N in `run` if NCCL hangs, or as the user set it."""
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{run.absolute()}/nccl/rank_")
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-
-
-def _send_collectives(run: Path, remote: str) -> None:
-    """Copy what ranks left in nccl/ to the run's bucket, if there is one: a pod's disk is lost with it."""
-    from naign.storage.store import open_store
-
-    if not remote:
-        return
-    try:
-        for file in run.glob("nccl/*"):
-            open_store(f"{remote}/nccl").put(file.name, file.read_bytes())
-    except (InputError, Unavailable, OSError) as error:
-        say(f"{run}/nccl is not copied to {remote}: {error}")
-
-
 def _is_done(config: Any, place: Place) -> bool:
     """Whether the run is finished: in its bucket or, for one of several hosts, in the folder that they share.
 
-    Raises Unavailable where the bucket does not answer for REACH seconds.
+    Raises Unavailable where the bucket does not answer for REACH seconds; its server may still be starting.
     """
+    from naign.storage.retry import give_up_after
     from naign.training.run_folder import is_done
 
     kept = config.run.remote
     if not kept and place.hosts > 1:
         kept = str(Path(config.run.path).absolute())  # shared, or its ranks are refused
-    end = time.monotonic() + REACH  # the bucket's server may still be starting
-    while kept:
-        try:
+    if not kept:
+        return False
+    try:
+        with give_up_after(REACH):
             return is_done(replace(config, run=replace(config.run, remote=kept)))
-        except Unavailable as error:
-            reason = str(error).partition(". Check ")[0]
-            if time.monotonic() > end:
-                problem = f"run.remote cannot be reached: {reason}"
-                raise Unavailable(f"{problem}; check its name and AWS_ENDPOINT_URL") from None
-            say(f"waiting for {kept}: {reason}")
-    return False
+    except Unavailable as error:
+        raise Unavailable(f"run.remote cannot be reached: {error}") from None

@@ -1,11 +1,10 @@
-"""This host's place in its job, from the variables that Kubernetes, Kubeflow or Slurm set."""
+"""This host's place in its job, from the variables that Kubernetes or Slurm set."""
 
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from naign.errors import InputError, one_line
+from naign.errors import InputError
 
 MOST = 99_999  # largest index, number of hosts and generation: `_number` reads five digits
 RANKS = 1024  # on a host
@@ -26,16 +25,16 @@ class Place:
     @property
     def is_replaced(self) -> bool:
         """Whether the orchestrator replaces a host that is lost while the others stay."""
-        return self.orchestrator in ("Kubernetes", "Kubeflow")
+        return self.orchestrator == "Kubernetes"
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
     """This host's place, from the first orchestrator whose variables are set.
 
     - Kubernetes: an Indexed Job's JOB_COMPLETION_INDEX, beside NAIGN_HOSTS, NAIGN_HEAD (the name of the first pod) and
-      NAIGN_START (the Job's uid), which k8s/job.yaml sets.
-    - Kubeflow Trainer v2, or whoever sets torchrun's options: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR.
-    - Slurm: one task of `srun` a node. A batch script that calls no srun is alone, on its one node.
+      NAIGN_START (the Job's uid), which the manifests in k8s/ set.
+    - Slurm: one task of `srun` a node, and NAIGN_HEAD, which launch/slurm.sbatch sets. A batch script that calls no
+      srun is alone, on its one node.
 
     Without any of them the host is alone. Raises InputError where variables are missing or contradictory.
     """
@@ -47,8 +46,6 @@ def find_place(environ: Mapping[str, str]) -> Place:
             head=_text(environ, "NAIGN_HEAD"),
             start=environ.get("NAIGN_START", ""),
         )
-    elif "PET_NNODES" in environ:
-        place = _of_kubeflow(environ)
     elif "SLURM_PROCID" in environ:
         place = _of_slurm(environ)
     elif "JOB_COMPLETION_INDEX" in environ:
@@ -63,22 +60,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
         counted = f"{place.orchestrator} says that this is host {place.index} of {place.hosts}, counted from 0"
         remedy = "make NAIGN_HOSTS, or completions and parallelism of the Job, the number of hosts everywhere"
         raise InputError(f"{counted}: {remedy}")
-    if place.processes > RANKS:
-        raise InputError(f"{place.processes} ranks on this host: at most {RANKS} are possible")
     return place
-
-
-def _of_kubeflow(environ: Mapping[str, str]) -> Place:
-    hosts = _number(environ, "PET_NNODES")
-    has_number = environ.get("PET_NPROC_PER_NODE", "auto").isdecimal()
-    return Place(
-        orchestrator="Kubeflow",
-        index=_number(environ, "PET_NODE_RANK", default="0" if hosts == 1 else ""),
-        hosts=hosts,
-        head=environ.get("PET_MASTER_ADDR", "localhost"),
-        start=environ.get("NAIGN_START", ""),
-        processes=_number(environ, "PET_NPROC_PER_NODE") if has_number else 0,
-    )
 
 
 def _of_slurm(environ: Mapping[str, str]) -> Place:
@@ -100,7 +82,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Place:
         orchestrator="Slurm",
         index=_number(environ, "SLURM_PROCID"),
         hosts=hosts,
-        head=environ.get("NAIGN_HEAD") or _first_node(_text(environ, "SLURM_JOB_NODELIST")),
+        head=_text(environ, "NAIGN_HEAD", default="localhost" if hosts == 1 else ""),
         start=".".join(parts),
         processes=_number(environ, "SLURM_GPUS_ON_NODE", default="0"),
     )
@@ -114,20 +96,12 @@ def find_port(environ: Mapping[str, str]) -> int:
     return 20_000 + int(job[-9:]) % 12_000
 
 
-def _first_node(nodes: str) -> str:
-    """The first host of a Slurm node list such as 'node[03-17,20]'."""
-    try:
-        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return done.stdout.split()[0]
-    except (FileNotFoundError, subprocess.CalledProcessError, IndexError) as error:
-        reason = one_line(getattr(error, "stderr", "") or error)
-        raise InputError(f"scontrol cannot name the nodes of '{nodes}' ({reason}): set NAIGN_HEAD") from None
-
-
 def _text(environ: Mapping[str, str], name: str, default: str = "") -> str:
     text = environ.get(name, "").strip() or default
     if not text:
-        raise InputError(f"the variable {name} is not set, which says where this host stands: see k8s/job.yaml")
+        raise InputError(
+            f"the variable {name} is not set, which says where this host stands: see k8s/job.yaml, launch/slurm.sbatch"
+        )
     return text
 
 

@@ -110,16 +110,14 @@ def environment_of(engine: Mapping[str, Any]) -> dict[str, str]:
     return variables
 
 
-def require_gpus(wanted: int, processes: int, engine: Mapping[str, Any]) -> bool:
-    """Whether ranks use GPUs. InputError or Unavailable where there are fewer than --gpus=`wanted`, or than ranks."""
+def require_gpus(wanted: int, processes: int, engine: Mapping[str, Any]) -> None:
+    """InputError or Unavailable where there are fewer GPUs than --gpus=`wanted`, or than ranks that are to use them."""
     from naign.distributed.host import check_gpus, count_gpus
 
     check_gpus(f"--gpus {wanted}", wanted)
     must = engine["distributed_type"] in ("MULTI_GPU", "FSDP")  # DeepSpeed also runs on CPUs
-    if engine.get("use_cpu") or not (must or count_gpus()):
-        return False
-    check_gpus(f"{processes} ranks on GPUs are to start here (on CPUs: --engine cpu)", processes)
-    return True
+    if not engine.get("use_cpu") and (must or count_gpus()):
+        check_gpus(f"{processes} ranks on GPUs are to start here (on CPUs: --engine cpu)", processes)
 
 
 def command_of(arguments: Sequence[str]) -> list[str]:

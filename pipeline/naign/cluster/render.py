@@ -15,8 +15,6 @@ from naign.config import Config, check, load, to_dict
 from naign.errors import InputError, printable, require
 from naign.settings.read import read_yaml
 
-# [host[:port]/]name[:tag][@digest], in ASCII.
-IMAGE = r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?"
 # docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html.
 BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
 NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
@@ -63,10 +61,6 @@ def render_k8s(job: Job) -> str:
     account = job.service_account
     for option, place in (("--data", job.data), ("--run", job.run)):
         _require_match(option, place, "s3://.*", ": pods share a bucket only: give s3://bucket/prefix")
-    _require_match("--image", job.image, IMAGE, " is not a name of an image: [registry/]name[:tag][@digest]")
-    account_name = r"([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?)?"
-    _require_match("--service-account", account, account_name, " is not a name of a service account")
-    _require_match("--region", job.region, r"[a-z0-9-]+", " is not a name of a region, such as eu-west-1")
     address = ": it must be http://host:port or https://host, without user and password"
     _require_match("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", address)
     written: dict[str, Any] = read_yaml(str(job.config)) if job.config else {}

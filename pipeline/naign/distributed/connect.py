@@ -14,11 +14,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, check_cuda_p2p_ib_support
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
-from naign.distributed.host import check_bf16, check_gpus, check_versions, count_ranks, why_unfit
+from naign.distributed.host import check_bf16, check_gpus, count_ranks, why_unfit
 from naign.errors import InputError, PeerLost
 
 
-def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: int = 1) -> Accelerator:
+def build_accelerator(
+    timeout: float = 600,
+    *,
+    precision: str = "",
+    accumulate: int = 1,
+) -> Accelerator:
     """The Accelerator that the launcher's configuration asks for, over gloo where there is no GPU. Collective.
 
     A rank waits `timeout` seconds for the others before it fails. `precision` is fp32, bf16, fp16, auto
@@ -40,7 +45,6 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
     if deepspeed:
         _check_deepspeed(on_cpu)
     _forget_settings(sharded=world > 1, deepspeed=deepspeed)
-    check_versions("torch")
     mixed = _mixed_precision(precision, on_cpu=on_cpu, deepspeed=deepspeed)
     backend = "gloo" if on_cpu else "nccl"
     connecting = timedelta(seconds=timeout + 60)
@@ -171,8 +175,6 @@ def _check_deepspeed(on_cpu: bool) -> None:
         raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    check_versions("deepspeed")
-    if on_cpu:
         from naign.distributed.zero import compile_communication
 
         compile_communication()

@@ -56,7 +56,9 @@ class Engine:
         self.copied.set()
         self._shard()
         self._names = dict(bare.named_parameters())
-        self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the whole parameters
+        for name, value in self._names.items():
+            self.shapes[name] = tuple(value.shape)
         if ahead is None:
             ahead = on_gpu
         fused = ahead and accelerator.scaler is None and not self.gathers
@@ -78,7 +80,8 @@ class Engine:
             # Else DDP arranges its buckets after the first step. With three or more ranks the bits of a sum depend on
             # its position in a bucket: a resumed run would not repeat them.
             self.network.eval()  # running statistics stay as they are
-            self.network(torch.zeros(1, *shape, device=accelerator.device)).float().sum().backward()
+            blank = torch.zeros(1, *shape, device=accelerator.device)
+            self.network(blank).float().sum().backward()
             self.network.train()
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -156,7 +159,8 @@ class Engine:
         # Accelerate's own clipping and stepping look for packages at every step; only a scaler needs them.
         if self.accelerator.scaler is None:
             return clip_and_step(self._adam, self._names.values(), self._clip, ahead=self.ahead)
-        norm = float(self.accelerator.clip_grad_norm_(self._names.values(), self._clip or math.inf))
+        most = self._clip or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self._names.values(), most))
         self.optimizer.step()  # the scaler skips the step itself, and adapts
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -169,7 +173,9 @@ class Engine:
     def _average(self, norm: float | Tensor) -> None:
         assert self.ema is not None
         with self.gathered():
-            now = [whole(value.detach()).to(torch.float32) for value in self.bare.parameters()]
+            now: list[Tensor] = []
+            for parameter in self.bare.parameters():
+                now.append(whole(parameter.detach()).to(torch.float32))
             averages: Any = list(self.ema.parameters())
             buffers = list(zip(self.ema.buffers(), self.bare.buffers(), strict=True))
             if not isinstance(norm, Tensor):
@@ -195,16 +201,18 @@ class Engine:
                 if key == "step":
                     continue
                 if not getattr(value, "is_floating_point", bool)():
-                    raise InputError(
-                        f"the optimizer keeps '{key}' of a weight, which is not a tensor of floats: choose another"
-                    )
+                    kept = f"the optimizer keeps '{key}' of a weight, which is not a tensor of floats"
+                    raise InputError(f"{kept}: choose another")
                 tensors[key] = whole(value)
             yield name, tensors
 
     @property
     def steps(self) -> int:
         """Number of steps that the optimizer has made; 1 for any number where it does not count them."""
-        return max((int(state.get("step", 1)) for state in self._adam.state.values()), default=0)
+        steps = 0
+        for state in self._adam.state.values():
+            steps = max(steps, int(state.get("step", 1)))
+        return steps
 
     def _allocated(self, name: str) -> Any:
         """The optimizer's state of a parameter, which a step that changes nothing allocates if none was made yet."""
@@ -220,8 +228,11 @@ class Engine:
 
     def state_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of a parameter's state that `restore` needs."""
-        tensors = {key: tuple(value.shape) for key, value in self._allocated(name).items() if key != "step"}
-        return {"weight": self.shapes[name], **tensors}
+        shapes = {"weight": self.shapes[name]}
+        for key, value in self._allocated(name).items():
+            if key != "step":
+                shapes[key] = tuple(value.shape)
+        return shapes
 
     @torch.no_grad()
     def restore(self, name: str, state: State, steps: int) -> None:
@@ -237,7 +248,9 @@ class Engine:
     @property
     def scale(self) -> dict[str, float]:
         """The state of fp16's loss scaler; {} where there is none."""
-        return dict(self.accelerator.scaler.state_dict()) if self.accelerator.scaler is not None else {}
+        if self.accelerator.scaler is None:
+            return {}
+        return dict(self.accelerator.scaler.state_dict())
 
     @scale.setter
     def scale(self, state: dict[str, float]) -> None:

@@ -20,15 +20,21 @@ class FsdpEngine(Engine):
     def _shard(self) -> None:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         for module in reversed(list(self.bare.modules())):  # parts first, the network last
-            left = sum(value.numel() for value in module.parameters() if not isinstance(value, DTensor))
-            if module is self.bare or (left >= UNIT and not isinstance(module, nn.ModuleList | nn.ModuleDict)):
+            left = 0
+            for value in module.parameters():
+                if not isinstance(value, DTensor):
+                    left += value.numel()
+            is_unit = left >= UNIT and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+            if is_unit or module is self.bare:
                 fully_shard(module, mesh=mesh)
         for part in ("encode", "decode"):
             if hasattr(self.bare, part):
                 register_fsdp_forward_method(self.bare, part)
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
-        self.network, self.optimizer, self._adam = self.bare, optimizer, optimizer
+        self.network = self.bare
+        self.optimizer = optimizer
+        self._adam = optimizer
 
     @property
     def _kind(self) -> str:

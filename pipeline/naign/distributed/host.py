@@ -1,44 +1,21 @@
-"""What a rank takes of its host: CPU threads, memory, GPUs that torch can use, and libraries of supported versions."""
+"""What a rank takes of its host: CPU threads, memory, GPUs that torch can use, and a build of FAISS."""
 
 import ctypes
 import importlib.util
-import logging
 import os
-import pkgutil
 import runpy
 import sys
-import time
-from importlib.metadata import Distribution, version
+from importlib.metadata import Distribution
 from pathlib import Path
-from typing import NoReturn
 
 import joblib
-import psutil
 import torch
 
 from naign import shipped
 from naign.errors import InputError, Unavailable, one_line
 
-log = logging.getLogger("naign.distributed")
-
 MAY_PASS = ("CUDA driver initialization failed", "CUDA unknown error", "No CUDA GPUs are available")
 """Parts of what torch says where GPUs or their driver are out of order: another host, or a reboot, may help."""
-
-TESTED = {"torch": ">=2.13,<2.14", "accelerate": ">=1.10,<1.16", "deepspeed": ">=0.17,<0.20"}
-"""The versions that pass the tests. pyproject.toml admits newer ones, as long as they have the INTERNALS."""
-
-INTERNALS = {  # names that may change with any release, by library; zero.py checks those of DeepSpeed's objects itself
-    "torch": ("torch.distributed.distributed_c10d._get_default_store",),
-    "accelerate": (),
-    "deepspeed": (
-        "deepspeed.ops.__compatible_ops__",
-        "deepspeed.runtime.engine.DeepSpeedEngine.get_global_grad_norm",
-        "deepspeed.runtime.engine.DeepSpeedEngine.set_gradient_accumulation_boundary",
-        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
-        "deepspeed.utils.safe_set_local_fp32_param",
-        "deepspeed.utils.safe_set_local_optimizer_state",
-    ),
-}
 
 
 def count_ranks(name: str = "LOCAL_WORLD_SIZE") -> int:
@@ -57,33 +34,6 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
     elif launched or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, joblib.cpu_count() // count_ranks()))
-
-
-def warn_of_others(seconds: float = 0.2) -> None:
-    """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on:
-    threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says).
-    """
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return
-    ranks = count_ranks()
-    cores = joblib.cpu_count()
-    before = time.process_time()
-    shares = psutil.cpu_percent(seconds, percpu=True)
-    ours = (time.process_time() - before) / seconds  # of threads that read ahead
-    allowed = _allowed_cores()
-    busy = max(0.0, sum(share for core, share in enumerate(shares) if core in allowed) / 100 - ours)
-    if threads * ranks > cores - busy + 0.5:
-        fewer = max(1, round(cores - busy) // ranks)
-        slower = "threads that wait for one another may train many times slower than fewer would"
-        log.warning(f"other programs keep {busy:.1f} of {cores} cores busy: {slower}, try --train.threads={fewer}")
-
-
-def _allowed_cores() -> set[int]:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
 
 
 def keep_memory() -> None:
@@ -189,21 +139,8 @@ def why_no_faiss() -> str:
     problem = "FAISS is missing"
     if len(builds) > 1:
         problem = f"FAISS is a mixture of {' and '.join(builds)}"
-    names = " ".join(sorted({"faiss-cpu", *(build.split()[0] for build in builds)}))
-    return f"{problem}: pip uninstall -y {names}, then pip install faiss-cpu, or the GPU build as docs/gpus.md has it"
-
-
-def check_versions(*libraries: str) -> None:
-    """Raise InputError where an installed library lacks one of its INTERNALS. Imports the libraries."""
-    for library in libraries:
-        for name in INTERNALS[library]:
-            try:
-                pkgutil.resolve_name(name)
-            except (ImportError, AttributeError):
-                refuse_version(library, name)
-
-
-def refuse_version(library: str, missing: str) -> NoReturn:
-    """Raise the InputError about what the installed version of a library does not have."""
-    remedy = f"pip install '{library}{TESTED[library]}'"
-    raise InputError(f"{library} {version(library)} has no {missing}; tested versions have: {remedy}")
+    names = {"faiss-cpu"}
+    for build in builds:
+        names.add(build.split()[0])
+    remove = " ".join(sorted(names))
+    return f"{problem}: pip uninstall -y {remove}, then pip install faiss-cpu, or the GPU build as docs/gpus.md has it"

@@ -6,7 +6,7 @@ checkpoint holds no more. Another package adds one as an entry point of the grou
 
 import math
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +23,13 @@ def adamw(parameters: list[Tensor], *, fused: bool, **settings: Any) -> Optimize
     return AdamW(parameters, betas=BETAS, **settings, fused=fused or None)
 
 
-def adafactor(parameters: list[Tensor], *, lr: float, weight_decay: float, **_: Any) -> Optimizer:
+def adafactor(
+    parameters: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    **_: Any,
+) -> Optimizer:
     """torch's: `lr` is relative to the RMS of each weight, and at most 1 / sqrt(step). arXiv 1804.04235."""
     return Adafactor(parameters, lr=lr, weight_decay=weight_decay)
 
@@ -34,23 +40,47 @@ class Muon(Optimizer):
     (arXiv 2502.16982). Weights must be contiguous.
     """
 
-    def __init__(self, parameters: list[Tensor], *, lr: float, weight_decay: float, **_: Any) -> None:
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        *,
+        lr: float,
+        weight_decay: float,
+        **_: Any,
+    ) -> None:
         super().__init__(parameters, {"lr": lr})
-        self._views = {value: value.detach().flatten(1) if value.ndim > 1 else value for value in parameters}
-        matrices = [view for view in self._views.values() if view.ndim > 1]
-        vectors = [view for view in self._views.values() if view.ndim < 2]
-        muon: Any = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-        kinds = ((muon, matrices), (partial(AdamW, betas=BETAS), vectors))
-        self._parts: list[Optimizer] = [kind(some, weight_decay=weight_decay) for kind, some in kinds if some]
+        self._views: dict[Tensor, Tensor] = {}  # of each matrix or kernel, as a matrix
+        vectors = []
+        for value in parameters:
+            if value.ndim > 1:
+                self._views[value] = value.detach().flatten(1)
+            else:
+                vectors.append(value)
+        self._parts: list[Optimizer] = []
+        if self._views:
+            matrices: Any = self._views.values()
+            self._parts.append(
+                torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            )
+        if vectors:
+            self._parts.append(AdamW(vectors, betas=BETAS, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for value, view in self._views.items():
-            view.grad = None if value.grad is None else value.grad.flatten(1) if view.ndim > 1 else value.grad
+            if value.grad is not None:
+                view.grad = value.grad.flatten(1)
+            else:
+                view.grad = None
+        states: dict[Tensor, Any] = {}
         for part in self._parts:
             part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
             part.step()
-            self.state |= {value: part.state[view] for value, view in self._views.items() if view in part.state}
+            states |= part.state
+        for value in self.param_groups[0]["params"]:
+            kept = states.get(self._views.get(value, value))
+            if kept is not None:
+                self.state[value] = kept
 
 
 Build = Callable[..., Optimizer]
@@ -61,9 +91,16 @@ OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": Muon, "adafactor": adafa
 def find_optimizer(name: str) -> Build:
     """The function that builds the optimizer of that name; InputError for an unknown one, or if a trial of it fails."""
     build = lookup("train.optimizer", name, OPTIMIZERS, "naign.optimizers")
-    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2,), (2, 2), (2, 2, 1, 1))]
+    weights = []
+    for dimensions in (1, 2, 4):
+        weights.append(nn.Parameter(torch.zeros([2] * dimensions)))
     try:
-        made: object = build(weights, lr=1e-3, weight_decay=0.0, fused=False)
+        made: object = build(
+            weights,
+            lr=1e-3,
+            weight_decay=0.0,
+            fused=False,
+        )
         require((isinstance(made, Optimizer), f"it returns a {type(made).__name__}"))
     except Exception as error:  # whatever another package's function may raise
         raise InputError(f"train.optimizer '{name}' cannot be built: {one_line(error)}: fix its package") from None

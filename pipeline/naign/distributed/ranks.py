@@ -31,13 +31,15 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except SHARED as error:
-        mine = next(SHARED.index(kind) for kind in type(error).__mro__ if kind in SHARED), str(error)
+        known = [kind for kind in type(error).__mro__ if kind in SHARED]
+        mine = SHARED.index(known[0]), str(error)
     gathered = [mine] * accelerator.num_processes
     if accelerator.num_processes > 1:
         dist.all_gather_object(gathered, mine)
-    if failures := [(SHARED[failure[0]], failure[1]) for failure in gathered if failure]:
-        kind, message = min(failures, key=lambda failure: BY_WEIGHT.index(failure[0].code))
-        raise kind(message)
+    failures = [failure for failure in gathered if failure]
+    if failures:
+        number, message = min(failures, key=lambda failure: BY_WEIGHT.index(SHARED[failure[0]].code))
+        raise SHARED[number](message)
 
 
 def total(values: list[float], accelerator: Accelerator) -> list[float]:
@@ -57,7 +59,9 @@ class SideGroup:
 
     def __init__(self, world: int, *, timeout: float) -> None:  # seconds that ranks wait for each other
         self._world = world
-        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if world > 1 else None
+        self._group: Any = None
+        if world > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def gather(self, value: T) -> list[T]:
         """Collective: the object of each rank."""
@@ -106,7 +110,8 @@ def peers_missed() -> Iterator[None]:
         if not is_peer_lost(error):
             raise
         message = str(error).partition("\nException raised from")[0]  # the rest is a stack
-        rank, reason = os.environ.get("RANK", "0"), printable(" ".join(message.split()), 400)
+        reason = printable(" ".join(message.split()), 400)
+        rank = os.environ.get("RANK", "0")
         raise PeerLost(f"rank {rank} lost another rank, and ends ({reason})") from error
 
 
@@ -114,11 +119,13 @@ def part(seconds: float = 10.0) -> None:
     """Wait, for `seconds` at most, until every rank calls this: then none closes its connections while another still
     receives the last collective's result. By the store, since a barrier is a collective; rank 0 has it, so ends last.
     """
-    if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
+    if not dist.is_initialized():
         return
-    rank, store = dist.get_rank(), c10d.PrefixStore("part", c10d._get_default_store())
+    rank = dist.get_rank()
+    store = c10d.PrefixStore("part", c10d._get_default_store())
     with suppress(RuntimeError):  # another rank has left already
         for sign in ("arrived", "leaving"):
             store.set(f"{sign}/{rank}", "")
             if sign == "arrived" or rank == 0:
-                store.wait([f"{sign}/{other}" for other in range(world)], timedelta(seconds=seconds))
+                of_all = [f"{sign}/{other}" for other in range(dist.get_world_size())]
+                store.wait(of_all, timedelta(seconds=seconds))

@@ -22,12 +22,20 @@ class StopRequest:
     seconds after a signal. Collective; ranks wait for each other for `timeout` seconds.
     """
 
-    def __init__(self, *, within: float = math.inf, world: int = 1, timeout: float = 660) -> None:
+    def __init__(
+        self,
+        *,
+        within: float = math.inf,
+        world: int = 1,
+        timeout: float = 660,
+    ) -> None:
         self.requested = False
         self._within = within
         self._deadline = math.inf
         self._group = SideGroup(world, timeout=timeout)
-        self._store: Any = c10d.PrefixStore("stop", c10d._get_default_store()) if world > 1 else None
+        self._store: Any = None
+        if world > 1:
+            self._store = c10d.PrefixStore("stop", c10d._get_default_store())
         on_signals(self._handle)
         # The launcher's death counts as a SIGTERM: Accelerate's launcher of a single process does not forward that.
         die_with_launcher(signal.SIGTERM)

@@ -14,12 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import timedelta
-from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-from torch._C import _distributed_c10d as c10
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -40,7 +36,6 @@ class Post(NamedTuple):
     phase: str
     idle: float  # seconds without progress when it was posted, by the poster's clock
     host: str
-    state: str = "at work"  # left: the watchdog's context was left; ended: its watchdog ended the rank
 
     def __str__(self) -> str:
         return f"{self.phase} of round {self.round}, beat {self.beats}"
@@ -54,7 +49,14 @@ class Watchdog:
     one at a time: a thread that never releases the interpreter is ended by faulthandler, which has one timer.
     """
 
-    def __init__(self, *, rank: int, world: int, timeout: float, every: float = 5.0) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world: int,
+        timeout: float,
+        every: float = 5.0,
+    ) -> None:
         self.phase = "setup"
         self.round = 0
         self._order = 0
@@ -67,7 +69,6 @@ class Watchdog:
         self._say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         self._store: Store | None = None
         self._seen: dict[int, Seen] = {}  # of the other ranks
-        self._collectives = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")  # where torch writes them, before the rank
         self._lost = ""  # why the last exchange with the store failed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -90,8 +91,6 @@ class Watchdog:
     def __enter__(self) -> Self:
         self._since = time.monotonic()
         self._devnull = os.open(os.devnull, os.O_WRONLY)
-        with suppress(OSError):  # where there is no such file
-            os.makedirs(os.path.dirname(self._collectives), exist_ok=True)
         self._thread.start()
         return self
 
@@ -99,9 +98,16 @@ class Watchdog:
         self._stop.set()
         self._thread.join(3 * PATIENCE)  # an exchange under way, and the last post
 
-    def _post(self, state: str = "at work") -> Post:
+    def _post(self) -> Post:
         idle = time.monotonic() - self._since
-        return Post(self.round, self._order, self._beats, self.phase, idle, socket.gethostname(), state)
+        return Post(
+            round=self.round,
+            order=self._order,
+            beats=self._beats,
+            phase=self.phase,
+            idle=idle,
+            host=socket.gethostname(),
+        )
 
     def _watch(self) -> None:
         """Post, and end the process once there was no progress for too long. The body of the thread."""
@@ -120,9 +126,8 @@ class Watchdog:
                 if read:
                     read_at = now + max(self._every, self._timeout / 20)
                 self._exchange(read=read)
-                self._stop.wait(max(0.0, min(self._every, self._since + self._timeout - time.monotonic())))
-            if not self._lost:
-                self._exchange("left")
+                left = self._since + self._timeout - time.monotonic()
+                self._stop.wait(max(0.0, min(self._every, left)))
         finally:
             faulthandler.cancel_dump_traceback_later()
             os.close(self._devnull)
@@ -136,28 +141,30 @@ class Watchdog:
             return
         try:
             silence = min(3 * self._every + 2, self._timeout / 2)  # on a busy machine a post may come late
-            text = describe(self._rank, self._world, self._post(), self._seen, silence=silence, lost=self._lost)
+            text = describe(
+                self._rank,
+                self._world,
+                self._post(),
+                self._seen,
+                silence=silence,
+                lost=self._lost,
+            )
             with suppress(Exception):  # the stacks are worth as much
                 self._say(text)
                 pass_on("; ".join(line.strip() for line in text.splitlines()[:2]))  # with the rank that is waited for
-            if not self._lost:
-                self._exchange("ended")
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):
                     stream.flush()
             faulthandler.dump_traceback(file=2)
-            if self._collectives:  # last, since it may hang as the device does
-                dump = "_dump_nccl_trace" if hasattr(c10, "_dump_nccl_trace") else "_dump_fr_trace"
-                Path(f"{self._collectives}{self._rank}").write_bytes(getattr(c10, dump)())
         finally:
             os._exit(FAILED)
 
-    def _exchange(self, state: str = "at work", *, read: bool = False) -> None:
+    def _exchange(self, *, read: bool) -> None:
         """Post, and read the posts of all if `read`. Raises nothing and takes PATIENCE seconds at most."""
         if self._world == 1:
             return
         key = str(self._rank)
-        text = json.dumps(self._post(state))
+        text = json.dumps(self._post())
         others = []
         if read:
             others = [str(rank) for rank in range(self._world) if rank != self._rank]
@@ -165,10 +172,10 @@ class Watchdog:
         self._store = None  # one that failed, or still hangs, is not used again
         try:
             # In a thread: the store's own timeout does not cover a host that vanished.
-            swapped = in_background(lambda: swap(store or connect(), key, text, others), "watchdog's store")
+            swapped = in_background(lambda: swap(store, key, text, others), "watchdog's store")
             self._store, posts = swapped.result(PATIENCE)
         except Exception as error:
-            self._lost = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            self._lost = str(error).partition("\n")[0] or f"no answer in {PATIENCE:.0f} s"
             return
         self._lost = ""
         now = time.monotonic()
@@ -186,30 +193,35 @@ def exit_after(seconds: float, *, file: int) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=file)
 
 
-def connect() -> Store:
-    """The store of the process group, over a new connection where it is a TCPStore."""
-    store = c10d._get_default_store()
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    if isinstance(store, TCPStore):
-        # TCPStore would keep trying where nobody listens any more.
-        socket.create_connection((store.host, store.port), PATIENCE).close()
-        patience = timedelta(seconds=PATIENCE)
-        store = TCPStore(store.host, store.port, is_master=False, timeout=patience, wait_for_workers=False)
-    return PrefixStore("watchdog", store)
-
-
-def swap(store: Store, key: str, text: str, others: list[str]) -> tuple[Store, dict[int, bytes]]:
-    """Set this rank's post. Returns the store, and the posts of those other ranks that have one."""
+def swap(
+    store: Store | None,
+    key: str,
+    text: str,
+    others: list[str],
+) -> tuple[Store, dict[int, bytes]]:
+    """Set this rank's post in the store, over a new connection if None. Returns the store, and the others' posts."""
+    if store is None:
+        group: Any = c10d._get_default_store()
+        store = PrefixStore("watchdog", group.clone())
     store.set(key, text)
     if others and not store.check(others):  # reading a missing key would block
         others = [key for key in others if store.check([key])]
-    if not others:
-        return store, {}
-    return store, dict(zip(map(int, others), store.multi_get(others), strict=True))
+    posts = {}
+    if others:  # in one request: a thousand ranks may ask at once
+        for other, post in zip(others, store.multi_get(others), strict=True):
+            posts[int(other)] = post
+    return store, posts
 
 
-def describe(rank: int, world: int, mine: Post, seen: Mapping[int, Seen], *, silence: float, lost: str = "") -> str:
+def describe(
+    rank: int,
+    world: int,
+    mine: Post,
+    seen: Mapping[int, Seen],
+    *,
+    silence: float,
+    lost: str = "",
+) -> str:
     """Where this rank is stuck, and a line for each of the others: first those that are not there, then the hindmost.
     A rank is silent if its post did not change for `silence` seconds; `lost` is why the store cannot be reached.
     """
@@ -219,19 +231,15 @@ def describe(rank: int, world: int, mine: Post, seen: Mapping[int, Seen], *, sil
     now = time.monotonic()
     rows = []  # each after what it is sorted by
     for other, (post, first, last) in seen.items():
-        is_there = True
+        is_silent = last - first > silence
         mark = ""
-        if post[:3] < mine[:3]:
-            mark = ": BEHIND"
-        if post.state == "left" and post[:2] <= mine[:2]:
-            is_there = False
-            mark = ": LEFT"
-        elif post.state == "at work" and last - first > silence:
-            is_there = False
+        if is_silent:
             mark = f": SILENT for {now - first:.0f} s"
+        elif post[:3] < mine[:3]:
+            mark = ": BEHIND"
         idle = post.idle + now - first
         text = f"rank {other} in {post}, last progress {idle:.0f} s ago, host {post.host}{mark}"
-        rows.append((is_there, post[:3], other, text))
+        rows.append((not is_silent, post[:3], other, text))
     if seen or not lost:
         for other in set(range(world)) - {rank, *seen}:
             rows.append((False, (0, 0, 0), other, f"rank {other} MISSING, never heard of"))

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,6 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from naign.distributed.engine import Engine, State
-from naign.distributed.host import refuse_version
 from naign.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape
@@ -36,9 +35,10 @@ class ZeroEngine(Engine):
         if hasattr(self.network.optimizer, "check_grad_overflow"):
             self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
         # Whether DeepSpeed holds float32 weights and moments in partitions of its own.
-        self._partitioned = any(hasattr(next(self.bare.parameters()), name) for name in ("ds_id", "_hp_mapping"))
+        parameter = next(self.bare.parameters())
+        self._partitioned = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
         if self.stage and not self._partitioned:  # checkpoints would hold wrong moments
-            refuse_version("deepspeed", "_hp_mapping or ds_id of a parameter")
+            _refuse_version("_hp_mapping or ds_id of a parameter")
 
     @property
     def _kind(self) -> str:
@@ -116,7 +116,8 @@ class ZeroEngine(Engine):
                 size = parameter.ds_tensor.ds_numel
                 first = self.accelerator.process_index * size
                 missing = size * self.accelerator.num_processes - value.numel()
-                value = nn.functional.pad(value.flatten(), (0, missing))[first : first + size]
+                padded = nn.functional.pad(value.flatten(), (0, missing))
+                value = padded[first : first + size]
             if key == "weight":
                 getattr(utils, f"safe_set_{part}_fp32_param")(parameter, value)
             else:
@@ -128,9 +129,11 @@ class ZeroEngine(Engine):
         adam = self._adam
         if adam.state:
             return
-        partitions = next((getattr(outer, name) for name in _FLAT if hasattr(outer, name)), None)
+        partitions = None
+        for name in _FLAT:
+            partitions = partitions or getattr(outer, name, None)
         if partitions is None:
-            refuse_version("deepspeed", f"{' or '.join(_FLAT)} of {type(outer).__name__}")
+            _refuse_version(f"{' or '.join(_FLAT)} of {type(outer).__name__}")
         for flat in partitions:
             zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             adam.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
@@ -145,12 +148,17 @@ class ZeroEngine(Engine):
     @scale.setter
     def scale(self, state: dict[str, float]) -> None:
         for name, value in self.scale.items():
-            setattr(self.network.optimizer.loss_scaler, name, type(value)(state.get(name, value)))
+            kind = type(value)
+            setattr(self.network.optimizer.loss_scaler, name, kind(state.get(name, value)))
 
 
 # Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 without ZeRO.
 _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _refuse_version(missing: str) -> NoReturn:
+    raise InputError(f"this version of DeepSpeed has no {missing}: pip install 'deepspeed>=0.17,<0.20'")
 
 
 def compile_communication() -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from naign.distributed.connect import choose_precision
-from naign.distributed.host import check_versions, count_gpus, describe_faiss, why_no_faiss, why_none, why_unfit
+from naign.distributed.host import count_gpus, describe_faiss, why_no_faiss, why_none, why_unfit
 from naign.errors import InputError, bytes_in_words, require
 from naign.storage.store import check_writable, open_store
 
@@ -33,11 +33,6 @@ def libraries() -> Findings:
             yield f"{name} {version(name)}", ""
         except PackageNotFoundError:
             yield f"{name} is not installed", "install again: pip install -e ."
-    for name in ("torch", "accelerate"):
-        try:
-            check_versions(name)
-        except InputError as error:
-            yield f"{name} cannot be used", str(error)
 
 
 def machine() -> Findings:

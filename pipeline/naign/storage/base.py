@@ -58,7 +58,12 @@ class Store(ABC):
         """Ask for the size and version of a file."""
 
     @abstractmethod
-    def pieces(self, name: str, first: int = 0, last: int | None = None) -> Generator[bytes]:
+    def pieces(
+        self,
+        name: str,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Generator[bytes]:
         """Bytes [first, last), to the end by default, in pieces of at most a megabyte, read ahead in bounded memory;
         never silently cut.
         """
@@ -95,7 +100,14 @@ class Store(ABC):
     def version(self, name: str) -> str:
         return self.stat(name).version
 
-    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+    def read(
+        self,
+        name: str,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        fresh: bool = False,
+    ) -> bytes:
         """Bytes [first, last). InputError if the file is shorter. `fresh` bypasses and renews any cache."""
         return b"".join(self.pieces(name, first, last))
 

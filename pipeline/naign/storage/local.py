@@ -30,6 +30,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
+PIECE = 1 << 20  # bytes read at once
+
+
 class LocalStore(Store):
     """Files directly in one local folder."""
 
@@ -60,7 +63,14 @@ class LocalStore(Store):
         self._seen[name] = status.st_size
         return Stat(status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
 
-    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+    def read(
+        self,
+        name: str,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        fresh: bool = False,
+    ) -> bytes:
         with self._explained(name), (self._folder / name).open("rb", buffering=0) as stream:
             stream.seek(first)
             data = stream.readall() if last is None else stream.read(last - first)
@@ -70,18 +80,15 @@ class LocalStore(Store):
         self.tally.add(bytes=len(data))
         return data
 
-    def pieces(self, name: str, first: int = 0, last: int | None = None) -> Generator[bytes]:
+    def pieces(
+        self,
+        name: str,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Generator[bytes]:
         end = self.size(name) if last is None else last
-        with self._explained(name), (self._folder / name).open("rb") as stream:
-            stream.seek(first)
-            while first < end:
-                data = stream.read(min(1 << 20, end - first))
-                if not data:
-                    raise Missing(
-                        f"{self.url(name)}: {first} bytes where {end} were expected: truncated: copy it again"
-                    )
-                yield data
-                first += len(data)
+        for start in range(first, end, PIECE):
+            yield self.read(name, start, min(start + PIECE, end))
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[Writer]:

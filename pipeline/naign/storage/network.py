@@ -65,7 +65,14 @@ class NetworkStore(Store):
         """Ask the server about a file."""
 
     @abstractmethod
-    def _range(self, name: str, version: str, first: int, last: int, piece: int) -> Iterator[bytes]:
+    def _range(
+        self,
+        name: str,
+        version: str,
+        first: int,
+        last: int,
+        piece: int,
+    ) -> Iterator[bytes]:
         """Request bytes [first, last) of that version once; yields at most `piece` bytes at a time, as they arrive."""
 
     @abstractmethod
@@ -95,7 +102,12 @@ class NetworkStore(Store):
     def _known(self, name: str) -> Stat:
         return self._stats.get(name) or self.stat(name)
 
-    def pieces(self, name: str, first: int = 0, last: int | None = None) -> Generator[bytes]:
+    def pieces(
+        self,
+        name: str,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Generator[bytes]:
         """As in the protocol, of one version of the file; ranges of RANGE bytes are fetched in parallel."""
         size, version = self._known(name)
         if last is None:

@@ -1,5 +1,5 @@
 """What obstore reaches: buckets of Google (gs://) and Azure (az://, abfs://), and, to read only, files on web servers
-(https://) and on the Hugging Face hub (hf://). obstore retries the parts of uploads, NetworkStore all else.
+(https://), such as the Hugging Face hub's. obstore retries the parts of uploads, NetworkStore all else.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from huggingface_hub import constants, get_token
 from obstore.exceptions import BaseError
 from obstore.store import HTTPStore, from_url
 
-from naign.errors import InputError, one_line, require
+from naign.errors import one_line, require
 from naign.storage import retry
 from naign.storage.base import Missing, Names, Stat
 from naign.storage.network import NO_RANGES, PART, Failure, NetworkStore
@@ -29,8 +29,6 @@ class OtherStore(NetworkStore):
     """The objects directly under one prefix. Picklable: each process makes its clients at the first request."""
 
     def __init__(self, path: str) -> None:
-        if path.startswith("hf:"):
-            path = hub_address(path)
         super().__init__(path)
         self._writable = not path.startswith("http")
         plain = re.fullmatch(r"[a-z]+://[\w.-]+(:\d+|@[\w.-]+)?", self._root, re.ASCII)
@@ -49,7 +47,14 @@ class OtherStore(NetworkStore):
         version = answer["e_tag"] or f"W/{answer['last_modified']}-{answer['size']}"
         return Stat(answer["size"], version)
 
-    def _range(self, name: str, version: str, first: int, last: int, piece: int) -> Iterator[bytes]:
+    def _range(
+        self,
+        name: str,
+        version: str,
+        first: int,
+        last: int,
+        piece: int,
+    ) -> Iterator[bytes]:
         options: Any = {"range": (first, last)}
         if not version.startswith("W/"):  # a weak ETag never matches
             options["if_match"] = version
@@ -126,12 +131,3 @@ def _client(root: str, *, uploads: bool = False) -> Any:
     if token and root == constants.ENDPOINT:
         options["default_headers"] = {"Authorization": f"Bearer {token}"}
     return HTTPStore(root, client_options=options, retry_config=retries)
-
-
-def hub_address(path: str) -> str:
-    """The web address of a folder of a repository on the Hugging Face hub."""
-    found = re.fullmatch(r"hf://((?:datasets/)?[\w.-]+/[\w.-]+)(?:@([\w.-]+))?(/.*)?", path, re.ASCII)
-    if not found:
-        raise InputError(f"{path}: write hf://datasets/user/name/folder")
-    repository, revision, folder = found.groups()
-    return f"{constants.ENDPOINT}/{repository}/resolve/{revision or 'main'}{folder or ''}"

@@ -73,7 +73,14 @@ class Patience:
         self._failures = 0
         self._since = 0.0  # the first failure without progress after it, by the monotonic clock
 
-    def wait(self, reason: str, *, known: bool = True, at: str = "", progress: bool = False) -> None:
+    def wait(
+        self,
+        reason: str,
+        *,
+        known: bool = True,
+        at: str = "",
+        progress: bool = False,
+    ) -> None:
         """Pause after a failure; `known`: the server has answered before. Once time is up, raises StoreLost for such a
         server, else Unavailable.
         """
@@ -91,7 +98,8 @@ class Patience:
             kind = StoreLost if known else Unavailable
             failed = f"given up after {now - self._since:.0f} s; the last attempt failed with {reason}"
             raise kind(f"{where}: {failed}. {REMEDY}")
-        pause = min(left, _random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures - 1, 9))))
+        longest = FIRST_PAUSE * 2.0 ** min(self._failures - 1, 9)
+        pause = min(left, _random.uniform(0, min(LONGEST_PAUSE, longest)))
         log.warning("%s: %s; again in %.1f s, given up in %.0f s", where, reason, pause, left)
         self._tally.add(retries=1)
         time.sleep(pause)

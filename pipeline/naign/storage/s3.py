@@ -49,7 +49,14 @@ class S3Store(NetworkStore):
         answer = self._ask("head_object", name)
         return Stat(int(answer["ContentLength"]), _etag(answer))
 
-    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+    def read(
+        self,
+        name: str,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        fresh: bool = False,
+    ) -> bytes:
         data = super().read(name, first, last)
         md5 = self._known(name).version
         if first or last is not None or len(md5) != 32:
@@ -70,7 +77,14 @@ class S3Store(NetworkStore):
         self._ask("delete_object", name)
         self._stats.pop(name, None)
 
-    def _range(self, name: str, version: str, first: int, last: int, piece: int) -> Iterator[bytes]:
+    def _range(
+        self,
+        name: str,
+        version: str,
+        first: int,
+        last: int,
+        piece: int,
+    ) -> Iterator[bytes]:
         answer = client().get_object(
             Bucket=self._bucket,
             Key=self._prefix + name,

@@ -9,7 +9,7 @@ from naign.storage.local import LocalStore
 from naign.storage.retry import give_up_after
 
 BUCKETS = ("s3", "gs", "az", "abfs", "abfss")  # schemes of what can be written
-READ_ONLY = ("http", "https", "hf")
+READ_ONLY = ("http", "https")
 PROBE = "preflight"  # the file that is written to test whether a store is writable
 
 
@@ -26,7 +26,7 @@ def open_store(path: str) -> Store:
 
         return S3Store(path)
     if scheme not in (*BUCKETS, *READ_ONLY):
-        known = "give a local folder, a bucket (s3://, gs://, az://), or https:// or hf:// to read from"
+        known = "give a local folder, a bucket (s3://, gs://, az://), or https:// to read from"
         raise InputError(f"{path}: cannot read {scheme}:// paths: {known}")
     try:
         from naign.storage.others import OtherStore

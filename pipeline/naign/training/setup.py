@@ -22,7 +22,6 @@ from naign.data.dataset import DataConfig, lists_data_sets
 from naign.data.format.writer import pack
 from naign.data.loader import Stream
 from naign.data.sources.catalog import load
-from naign.distributed.host import warn_of_others
 from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopRequest
 from naign.distributed.watchdog import Watchdog
@@ -181,7 +180,6 @@ def warn_before(config: Config, network: nn.Module, prior: Prior, flops: int, ac
         log.warning("%s: f is not trained on noise, so it has no samples; set one of them", untrained)
     if accelerator.device.type != "cpu":
         return
-    warn_of_others()
     threads = accelerator.num_processes * torch.get_num_threads()
     images = count_rounds(flatten(config)) * config.match.round * config.train.passes
     hours = fit_flops(flops, config.objective.forwards) * images / (THREAD * threads * 3600)
