@@ -3,7 +3,6 @@
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
@@ -22,13 +21,3 @@ def lines_to_stderr(wanted: bool) -> AbstractContextManager[Any]:
 def print_json(document: Any) -> None:
     """Print one JSON document. Paths become text; NaN and infinity, which JSON lacks, raise ValueError."""
     print(json.dumps(document, indent=1, allow_nan=False, default=str))
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns, the first to the left, others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        line = row[0].ljust(widths[0])
-        for cell, width in zip(row[1:], widths[1:], strict=True):
-            line += "  " + cell.rjust(width)
-        print(line.rstrip())

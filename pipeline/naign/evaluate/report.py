@@ -17,10 +17,8 @@ from torch import Tensor
 from naign.evaluate.measures import Subject
 from naign.model.naign import NAIGN
 from naign.observe.pictures import grid, png, rows, scatter
-from naign.storage.base import Store
 
 DAMAGE = {"blur": "blur", "noise": "Gaussian noise", "salt_pepper": "salt and pepper", "rows": "black rows"}
-COPIES = "<!-- copies -->"  # before and behind the part of the page that `naign copies` fills in
 STEPS = 12  # images of an interpolation, or of a class
 CLASSES = 20  # of which samples are shown, at most
 
@@ -65,20 +63,6 @@ def render(
         damages=DAMAGE,
     )
     return page + "\n"
-
-
-def with_copies(page: str, store: Store, weights: str) -> str:
-    """The page with what `naign copies` wrote into the same folder, where that is of the same weights."""
-    copies = json.loads(store.read("copies.json")) if store.exists("copies.json") else {}
-    if copies.get("weights") != weights:
-        return page
-    picture = ""
-    if store.exists("copies.png"):
-        picture = base64.b64encode(store.read("copies.png")).decode()
-    section = templates(autoescape=True).get_template("copies.html.jinja").render(copies, picture=picture)
-    before, _, rest = page.partition(COPIES)
-    _, _, after = rest.rpartition(COPIES)
-    return f"{before}{COPIES}{section}{COPIES}{after}"
 
 
 def compared(fd: dict[str, Any], key: str) -> float:

@@ -16,7 +16,7 @@ from naign.evaluate.coverage import NEIGHBOURS
 from naign.evaluate.measures import STAGES, Subject
 from naign.evaluate.notes import write_notes, write_warnings
 from naign.evaluate.recorded import fingerprint, recorded
-from naign.evaluate.report import Picture, draw_pictures, render, with_copies
+from naign.evaluate.report import Picture, draw_pictures, render
 from naign.evaluate.runs import folder_of, number
 from naign.model.encoders import Encoder, choose_encoder, open_encoder
 from naign.model.files import PREFIX, shipped_model
@@ -137,7 +137,6 @@ def _write(
     for picture in drawn:
         store.put(f"{picture.name}.png", png(picture.image))
     page = render(metrics, drawn, config=config, title=f"NAIGN on {metrics['dataset']}")
-    page = with_copies(page, store, metrics["weights"])
     store.put("report.html", page.encode(errors="backslashreplace"))  # a name may not be UTF-8
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     store.put("metrics.json", text.encode())

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 """A folder with one of them is a run."""
 
 MOST = 2**62  # images of a run
-DEPTH = 3  # levels of folders that are searched for runs, and of sections in a configuration
+DEPTH = 3  # levels of folders that are searched for runs
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError)
 """What reading a damaged or foreign file raises."""
 
@@ -63,9 +63,10 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
         if place == folder:
             name = folder.resolve().name
         try:
-            runs.append(read_run(place, name))
-        except (InputError, OSError) as error:
-            others[str(place)] = printable(str(error))
+            runs.append(_read_run(place, name))
+        except (OSError, *MALFORMED) as error:
+            text = f"its files are not those of a run ({type(error).__name__}: {error})"
+            others[str(place)] = printable(text)
     return runs, others
 
 
@@ -86,42 +87,38 @@ def is_run(folder: Path) -> bool:
     return any(os.path.exists(folder / name) for name in MARKS)
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """The run in a folder. Raises InputError where it is no run, or a damaged one, and OSError as files do."""
-    if not is_run(folder):
-        raise InputError("an exported model" if "model.safetensors" in os.listdir(folder) else "no run in it")
-    settings = read_settings(folder)
-    try:
-        return _read_run(folder, name, settings)
-    except MALFORMED as error:
-        raise InputError(f"its files are not those of a run ({type(error).__name__}: {error})") from None
-
-
-def _read_run(folder: Path, name: str, settings: Mapping[str, Any]) -> Run:
-    """As `read_run`; raises one of MALFORMED for a damaged run."""
-    last, measured = _reports(folder / "metrics.jsonl")
-    names = by_step(file.parent.name for file in folder.glob(f"checkpoints/*/{MANIFEST}"))
-    trainer = read_json(folder / "checkpoints" / names[0] / "trainer.json") if names else {}
+def _read_run(folder: Path, name: str) -> Run:
+    """The run in a folder. Raises OSError or one of MALFORMED for a damaged one."""
+    config = yaml.safe_load((folder / "config.yaml").read_bytes())
+    train = config["train"]
+    settings = {
+        "train.images": train["images"],
+        "train.passes": train["passes"],
+        "match.round": config["match"]["round"],
+    }
     images = count_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
     if not 0 < images < MOST:
         raise ValueError("config.yaml does not say how many images the run is for")
+    last, measured = _reports(folder / "metrics.jsonl")
+    trainer = {}
+    checkpoints = by_step(file.parent.name for file in folder.glob(f"checkpoints/*/{MANIFEST}"))
+    if checkpoints:
+        trainer = _read_json(folder / "checkpoints" / checkpoints[0] / "trainer.json")
+    state = "unknown"
     if any(os.path.exists(folder / kept) for kept in ("checkpoints", ".lock")):
         state = "stopped"
-    else:
-        state = "unknown"
     if is_done(settings, trainer):
         state = "done"
     if _in_use(folder / ".lock"):
         state = "training"
-    seen = [int(source.get("images_seen", 0)) for source in (last, trainer)]
     reported = number(last.get("time")) or (folder / "config.yaml").stat().st_mtime
     return Run(
         name=name,
         path=str(folder),
         state=state,
-        images_seen=max(seen),
+        images_seen=max(int(last.get("images_seen", 0)), int(trainer.get("images_seen", 0))),
         images=images,
-        **_quality(flat(read_json(folder / "evaluation/metrics.json")), measured),
+        **_quality(_read_json(folder / "evaluation/metrics.json"), measured),
         bytes=_size(folder),
         age_seconds=round(max(0.0, time.time() - max(0.0, reported)), 1),
     )
@@ -129,58 +126,43 @@ def _read_run(folder: Path, name: str, settings: Mapping[str, Any]) -> Run:
 
 def _reports(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The last report in metrics.jsonl, and the last one that measured quality; {} where there is none."""
-    lines = file.read_bytes().splitlines() if file.exists() else []
-    if lines and not lines[-1].endswith(b"}"):
-        lines.pop()  # a kill has cut it short
-    last = lines[-1] if lines else b"{}"
-    measured = [b"{}", *(line for line in lines if b'"quality/fd"' in line)][-1]
+    last = b"{}"
+    measured = b"{}"
+    if file.exists():
+        for line in file.read_bytes().splitlines():
+            if line.endswith(b"}"):  # else a kill has cut it short
+                last = line
+                if b'"quality/fd"' in line:
+                    measured = line
     return _parse(last, file), _parse(measured, file)
 
 
-def _quality(evaluation: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
+def _quality(evaluation: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
     """Fields of a Run: quality by metrics.json of an evaluation, or else by a report of the training."""
-    source = "evaluation"
-    found = evaluation
-    names = {"fd": "fd.once", "fd_over_floor": "fd.once_ratio", "recall": "coverage.recall"}
-    if number(evaluation.get("fd.once")) is None:
-        source = "training"
-        found = training
-        names = {"fd": "quality/fd", "recall": "quality/recall"}
-    if number(found.get(names["fd"])) is None:
-        return {}
-    values: dict[str, Any] = {"measured": source, "measured_at": number(found.get("images_seen"))}
-    for name, key in names.items():
-        values[name] = number(found.get(key))
-    return values
+    fd = evaluation.get("fd", {})
+    if number(fd.get("once")) is not None:
+        return {
+            "measured": "evaluation",
+            "measured_at": number(evaluation.get("images_seen")),
+            "fd": fd["once"],
+            "fd_over_floor": number(fd.get("once_ratio")),
+            "recall": number(evaluation.get("coverage", {}).get("recall")),
+        }
+    if number(training.get("quality/fd")) is not None:
+        return {
+            "measured": "training",
+            "measured_at": number(training.get("images_seen")),
+            "fd": training["quality/fd"],
+            "recall": number(training.get("quality/recall")),
+        }
+    return {}
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """{'section.key': value} of config.yaml. Raises InputError where it is missing or malformed."""
-    try:
-        return flat(yaml.safe_load((folder / "config.yaml").read_bytes()))
-    except FileNotFoundError:
-        raise InputError("no config.yaml") from None
-    except MALFORMED as error:
-        raise InputError(f"config.yaml is not a valid configuration ({type(error).__name__})") from None
-
-
-def flat(section: Mapping[str, Any], prefix: str = "", depth: int = DEPTH) -> dict[str, Any]:
-    """Nested sections as {'section.key': value}; deeper ones, which aliases can repeat without end, as "..."."""
-    settings: dict[str, Any] = {}
-    for key, value in section.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and depth:
-            settings |= flat(value, f"{name}.", depth - 1)
-        elif isinstance(value, str | float | None) or isinstance(value, int) and abs(value) <= 2**63:
-            settings[name] = value
-        else:
-            settings[name] = "..."
-    return settings
-
-
-def read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file; {} where there is no file. Raises InputError for anything else."""
-    return _parse(file.read_bytes(), file) if file.exists() else {}
+    if file.exists():
+        return _parse(file.read_bytes(), file)
+    return {}
 
 
 def _parse(text: bytes, file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
 from naign.data.scale import scaled
 from naign.distributed.ranks import together
-from naign.errors import require
+from naign.errors import InputError, require
 from naign.match.exchange import ranks_of
 from naign.neighbours import DuplicatesOptions
 from naign.neighbours.images import Images, as_csv
@@ -40,8 +40,7 @@ Group = dict[int, float]
 
 
 def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str, Any]:
-    """Collective: write groups.csv, of images groups.png, and duplicates.json. Returns what duplicates.json holds, on
-    rank 0.
+    """Collective: write groups.csv, groups.png and duplicates.json. Returns what duplicates.json holds, on rank 0.
 
     Each rank reads and searches its part; the files do not depend on the number of ranks. Memory is that of some blocks
     and of all pairs. Raises InputError where there is no data set or encoder.
@@ -49,29 +48,20 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
     ranks = ranks_of(None)
     encoder = options.encoder
     limit = options.threshold
+    if limit is None:
+        limit = THRESHOLDS.get(encoder)
     with together(accelerator):
         manifest = Manifest.load(options.index or options.data)
-        if limit is None:
-            known = encoder in THRESHOLDS and manifest.kind == "image"
-            unknown = f"{manifest.kind}s by {encoder} have no default threshold: give --threshold, and look at groups"
-            require((known, unknown))
-            limit = THRESHOLDS[encoder]
-        require(
-            (
-                0 <= limit < 1e6,
-                f"--threshold is {limit}: it must be 0 or more, below 1e6",
-            )
-        )
         broken = "error"
         if manifest.broken:
             broken = "skip"
         config = DataConfig(path=options.data, index=options.index, broken=broken)
         images = Images(config, *sorted(manifest.splits, key=lambda split: split != TRAIN))
+        if limit is None:
+            raise InputError(f"{encoder} has no default threshold: give --threshold, and look at groups")
         require(
-            (
-                len(images) > 1,
-                f"{options.data} holds one image, which can have no duplicate",
-            )
+            (0 <= limit < 1e6, f"--threshold is {limit}: it must be 0 or more, below 1e6"),
+            (len(images) > 1, f"{options.data} holds one image, which can have no duplicate"),
         )
         space = Space(encoder, images.sets.shape, accelerator.device)
         every = ImageRows("images", len(images), images.read, space, ranks)
@@ -100,40 +90,29 @@ def write(pairs: Tensor, result: dict[str, Any], images: Images, space: Space, t
     )
     pairs = pairs[~torch.isin(pairs[:, :2], broken).any(1)]  # in whose place another image was read
     groups = connect(pairs, space.distances(pairs[:, 2]))
-    training = images.sets.manifest.splits.get(TRAIN)
     trained = 0
-    if training:
-        trained = training.samples
-    redundant = {number for group in groups for number in redundant_in(group, trained)}
+    if TRAIN in images.sets.manifest.splits:
+        trained = images.sets.manifest.splits[TRAIN].samples
+    redundant = 0
+    lines = []
+    for name, group in enumerate(groups):
+        left_out = redundant_in(group, trained)
+        redundant += len(left_out)
+        for number, distance in group.items():
+            place = places[number]
+            lines.append((name, place.split, place.shard, place.key, distance, int(number in left_out)))
     beside = pairs[(pairs[:, 0] < trained) & (pairs[:, 1] >= trained), 1].unique()
     result |= {
         "pairs": len(pairs),
         "groups": len(groups),
-        "images_in_groups": sum(map(len, groups)),
+        "images_in_groups": len(lines),
         "test_images_near_training": len(beside),
-        "redundant": len(redundant),
+        "redundant": redundant,
     }
-    lines = []
-    for name, group in enumerate(groups):
-        for number, distance in group.items():
-            place = places[number]
-            lines.append(
-                (
-                    name,
-                    place.split,
-                    place.shard,
-                    place.key,
-                    distance,
-                    int(number in redundant),
-                )
-            )
     store = open_store(to)
-    store.put(
-        "groups.csv",
-        as_csv(("group", "split", "shard", "key", "distance", "redundant"), lines),
-    )
+    store.put("groups.csv", as_csv(("group", "split", "shard", "key", "distance", "redundant"), lines))
     store.delete("groups.png")
-    if groups and space.views > 1:
+    if groups:
         store.put("groups.png", png(draw_groups(groups, images)))
     store.put("duplicates.json", (json.dumps(result, indent=1) + "\n").encode())
 
@@ -143,10 +122,8 @@ def connect(pairs: Tensor, distances: Tensor) -> list[Group]:
     numbers, ends = pairs[:, :2].unique(return_inverse=True)
     nearest = torch.full((len(numbers),), math.inf, dtype=torch.float64)
     nearest.scatter_reduce_(0, ends.T.flatten(), distances.repeat(2), "amin")
-    graph = coo_array(
-        (np.ones(len(ends)), tuple(ends.T.numpy())),
-        shape=(len(numbers), len(numbers)),
-    )
+    shape = (len(numbers), len(numbers))
+    graph = coo_array((np.ones(len(ends)), tuple(ends.T.numpy())), shape=shape)
     labels = connected_components(graph, directed=False)[1].tolist()
     groups = dict[int, Group]()
     for label, number, distance in zip(labels, numbers.tolist(), nearest.tolist(), strict=True):
