@@ -31,11 +31,6 @@ def model(tmp_path):
 
 
 @pytest.fixture
-def points(tmp_path):
-    return save_model(tmp_path / "points", {"name": "mlp", "width": 8}, (2,))
-
-
-@pytest.fixture
 def pictures(tmp_path):
     """Two folders of pictures: a/x.png, a/deep/y.JPG, b/x.png."""
     for name in ("a/x.png", "a/deep/y.JPG", "b/x.png"):
@@ -130,41 +125,22 @@ def test_too_little_memory_is_told_in_a_line(error, model, monkeypatch, ended):
     assert "too little memory" in said
 
 
-def test_numbers_beyond_all_bounds_are_refused(model, points, tmp_path, ended):
+def test_numbers_beyond_all_bounds_are_refused(model, ended):
     code, said = ended("sample", model, "--n", "2000000000000000000")
     assert code == 2
     assert "--n is 2000000000000000000: it must be" in said
     with pytest.raises(InputError, match="--seed is 9999999999999999999: it must be 0 to"):
         cli.evaluate(model, seed=9999999999999999999)
-    (tmp_path / "big.csv").write_text("0,0\n1e25,1e25\n")
-    with pytest.raises(InputError, match=r"big.csv:2: its energy is beyond float32"):
-        cli.score(points, (tmp_path / "big.csv",))
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("1,2\n3\n", "points.csv:2: '3'"),
-        ("x,y\n1,2\n", "points.csv:1: 'x,y': .* no header"),
-        ("1,2,3\n", "'1,2,3': .* 2 finite numbers a line"),
-        ("1,nan\n", ":1: '1,nan'"),
-        ("", "points.csv: empty"),
-        ("1,2\n\n3,4\n", ":2: ''"),
-        ("1,1e39\n", ":1: '1,1e39'"),
-    ],
-)
-def test_lines_that_are_not_points_of_the_model_are_named(points, tmp_path, text, said):
-    (tmp_path / "points.csv").write_text(text)
-    with pytest.raises(InputError, match=said):
-        cli.score(points, (tmp_path,))
-    with pytest.raises(InputError, match=said):
-        cli.restore(points, (tmp_path / "points.csv",), to=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_points_are_not_damaged(points, tmp_path):
-    with pytest.raises(InputError, match="--damage and --mask are for images"):
-        cli.restore(points, (tmp_path / "points.csv",), damage="noise")
+def test_points_are_only_sampled(tmp_path):
+    points = save_model(tmp_path / "points", {"name": "mlp", "width": 8}, (2,))
+    cli.sample(points, n=3, to=tmp_path / "points.csv")
+    written = np.loadtxt(tmp_path / "points.csv", delimiter=",", dtype=np.float32)
+    assert np.array_equal(written, NAIGN.from_pretrained(points).sample(3).numpy())
+    for command in (cli.restore, cli.score):
+        with pytest.raises(InputError, match="this command is for images, and the model takes points of"):
+            command(points, (tmp_path / "points.csv",))
 
 
 def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digits):

@@ -82,7 +82,7 @@ def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypat
     sets = SimpleNamespace(manifest=manifest, shape=(2,))
     monkeypatch.setattr("naign.evaluate.recorded.DataSets", lambda config: sets)
     model.metadata["config"]["data"] = {"path": "here", "broken": "skip"}
-    config, _, _ = recorded(model, "exported", None)
+    config, _ = recorded(model, "exported", None)
     assert config.broken == "skip"
 
 

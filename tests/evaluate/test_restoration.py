@@ -57,15 +57,7 @@ def test_salt_and_pepper_hits_a_fifth_in_equal_parts_all_channels_together():
     assert torch.equal(damaged[:, :1].expand_as(damaged), damaged)
 
 
-@pytest.mark.parametrize(
-    ("side", "count"),
-    [
-        (256, 5),
-        (28, 5),
-        (16, 3),
-        (4, 1),
-    ],
-)
+@pytest.mark.parametrize(("side", "count"), [(28, 5), (16, 3), (4, 1)])
 def test_rows_are_blackened_whole_in_the_stated_number(side, count):
     damaged = degrade(torch.ones(40, 2, side, side), "rows")
     black = damaged == -1
@@ -96,15 +88,12 @@ def test_ssim_is_a_number_at_every_size(side):
 
 def test_every_answer_is_given_and_scored():
     clean = random_images(6)
-    typical = torch.zeros(1, 28, 28)
     reference = torch.cat([clean + 0.01, -clean])
-    answers = repair(clean, "rows", lambda batch: batch * 0.5, typical=typical, reference=reference)
+    answers = repair(clean, "rows", lambda batch: batch * 0.5, reference=reference)
     found = scores(answers, clean)
     assert set(found) == {*answers, "psnr", "ssim"}
     assert torch.equal(answers["twice"], answers["input"] * 0.25)
     assert found["nearest"] == pytest.approx(0.01, abs=1e-5)
-    assert found["black"] == pytest.approx(float((clean + 1).mean()), rel=1e-5)
-    assert found["median"] == pytest.approx(float(clean.abs().mean()), rel=1e-5)
 
 
 def test_auroc_orders_and_ties():

@@ -69,8 +69,18 @@ def pack(
             label=label,
             seed=seed,
         )
-    manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)
-    _print_contents(to, manifest, "" if written else " (already there)")
+    manifest, written = writer.pack(
+        loaded,
+        to,
+        shards=shards,
+        encoding=encoding,
+        seed=seed,
+        force=force,
+    )
+    note = ""
+    if not written:
+        note = " (already there)"
+    _print_contents(to, manifest, note)
     if source == "folder":
         recipe = "--config pictures"
         other = "or with a GPU --config folder64"

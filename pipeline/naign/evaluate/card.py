@@ -12,9 +12,8 @@ import yaml
 from jinja2 import UndefinedError
 
 from naign.errors import InputError
-from naign.evaluate.recorded import fingerprint
+from naign.evaluate.recorded import fingerprint, folder_of
 from naign.evaluate.report import DAMAGE, learned_classes, templates
-from naign.evaluate.runs import folder_of
 from naign.model.files import shipped_model
 from naign.model.naign import NAIGN
 from naign.storage.local import write_atomically
@@ -30,7 +29,6 @@ PICTURES = {
     "classes": "Samples by class",
     **{f"restoration_{kind}": f"Repair of test images: {name}" for kind, name in DAMAGE.items()},
     "applications": "The same z, f applied one to five times",
-    "interpolation": "Between two samples",
     "neighbours": "Samples over their nearest training image",
 }
 """The pictures of an evaluation that a card shows, in this order."""

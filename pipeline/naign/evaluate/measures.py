@@ -24,7 +24,7 @@ from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import Encoder
 from naign.model.naign import NAIGN
 
-MEDIAN = 10_000  # training images from which the per-pixel median and the mean brightness are computed
+BRIGHT = 10_000  # training images from which the mean brightness is computed
 ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is rounding, and no ratio to it is given
 FLOORS = 5  # draws of training data whose distances the floor is the mean of, where there are as many
 REPAIRED = 2_500  # test images for each damage; f is applied to each twice
@@ -68,12 +68,7 @@ class Subject:
         return self.is_image and not getattr(self.model.network, "generates_only", False)
 
 
-def read(
-    data: DataConfig,
-    shape: tuple[int, ...],
-    *,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
+def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor]:
     """Both splits, shuffled: training in storage type, test in the model's scale.
 
     Raises InputError if one is too small, or its examples too large.
@@ -98,32 +93,30 @@ def draw_samples(subject: Subject) -> dict[str, Any]:
     model = subject.model
     number = within(subject.samples, model.shape)
     begin = time.process_time()
-    parts = []
-    for ids in torch.arange(number).split(500):
-        parts.append(model.latent(ids, seed=subject.seed).cpu())
-    latents = torch.cat(parts)
-    drawn = time.process_time() - begin
+    latents = draw_latents(subject, number)
+    drawn = time.process_time()
     subject.once = model.project(latents)
     spent = time.process_time() - begin
     subject.twice = model.project(subject.once)
     if model.has_prior:
-        noise = []
-        for ids in torch.arange(number).split(500):
-            noise.append(model.latent(ids, seed=subject.seed, latents="noise").cpu())
-        subject.noise = model.project(torch.cat(noise))
+        subject.noise = model.project(draw_latents(subject, number, latents="noise"))
     subject.counts |= {"samples": number, "test": len(subject.test)}
     sampling = {"samples": number, "cpu_seconds": spent, "latents_cpu_seconds": None}
     if model.prior.decodes:
         subject.latents = latents
-        sampling["latents_cpu_seconds"] = drawn
+        sampling["latents_cpu_seconds"] = drawn - begin
     return {"sampling": sampling}
 
 
-def distances(
-    encoder: Encoder,
-    subject: Subject,
-    draws: int,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def draw_latents(subject: Subject, number: int, **options: Any) -> Tensor:
+    """The first latents z of the evaluation's seed, (number, *shape), on the CPU."""
+    parts = []
+    for ids in torch.arange(number).split(500):
+        parts.append(subject.model.latent(ids, seed=subject.seed, **options).cpu())
+    return torch.cat(parts)
+
+
+def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Frechet distances to the test data of: as many training data as samples (floor), z where it is a sample itself
     (latents, else None), f(z) (once), f(f(z)) (twice), f of noise where z is of a prior (noise, else None). And the
     features of all these, and of test.
@@ -131,27 +124,32 @@ def distances(
     The floor is the mean over `draws` disjoint draws of training data, or as many as there are. Where there are fewer
     training data than samples, multiples of the floor are those of as many samples, since distances of few are larger.
     """
-    number = min(len(subject.once), len(subject.train))
     test = encoder.features(subject.test)
-    features = {"once": encoder.features(subject.once), "twice": encoder.features(subject.twice)}
-    if subject.latents is not None:
-        features["latents"] = encoder.features(subject.latents)
-    if subject.noise is not None:
-        features["noise"] = encoder.features(subject.noise)
+    number = min(len(subject.once), len(subject.train))
     drawn = []
     for part in subject.train[: draws * number].split(number):
         if len(part) == number:
             drawn.append(encoder.features(scaled(part)))
     floor = fmean(frechet_distance(part, test) for part in drawn)
     floor_is_rounding = floor <= ROUNDING * float(test.double().var(0).sum())
-    fd: dict[str, Any] = {"floor": floor, "latents": None, "latents_ratio": None, "noise": None, "noise_ratio": None}
-    for name, part in features.items():
-        distance = frechet_distance(part, test)
-        fd[name] = distance
-        if len(part) > number:
-            distance = frechet_distance(part[:number], test)
-        fd[f"{name}_ratio"] = None if floor_is_rounding else distance / floor
-    return fd, features | {"floor": drawn[0], "test": test}
+    fd: dict[str, Any] = {"floor": floor}
+    features = {"test": test, "floor": drawn[0]}
+    sets = {
+        "once": subject.once,
+        "twice": subject.twice,
+        "latents": subject.latents,
+        "noise": subject.noise,
+    }
+    for name, samples in sets.items():
+        fd[name] = None
+        fd[f"{name}_ratio"] = None
+        if samples is None:
+            continue
+        features[name] = encoder.features(samples)
+        fd[name] = frechet_distance(features[name], test)
+        if not floor_is_rounding:
+            fd[f"{name}_ratio"] = frechet_distance(features[name][:number], test) / floor
+    return fd, features
 
 
 def overlap(subject: Subject) -> dict[str, Any]:
@@ -164,20 +162,19 @@ def overlap(subject: Subject) -> dict[str, Any]:
     counts["floor"] = len(features["floor"])
     counts["floors"] = min(FLOORS, len(subject.train) // counts["floor"])
     counts["coverage"] = number
-    cover: dict[str, Any] = coverage.coverage(test[:number], features["once"][:number])
     few = min(number, counts["floor"])
+    cover: dict[str, Any] = coverage.coverage(test[:number], features["once"][:number])
     cover["train"] = coverage.coverage(test[:few], features["floor"][:few])
-    for name in features.keys() & {"latents", "noise"}:
-        cover[name] = coverage.coverage(test[:number], features[name][:number])
-    found = {"fd": fd, "coverage": cover}
-    if not encoder.labels:
-        return found | {"modes": None, "classes": None, "asked": None}
-    seen = encoder.logits(subject.once)
-    return found | {
-        "modes": coverage.mode_shares(seen),
-        "classes": list(encoder.labels),
-        "asked": as_asked(subject, seen),
-    }
+    for name in ("latents", "noise"):
+        if name in features:
+            cover[name] = coverage.coverage(test[:number], features[name][:number])
+    found: dict[str, Any] = {"fd": fd, "coverage": cover, "modes": None, "classes": None, "asked": None}
+    if encoder.labels:
+        seen = encoder.logits(subject.once)
+        found["modes"] = coverage.mode_shares(seen)
+        found["classes"] = list(encoder.labels)
+        found["asked"] = as_asked(subject, seen)
+    return found
 
 
 def as_asked(subject: Subject, logits: Tensor) -> dict[str, Any] | None:
@@ -212,7 +209,10 @@ def copying(subject: Subject) -> dict[str, Any]:
     subject.neighbours = reference[indices[:12]]
     mine = float(samples.double().mean())
     unseen = float(test.double().mean())
-    return {"nearest": {"samples": mine, "test": unseen, "ratio": mine / unseen if unseen else None}}
+    ratio = None
+    if unseen:
+        ratio = mine / unseen
+    return {"nearest": {"samples": mine, "test": unseen, "ratio": ratio}}
 
 
 def repairs(subject: Subject) -> dict[str, Any]:
@@ -222,7 +222,6 @@ def repairs(subject: Subject) -> dict[str, Any]:
         return {"restoration": None, "idempotence": {"samples": moved, "damaged": None}}
     clean = subject.test[:REPAIRED]
     reference = scaled(subject.train[: within(20_000, subject.model.shape)])
-    typical = scaled(subject.train[:MEDIAN].median(0).values)  # the lower one of an even number
     tables = {}
     moves = []
     for kind in KINDS:
@@ -230,23 +229,18 @@ def repairs(subject: Subject) -> dict[str, Any]:
             clean,
             kind,
             subject.model.project,
-            typical=typical,
             reference=reference,
             seed=subject.seed,
         )
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
-        subject.repaired[kind] = {}
-        for name, answer in answers.items():
-            subject.repaired[kind][name] = answer[:SHOWN].clone()
+        subject.repaired[kind] = {name: answer[:SHOWN].clone() for name, answer in answers.items()}
     subject.counts |= {
         "restoration": len(clean),
         "similarity": min(restoration.SIMILAR, len(clean)),
         "restoration_reference": len(reference),
-        "median": min(MEDIAN, len(subject.train)),
     }
-    damaged = sum(moves) / len(moves)
-    return {"restoration": tables, "idempotence": {"samples": moved, "damaged": damaged}}
+    return {"restoration": tables, "idempotence": {"samples": moved, "damaged": fmean(moves)}}
 
 
 def fixed_points(subject: Subject) -> dict[str, Any]:
@@ -256,7 +250,7 @@ def fixed_points(subject: Subject) -> dict[str, Any]:
     found: dict[str, Any] = {"reconstruction": restoration.mae(answer, clean), "density": None}
     if subject.repairs:
         images = clean[:OUTLIERS]
-        brightness = float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1
+        brightness = float(subject.train[:BRIGHT].double().mean()) / 127.5 - 1
         subject.counts["density"] = len(images)
         found["density"] = density.separation(images, subject.model.project, brightness, seed=subject.seed)
     return found

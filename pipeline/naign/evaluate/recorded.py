@@ -1,4 +1,4 @@
-"""What the header of a model file records of its training: the data, and the encoder."""
+"""What the header of a model file records of the data of its training."""
 
 import hashlib
 import json
@@ -19,7 +19,6 @@ from naign.data.resize import Resize, channels, resized
 from naign.data.sample import crop
 from naign.data.scale import scaled
 from naign.errors import InputError, printable
-from naign.evaluate.runs import folder_of, is_run
 from naign.model.naign import NAIGN
 from naign.settings.constraints import check_fields
 from naign.storage.store import is_in_bucket, use_endpoint
@@ -27,16 +26,27 @@ from naign.storage.store import is_in_bucket, use_endpoint
 RECORDED = ("path", "index", "split", "size", "fit", "broken")
 """Settings of data that say how the training's images are read, besides data.crop."""
 
+MARKS = ("config.yaml", "metrics.jsonl", "checkpoints", MANIFEST)
+"""A folder with one of them is a run or a checkpoint, not an exported model."""
 
-def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest, str]:
-    """The data set to measure on, its manifest, whose shape is that of the model's images, and the training's encoder.
+
+def folder_of(run: str) -> str:
+    """The folder of a run, a checkpoint or a model, which may be given by its file; addresses stay as they are."""
+    path = Path(run)
+    if path.is_file():
+        return str(path.parent)
+    return run.rstrip("/")
+
+
+def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest]:
+    """The data set to measure on, and its manifest, whose shape is that of the model's images.
 
     A run's S3 server is that of its training; a model from elsewhere cannot choose one, to which requests signed for
     the user would go. InputError for a header that no training wrote, and a data set that is missing or does not fit.
     """
-    config, endpoint, encoder = _header(model)
+    config, endpoint = _header(model)
     place = Path(folder_of(folder))
-    of_user = is_in_bucket(folder) or is_run(place) or (place / MANIFEST).exists()  # not exported, nor of the hub
+    of_user = is_in_bucket(folder) or any((place / name).exists() for name in MARKS)
     if of_user:
         use_endpoint(endpoint)
     remedy = f"{folder} was trained on {config.path}: if that moved, give it as --data PATH"
@@ -56,7 +66,7 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     if shape != model.shape:
         other = f"{config.path} ({sets.manifest.name}) holds examples of shape {shape}"
         raise InputError(f"{other}, the model in {folder} is for {model.shape}; {remedy}")
-    return config, replace(sets.manifest, shape=sets.shape), encoder
+    return config, replace(sets.manifest, shape=sets.shape)
 
 
 def _is_known(endpoint: str) -> bool:
@@ -81,7 +91,7 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
 
     Raises InputError for bytes that are not a picture, and one that is smaller than the model's windows (data.crop).
     """
-    config, _, _ = _header(model)
+    config, _ = _header(model)
     resize = parse_resize(config)
     count, height, width = model.shape
     if resize.crop:
@@ -96,16 +106,14 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
 
 def sees_wholes(model: NAIGN) -> bool:
     """Whether f suits whole pictures, not tiles of them: it has a dense code, and was not trained on windows."""
-    config, _, _ = _header(model)
+    config, _ = _header(model)
     return len(getattr(model.network, "code", ())) == 1 and not config.crop
 
 
-def _header(model: NAIGN) -> tuple[DataConfig, str, str]:
-    """The training's images and how they are read, their S3 server, and its encoder or "". InputError as `recorded`."""
+def _header(model: NAIGN) -> tuple[DataConfig, str]:
+    """The training's images and how they are read, and their S3 server. InputError as `recorded`."""
     try:
-        header = model.metadata.get("config", {})
-        section = header.get("data", {})
-        encoder = header.get("objective", {}).get("encoder") or ""
+        section = model.metadata.get("config", {}).get("data", {})
         config = DataConfig(path="", crop=int(section.get("crop", 0)))
         for name in RECORDED:
             if section.get(name):
@@ -114,4 +122,4 @@ def _header(model: NAIGN) -> tuple[DataConfig, str, str]:
         parse_resize(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the model has a header that no training wrote: {error}") from None
-    return config, str(section.get("endpoint", "")), str(encoder)
+    return config, str(section.get("endpoint", ""))

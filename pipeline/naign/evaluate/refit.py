@@ -24,19 +24,23 @@ def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str |
     """
     code = code_shape(model.network, f"a mixture for the model in {folder}")
     begin = time.process_time()
-    config, _, _ = recorded(model, folder, data)
+    config, _ = recorded(model, folder, data)
     images, _ = read_split(config, config.split, limit=IMAGES)
     settings = MixtureConfig(components=components, images=len(images))
     settings.check_codes(len(images), code)
     encode: Any = model.network.encode
     parts = []
     with torch.inference_mode():
-        parts = [encode(scaled(part).to(model.device)).float() for part in images.split(500)]
+        for part in images.split(500):
+            parts.append(encode(scaled(part).to(model.device)).float())
     mixture = Mixture(settings, code).to(model.device)
     for _ in mixture.fit(Codes.of(torch.cat(parts))):
         pass
     spent = time.process_time() - begin
-    metadata = model.metadata | {"prior": asdict(settings), "fit": {"images": len(images), "cpu_seconds": spent}}
+    metadata = model.metadata | {
+        "prior": asdict(settings),
+        "fit": {"images": len(images), "cpu_seconds": spent},
+    }
     metadata.pop("labels", None)  # of classes, which the mixture does not tell apart
     trained = metadata.get("cpu_seconds")
     if isinstance(trained, int | float):

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
-from torch import Tensor
 
 from naign.evaluate.measures import Subject
 from naign.model.naign import NAIGN
 from naign.observe.pictures import grid, png, rows, scatter
 
 DAMAGE = {"blur": "blur", "noise": "Gaussian noise", "salt_pepper": "salt and pepper", "rows": "black rows"}
-STEPS = 12  # images of an interpolation, or of a class
+ASKED = 12  # samples of a class
 CLASSES = 20  # of which samples are shown, at most
 
 
@@ -120,7 +119,7 @@ def _draw_samples(subject: Subject) -> list[Picture]:
     drawn = [Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16))]
     asked = []
     for name in learned_classes(model)[:CLASSES]:
-        samples = model.sample(STEPS, seed=subject.seed, label=name)
+        samples = model.sample(ASKED, seed=subject.seed, label=name)
         asked.append((name, samples.cpu()))
     if asked:
         caption = "A row is a class, a column the same noise."
@@ -135,8 +134,6 @@ def _draw_samples(subject: Subject) -> list[Picture]:
         times.append((f"{count} times", model.project(times[-1][1])))
     alike = "A column is one z. For a perfect projection all rows below the first are alike."
     drawn.append(Picture("applications", "The same z, f applied one to five times", alike, rows(times)))
-    way = "f(z) for z between one draw, left, and another, right: on an arc for noise or a flow, else on a line."
-    drawn.append(Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)))
     return drawn
 
 
@@ -159,11 +156,3 @@ def _draw_repairs(subject: Subject) -> list[Picture]:
     copied = "Alike in kind is good; the same image would be a copy."
     drawn.append(Picture("neighbours", "Samples over their nearest training image", copied, rows(both)))
     return drawn
-
-
-def _between(subject: Subject) -> Tensor:
-    """Six rows of STEPS images (6 * STEPS, *shape), each between the first samples of two seeds."""
-    latents = []
-    for seed in range(subject.seed, subject.seed + 6):
-        latents.append(subject.model.between(seed, seed + 1, steps=STEPS))
-    return subject.model.project(torch.cat(latents)).cpu()

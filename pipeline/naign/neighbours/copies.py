@@ -17,8 +17,7 @@ from torch import Tensor
 from naign.data.scale import scaled
 from naign.distributed.ranks import together
 from naign.errors import require
-from naign.evaluate.recorded import fingerprint, recorded
-from naign.evaluate.runs import folder_of
+from naign.evaluate.recorded import fingerprint, folder_of, recorded
 from naign.match.exchange import ranks_of
 from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
@@ -47,7 +46,7 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
     with together(accelerator):
         _check(run, options)
         model = NAIGN.from_pretrained(run, device=accelerator.device)
-        config, manifest, _ = recorded(model, run, options.data)
+        config, manifest = recorded(model, run, options.data)
         train = Images(config, config.split)
         test = Images(config, "test")
         space = Space(options.encoder, tuple(manifest.shape), accelerator.device)

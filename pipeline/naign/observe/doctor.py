@@ -51,10 +51,7 @@ def gpus() -> Findings:
     if count == 0:
         yield f"no CUDA device ({why_none()}): training runs on the processor, ranks communicate by gloo", ""
     if count > 1 and not dist.is_nccl_available():
-        yield (
-            "torch has no NCCL, by which GPUs communicate",
-            "install a build of torch with it from https://pytorch.org",
-        )
+        yield "torch has no NCCL, by which GPUs communicate", "install a build with it from https://pytorch.org"
     for index in range(count):
         device = torch.cuda.get_device_properties(index)
         yield f"GPU {index}: {device.name}, {bytes_in_words(device.total_memory)}", why_unfit(index)
