@@ -45,7 +45,12 @@ def launch() -> None:
     os._exit(code)  # a normal exit would restore the default signal handlers and join threads
 
 
-def render(what: Positional[Literal["k8s", "slurm"]], /, *, job: Annotated[Job, tyro.conf.arg(name="")]) -> None:
+def render(
+    what: Positional[Literal["k8s", "slurm"]],
+    /,
+    *,
+    job: Annotated[Job, tyro.conf.arg(name="")],
+) -> None:
     """Print the manifests or the Slurm script of a training.
 
     Args:
@@ -61,7 +66,13 @@ def render(what: Positional[Literal["k8s", "slurm"]], /, *, job: Annotated[Job, 
         print("AWS_ENDPOINT_URL is set here and not in the manifests: give --endpoint", file=sys.stderr)
 
 
-def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
+def fetch(
+    remote: Positional[str],
+    /,
+    *,
+    to: Path,
+    every: float = 0,
+) -> None:
     """Copy what a run in a bucket reports (settings, metrics, TensorBoard, pictures) into a folder.
 
     Args:

@@ -93,7 +93,12 @@ def pack(
         print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
 
 
-def index(path: Positional[str], /, *, options: Annotated[IndexOptions, tyro.conf.arg(name="")]) -> None:
+def index(
+    path: Positional[str],
+    /,
+    *,
+    options: Annotated[IndexOptions, tyro.conf.arg(name="")],
+) -> None:
     """Index existing WebDataset tars: write index.json and page tables, without changing a tar.
 
     Every byte is read. After an interruption the same command continues with the tars that are left.
@@ -121,7 +126,13 @@ def _print_contents(path: str, manifest: "Manifest", note: str = "") -> None:
     print(f"{path}: {manifest.name} {sizes}, {', '.join(counts)}{note}")
 
 
-def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> None:
+def verify(
+    path: Positional[str],
+    /,
+    *,
+    index: str = "",
+    json: Json = False,
+) -> None:
     """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels.
 
     Samples that naign index --keep-broken recorded as broken are listed, and count as no problem.

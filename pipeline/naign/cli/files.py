@@ -39,7 +39,11 @@ def find_files(files: Sequence[Path], model: NAIGN) -> list[tuple[Path, Path]]:
     return found
 
 
-def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path], also: Sequence[Path] = ()) -> None:
+def refuse_overwriting(
+    inputs: Sequence[Path],
+    outputs: Sequence[Path],
+    also: Sequence[Path] = (),
+) -> None:
     """Raise InputError if two outputs are the same file, or if an output is an input, one of `also`, or a folder."""
     source_of: dict[Path, Path] = {}
     sources = {path.resolve() for path in (*inputs, *also)}
@@ -82,7 +86,11 @@ def write_samples(samples: Tensor, to: Path) -> str:
     return f"{to}/"
 
 
-def save(picture: Image.Image, to: Path, profile: bytes | None = None) -> None:
+def save(
+    picture: Image.Image,
+    to: Path,
+    profile: bytes | None = None,
+) -> None:
     """Write a picture atomically, not synced, in the format of its suffix; as JPEG on white, without alpha."""
     kind = FORMATS[to.suffix.lower()]
     if kind == "JPEG":

@@ -280,7 +280,13 @@ def push(
     print(f"uploaded: {address}")
 
 
-def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> None:
+def demo(
+    run: Played = "",
+    /,
+    *,
+    port: int = 7860,
+    device: Device = "auto",
+) -> None:
     """Serve a page to play with a model of images: draw or upload, damage, repair; sample. Without RUN
     the model is the one that comes with naign, of MNIST's digits.
 
@@ -354,7 +360,12 @@ def _find_device(name: Device) -> str:
     return "cuda"
 
 
-def _check(*, seed: int = 0, to: Path | None = None, **counts: int | None) -> None:
+def _check(
+    *,
+    seed: int = 0,
+    to: Path | None = None,
+    **counts: int | None,
+) -> None:
     """Raise InputError for a seed that no generator takes, an address as a folder to write, and counts below 1."""
     require((":/" not in str(to), f"{to} is an address, and only a local folder is written: give one, then copy it"))
     require((0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))

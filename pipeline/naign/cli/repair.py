@@ -91,7 +91,13 @@ def _check_pictures(paths: Sequence[Path], mask: Path | None = None) -> None:
             read_hole(mask, picture.size)
 
 
-def score_files(model: NAIGN, files: Sequence[Path], *, times: int, map: bool) -> list[tuple[Path, float]]:
+def score_files(
+    model: NAIGN,
+    files: Sequence[Path],
+    *,
+    times: int,
+    map: bool,
+) -> list[tuple[Path, float]]:
     """The path and energy of each image; `map`: see `naign score`."""
     paths = [path for path, _ in find_files(files, model)]
     if map:

@@ -79,7 +79,11 @@ def write_repository(
     return len(pictures) + 3
 
 
-def _render_card(model: NAIGN, metrics: dict[str, Any], **values: Any) -> str:
+def _render_card(
+    model: NAIGN,
+    metrics: dict[str, Any],
+    **values: Any,
+) -> str:
     learned = model.metadata.get("dataset") or metrics["dataset"]
     template = templates(autoescape=False).get_template("card.md.jinja")
     return template.render(

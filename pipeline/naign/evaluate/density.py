@@ -30,11 +30,11 @@ def auroc(inlier: Tensor, outlier: Tensor) -> float:
     """Area under the ROC curve of scores (n,) of data against scores (m,) of outliers, higher meaning outlier."""
     from sklearn.metrics import roc_auc_score
 
-    truth = torch.cat([torch.zeros(len(inlier)), torch.ones(len(outlier))])
     scores = torch.cat([inlier, outlier])
     most = torch.finfo(scores.dtype).max
     finite = scores.nan_to_num(nan=most, posinf=most)
-    return float(roc_auc_score(truth.numpy(), finite.numpy()))
+    is_outlier = torch.arange(len(scores)) >= len(inlier)
+    return float(roc_auc_score(is_outlier.numpy(), finite.numpy()))
 
 
 def separation(

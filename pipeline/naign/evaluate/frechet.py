@@ -27,7 +27,8 @@ def gaussian_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covaria
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # clamp: rounding may leave an eigenvalue at -1e-17
     product = root @ covariance2 @ root
     symmetric = (product + product.T) / 2
-    overlap = torch.linalg.eigvalsh(symmetric).clamp(min=0).sqrt().sum()
+    eigenvalues = torch.linalg.eigvalsh(symmetric)
+    overlap = eigenvalues.clamp(min=0).sqrt().sum()
     apart = (mean1 - mean2).square().sum()
     squared = apart + covariance1.trace() + covariance2.trace() - 2 * overlap
     return max(float(squared), 0.0)

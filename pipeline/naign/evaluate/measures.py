@@ -68,7 +68,12 @@ class Subject:
         return self.is_image and not getattr(self.model.network, "generates_only", False)
 
 
-def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor]:
+def read(
+    data: DataConfig,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
     """Both splits, shuffled: training in storage type, test in the model's scale.
 
     Raises InputError if one is too small, or its examples too large.
@@ -112,11 +117,16 @@ def draw_latents(subject: Subject, number: int, **options: Any) -> Tensor:
     """The first latents z of the evaluation's seed, (number, *shape), on the CPU."""
     parts = []
     for ids in torch.arange(number).split(500):
-        parts.append(subject.model.latent(ids, seed=subject.seed, **options).cpu())
+        latents = subject.model.latent(ids, seed=subject.seed, **options)
+        parts.append(latents.cpu())
     return torch.cat(parts)
 
 
-def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def distances(
+    encoder: Encoder,
+    subject: Subject,
+    draws: int,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Frechet distances to the test data of: as many training data as samples (floor), z where it is a sample itself
     (latents, else None), f(z) (once), f(f(z)) (twice), f of noise where z is of a prior (noise, else None). And the
     features of all these, and of test.
@@ -157,18 +167,24 @@ def overlap(subject: Subject) -> dict[str, Any]:
     encoder = subject.encoder
     counts = subject.counts
     fd, features = distances(encoder, subject, FLOORS)
-    test = features["test"]
-    number = min(10_000, len(test), len(features["once"]))
+    number = min(10_000, len(subject.test), len(subject.once))
     counts["floor"] = len(features["floor"])
     counts["floors"] = min(FLOORS, len(subject.train) // counts["floor"])
     counts["coverage"] = number
-    few = min(number, counts["floor"])
-    cover: dict[str, Any] = coverage.coverage(test[:number], features["once"][:number])
-    cover["train"] = coverage.coverage(test[:few], features["floor"][:few])
-    for name in ("latents", "noise"):
-        if name in features:
-            cover[name] = coverage.coverage(test[:number], features[name][:number])
-    found: dict[str, Any] = {"fd": fd, "coverage": cover, "modes": None, "classes": None, "asked": None}
+    covers = {}
+    for name, part in features.items():
+        if name not in ("test", "twice"):
+            rows = min(number, len(part))
+            covers[name] = coverage.coverage(features["test"][:rows], part[:rows])
+    cover: dict[str, Any] = covers.pop("once")
+    cover["train"] = covers.pop("floor")
+    found: dict[str, Any] = {
+        "fd": fd,
+        "coverage": cover | covers,
+        "modes": None,
+        "classes": None,
+        "asked": None,
+    }
     if encoder.labels:
         seen = encoder.logits(subject.once)
         found["modes"] = coverage.mode_shares(seen)
@@ -182,7 +198,8 @@ def as_asked(subject: Subject, logits: Tensor) -> dict[str, Any] | None:
 
     `logits` (n, classes) are of the samples. None for a model without classes, or where the encoder has others.
     """
-    labels = subject.model.choose(torch.arange(len(logits)), seed=subject.seed)
+    ids = torch.arange(len(logits))
+    labels = subject.model.choose(ids, seed=subject.seed)
     if labels is None or subject.encoder.labels != subject.model.labels:
         return None
     right = logits.cpu().argmax(1) == labels.cpu()
@@ -234,7 +251,10 @@ def repairs(subject: Subject) -> dict[str, Any]:
         )
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
-        subject.repaired[kind] = {name: answer[:SHOWN].clone() for name, answer in answers.items()}
+        shown = {}
+        for name, answer in answers.items():
+            shown[name] = answer[:SHOWN].clone()
+        subject.repaired[kind] = shown
     subject.counts |= {
         "restoration": len(clean),
         "similarity": min(restoration.SIMILAR, len(clean)),
@@ -247,13 +267,19 @@ def fixed_points(subject: Subject) -> dict[str, Any]:
     """Reconstruction error of test data; AUROC of the energy against outliers, None where f repairs nothing."""
     clean = subject.test[:REPAIRED]
     answer = subject.model.project(clean)
-    found: dict[str, Any] = {"reconstruction": restoration.mae(answer, clean), "density": None}
-    if subject.repairs:
-        images = clean[:OUTLIERS]
-        brightness = float(subject.train[:BRIGHT].double().mean()) / 127.5 - 1
-        subject.counts["density"] = len(images)
-        found["density"] = density.separation(images, subject.model.project, brightness, seed=subject.seed)
-    return found
+    error = restoration.mae(answer, clean)
+    if not subject.repairs:
+        return {"reconstruction": error, "density": None}
+    images = clean[:OUTLIERS]
+    subject.counts["density"] = len(images)
+    brightness = scaled(subject.train[:BRIGHT]).double().mean()
+    found = density.separation(
+        images,
+        subject.model.project,
+        float(brightness),
+        seed=subject.seed,
+    )
+    return {"reconstruction": error, "density": found}
 
 
 STAGES = {

@@ -8,7 +8,11 @@ from naign.model.encoders import Pixels
 FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
 
 
-def write_notes(subject: Subject, metrics: dict[str, Any], lost: int) -> list[str]:
+def write_notes(
+    subject: Subject,
+    metrics: dict[str, Any],
+    lost: int,
+) -> list[str]:
     """How the numbers compare with others; `lost` is how many are not finite."""
     manifest = subject.manifest
     counts = subject.counts

@@ -38,7 +38,11 @@ def folder_of(run: str) -> str:
     return run.rstrip("/")
 
 
-def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest]:
+def recorded(
+    model: NAIGN,
+    folder: str,
+    data: str | None,
+) -> tuple[DataConfig, Manifest]:
     """The data set to measure on, and its manifest, whose shape is that of the model's images.
 
     A run's S3 server is that of its training; a model from elsewhere cannot choose one, to which requests signed for
@@ -71,18 +75,21 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
 
 def _is_known(endpoint: str) -> bool:
     """Whether the user has chosen this S3 server."""
-    return endpoint in ("", os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
+    chosen = [os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")]
+    return not endpoint or endpoint in chosen
 
 
 def fingerprint(model: NAIGN) -> str:
     """SHA-256 of the weights and of the prior: by it an evaluation is known to be of this model."""
-    digest = hashlib.sha256(json.dumps(model.metadata["prior"], sort_keys=True).encode())
+    prior = json.dumps(model.metadata["prior"], sort_keys=True)
+    digest = hashlib.sha256(prior.encode())
     state = model.network.state_dict()
     for name, value in model.prior.state_dict().items():
         state[f"prior.{name}"] = value
     for name, value in sorted(state.items()):
         digest.update(f"{name} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        values = value.detach().cpu().numpy()
+        digest.update(values.tobytes())
     return digest.hexdigest()
 
 

@@ -16,7 +16,13 @@ from naign.model.prior import Codes, Mixture, MixtureConfig
 IMAGES = 60_000  # whose codes are fitted, at most
 
 
-def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str | None = None) -> NAIGN:
+def with_mixture(
+    model: NAIGN,
+    folder: str,
+    *,
+    components: int = 50,
+    data: str | None = None,
+) -> NAIGN:
     """The same f with samples of a mixture that is fitted to the codes of training images.
 
     `folder` is where the model was read from, `data` a packed data set (None: the one of its training). The fit's

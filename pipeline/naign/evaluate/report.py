@@ -116,11 +116,12 @@ def draw_pictures(subject: Subject) -> list[Picture]:
 def _draw_samples(subject: Subject) -> list[Picture]:
     model = subject.model
     chosen = "f(z): the network applied once to z. The first that were drawn, not selected."
-    drawn = [Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16))]
+    samples = grid(subject.once[:96], columns=16)
+    drawn = [Picture("samples", "Samples", chosen, samples)]
     asked = []
     for name in learned_classes(model)[:CLASSES]:
-        samples = model.sample(ASKED, seed=subject.seed, label=name)
-        asked.append((name, samples.cpu()))
+        of_class = model.sample(ASKED, seed=subject.seed, label=name)
+        asked.append((name, of_class.cpu()))
     if asked:
         caption = "A row is a class, a column the same noise."
         drawn.append(Picture("classes", "Samples by class", caption, rows(asked)))
@@ -152,7 +153,10 @@ def _draw_repairs(subject: Subject) -> list[Picture]:
         ]
         drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind]}", blind, rows(lines)))
     neighbours = subject.neighbours
-    both = [("f(z)", subject.once[: len(neighbours)]), ("training", neighbours)]
+    both = [
+        ("f(z)", subject.once[: len(neighbours)]),
+        ("training", neighbours),
+    ]
     copied = "Alike in kind is good; the same image would be a copy."
     drawn.append(Picture("neighbours", "Samples over their nearest training image", copied, rows(both)))
     return drawn

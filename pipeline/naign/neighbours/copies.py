@@ -3,7 +3,6 @@ test image, which is no copy: as many samples as test images should be as near. 
 that QUANTILE of the test images do not exceed.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +21,15 @@ from naign.match.exchange import ranks_of
 from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
 from naign.neighbours import CopiesOptions
-from naign.neighbours.images import Images, as_csv
+from naign.neighbours.images import Images, as_csv, as_json
 from naign.neighbours.rows import ImageRows, Space, find_near, firsts
 from naign.observe.pictures import eight_bits, png, rows
 from naign.storage.store import open_store
 
 QUANTILE = 0.01
 SHOWN = 24  # pairs in the picture
+COLUMNS = [0, 2, 1, 3]  # of what `find_near` returns: query, bits, candidate, view
+HEADER: tuple[object, ...] = ("query", "number", "distance", "shard", "key", "mirrored")
 
 Draw = Callable[[int, int], Tensor]
 """Samples [first, last) as they would be stored."""
@@ -61,7 +62,9 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         candidates = ImageRows("training images", len(train), train.read, space, ranks)
         drawn = ImageRows("samples", options.samples, draw, space, ranks)
         tests = ImageRows("test images", len(test), test.read, space, ranks)
-    near = [find_near(queries, candidates, ranks, accelerator.device) for queries in (drawn, tests)]
+    near = []
+    for queries in (drawn, tests):
+        near.append(find_near(queries, candidates, ranks, accelerator.device))
     result = {
         "dataset": manifest.name,
         "training_images": len(train),
@@ -100,21 +103,28 @@ def _write(
 ) -> None:
     """Write all results."""
     store = open_store(to)
-    tables = [firsts(table[:, [0, 2, 1, 3]], 1) for table in near]  # query, bits, candidate, view
+    tables = [firsts(table[:, COLUMNS], 1) for table in near]
     distances = [space.distances(table[:, 1]) for table in tables]
-    places = train.places(torch.cat(tables)[:, 2].unique().tolist())
-    lines = []
+    found = torch.cat(tables)[:, 2].unique()
+    places = train.places(found.tolist())
+    lines = [HEADER]
     for query, table, values in zip(("sample", "test"), tables, distances, strict=True):
-        for (number, _, nearest, view), distance in zip(table.tolist(), values.tolist(), strict=True):
+        for row, distance in zip(table.tolist(), values.tolist(), strict=True):
+            number, _, nearest, view = row
             place = places[nearest]
             lines.append((query, number, distance, place.shard, place.key, view))
-    store.put("copies.csv", as_csv(("query", "number", "distance", "shard", "key", "mirrored"), lines))
-    store.put("copies.png", png(_draw_pairs(tables[0], distances[0], draw, train)))
+    store.put("copies.csv", as_csv(lines))
+    picture = _draw_pairs(tables[0], distances[0], draw, train)
+    store.put("copies.png", png(picture))
     result |= judge(distances[0], distances[1], threshold)
-    store.put("copies.json", (json.dumps(result, indent=1) + "\n").encode())
+    store.put("copies.json", as_json(result))
 
 
-def judge(samples: Tensor, tests: Tensor, threshold: float | None) -> dict[str, float]:
+def judge(
+    samples: Tensor,
+    tests: Tensor,
+    threshold: float | None,
+) -> dict[str, float]:
     """The threshold, and which shares of the distances (n,) and (m,) of samples and test images are at most that."""
     if threshold is None:
         threshold = float(np.quantile(tests, QUANTILE, method="inverted_cdf"))
@@ -125,10 +135,16 @@ def judge(samples: Tensor, tests: Tensor, threshold: float | None) -> dict[str, 
     }
 
 
-def _draw_pairs(table: Tensor, distances: Tensor, draw: Draw, train: Images) -> Image.Image:
+def _draw_pairs(
+    table: Tensor,
+    distances: Tensor,
+    draw: Draw,
+    train: Images,
+) -> Image.Image:
     """The nearest SHOWN pairs: distance, sample, training image, mirrored where that is nearer."""
     pairs = []
-    for row in torch.sort(distances, stable=True).indices[:SHOWN].tolist():
+    nearest_first = torch.sort(distances, stable=True).indices
+    for row in nearest_first[:SHOWN].tolist():
         _, _, nearest, view = table[row].tolist()
         image = train.read(nearest, nearest + 1)
         if view:

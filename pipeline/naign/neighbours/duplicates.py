@@ -5,7 +5,6 @@ training image before it: without the redundant ones each group has one training
 images. Images of other splits than `train` are never redundant.
 """
 
-import json
 import math
 from typing import Any
 
@@ -24,7 +23,7 @@ from naign.distributed.ranks import together
 from naign.errors import InputError, require
 from naign.match.exchange import ranks_of
 from naign.neighbours import DuplicatesOptions
-from naign.neighbours.images import Images, as_csv
+from naign.neighbours.images import Images, as_csv, as_json
 from naign.neighbours.rows import ImageRows, Space, find_near, firsts
 from naign.observe.pictures import png, rows
 from naign.storage.store import open_store
@@ -32,6 +31,7 @@ from naign.storage.store import open_store
 TRAIN = "train"
 THRESHOLDS = {"pixels": 10.0, "efficientnet-lite0": 0.44, "cifar10-cnn64": 0.14}
 """Default distances by encoder. Of the pairs of CIFAR-10 within them nearly all show the same photograph."""
+HEADER: tuple[object, ...] = ("group", "split", "shard", "key", "distance", "redundant")
 SHOWN = 24  # groups in the picture
 WIDEST = 12  # images of each
 
@@ -76,12 +76,19 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
         if accelerator.is_main_process:
             low = near[:, :2].amin(1)
             high = near[:, :2].amax(1)
-            pairs = torch.stack([low, high, near[:, 2]], dim=1)[low < high]
-            write(firsts(pairs, 2), result, images, space, options.to)
+            pairs = torch.stack([low, high, near[:, 2]], dim=1)
+            pairs = firsts(pairs[low < high], 2)
+            write(pairs, result, images, space, options.to)
     return result
 
 
-def write(pairs: Tensor, result: dict[str, Any], images: Images, space: Space, to: str) -> None:
+def write(
+    pairs: Tensor,
+    result: dict[str, Any],
+    images: Images,
+    space: Space,
+    to: str,
+) -> None:
     """Write the groups of pairs (p, 3): two numbers, and the bits of their squared distance; and add to `result`."""
     places = images.places(pairs[:, :2].unique().tolist())
     broken = torch.tensor(
@@ -94,27 +101,37 @@ def write(pairs: Tensor, result: dict[str, Any], images: Images, space: Space, t
     if TRAIN in images.sets.manifest.splits:
         trained = images.sets.manifest.splits[TRAIN].samples
     redundant = 0
-    lines = []
+    lines = [HEADER]
     for name, group in enumerate(groups):
         left_out = redundant_in(group, trained)
         redundant += len(left_out)
         for number, distance in group.items():
             place = places[number]
-            lines.append((name, place.split, place.shard, place.key, distance, int(number in left_out)))
-    beside = pairs[(pairs[:, 0] < trained) & (pairs[:, 1] >= trained), 1].unique()
+            line = (
+                name,
+                place.split,
+                place.shard,
+                place.key,
+                distance,
+                int(number in left_out),
+            )
+            lines.append(line)
+    first = pairs[:, 0]
+    second = pairs[:, 1]
+    beside = second[(first < trained) & (second >= trained)].unique()
     result |= {
         "pairs": len(pairs),
         "groups": len(groups),
-        "images_in_groups": len(lines),
+        "images_in_groups": len(lines) - 1,
         "test_images_near_training": len(beside),
         "redundant": redundant,
     }
     store = open_store(to)
-    store.put("groups.csv", as_csv(("group", "split", "shard", "key", "distance", "redundant"), lines))
+    store.put("groups.csv", as_csv(lines))
     store.delete("groups.png")
     if groups:
         store.put("groups.png", png(draw_groups(groups, images)))
-    store.put("duplicates.json", (json.dumps(result, indent=1) + "\n").encode())
+    store.put("duplicates.json", as_json(result))
 
 
 def connect(pairs: Tensor, distances: Tensor) -> list[Group]:
@@ -122,8 +139,8 @@ def connect(pairs: Tensor, distances: Tensor) -> list[Group]:
     numbers, ends = pairs[:, :2].unique(return_inverse=True)
     nearest = torch.full((len(numbers),), math.inf, dtype=torch.float64)
     nearest.scatter_reduce_(0, ends.T.flatten(), distances.repeat(2), "amin")
-    shape = (len(numbers), len(numbers))
-    graph = coo_array((np.ones(len(ends)), tuple(ends.T.numpy())), shape=shape)
+    edges = (np.ones(len(ends)), tuple(ends.T.numpy()))
+    graph = coo_array(edges, shape=(len(numbers), len(numbers)))
     labels = connected_components(graph, directed=False)[1].tolist()
     groups = dict[int, Group]()
     for label, number, distance in zip(labels, numbers.tolist(), nearest.tolist(), strict=True):
@@ -142,8 +159,10 @@ def redundant_in(group: Group, trained: int) -> list[int]:
 def draw_groups(groups: list[Group], images: Images) -> Image.Image:
     """SHOWN groups, evenly from the one with the nearest pair to that with the most distant: to judge the threshold."""
     lines = []
-    for place in torch.linspace(0, len(groups) - 1, min(SHOWN, len(groups))).round().int().tolist():
+    places = torch.linspace(0, len(groups) - 1, min(SHOWN, len(groups)))
+    for place in places.round().int().tolist():
         group = groups[place]
-        members = [images.read(number, number + 1) for number in list(group)[:WIDEST]]
+        numbers = list(group)[:WIDEST]
+        members = [images.read(number, number + 1) for number in numbers]
         lines.append((f"{min(group.values()):.3g}", scaled(torch.cat(members))))
     return rows(lines)

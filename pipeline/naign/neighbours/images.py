@@ -2,11 +2,12 @@
 
 import csv
 import io
+import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ class Images:
                 if split in manifest.splits:
                     for number, shard in enumerate(manifest.splits[split].shards):
                         self._shards.append(Stored(split, place, number, shard))
-        self._edges = list(accumulate((stored.shard.samples for stored in self._shards), initial=0))
+        counts = [stored.shard.samples for stored in self._shards]
+        self._edges = list(accumulate(counts, initial=0))
         self._reader = lru_cache(None)(self.sets.reader)
 
     def __len__(self) -> int:
@@ -103,8 +105,13 @@ class Images:
             at += 1
 
 
-def as_csv(header: Sequence[str], lines: Sequence[Sequence[object]]) -> bytes:
+def as_csv(lines: Sequence[Sequence[object]]) -> bytes:
     """The file of a table."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue().encode()
+
+
+def as_json(document: Any) -> bytes:
+    text = json.dumps(document, indent=1)
+    return f"{text}\n".encode()

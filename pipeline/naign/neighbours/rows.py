@@ -51,7 +51,8 @@ class Space:
             self._encoder = open_encoder("--encoder", encoder, shape, device)
             self.dims = self._features(torch.zeros(1, *shape)).shape[1]
             self.scale = 1
-        self.size = max(ROWS, min(MOST, VALUES // max(values, self.dims)) // ROWS * ROWS)  # rows of a block
+        rows = min(MOST, VALUES // max(values, self.dims))
+        self.size = max(ROWS, rows // ROWS * ROWS)  # rows of a block
 
     def values(self, images: Tensor) -> Tensor:
         """What is kept of a block of stored images (n, *shape): these, or features (n, VIEWS, d) of their views."""
@@ -65,7 +66,8 @@ class Space:
         """Rows (VIEWS, n, d) float32 of what `values` returned. Pixels stay whole numbers, so distances are exact."""
         if self._encoder is not None:
             return values.transpose(0, 1)
-        return torch.stack([values, values.flip(-1)]).flatten(2).float()
+        views = torch.stack([values, values.flip(-1)])
+        return views.flatten(2).float()
 
     def distances(self, bits: Tensor) -> Tensor:
         """Distances (n,) float64, of the bits of squared distances of rows."""
@@ -91,7 +93,12 @@ class ImageRows:
         """Make this rank's blocks; `read(first, last)` returns stored images (n, *shape)."""
         self.name = name
         self.space = space
-        self.first, self.last = block_range(count, space.size, ranks.rank, ranks.world)
+        self.first, self.last = block_range(
+            count,
+            space.size,
+            ranks.rank,
+            ranks.world,
+        )
         self.count = count
         self._kept = space.values(read(0, 1))[0].numpy()  # its shape and type are those of every image
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
@@ -109,14 +116,20 @@ class ImageRows:
     def block(self, low: int, high: int) -> Tensor:
         """Rows (VIEWS, n, d) float32 of images [low, high) of this rank."""
         self._file.seek((low - self.first) * self._kept.nbytes)
-        values = np.fromfile(self._file, self._kept.dtype, (high - low) * self._kept.size)
-        return self.space.rows(torch.from_numpy(values).view(high - low, *self._kept.shape))
+        count = high - low
+        values = np.fromfile(self._file, self._kept.dtype, count * self._kept.size)
+        stored = values.reshape(count, *self._kept.shape)
+        return self.space.rows(torch.from_numpy(stored))
 
     def candidates(self) -> Blocks:
         """This rank's images as they are, for a search."""
+
+        def make(low: int, high: int) -> Tensor:
+            return self.block(self.first + low, self.first + high)[0]
+
         return Blocks(
             rows=self.last - self.first,
-            make=lambda low, high: self.block(self.first + low, self.first + high)[0],
+            make=make,
             size=self.space.size,
         )
 
@@ -133,7 +146,9 @@ def find_near(
     int64 of a query's number, its candidate's, the bits of their squared distance, which sort as it does, and the view.
     """
     space = queries.space
-    step = max(1, ASKED // (VIEWS * space.dims * space.size * ranks.world)) * space.size
+    values = VIEWS * space.dims * space.size  # of a block
+    blocks = max(1, ASKED // (values * ranks.world))
+    step = blocks * space.size
     most = max(ranks.collect(queries.last - queries.first))
     parts = []
     with progress(f"comparing {queries.name}", most, ranks) as bar:
@@ -141,7 +156,13 @@ def find_near(
             low = min(queries.first + start, queries.last)
             high = min(low + step, queries.last)
             rows = queries.block(low, high).to(device)
-            parts += find_candidates(rows, low, candidates, within**2 * space.scale, ranks)
+            parts += find_candidates(
+                rows,
+                low,
+                candidates,
+                within**2 * space.scale,
+                ranks,
+            )
             many = sum(map(len, parts)) > MOST_PAIRS
             require((not any(ranks.collect(many)), MANY))
             bar.update(step)
@@ -149,7 +170,13 @@ def find_near(
     return ranks.gather(near, ranks.collect(len(near)))
 
 
-def find_candidates(rows: Tensor, first: int, candidates: ImageRows, limit: float, ranks: Ranks) -> list[Tensor]:
+def find_candidates(
+    rows: Tensor,
+    first: int,
+    candidates: ImageRows,
+    limit: float,
+    ranks: Ranks,
+) -> list[Tensor]:
     """Collective: as `find_near`, in parts, for the images from `first` on, whose rows are (VIEWS, n, d). Where the
     k-th neighbour is within the limit, k grows.
     """
@@ -195,8 +222,10 @@ def find_candidates(rows: Tensor, first: int, candidates: ImageRows, limit: floa
 def firsts(table: Tensor, columns: int) -> Tensor:
     """Of the rows (n, c) that agree in their first columns the least, in lexical order."""
     table = table[sort_lexically(*table.T.contiguous())]
-    again = (table[1:, :columns] == table[:-1, :columns]).all(1)
-    return torch.cat([table[:1], table[1:][~again]])
+    keys = table[:, :columns]
+    first = torch.ones(len(table), dtype=torch.bool)
+    first[1:] = (keys[1:] != keys[:-1]).any(1)
+    return table[first]
 
 
 def progress(what: str, total: int, ranks: Ranks) -> "tqdm[Never]":

@@ -31,7 +31,14 @@ class Heartbeat:
         self._bytes = 0.0
         self._retries = 0.0
 
-    def beat(self, values: Mapping[str, float], *, seen: int, phases: Mapping[str, float], checkpoint: float) -> None:
+    def beat(
+        self,
+        values: Mapping[str, float],
+        *,
+        seen: int,
+        phases: Mapping[str, float],
+        checkpoint: float,
+    ) -> None:
         """A round ended with the metrics `values`; `phases` took so many seconds, each in all rounds of this start."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._ended)
