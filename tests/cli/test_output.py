@@ -29,7 +29,7 @@ from naign.evaluate.measures import STAGES
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
 from naign.observe import doctor
-from tests.conftest import ROOT
+from tests.conftest import environment
 from tests.data.numbered import add
 
 
@@ -53,16 +53,20 @@ def command(monkeypatch, capfd):
 @pytest.fixture
 def images(tmp_path, save_untrained):
     """A model of images."""
-    return save_untrained(tmp_path / "images", data=None, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
+    config = ConvConfig(width=4, code=8)
+    return save_untrained(tmp_path / "images", data=None, shape=(1, 8, 8), config=config)
 
 
 @pytest.fixture
 def plane(tmp_path, save_untrained):
     """A model of points, of a data set with sixty in each split."""
     source = load("toy2d:gaussians")
-    few = {name: Made(length=60, make=split.__getitem__) for name, split in source.splits.items()}
-    pack(replace(source, splits=few), str(tmp_path / "data"), shards=1, progress=False)
-    return save_untrained(tmp_path / "model", data=str(tmp_path / "data"), shape=(2,), config=PointConfig(width=4))
+    few = {}
+    for name, split in source.splits.items():
+        few[name] = Made(length=60, make=split.__getitem__)
+    data = str(tmp_path / "data")
+    pack(replace(source, splits=few), data, shards=1, progress=False)
+    return save_untrained(tmp_path / "model", data=data, shape=(2,), config=PointConfig(width=4))
 
 
 def test_evaluate_prints_what_it_writes(command, plane):
@@ -70,7 +74,8 @@ def test_evaluate_prints_what_it_writes(command, plane):
     assert code == 0
     written = json.loads(Path(plane, "evaluation/metrics.json").read_text())
     assert json.loads(out) == written | {"report": f"{plane}/evaluation/report.html"}
-    assert all(f" s: {title}\n" in err for title in (*STAGES, "pictures and report"))
+    for title in (*STAGES, "pictures and report"):
+        assert f" s: {title}\n" in err
     assert command("evaluate", f"{plane}/none", "--json")[:2] == (2, "")
 
 
@@ -127,8 +132,9 @@ def test_doctor_prints_findings(command, monkeypatch):
     found = json.loads(out)
     assert code == 0
     assert found["ready"] is True
-    assert [one["check"] for one in found["findings"]] == ["faiss", "disk"]
-    assert all(one.keys() == {"check", "text", "remedy"} for one in found["findings"])
+    for one, check in zip(found["findings"], ("faiss", "disk"), strict=True):
+        assert one.keys() == {"check", "text", "remedy"}
+        assert one["check"] == check
     monkeypatch.setattr(host, "faiss_builds", lambda: ["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"])
     code, out, err = command("doctor", "--json")
     assert code == 2
@@ -178,17 +184,26 @@ def on_terminal(call, monkeypatch):
 
 def test_commands_that_take_long_show_what_they_do(tmp_path, images, capsys, monkeypatch):
     Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
-    file = (tmp_path / "a.png",)
-    for call, words in (
-        (lambda: cli.sample(images, n=3, to=tmp_path / "out"), ["sampling", "writing"]),
-        (lambda: cli.restore(images, file, to=tmp_path / "out"), ["reading:", "restoring"]),
-        (lambda: cli.restore(images, file, to=tmp_path / "out", size="picture"), ["reading:", "restoring"]),
-        (lambda: cli.score(images, file), ["reading:", "scoring"]),
-        (lambda: cli.score(images, file, map=True), ["reading:", "scoring"]),
-    ):
+
+    def sample():
+        cli.sample(images, n=3, to=tmp_path / "out")
+
+    def restore():
+        cli.restore(images, (tmp_path / "a.png",), to=tmp_path / "out", size="picture")
+
+    def score():
+        cli.score(images, (tmp_path / "a.png",))
+
+    shown = {
+        sample: ["sampling", "writing"],
+        restore: ["reading:", "restoring"],
+        score: ["reading:", "scoring"],
+    }
+    for call, words in shown.items():
         monkeypatch.setattr(terminal, "DELAY", 0.0)
         said = on_terminal(call, monkeypatch)
-        assert all(word in said for word in words), said
+        for word in words:
+            assert word in said
         call()
         assert capsys.readouterr().err == ""  # no terminal, no progress
 
@@ -213,18 +228,22 @@ def test_a_call_without_steps_shows_how_long_it_takes(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        ("score mnist {picture} > /dev/full", 1),
-        ("score mnist {picture} >&- 2>&-", 0),
-        ("--version > /dev/full", 1),
+        ("score mnist a.png > /dev/full", 1),
+        ("score mnist a.png >&- 2>&-", 0),
         ("train --help > /dev/full", 1),
-        ("launch --help > /dev/full", 1),
         ("launch --help >&-", 0),
     ],
 )
 def test_output_that_cannot_be_written_ends_in_a_sentence(words, code, tmp_path):
-    picture = tmp_path / "a.png"
-    Image.new("L", (28, 28)).save(picture)
-    program = f"{shlex.quote(sys.executable)} -m naign.cli {words.format(picture=picture)}"
-    done = subprocess.run(["bash", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    program = f"{shlex.quote(sys.executable)} -m naign.cli {words}"
+    done = subprocess.run(
+        ["bash", "-c", program],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == code
     assert done.stderr == "naign: failed: the output: No space left on device\n" * code

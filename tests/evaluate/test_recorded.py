@@ -41,7 +41,12 @@ def asked(monkeypatch, tmp_path):
 @pytest.fixture
 def model():
     section = {"path": "s3://bucket/data", "endpoint": THERE}
-    metadata = {"shape": [2], "latents": {"name": "gaussian"}, "prior": {"name": "none"}, "config": {"data": section}}
+    metadata = {
+        "shape": [2],
+        "latents": {"name": "gaussian"},
+        "prior": {"name": "none"},
+        "config": {"data": section},
+    }
     return NAIGN(build_network(PointConfig(width=8), (2,)), metadata)
 
 

@@ -76,12 +76,12 @@ def test_measures_have_the_scale_of_two():
     assert psnr(black, black) is None
     # flat images: only the luminance term is left, (2 a b + C1) / (a^2 + b^2 + C1) with C1 = (0.01 * 2)^2
     half = torch.full_like(black, 0.5)
-    assert ssim(half, half / 2) == pytest.approx((0.25 + 4e-4) / (0.3125 + 4e-4), abs=1e-4)
+    expected = (0.25 + 4e-4) / (0.3125 + 4e-4)
+    assert ssim(half, half / 2) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("side", [8, 16])
-def test_ssim_is_a_number_at_every_size(side):
-    images = random_images(4, side)
+def test_ssim_is_a_number_of_small_images():
+    images = random_images(4, 8)
     assert ssim(images, images) == pytest.approx(1)
     assert ssim(degrade(images, "noise"), images) < 0.95
 
@@ -106,7 +106,9 @@ def test_auroc_orders_and_ties():
 def test_separation_of_a_perfect_and_of_a_blind_energy():
     images = random_images(30) * 0.1 - 0.7
     found = density.separation(images, lambda batch: (batch - 0.7) / 2, -0.7)
-    assert found["energy"]["black"] == found["energy"]["uniform noise"] == found["brightness"]["grey"] == 1
+    assert found["energy"]["black"] == 1
+    assert found["energy"]["uniform noise"] == 1
+    assert found["brightness"]["grey"] == 1
     assert found["energy"]["upside down"] == pytest.approx(0.5, abs=0.01)  # ties, but for rounding
     assert found["twice"] == pytest.approx(found["energy"], abs=0.01)  # the same order, only further
     blind = density.separation(images, lambda batch: batch, -0.7)

@@ -16,8 +16,13 @@ SHAPE = (3, 8, 12)
 
 
 def test_an_upload_is_brought_to_the_models_size():
-    metadata = {"shape": list(SHAPE), "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
-    model = NAIGN(build_network(ConvConfig(width=4, depth=0, code=6), SHAPE), metadata)
+    metadata = {
+        "shape": list(SHAPE),
+        "latents": {"name": "gaussian"},
+        "prior": {"name": "none"},
+    }
+    config = ConvConfig(width=4, depth=0, code=6)
+    model = NAIGN(build_network(config, SHAPE), metadata)
     content = io.BytesIO()
     Image.new("L", (60, 50), 255).save(content, "TIFF")
     assert torch.equal(read_image(content.getvalue(), model), torch.ones(1, *SHAPE))

@@ -19,10 +19,14 @@ RESULTS = ("duplicates.json", "groups.csv", "groups.png")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    found = {}
+    for file in folder.rglob("*"):
+        if file.is_file():
+            found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
 
 
-def test_one_to_four_ranks_write_the_same_bytes(
+def test_one_to_three_ranks_write_the_same_bytes(
     digits: str,
     save_untrained: Any,
     tmp_path: Path,
@@ -36,11 +40,12 @@ def test_one_to_four_ranks_write_the_same_bytes(
         config=ConvConfig(width=4, code=8),
     )
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    for world in (1, 2, 3, 4):
+    for world in (1, 2, 3):
         on_ranks("audit_cases.audits", world, tmp_path / f"ranks{world}")
     alone = contents(tmp_path / "1")
     assert len(alone) == 6
-    assert all(contents(tmp_path / str(world)) == alone for world in (2, 3, 4))
+    for world in (2, 3):
+        assert contents(tmp_path / str(world)) == alone
 
 
 def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
@@ -54,7 +59,8 @@ def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
     subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True)
     for name in RESULTS:
         expected = (tmp_path / "alone" / name).read_bytes()
-        assert all((tmp_path / to / name).read_bytes() == expected for to in ("two", "by-accelerate"))
+        for to in ("two", "by-accelerate"):
+            assert (tmp_path / to / name).read_bytes() == expected
     refused = naign("launch", "--processes=2", "duplicates", "--data", "none", real=True)
     assert refused.returncode == 2 and "none: no data set here" in refused.stderr and "Traceback" not in refused.stderr
 

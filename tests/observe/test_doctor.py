@@ -89,7 +89,12 @@ def test_a_build_of_faiss_that_lost_files(site, monkeypatch):
 
 @pytest.mark.parametrize(
     ("cuda", "fitting"),
-    [(None, ""), ("11.8", ""), ("12.6", "faiss-gpu"), ("13.0", "faiss-gpu"), ("13.2", "faiss-gpu-cuvs"), ("14.0", "")],
+    [
+        (None, ""),
+        ("11.8", ""),
+        ("12.6", "faiss-gpu"),
+        ("13.2", "faiss-gpu-cuvs"),
+    ],
 )
 def test_the_build_that_fits_cuda_is_named(cuda, fitting, monkeypatch, site):
     monkeypatch.setattr(torch.version, "cuda", cuda)

@@ -44,8 +44,8 @@ class Heartbeat:
         self._longest = max(self._longest, now - self._ended)
         self._ended = now
         self._rounds += 1
-        self._bytes += values["data/megabytes"] * 1e6
-        self._retries += values["data/retries"]
+        self._bytes += values.get("data/megabytes", 0.0) * 1e6  # while the prior is fitted nothing is read
+        self._retries += values.get("data/retries", 0.0)
         series = {
             "rounds_total": self._rounds,
             "images_total": seen - self._first,
