@@ -154,10 +154,10 @@ def test_bad_input_is_answered_with_a_message(page, client, digit, tmp_path):
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
-    for name, content in (("text.png", b"hello"), ("cut.png", digit[1].read_bytes()[:90])):
-        (tmp_path / name).write_bytes(content)
+    for content in (b"hello", digit[1].read_bytes()[:90]):
+        (tmp_path / "bad.png").write_bytes(content)
         with pytest.raises(AppError, match="cannot be read as a picture"):
-            client.predict(handle_file(tmp_path / name), api_name="/upload")
+            client.predict(handle_file(tmp_path / "bad.png"), api_name="/upload")
     for values in ((9, 0, 0), (1, -1, 0), (1, 0, 2.5)):
         with pytest.raises(AppError, match="than m"):
             client.predict(drawn(digit[1]), *values, 0, 0, 0, api_name="/repair")
@@ -180,7 +180,8 @@ def test_what_cannot_be_served_is_refused(page, save_untrained, tmp_path, monkey
         demo(page.run, port=port)
     with pytest.raises(InputError, match="--port is 65536: it must be 0 to 65535"):
         demo(page.run, port=2**16)
-    points = save_untrained(tmp_path / "points", data=None, shape=(2,), config=PointConfig(width=8))
+    config = PointConfig(width=8)
+    points = save_untrained(tmp_path / "points", data=None, shape=(2,), config=config)
     with pytest.raises(InputError, match="the page is for images"):
         demo(points, port=0)
     for name in ("gradio", "naign.cli.demo_page"):

@@ -1,7 +1,6 @@
-"""What programs read of the commands: JSON on stdout, exit codes; and what a terminal shows meanwhile."""
+"""What commands print, their exit codes, and what a terminal shows meanwhile."""
 
 import io
-import json
 import os
 import pty
 import shlex
@@ -11,7 +10,6 @@ import tarfile
 import termios
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -69,14 +67,12 @@ def plane(tmp_path, save_untrained):
     return save_untrained(tmp_path / "model", data=data, shape=(2,), config=PointConfig(width=4))
 
 
-def test_evaluate_prints_what_it_writes(command, plane):
-    code, out, err = command("evaluate", plane, "--samples", "50", "--json")
+def test_evaluate_prints_what_it_does(command, plane):
+    code, out, err = command("evaluate", plane, "--samples", "50")
     assert code == 0
-    written = json.loads(Path(plane, "evaluation/metrics.json").read_text())
-    assert json.loads(out) == written | {"report": f"{plane}/evaluation/report.html"}
+    assert f"report: {plane}/evaluation/report.html" in out
     for title in (*STAGES, "pictures and report"):
         assert f" s: {title}\n" in err
-    assert command("evaluate", f"{plane}/none", "--json")[:2] == (2, "")
 
 
 def test_score_prints_a_table(command, images, tmp_path):
@@ -100,45 +96,27 @@ def test_verify_prints_what_is_known_and_what_is_wrong(command, tmp_path):
         add(tar, "a.png", picture.getvalue())
         add(tar, "b.png", picture.getvalue()[:40])
     index(str(tmp_path), keep_broken=True, progress=False)
-    code, out, _ = command("verify", tmp_path, "--json")
+    code, out, _ = command("verify", tmp_path)
     assert code == 0
-    assert json.loads(out) == {
-        "path": str(tmp_path),
-        "sound": True,
-        "problems": [],
-        "samples": 2,
-        "shards": 1,
-        "bytes": shard.stat().st_size,
-        "broken": [{"shard": "train.tar", "key": "b"}],
-    }
-    keys = json.loads(out).keys()
-    assert "of them 1 are known to be broken: train.tar b" in command("verify", tmp_path)[1]
+    assert "sound, 2 samples in 1 shards" in out
+    assert "of them 1 are known to be broken: train.tar b" in out
     with shard.open("r+b") as file:
         file.seek(512)
         file.write(b"\xff")
-    code, out, err = command("verify", tmp_path, "--json")
-    found = json.loads(out)
+    code, _, err = command("verify", tmp_path)
     assert code == 2
-    assert "naign: error: " in err
-    assert found.keys() == keys
-    assert found["sound"] is False
-    assert "key a: the .png cannot be decoded" in found["problems"][0]
-    assert command("verify", tmp_path / "none", "--json")[:2] == (2, "")
+    assert "key a: the .png cannot be decoded" in err
 
 
 def test_doctor_prints_findings(command, monkeypatch):
     monkeypatch.setattr(doctor, "CHECKS", (doctor.faiss, doctor.disk))  # others take seconds
-    code, out, _ = command("doctor", "--json")
-    found = json.loads(out)
+    code, out, _ = command("doctor")
     assert code == 0
-    assert found["ready"] is True
-    for one, check in zip(found["findings"], ("faiss", "disk"), strict=True):
-        assert one.keys() == {"check", "text", "remedy"}
-        assert one["check"] == check
+    assert "disk here: " in out
+    assert out.endswith("ready\n")
     monkeypatch.setattr(host, "faiss_builds", lambda: ["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"])
-    code, out, err = command("doctor", "--json")
+    code, _, err = command("doctor")
     assert code == 2
-    assert json.loads(out)["ready"] is False
     assert "this machine is not ready" in err
 
 

@@ -97,6 +97,8 @@ def test_a_picture_is_cropped_as_evaluation_crops_it(digits):
     whole, _ = read_split(DataConfig(path=digits), "test", limit=1)
     cropped, _ = read_split(DataConfig(path=digits, crop=4), "test", limit=1)
     for picture in (whole[0], cropped[0]):
-        assert torch.equal(read_image(encode(picture.numpy(), "png"), model), scaled(cropped))
+        file = encode(picture.numpy(), "png")
+        assert torch.equal(read_image(file, model), scaled(cropped))
+    narrow = encode(whole[0, :, :, :3].numpy(), "png")
     with pytest.raises(InputError, match="3x8 is less than data.crop=4"):
-        read_image(encode(whole[0, :, :, :3].numpy(), "png"), model)
+        read_image(narrow, model)

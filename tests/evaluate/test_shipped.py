@@ -51,8 +51,13 @@ def test_it_is_small_and_of_the_default_recipe():
                 assert made[key] == recipe[section][key], "run `make models`, and copy build/models/mnist to models/"
 
 
+def written():
+    """When each file of it was."""
+    return {file: file.stat().st_mtime_ns for file in SHIPPED.rglob("*")}
+
+
 def test_commands_take_its_name(monkeypatch, capsys):
-    before = {file: file.stat().st_mtime_ns for file in SHIPPED.rglob("*")}
+    before = written()
 
     def naign(*words):
         monkeypatch.setattr("sys.argv", ["naign", *words])
@@ -61,13 +66,14 @@ def test_commands_take_its_name(monkeypatch, capsys):
     naign("sample", "mnist", "--n", "4", "--to", "each")
     naign("restore", "mnist", "each", "--damage", "noise")
     naign("score", "mnist", "each")
-    assert re.findall(r"^each/00000(\d)\.png,0\.\d+$", capsys.readouterr().out, re.M) == [*"0123"]
+    scored = re.findall(r"^each/00000(\d)\.png,0\.\d+$", capsys.readouterr().out, re.M)
+    assert scored == ["0", "1", "2", "3"]
     assert Image.open("restored/000003.png").size == (28, 28)
     with pytest.raises(SystemExit) as ended:
         naign("evaluate", "mnist")
     assert ended.value.code == 2
     assert "naign export mnist --to FOLDER" in capsys.readouterr().err
-    assert {file: file.stat().st_mtime_ns for file in SHIPPED.rglob("*")} == before
+    assert written() == before
 
 
 def test_a_path_of_its_name_comes_first(save_untrained):
@@ -82,7 +88,8 @@ def test_a_path_of_its_name_comes_first(save_untrained):
     place.mkdir()
     with pytest.raises(InputError, match="'mnist' has no complete checkpoint"):
         NAIGN.from_pretrained("mnist")
-    save_untrained(place, data=None, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
+    config = ConvConfig(width=4, code=8)
+    save_untrained(place, data=None, shape=(1, 8, 8), config=config)
     assert NAIGN.from_pretrained("mnist").shape == (1, 8, 8)
 
 
@@ -105,19 +112,25 @@ def test_its_evaluation_is_not_advised_in_a_circle(tmp_path):
 def test_the_page_opens_with_it_without_a_run(monkeypatch):
     pytest.importorskip("gradio")
     opened = []
-    monkeypatch.setattr(demo_page, "serve", lambda player, about, port: opened.append((player.model, about)))
+
+    def serve(player, about, port):
+        opened.append(player.model)
+        assert about.startswith("# mnist\n")
+
+    monkeypatch.setattr(demo_page, "serve", serve)
     Path("mnist").mkdir()  # a path of that name hides it only where the name is given
     demo(port=0)
-    ((model, about),) = opened
-    assert about.startswith("# mnist\n")
-    assert torch.equal(model.sample(2), NAIGN.from_pretrained(SHIPPED).sample(2))
+    expected = NAIGN.from_pretrained(SHIPPED).sample(2)
+    assert torch.equal(opened[0].sample(2), expected)
 
 
 def card(*columns):
     """The numbers of the row of the card's tables that begins with those columns; of `a → b` they are b."""
     start = re.escape(" | ".join(columns))
-    (row,) = re.findall(rf"^\| {start} \| (.*) \|$", (SHIPPED / "README.md").read_text(), re.M)
-    return [float(cell.rpartition("→")[2]) for cell in row.split("|")]
+    text = (SHIPPED / "README.md").read_text()
+    (row,) = re.findall(rf"^\| {start} \| (.*) \|$", text, re.M)
+    cells = row.split("|")
+    return [float(cell.rpartition("→")[2]) for cell in cells]
 
 
 @pytest.mark.slow
@@ -130,7 +143,9 @@ def test_it_measures_as_its_card_says(tmp_path):
         pytest.skip(f"MNIST is in no cache, and there is no network: {error}")
     shutil.copytree(SHIPPED, "copy")
     measured = evaluate("copy", data=data, progress=False)
-    assert card(measured["encoder"])[-1] == pytest.approx(measured["fd"]["once_ratio"], rel=0.02)
-    assert card("recall")[0] == pytest.approx(measured["coverage"]["recall"], abs=0.005)
+    ratio = measured["fd"]["once_ratio"]
+    recall = measured["coverage"]["recall"]
+    assert card(measured["encoder"])[-1] == pytest.approx(ratio, rel=0.02)
+    assert card("recall")[0] == pytest.approx(recall, abs=0.005)
     for kind, errors in measured["restoration"].items():
         assert card(DAMAGE[kind])[0] == pytest.approx(errors["once"], rel=0.02)

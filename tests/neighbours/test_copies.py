@@ -69,7 +69,8 @@ def audit(**options: Any) -> dict[str, Any]:
 
 
 def read_lines(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "copies.csv").read_text().splitlines()))
+    text = (folder / "copies.csv").read_text()
+    return list(csv.DictReader(text.splitlines()))
 
 
 def test_a_prior_that_is_not_fitted_is_named(copier: NAIGN, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +125,8 @@ def test_the_command_with_the_features_of_an_encoder(
 ) -> None:
     config = ConvConfig(width=4, code=8)
     model = save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=config)
-    monkeypatch.setattr("sys.argv", ["naign", "copies", model, "--samples", "10", "--encoder", "digits-cnn64"])
+    words = ["naign", "copies", model, "--samples=10", "--encoder=digits-cnn64"]
+    monkeypatch.setattr("sys.argv", words)
     main()
     assert "of a training image" in capsys.readouterr().out
     found = json.loads((tmp_path / "model/evaluation/copies.json").read_text())

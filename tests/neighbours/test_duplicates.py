@@ -31,7 +31,8 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines_in(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "groups.csv").read_text().splitlines()))
+    text = (folder / "groups.csv").read_text()
+    return list(csv.DictReader(text.splitlines()))
 
 
 def groups_in(folder: Path) -> set[frozenset[str]]:
@@ -82,8 +83,9 @@ def test_many_copies_of_one_image_are_all_pairs(tmp_path: Path) -> None:
 
     source = numbered(train=60, test=5)
     splits = dict(source.splits) | {"train": Made(length=60, make=make)}
-    pack(replace(source, splits=splits), str(tmp_path / "data"), shards=3, progress=False)
-    found = audit(str(tmp_path / "data"), tmp_path / "to", threshold=0.5)
+    data = str(tmp_path / "data")
+    pack(replace(source, splits=splits), data, shards=3, progress=False)
+    found = audit(data, tmp_path / "to", threshold=0.5)
     assert found["pairs"] == 2 * 30 * 29 / 2
     assert found["groups"] == 2
     assert found["redundant"] == 58

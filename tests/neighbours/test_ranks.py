@@ -56,13 +56,21 @@ def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
     assert "13 of 790 images are in 6 groups" in launched.stdout
     command = [option for option in train_command(ranks=2) if not option.endswith("train.py")]
     command += ["-m", "naign.cli", "duplicates", "--data", path, "--to", "by-accelerate"]
-    subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True)
+    subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
     for name in RESULTS:
         expected = (tmp_path / "alone" / name).read_bytes()
         for to in ("two", "by-accelerate"):
             assert (tmp_path / to / name).read_bytes() == expected
     refused = naign("launch", "--processes=2", "duplicates", "--data", "none", real=True)
-    assert refused.returncode == 2 and "none: no data set here" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2
+    assert "none: no data set here" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_everything_may_lie_in_a_bucket(bucket: str, tmp_path: Path) -> None:
@@ -70,5 +78,7 @@ def test_everything_may_lie_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     found = audit(f"{bucket}/data", f"{bucket}/audit")
     audit(plant(str(tmp_path / "data")), tmp_path / "local")
     store = open_store(f"{bucket}/audit")
-    assert store.list() == sorted(RESULTS) and json.loads(store.read("duplicates.json")) == found
-    assert all(store.read(name) == (tmp_path / "local" / name).read_bytes() for name in RESULTS)
+    assert store.list() == sorted(RESULTS)
+    assert json.loads(store.read("duplicates.json")) == found
+    for name in RESULTS:
+        assert store.read(name) == (tmp_path / "local" / name).read_bytes()

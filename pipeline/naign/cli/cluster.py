@@ -10,7 +10,6 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from naign.cli.output import Json, lines_to_stderr, print_json
 from naign.cluster.job import Job
 from naign.errors import InputError, Unavailable, require
 from naign.terminal import busy
@@ -104,20 +103,16 @@ def fetch(
         time.sleep(every)
 
 
-def doctor(*, json: Json = False) -> None:
+def doctor() -> None:
     """Check this machine: versions, devices, FAISS, disk."""
     from naign.observe.doctor import examine
 
-    examined = list[dict[str, str]]()
-    with busy("examining this machine"), lines_to_stderr(json):
-        for finding in examine():
-            examined.append(finding)
-            if not json:
-                tqdm.write(finding["text"])  # a line above the progress
-    wrong = [f"{finding['text']}: {finding['remedy']}" for finding in examined if finding["remedy"]]
-    if json:
-        print_json({"ready": not wrong, "findings": examined})
+    wrong = []
+    with busy("examining this machine"):
+        for text, remedy in examine():
+            tqdm.write(text)  # a line above the progress
+            if remedy:
+                wrong.append(f"{text}: {remedy}")
     if wrong:
         raise InputError("\n  ".join(["this machine is not ready:", *wrong]))
-    if not json:
-        print("ready")
+    print("ready")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from naign.cli.output import Json, lines_to_stderr, print_json
 from naign.data.format import IndexOptions
 from naign.terminal import busy
 
@@ -126,13 +125,7 @@ def _print_contents(path: str, manifest: "Manifest", note: str = "") -> None:
     print(f"{path}: {manifest.name} {sizes}, {', '.join(counts)}{note}")
 
 
-def verify(
-    path: Positional[str],
-    /,
-    *,
-    index: str = "",
-    json: Json = False,
-) -> None:
+def verify(path: Positional[str], /, *, index: str = "") -> None:
     """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels.
 
     Samples that naign index --keep-broken recorded as broken are listed, and count as no problem.
@@ -142,20 +135,9 @@ def verify(
         index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
     """
     from naign.data.format.audit import verify as read_all
-    from naign.data.format.tars import PROBLEMS, Problems
+    from naign.data.format.tars import PROBLEMS
 
-    try:
-        with lines_to_stderr(json):
-            report = read_all(path, index=index)
-    except Problems as error:
-        if json:
-            unknown = dict.fromkeys(("samples", "shards", "bytes", "broken"))
-            print_json({"path": path, "sound": False, "problems": error.problems, **unknown})
-        raise
-    if json:
-        broken = [{"shard": shard, "key": key} for shard, key in report.broken]
-        print_json({"path": path, "sound": True, "problems": [], **report._asdict(), "broken": broken})
-        return
+    report = read_all(path, index=index)
     print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
     if report.broken:
         listed = [f"{shard} {key}" for shard, key in report.broken[:PROBLEMS]]

@@ -12,7 +12,6 @@ import tyro
 from tyro.conf import Positional
 
 from naign import shipped
-from naign.cli.output import Json, lines_to_stderr, print_json
 from naign.errors import InputError, require
 from naign.terminal import busy, counted
 
@@ -59,7 +58,6 @@ def evaluate(
     encoder: str | None = None,
     seed: int = 0,
     device: Device = "auto",
-    json: Json = False,
 ) -> None:
     """Measure a trained model: evaluation/ in its folder gets metrics.json, report.html and pictures.
 
@@ -75,20 +73,15 @@ def evaluate(
     from naign.evaluate.run import evaluate as measure
 
     _check(seed=seed)
-    with lines_to_stderr(json):
-        metrics = measure(
-            run,
-            data=data,
-            samples=samples,
-            seed=seed,
-            device=_find_device(device),
-            encoder=encoder,
-        )
-    report = f"{folder_of(run)}/evaluation/report.html"
+    metrics = measure(
+        run,
+        data=data,
+        samples=samples,
+        seed=seed,
+        device=_find_device(device),
+        encoder=encoder,
+    )
     _name_checkpoint(run, metrics["checkpoint"])
-    if json:
-        print_json(metrics | {"report": report})
-        return
     for fd in ({"encoder": metrics["encoder"]} | metrics["fd"], metrics["second"]):
         if fd:
             values = f"{compared(fd, 'once'):.4g} for f(z); floor {fd['floor']:.4g} (training against test)"
@@ -102,7 +95,7 @@ def evaluate(
         print(f"warning: {text}")
     for text in metrics["notes"]:
         print(f"note: {text}")
-    print(f"report: {report}")
+    print(f"report: {folder_of(run)}/evaluation/report.html")
 
 
 def sample(
@@ -220,11 +213,12 @@ def export(
 
     _check(to=to)
     file = to / f"model.{format}"
-    itself = to.resolve() == Path(run.removesuffix(file.name)).resolve()
+    place = to.resolve()
+    itself = place == Path(run.removesuffix(file.name)).resolve()
     taken = file.exists() and (itself or (to / "README.md").exists())
     within = (to / "manifest.json").exists()
-    for place in (to.resolve(), *to.resolve().parents):
-        within = within or (place / "checkpoints").exists() and (place / "config.yaml").exists()
+    for folder in (place, *place.parents):
+        within = within or (folder / "checkpoints").exists() and (folder / "config.yaml").exists()
     require(
         (not within, f"--to {to} is a run or a checkpoint, or in one: give another folder"),
         (not taken or format == "onnx", f"--to {to} is the model itself, or another with a card: give another folder"),

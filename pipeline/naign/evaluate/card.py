@@ -63,9 +63,7 @@ def write_repository(
             pictures[f"{key}.png"] = title
     try:
         metrics = without_places(json.loads(store.read("metrics.json"), parse_constant=lambda constant: None))
-        if metrics["images_seen"] != model.metadata.get("images_seen"):
-            raise InputError(f"the evaluation of {run} is of its state after {metrics['images_seen']} images: {again}")
-        if metrics.get("weights") not in (None, fingerprint(model)):
+        if metrics["weights"] != fingerprint(model):
             raise InputError(f"the evaluation of {run} is of other weights or prior: {again}")
         text = _render_card(shared, metrics, name=name, license=license, pictures=pictures)
     except InputError:

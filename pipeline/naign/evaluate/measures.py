@@ -24,7 +24,6 @@ from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import Encoder
 from naign.model.naign import NAIGN
 
-BRIGHT = 10_000  # training images from which the mean brightness is computed
 ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is rounding, and no ratio to it is given
 FLOORS = 5  # draws of training data whose distances the floor is the mean of, where there are as many
 REPAIRED = 2_500  # test images for each damage; f is applied to each twice
@@ -272,13 +271,7 @@ def fixed_points(subject: Subject) -> dict[str, Any]:
         return {"reconstruction": error, "density": None}
     images = clean[:OUTLIERS]
     subject.counts["density"] = len(images)
-    brightness = scaled(subject.train[:BRIGHT]).double().mean()
-    found = density.separation(
-        images,
-        subject.model.project,
-        float(brightness),
-        seed=subject.seed,
-    )
+    found = density.separation(images, subject.model.project, seed=subject.seed)
     return {"reconstruction": error, "density": found}
 
 

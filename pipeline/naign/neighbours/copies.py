@@ -16,13 +16,13 @@ from torch import Tensor
 from naign.data.scale import scaled
 from naign.distributed.ranks import together
 from naign.errors import require
-from naign.evaluate.recorded import fingerprint, folder_of, recorded
+from naign.evaluate.recorded import folder_of, recorded
 from naign.match.exchange import ranks_of
 from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
 from naign.neighbours import CopiesOptions
 from naign.neighbours.images import Images, as_csv, as_json
-from naign.neighbours.rows import ImageRows, Space, find_near, firsts
+from naign.neighbours.rows import ImageRows, Space, check_threshold, find_near, firsts
 from naign.observe.pictures import eight_bits, png, rows
 from naign.storage.store import open_store
 
@@ -69,7 +69,6 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         "dataset": manifest.name,
         "training_images": len(train),
         "test_images": len(test),
-        "weights": fingerprint(model),
         "samples": options.samples,
         "seed": options.seed,
         "encoder": options.encoder,
@@ -83,13 +82,12 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
 
 def _check(run: str, options: CopiesOptions) -> None:
     writable = not run.startswith(PREFIX) and not shipped_model(run)
-    threshold = options.threshold
     require(
         (options.to or writable, f"{run} is not in a folder of yours: give one for the results with --to"),
         (1 <= options.samples < 2**40, f"--samples is {options.samples}: it must be at least 1"),
         (0 <= options.seed < 2**63, f"--seed is {options.seed}: it must be 0 to {2**63 - 1}"),
-        (threshold is None or 0 <= threshold < 1e6, f"--threshold is {threshold}: it must be 0 or more, below 1e6"),
     )
+    check_threshold(options.threshold)
 
 
 def _write(

@@ -24,7 +24,7 @@ from naign.errors import InputError, require
 from naign.match.exchange import ranks_of
 from naign.neighbours import DuplicatesOptions
 from naign.neighbours.images import Images, as_csv, as_json
-from naign.neighbours.rows import ImageRows, Space, find_near, firsts
+from naign.neighbours.rows import ImageRows, Space, check_threshold, find_near, firsts
 from naign.observe.pictures import png, rows
 from naign.storage.store import open_store
 
@@ -59,10 +59,8 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
         images = Images(config, *sorted(manifest.splits, key=lambda split: split != TRAIN))
         if limit is None:
             raise InputError(f"{encoder} has no default threshold: give --threshold, and look at groups")
-        require(
-            (0 <= limit < 1e6, f"--threshold is {limit}: it must be 0 or more, below 1e6"),
-            (len(images) > 1, f"{options.data} holds one image, which can have no duplicate"),
-        )
+        check_threshold(limit)
+        require((len(images) > 1, f"{options.data} holds one image, which can have no duplicate"))
         space = Space(encoder, images.sets.shape, accelerator.device)
         every = ImageRows("images", len(images), images.read, space, ranks)
     near = find_near(every, every, ranks, accelerator.device, within=limit)

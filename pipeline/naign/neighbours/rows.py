@@ -36,6 +36,12 @@ MOST_PAIRS = 2**25  # of a rank's queries: 1 GB
 MANY = f"more than {MOST_PAIRS} pairs may be within the threshold: lower --threshold"
 
 
+def check_threshold(threshold: float | None) -> None:
+    """Raise InputError for what is not a distance."""
+    sound = threshold is None or 0 <= threshold < 1e6
+    require((sound, f"--threshold is {threshold}: it must be 0 or more, below 1e6"))
+
+
 class Space:
     """What images are compared by. Distances are the root mean square difference of pixels, in levels of 0 to 255; of
     features the length of the difference of unit vectors, from 0 to 2.

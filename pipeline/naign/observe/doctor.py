@@ -72,11 +72,10 @@ def disk() -> Findings:
 CHECKS: tuple[Callable[[], Findings], ...] = (libraries, machine, gpus, faiss, disk)
 
 
-def examine() -> Iterator[dict[str, str]]:
-    """What all checks find, one by one: the name of the check, text, and remedy."""
+def examine() -> Findings:
+    """What all checks find, one by one."""
     for check in CHECKS:
-        for text, remedy in check():
-            yield {"check": check.__name__, "text": text, "remedy": remedy}
+        yield from check()
 
 
 def preflight(run: str, remote: str, checkpoint_bytes: int) -> list[str]:
