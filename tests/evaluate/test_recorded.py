@@ -2,11 +2,13 @@
 none; data are read as in training.
 """
 
+import io
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from naign.data.dataset import DataConfig
 from naign.data.decode import encode
@@ -102,3 +104,14 @@ def test_a_picture_is_cropped_as_evaluation_crops_it(digits):
     narrow = encode(whole[0, :, :, :3].numpy(), "png")
     with pytest.raises(InputError, match="3x8 is less than data.crop=4"):
         read_image(narrow, model)
+
+
+def test_files_that_are_not_pictures_are_refused_before_they_are_decoded():
+    model = SimpleNamespace(metadata={}, shape=(3, 8, 12))
+    content = io.BytesIO()
+    Image.new("L", (60, 50), 255).save(content, "TIFF")
+    assert torch.equal(read_image(content.getvalue(), model), torch.ones(1, 3, 8, 12))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"  # Pillow would start Ghostscript
+    for wrong in (b"hello", postscript, content.getvalue()[:90]):
+        with pytest.raises(InputError):
+            read_image(wrong, model)

@@ -65,15 +65,6 @@ def test_a_bucket_that_is_not_there(tmp_path, s3):
         check(tmp_path, remote="s3://no-such-bucket/run")
 
 
-def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
-    from naign.storage.s3_client import forget_clients
-
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    forget_clients()
-    with pytest.raises(InputError, match="access denied"):
-        check(tmp_path, remote=f"{bucket}/run")
-
-
 def test_a_bucket_that_may_only_be_read(tmp_path, s3, bucket, monkeypatch):
     from naign.storage.s3_client import forget_clients
 

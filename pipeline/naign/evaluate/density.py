@@ -49,11 +49,12 @@ def separation(
 
     def scores(batch: Tensor) -> dict[str, Tensor]:
         once = project(batch)
-        twice = project(once)
-        return {
-            "energy": (once - batch).square().flatten(1).mean(1),
-            "twice": (twice - batch).square().flatten(1).mean(1),
-        }
+        answers = {"energy": once, "twice": project(once)}
+        found = {}
+        for name, answer in answers.items():
+            squares = (answer - batch).square()
+            found[name] = squares.flatten(1).mean(1)
+        return found
 
     real = scores(images)
     found: dict[str, dict[str, float]] = {"energy": {}, "twice": {}}

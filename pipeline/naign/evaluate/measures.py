@@ -140,7 +140,8 @@ def distances(
         if len(part) == number:
             drawn.append(encoder.features(scaled(part)))
     floor = fmean(frechet_distance(part, test) for part in drawn)
-    floor_is_rounding = floor <= ROUNDING * float(test.double().var(0).sum())
+    variance = float(test.double().var(0).sum())
+    floor_is_rounding = floor <= ROUNDING * variance
     fd: dict[str, Any] = {"floor": floor}
     features = {"test": test, "floor": drawn[0]}
     sets = {
@@ -259,7 +260,8 @@ def repairs(subject: Subject) -> dict[str, Any]:
         "similarity": min(restoration.SIMILAR, len(clean)),
         "restoration_reference": len(reference),
     }
-    return {"restoration": tables, "idempotence": {"samples": moved, "damaged": fmean(moves)}}
+    idempotence = {"samples": moved, "damaged": fmean(moves)}
+    return {"restoration": tables, "idempotence": idempotence}
 
 
 def fixed_points(subject: Subject) -> dict[str, Any]:

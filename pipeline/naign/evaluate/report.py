@@ -132,7 +132,8 @@ def _draw_samples(subject: Subject) -> list[Picture]:
         ("f twice", subject.twice[:10]),
     ]
     for count in (3, 4, 5):
-        times.append((f"{count} times", model.project(times[-1][1])))
+        _, before = times[-1]
+        times.append((f"{count} times", model.project(before)))
     alike = "A column is one z. For a perfect projection all rows below the first are alike."
     drawn.append(Picture("applications", "The same z, f applied one to five times", alike, rows(times)))
     return drawn

@@ -29,7 +29,14 @@ from naign.storage.store import open_store
 QUANTILE = 0.01
 SHOWN = 24  # pairs in the picture
 COLUMNS = [0, 2, 1, 3]  # of what `find_near` returns: query, bits, candidate, view
-HEADER: tuple[object, ...] = ("query", "number", "distance", "shard", "key", "mirrored")
+HEADER: tuple[object, ...] = (
+    "query",
+    "number",
+    "distance",
+    "shard",
+    "key",
+    "mirrored",
+)
 
 Draw = Callable[[int, int], Tensor]
 """Samples [first, last) as they would be stored."""
@@ -76,7 +83,15 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
     with together(accelerator):
         if accelerator.is_main_process:
             to = options.to or f"{folder_of(run)}/evaluation"
-            _write(near, result, options.threshold, train, draw, space, to)
+            _write(
+                near,
+                result,
+                options.threshold,
+                train,
+                draw,
+                space,
+                to,
+            )
     return result
 
 
@@ -110,7 +125,15 @@ def _write(
         for row, distance in zip(table.tolist(), values.tolist(), strict=True):
             number, _, nearest, view = row
             place = places[nearest]
-            lines.append((query, number, distance, place.shard, place.key, view))
+            line = (
+                query,
+                number,
+                distance,
+                place.shard,
+                place.key,
+                view,
+            )
+            lines.append(line)
     store.put("copies.csv", as_csv(lines))
     picture = _draw_pairs(tables[0], distances[0], draw, train)
     store.put("copies.png", png(picture))

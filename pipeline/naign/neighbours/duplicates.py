@@ -31,7 +31,14 @@ from naign.storage.store import open_store
 TRAIN = "train"
 THRESHOLDS = {"pixels": 10.0, "efficientnet-lite0": 0.44, "cifar10-cnn64": 0.14}
 """Default distances by encoder. Of the pairs of CIFAR-10 within them nearly all show the same photograph."""
-HEADER: tuple[object, ...] = ("group", "split", "shard", "key", "distance", "redundant")
+HEADER: tuple[object, ...] = (
+    "group",
+    "split",
+    "shard",
+    "key",
+    "distance",
+    "redundant",
+)
 SHOWN = 24  # groups in the picture
 WIDEST = 12  # images of each
 
@@ -56,7 +63,8 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
         if manifest.broken:
             broken = "skip"
         config = DataConfig(path=options.data, index=options.index, broken=broken)
-        images = Images(config, *sorted(manifest.splits, key=lambda split: split != TRAIN))
+        training_first = sorted(manifest.splits, key=lambda split: split != TRAIN)
+        images = Images(config, *training_first)
         if limit is None:
             raise InputError(f"{encoder} has no default threshold: give --threshold, and look at groups")
         check_threshold(limit)
@@ -88,12 +96,14 @@ def write(
     to: str,
 ) -> None:
     """Write the groups of pairs (p, 3): two numbers, and the bits of their squared distance; and add to `result`."""
-    places = images.places(pairs[:, :2].unique().tolist())
+    numbers = pairs[:, :2].unique()
+    places = images.places(numbers.tolist())
     broken = torch.tensor(
         [number for number, place in places.items() if place.broken],
         dtype=torch.int64,
     )
-    pairs = pairs[~torch.isin(pairs[:, :2], broken).any(1)]  # in whose place another image was read
+    stood_in = torch.isin(pairs[:, :2], broken).any(1)  # another image was read for one of the two
+    pairs = pairs[~stood_in]
     groups = connect(pairs, space.distances(pairs[:, 2]))
     trained = 0
     if TRAIN in images.sets.manifest.splits:

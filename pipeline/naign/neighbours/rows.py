@@ -106,7 +106,8 @@ class ImageRows:
             ranks.world,
         )
         self.count = count
-        self._kept = space.values(read(0, 1))[0].numpy()  # its shape and type are those of every image
+        first = space.values(read(0, 1))
+        self._kept = first[0].numpy()  # its shape and type are those of every image
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
         with progress(f"reading {name}", self.last - self.first, ranks) as bar:
             for low in range(self.first, self.last, space.size):
