@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from output import ROOT, check_place, pages, seeds_of, spread, table, write
+from output import ROOT, seeds_of, spread, table, write_tables
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from trained import Task, packed
@@ -343,15 +343,13 @@ def table_of(rows: dict[str, list[Row]]) -> str:
 def main(settings: Settings) -> None:
     if not 2 <= settings.count <= 4000 or settings.seeds < 1:
         raise InputError("--count must be 2 to 4000, for which there are test images, and --seeds at least 1")
-    check_place(settings.to)
-    found = {}
-    tables = {}
-    for name, data in SETS.items():
-        found[data.title] = rows_of(name, data, settings)
-        tables[f"AUROC, {data.title}"] = table_of(found[data.title])
-    text = pages(tables)
-    write(settings.to, text, found)
-    print(text)
+    write_tables(
+        settings.to,
+        "AUROC, {}",
+        {name: data.title for name, data in SETS.items()},
+        lambda name: rows_of(name, SETS[name], settings),
+        table_of,
+    )
 
 
 if __name__ == "__main__":

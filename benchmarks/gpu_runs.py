@@ -342,8 +342,8 @@ def train(report: "Report") -> None:
 
 
 def measure(report: "Report", run: str, *options: str) -> None:
-    done = call(report, *NAIGN, "evaluate", run, "--json", *options)
-    metrics = json.loads(must(done))
+    must(call(report, *NAIGN, "evaluate", run, *options))
+    metrics = json.loads((report.scratch / run / "evaluation/metrics.json").read_text())
     report.say("images learned from", f"{reported(report, run)[-1]['images_seen']:,}")
     report.say(f"Frechet distance on {metrics['encoder']} of f(z)", f"{metrics['fd']['once']:.3g}")
     for kind, errors in (metrics["restoration"] or {}).items():

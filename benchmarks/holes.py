@@ -27,7 +27,7 @@ from statistics import fmean
 
 import torch
 import tyro
-from output import check_place, pages, spread, table, write
+from output import spread, table, write_tables
 from torch import Tensor
 from trained import Task, packed
 
@@ -274,15 +274,13 @@ def main(settings: Settings) -> None:
         raise InputError(f"--count is {settings.count}: give 100 to 10,000, as many as there are test images")
     if not all(map(importlib.util.find_spec, ("skimage", "cv2"))):
         raise InputError("other fillers are not installed: pip install scikit-image opencv-python-headless")
-    check_place(settings.to)
-    found = {}
-    tables = {}
-    for name, data in SETS.items():
-        found[data.title] = rows_of(name, data, settings)
-        tables[f"Holes, {data.title}"] = table_of(found[data.title])
-    text = pages(tables)
-    write(settings.to, text, found)
-    print(text)
+    write_tables(
+        settings.to,
+        "Holes, {}",
+        {name: data.title for name, data in SETS.items()},
+        lambda name: rows_of(name, SETS[name], settings),
+        table_of,
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from statistics import fmean
 import torch
 import tyro
 from density import COST, NEAREST, NETWORKS, PATCH, SETS, Data, pasted, place
-from output import check_place, pages, table, write
+from output import table, write_tables
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from trained import Task
@@ -238,16 +238,13 @@ def table_of(rows: dict[str, Row]) -> str:
 def main(settings: Settings) -> None:
     if not 2 <= settings.count <= 4000 or not {*settings.sets} <= {*ALL}:
         raise InputError(f"--count must be 2 to 4000, for which there are test images, and --sets of {', '.join(ALL)}")
-    check_place(settings.to)
-    found = {}
-    tables = {}
-    for name in settings.sets:
-        title = ALL[name].title
-        found[title] = rows_of(name, ALL[name], settings)
-        tables[f"Pixel AUROC, {title}: of the map / of the smoothed map"] = table_of(found[title])
-    text = pages(tables)
-    write(settings.to, text, found)
-    print(text)
+    write_tables(
+        settings.to,
+        "Pixel AUROC, {}: of the map / of the smoothed map",
+        {name: ALL[name].title for name in settings.sets},
+        lambda name: rows_of(name, ALL[name], settings),
+        table_of,
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -42,6 +42,25 @@ def stored(to: Path, rows: type) -> Record:
     if not sound:
         raise InputError(f"{file} does not hold the numbers of a table: move it away, or write --to another place")
     return found
+
+
+def write_tables(
+    to: Path,
+    head: str,  # of each table; {} stands for the title of its data set
+    titles: dict[str, str],
+    rows_of: Callable[[str], Any],
+    table_of: Callable[[Any], str],
+) -> None:
+    """Measure every data set, by name, and write and print a page with a table of each."""
+    check_place(to)
+    found = {}
+    tables = {}
+    for name, title in titles.items():
+        found[title] = rows_of(name)
+        tables[head.format(title)] = table_of(found[title])
+    text = pages(tables)
+    write(to, text, found)
+    print(text)
 
 
 def write(to: Path, text: str, numbers: object) -> None:

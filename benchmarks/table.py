@@ -24,7 +24,7 @@ from trained import Task, measure_all, packed
 
 from naign.errors import InputError, exit_on_input_error
 
-ANSWERS = ("input", "black", "median", "nearest")
+ANSWERS = ("input", "nearest")
 """Repairs without a network."""
 
 

@@ -53,7 +53,11 @@ def test_what_is_measured_is_the_hole(holes):
     examples.floor = 2.0
     examples.encoder = SimpleNamespace(features=lambda images: images.mean((2, 3)))
     examples.features = examples.images.mean((2, 3))
-    row = examples.measure(lambda images, mask: torch.where(holes.in_turn(mask, 200), examples.images + 0.25, 9.0))
+
+    def fill(images, mask):
+        return torch.where(holes.in_turn(mask, 200), examples.images + 0.25, 9.0)
+
+    row = examples.measure(fill)
     for kind in holes.KINDS:
         assert row[f"error {kind}"] == pytest.approx(0.25, abs=1e-6)
     assert row["FD centre"] == pytest.approx((0.25 / 4) ** 2 / 2, rel=1e-3)

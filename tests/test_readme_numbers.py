@@ -178,12 +178,14 @@ def test_a_number_without_a_source_is_found() -> None:
     page = (ROOT / "README.md").read_text()
     assert unsourced(page + "\nIt is 3.7 times as fast.\n") == ([], ["3.7"])
     absent, left = unsourced(page.replace("after 20 kills", "after 30 kills"))
-    assert absent == ["after 20 kills"] and left == ["30"]
+    assert absent == ["after 20 kills"]
+    assert left == ["30"]
 
 
 def test_it_is_short() -> None:
     page = (ROOT / "README.md").read_text()
-    assert len(page.splitlines()) <= LINES and len(page.split()) <= WORDS
+    assert len(page.splitlines()) <= LINES
+    assert len(page.split()) <= WORDS
 
 
 def script(path: str) -> ModuleType:

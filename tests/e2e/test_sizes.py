@@ -36,7 +36,7 @@ def test_pictures_of_many_sizes_are_trained_on_and_measured(train, naign, tmp_pa
     assert done.returncode == 0, done.stderr
 
     model = NAIGN.from_pretrained(tmp_path / "run")
-    config, _, _ = recorded(model, str(tmp_path / "run"), str(tmp_path / "theirs"))
+    config, _ = recorded(model, str(tmp_path / "run"), str(tmp_path / "theirs"))
     resize = parse_resize(config)
     assert model.shape == (3, 16, 24) and (resize.height, resize.width) == (16, 24)
     done = naign("evaluate", "run", "--samples=50")

@@ -1,9 +1,11 @@
 """Data are read as in the training that a model's header records."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from naign.data.dataset import DataConfig
 from naign.data.decode import encode
@@ -19,7 +21,12 @@ from naign.model.networks import PointConfig, build_network
 @pytest.fixture
 def model():
     section = {"path": "s3://bucket/data"}
-    metadata = {"shape": [2], "latents": {"name": "gaussian"}, "prior": {"name": "none"}, "config": {"data": section}}
+    metadata = {
+        "shape": [2],
+        "latents": {"name": "gaussian"},
+        "prior": {"name": "none"},
+        "config": {"data": section},
+    }
     return NAIGN(build_network(PointConfig(width=8), (2,)), metadata)
 
 
@@ -35,7 +42,7 @@ def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypat
     sets = SimpleNamespace(manifest=manifest, shape=(2,))
     monkeypatch.setattr("naign.evaluate.recorded.DataSets", lambda config: sets)
     model.metadata["config"]["data"] = {"path": "here", "broken": "skip"}
-    config, _, _ = recorded(model, "exported", None)
+    config, _ = recorded(model, "exported", None)
     assert config.broken == "skip"
 
 
@@ -45,6 +52,19 @@ def test_a_picture_is_cropped_as_evaluation_crops_it(digits):
     whole, _ = read_split(DataConfig(path=digits), "test", limit=1)
     cropped, _ = read_split(DataConfig(path=digits, crop=4), "test", limit=1)
     for picture in (whole[0], cropped[0]):
-        assert torch.equal(read_image(encode(picture.numpy(), "png"), model), scaled(cropped))
+        file = encode(picture.numpy(), "png")
+        assert torch.equal(read_image(file, model), scaled(cropped))
+    narrow = encode(whole[0, :, :, :3].numpy(), "png")
     with pytest.raises(InputError, match="3x8 is less than data.crop=4"):
-        read_image(encode(whole[0, :, :, :3].numpy(), "png"), model)
+        read_image(narrow, model)
+
+
+def test_files_that_are_not_pictures_are_refused_before_they_are_decoded():
+    model = SimpleNamespace(metadata={}, shape=(3, 8, 12))
+    content = io.BytesIO()
+    Image.new("L", (60, 50), 255).save(content, "TIFF")
+    assert torch.equal(read_image(content.getvalue(), model), torch.ones(1, 3, 8, 12))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"  # Pillow would start Ghostscript
+    for wrong in (b"hello", postscript, content.getvalue()[:90]):
+        with pytest.raises(InputError):
+            read_image(wrong, model)

@@ -16,7 +16,8 @@ def model():
     prior = Mixture(MixtureConfig(components=2), network.code)
     list(prior.fit(Codes.of(torch.randn(100, *network.code))))
     metadata = {"shape": [1, 8, 8], "prior": {"name": "gmm", "components": 2}, "model": settings}
-    return NAIGN(network, metadata, {f"prior.{name}": value for name, value in prior.state_dict().items()})
+    state = {f"prior.{name}": value for name, value in prior.state_dict().items()}
+    return NAIGN(network, metadata, state)
 
 
 def test_it_travels_with_the_model(model, tmp_path):

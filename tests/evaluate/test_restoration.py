@@ -16,16 +16,22 @@ def random_images(count, side=28, channels=1):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("side", "channels"), [(32, 3), (4, 1)])
-def test_damage_has_the_shape_and_range_of_images_and_follows_the_seed(kind, side, channels):
+@pytest.mark.parametrize(("side", "channels"), [(28, 3), (4, 1)])
+def test_damage_has_the_shape_and_range_of_images_and_follows_seed_and_strength(kind, side, channels):
     images = random_images(5, side, channels)
+    assert torch.equal(degrade(images, kind, seed=3, strength=0.0), images)
     before = images.clone()
     damaged = degrade(images, kind, seed=3)
+    assert torch.equal(images, before)
     assert damaged.shape == images.shape
     assert damaged.abs().max() <= 1
-    assert torch.equal(images, before)
     assert torch.equal(damaged, degrade(images, kind, seed=3))
-    assert kind == "blur" or not torch.equal(damaged, degrade(images, kind, seed=4))
+    if kind != "blur":
+        assert not torch.equal(damaged, degrade(images, kind, seed=4))
+    if side == 28:
+        weaker = degrade(images, kind, seed=3, strength=0.5)
+        stronger = degrade(images, kind, seed=3, strength=2.0)
+        assert 0 < mae(weaker, images) < mae(damaged, images) < mae(stronger, images)
 
 
 def test_blur_spreads_a_dot_into_the_kernel_and_leaves_flat_images():
@@ -57,15 +63,7 @@ def test_salt_and_pepper_hits_a_fifth_in_equal_parts_all_channels_together():
     assert torch.equal(damaged[:, :1].expand_as(damaged), damaged)
 
 
-@pytest.mark.parametrize(
-    ("side", "count"),
-    [
-        (256, 5),
-        (28, 5),
-        (16, 3),
-        (4, 1),
-    ],
-)
+@pytest.mark.parametrize(("side", "count"), [(28, 5), (16, 3), (4, 1)])
 def test_rows_are_blackened_whole_in_the_stated_number(side, count):
     damaged = degrade(torch.ones(40, 2, side, side), "rows")
     black = damaged == -1
@@ -84,27 +82,24 @@ def test_measures_have_the_scale_of_two():
     assert psnr(black, black) is None
     # flat images: only the luminance term is left, (2 a b + C1) / (a^2 + b^2 + C1) with C1 = (0.01 * 2)^2
     half = torch.full_like(black, 0.5)
-    assert ssim(half, half / 2) == pytest.approx((0.25 + 4e-4) / (0.3125 + 4e-4), abs=1e-4)
+    expected = (0.25 + 4e-4) / (0.3125 + 4e-4)
+    assert ssim(half, half / 2) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("side", [8, 16])
-def test_ssim_is_a_number_at_every_size(side):
-    images = random_images(4, side)
+def test_ssim_is_a_number_of_small_images():
+    images = random_images(4, 8)
     assert ssim(images, images) == pytest.approx(1)
     assert ssim(degrade(images, "noise"), images) < 0.95
 
 
 def test_every_answer_is_given_and_scored():
     clean = random_images(6)
-    typical = torch.zeros(1, 28, 28)
     reference = torch.cat([clean + 0.01, -clean])
-    answers = repair(clean, "rows", lambda batch: batch * 0.5, typical=typical, reference=reference)
+    answers = repair(clean, "rows", lambda batch: batch * 0.5, reference=reference)
     found = scores(answers, clean)
     assert set(found) == {*answers, "psnr", "ssim"}
     assert torch.equal(answers["twice"], answers["input"] * 0.25)
     assert found["nearest"] == pytest.approx(0.01, abs=1e-5)
-    assert found["black"] == pytest.approx(float((clean + 1).mean()), rel=1e-5)
-    assert found["median"] == pytest.approx(float(clean.abs().mean()), rel=1e-5)
 
 
 def test_auroc_orders_and_ties():
@@ -116,9 +111,10 @@ def test_auroc_orders_and_ties():
 
 def test_separation_of_a_perfect_and_of_a_blind_energy():
     images = random_images(30) * 0.1 - 0.7
-    found = density.separation(images, lambda batch: (batch - 0.7) / 2, -0.7)
-    assert found["energy"]["black"] == found["energy"]["uniform noise"] == found["brightness"]["grey"] == 1
+    found = density.separation(images, lambda batch: (batch - 0.7) / 2)
+    assert found["energy"]["black"] == 1
+    assert found["energy"]["uniform noise"] == 1
     assert found["energy"]["upside down"] == pytest.approx(0.5, abs=0.01)  # ties, but for rounding
     assert found["twice"] == pytest.approx(found["energy"], abs=0.01)  # the same order, only further
-    blind = density.separation(images, lambda batch: batch, -0.7)
+    blind = density.separation(images, lambda batch: batch)
     assert set(blind["energy"].values()) == {0.5}

@@ -4,7 +4,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -29,7 +28,11 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 @pytest.mark.parametrize(
-    ("rank", "round", "place", "ours"), [(0, None, "[rank 0]", LEVELS[1:]), (3, 12, "[rank 3, round 12]", LEVELS[2:])]
+    ("rank", "round", "place", "ours"),
+    [
+        (0, None, "[rank 0]", LEVELS[1:]),
+        (3, 12, "[rank 3, round 12]", LEVELS[2:]),
+    ],
 )
 def test_levels_and_places(capsys, rank, round, place, ours):
     logs.set_up(rank, 4)
@@ -51,22 +54,6 @@ def test_one_rank_needs_no_number_and_a_second_set_up_no_second_line(capsys):
     logs.at_round(0)
     logging.getLogger("naign.run").warning("damaged")
     assert capsys.readouterr() == ("", "warning: damaged\n[round 0] warning: damaged\n")
-
-
-def test_threads_know_the_round(capsys):
-    logs.set_up(1, 2)
-    go = threading.Event()
-
-    def late():
-        go.wait()
-        logging.getLogger("naign.run").error("late")
-
-    thread = threading.Thread(target=late)
-    thread.start()
-    logs.at_round(7)
-    go.set()
-    thread.join()
-    assert capsys.readouterr().err == "[rank 1, round 7] error: late\n"
 
 
 def test_a_traceback_follows_its_line(capsys):
@@ -99,22 +86,17 @@ def test_a_worker_of_the_loader_does_not_know_the_round(capfd):
     assert capfd.readouterr().err == "[rank 0] warning: slow\n"
 
 
-def import_deepspeed_as_it_was():
-    """What older versions did: a level and a handler of their own."""
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_deepspeed_is_quiet_whenever_it_comes(capsys, imported):
+    """Older versions set a level and a handler of their own."""
     logger = logging.getLogger("DeepSpeed")
+    if imported == "after":
+        logs.set_up(1, 2)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(logging.StreamHandler(sys.stdout))
-
-
-@pytest.mark.parametrize("imported", ["before", "after"])
-def test_deepspeed_is_quiet_whenever_it_comes(capsys, imported):
     if imported == "before":
-        import_deepspeed_as_it_was()
-    logs.set_up(1, 2)
-    if imported == "after":
-        import_deepspeed_as_it_was()
-    logger = logging.getLogger("DeepSpeed")
+        logs.set_up(1, 2)
     logger.info("a hundred lines of configuration")
     logger.warning("loss scale too low")
     assert capsys.readouterr() == ("", "[rank 1] warning: DeepSpeed: loss scale too low\n")

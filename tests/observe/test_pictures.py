@@ -8,7 +8,8 @@ from naign.observe.pictures import CELL, GAP, PANEL, grid, legible, rows, scatte
 
 def test_an_image_keeps_its_size_and_values():
     picture = to_image(torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]]))
-    assert (picture.size, picture.mode) == ((2, 2), "RGB")
+    assert picture.size == (2, 2)
+    assert picture.mode == "RGB"
     assert np.asarray(picture)[..., 0].tolist() == [[0, 128], [255, 255]]
     colour = torch.tensor([1.0, -1.0, 0.0]).view(3, 1, 1).expand(3, 4, 4)
     assert to_image(colour).getpixel((3, 3)) == (255, 0, 128)
@@ -41,7 +42,8 @@ def test_letters_of_a_label_that_cannot_be_drawn_are_replaced():
 
 def test_points_are_drawn_where_they_are():
     square = torch.tensor([[-1.0, -1.0, 7.0], [1.0, 1.0, 0.0]])  # the third coordinate is not drawn
-    picture = scatter([("left", square), ("right", square * 100)], behind=square)  # far points stay on the edge
+    panels = [("left", square), ("right", square * 100)]  # far points stay on the edge
+    picture = scatter(panels, behind=square)
     assert picture.size == (2 * PANEL + GAP, PANEL + 22)
     panel = np.asarray(picture)[22:, :PANEL]
     orange = np.argwhere((panel[..., 0] > 200) & (panel[..., 2] < 60))

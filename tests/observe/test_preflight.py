@@ -1,7 +1,6 @@
 """What would end a run hours later is found in its first second."""
 
 import contextlib
-import os
 import time
 from types import SimpleNamespace
 
@@ -35,18 +34,12 @@ def test_a_machine_with_room_has_no_warnings_and_keeps_no_trace(tmp_path, disk):
     assert list(tmp_path.rglob("*")) == [remote]
 
 
-@pytest.mark.parametrize("run", ["file", "file/run", "link"])
+@pytest.mark.parametrize("run", ["file/run", "link"])
 def test_a_run_that_is_not_in_a_folder_cannot_be_written(tmp_path, run):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"run\.path '.*' cannot be written: .*: choose another"):
         check(tmp_path / run)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_run_in_a_folder_of_somebody_else():
-    with pytest.raises(InputError, match=r"cannot be written: /: permission denied"):
-        check("/run-of-naign")
 
 
 def test_room_for_checkpoints(tmp_path, disk):
@@ -70,15 +63,6 @@ def test_a_bucket_that_is_not_there(tmp_path, s3):
     refusal = "run.remote cannot be written: s3://no-such-bucket/run/preflight: there is no bucket"
     with pytest.raises(InputError, match=refusal):
         check(tmp_path, remote="s3://no-such-bucket/run")
-
-
-def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
-    from naign.storage.s3_client import forget_clients
-
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    forget_clients()
-    with pytest.raises(InputError, match="access denied"):
-        check(tmp_path, remote=f"{bucket}/run")
 
 
 def test_a_bucket_that_may_only_be_read(tmp_path, s3, bucket, monkeypatch):
@@ -116,9 +100,8 @@ def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
 def test_what_is_no_remote(tmp_path):
     with pytest.raises(InputError, match="cannot read ftpx:// paths"):
         check(tmp_path, remote="ftpx://bucket/run")
-    with pytest.raises(
-        InputError, match=r"run.remote cannot be written: .*web servers are only read: write to a local folder"
-    ):
+    only_read = "run.remote cannot be written: .*web servers are only read: write to a local folder"
+    with pytest.raises(InputError, match=only_read):
         check(tmp_path, remote="https://server/run")
 
 

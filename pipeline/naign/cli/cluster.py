@@ -10,7 +10,6 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from naign.cli.output import Json, lines_to_stderr, print_json
 from naign.cluster.job import Job
 from naign.errors import InputError, Unavailable, require
 from naign.terminal import busy
@@ -45,7 +44,12 @@ def launch() -> None:
     os._exit(code)  # a normal exit would restore the default signal handlers and join threads
 
 
-def render(what: Positional[Literal["k8s", "slurm"]], /, *, job: Annotated[Job, tyro.conf.arg(name="")]) -> None:
+def render(
+    what: Positional[Literal["k8s", "slurm"]],
+    /,
+    *,
+    job: Annotated[Job, tyro.conf.arg(name="")],
+) -> None:
     """Print the manifests or the Slurm script of a training.
 
     Args:
@@ -61,7 +65,13 @@ def render(what: Positional[Literal["k8s", "slurm"]], /, *, job: Annotated[Job, 
         print("AWS_ENDPOINT_URL is set here and not in the manifests: give --endpoint", file=sys.stderr)
 
 
-def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
+def fetch(
+    remote: Positional[str],
+    /,
+    *,
+    to: Path,
+    every: float = 0,
+) -> None:
     """Copy what a run in a bucket reports (settings, metrics, TensorBoard, pictures) into a folder.
 
     Args:
@@ -93,20 +103,16 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
         time.sleep(every)
 
 
-def doctor(*, json: Json = False) -> None:
+def doctor() -> None:
     """Check this machine: versions, devices, FAISS, disk."""
     from naign.observe.doctor import examine
 
-    examined = list[dict[str, str]]()
-    with busy("examining this machine"), lines_to_stderr(json):
-        for finding in examine():
-            examined.append(finding)
-            if not json:
-                tqdm.write(finding["text"])  # a line above the progress
-    wrong = [f"{finding['text']}: {finding['remedy']}" for finding in examined if finding["remedy"]]
-    if json:
-        print_json({"ready": not wrong, "findings": examined})
+    wrong = []
+    with busy("examining this machine"):
+        for text, remedy in examine():
+            tqdm.write(text)  # a line above the progress
+            if remedy:
+                wrong.append(f"{text}: {remedy}")
     if wrong:
         raise InputError("\n  ".join(["this machine is not ready:", *wrong]))
-    if not json:
-        print("ready")
+    print("ready")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from naign.cli.output import Json, lines_to_stderr, print_json
 from naign.data.format import IndexOptions
 from naign.terminal import busy
 
@@ -62,8 +61,18 @@ def pack(
             skip=broken == "skip",
             seed=seed,
         )
-    manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)
-    _print_contents(to, manifest, "" if written else " (already there)")
+    manifest, written = writer.pack(
+        loaded,
+        to,
+        shards=shards,
+        encoding=encoding,
+        seed=seed,
+        force=force,
+    )
+    note = ""
+    if not written:
+        note = " (already there)"
+    _print_contents(to, manifest, note)
     if source == "folder":
         recipe = "--config pictures"
         other = "or with a GPU --config folder64"
@@ -76,7 +85,12 @@ def pack(
         print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
 
 
-def index(path: Positional[str], /, *, options: Annotated[IndexOptions, tyro.conf.arg(name="")]) -> None:
+def index(
+    path: Positional[str],
+    /,
+    *,
+    options: Annotated[IndexOptions, tyro.conf.arg(name="")],
+) -> None:
     """Index existing WebDataset tars: write index.json and page tables, without changing a tar.
 
     Every byte is read. After an interruption the same command continues with the tars that are left.
@@ -104,7 +118,7 @@ def _print_contents(path: str, manifest: "Manifest", note: str = "") -> None:
     print(f"{path}: {manifest.name} {sizes}, {', '.join(counts)}{note}")
 
 
-def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> None:
+def verify(path: Positional[str], /, *, index: str = "") -> None:
     """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels.
 
     Samples that naign index --keep-broken recorded as broken are listed, and count as no problem.
@@ -114,20 +128,9 @@ def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> 
         index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
     """
     from naign.data.format.audit import verify as read_all
-    from naign.data.format.tars import PROBLEMS, Problems
+    from naign.data.format.tars import PROBLEMS
 
-    try:
-        with lines_to_stderr(json):
-            report = read_all(path, index=index)
-    except Problems as error:
-        if json:
-            unknown = dict.fromkeys(("samples", "shards", "bytes", "broken"))
-            print_json({"path": path, "sound": False, "problems": error.problems, **unknown})
-        raise
-    if json:
-        broken = [{"shard": shard, "key": key} for shard, key in report.broken]
-        print_json({"path": path, "sound": True, "problems": [], **report._asdict(), "broken": broken})
-        return
+    report = read_all(path, index=index)
     print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
     if report.broken:
         listed = [f"{shard} {key}" for shard, key in report.broken[:PROBLEMS]]

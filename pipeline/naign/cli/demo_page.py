@@ -11,8 +11,7 @@ from urllib.request import getproxies
 import gradio
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageColor
+from PIL import Image
 from torch import Tensor
 
 from naign.data.damage import KINDS, degrade
@@ -20,16 +19,15 @@ from naign.data.scale import scaled
 from naign.errors import InputError, one_line, require
 from naign.evaluate.recorded import read_image
 from naign.evaluate.report import DAMAGE
-from naign.model.naign import FILLING, NAIGN
+from naign.model.naign import NAIGN
 from naign.observe.pictures import grid, to_image
 
 HOST = "127.0.0.1"
 SIDE = 320  # pixels of the canvas' longer side, about
-HOLE = "#ff00ff"  # of strokes over what is to be filled; their edges are blurred
-NEAR = 64  # values of 255 from that colour
 SAMPLES = 64  # at once at most
 SEEDS = 9999
-HELP = "Draw, upload or take a sample; damage it; press **Repair**. Magenta, in the palette, marks holes to be filled."
+TIMES = 8
+HELP = "Draw or upload an image, damage it, and press **Repair**."
 STYLE = """
 #canvas button[aria-label=Color] {background: #606060}  /* its icon has the brush's colour: white */
 .pixels img {object-fit: contain !important; image-rendering: pixelated}
@@ -59,65 +57,52 @@ class Player:
         _, self.height, self.width = model.shape
         self.factor = max(1, SIDE // max(self.height, self.width))
 
-    def to_canvas(self, image: Tensor) -> Image.Image:
+    def canvas(self, image: Tensor) -> dict[str, Any]:
         """(C, H, W) in [-1, 1] as the canvas shows it: enlarged by a whole factor, which `from_canvas` undoes."""
-        return to_image(image, least=self.factor * min(self.height, self.width))
+        picture = to_image(image, least=self.factor * min(self.height, self.width))
+        return {"background": picture, "layers": [], "composite": None}
 
     def from_canvas(self, picture: Image.Image) -> Tensor:
         """(1, C, H, W): the mean of the pixels that stand for one of the model's."""
         small = picture.resize((self.width, self.height), Image.Resampling.BOX)
-        pixels = torch.from_numpy(np.array(small.convert("RGB"))).permute(2, 0, 1)
+        values = np.array(small.convert("RGB"))
+        pixels = torch.from_numpy(values).permute(2, 0, 1)
         return scaled(pixels[None, : self.model.shape[0]])
-
-    def hole(self, layers: list[Image.Image]) -> Tensor | None:
-        """(H, W) bool, true in pixels of the model that a stroke in HOLE touches; None without such a stroke."""
-        painted = torch.zeros(1, self.height, self.width)
-        for layer in layers:
-            distance = np.array(layer.convert("RGB"), dtype=int) - ImageColor.getrgb(HOLE)
-            near = torch.from_numpy(np.abs(distance).max(2) < NEAR).float()
-            painted += F.adaptive_max_pool2d(near[None], (self.height, self.width))
-        if painted.any():
-            return painted[0] > 0
-        return None
-
-    def clear(self) -> dict[str, Any]:
-        return self._drawn(-torch.ones(1, *self.model.shape))
 
     def upload(self, file: str) -> dict[str, Any]:
         try:
-            return self._drawn(read_image(Path(file).read_bytes(), self.model))
+            image = read_image(Path(file).read_bytes(), self.model)
         except InputError as error:
             raise InputError(f"the file cannot be read as a picture: {error}") from None
+        return self.canvas(image[0])
 
-    def example(self, seed: int) -> dict[str, Any]:
-        return self._drawn(self.model.sample(1, seed=seed).cpu())
-
-    def _drawn(self, image: Tensor) -> dict[str, Any]:
-        return {"background": self.to_canvas(image[0]), "layers": [], "composite": None}
-
-    def repair(self, canvas: dict[str, Any], times: int, seed: int, *strengths: float) -> tuple[Any, ...]:
+    def repair(
+        self,
+        canvas: dict[str, Any],
+        times: int,
+        seed: int,
+        *strengths: float,
+    ) -> tuple[Any, ...]:
         """What f is given, the map of what it changes, its answer, and the energies of both as text."""
         model = self.model
         picture = canvas["composite"] or canvas["background"]
         require((picture, "there is no picture: draw one, or upload one"))
-        hole = self.hole(canvas["layers"])
-        if hole is not None and times == 1:
-            times = FILLING
-        given = model.project(self.from_canvas(picture), mask=hole, times=0)  # blur would spread the hole's colour
+        given = self.from_canvas(picture)
         for kind, strength in zip(KINDS, strengths, strict=True):
             given = degrade(given, kind, seed=seed, strength=strength)
-        given = model.project(given, mask=hole, times=0)
-        answer = model.project(given, mask=hole, times=times)
+        answer = model.project(given, times=times)
         moved = (model.project(given) - given).abs().mean(1)
         darkness = (moved / moved.max().clamp(min=1e-12)).sqrt()
         text = (
             f"Energy, the mean of (f(x) − x)²: **{float(model.energy(given)):.4g}** of what f was given, "
             f"**{float(model.energy(answer)):.4g}** of its answer. Black in the map: |f(x) − x| = {moved.max():.3g}."
         )
-        return to_image(given[0]), to_image(1 - 2 * darkness), to_image(answer[0]), text
+        pictures = [to_image(image) for image in (given[0], 1 - 2 * darkness, answer[0])]
+        return *pictures, text
 
     def sample(self, n: int, seed: int, times: int) -> Image.Image:
-        return grid(self.model.sample(n, seed=seed, times=times).cpu(), columns=min(n, 8))
+        samples = self.model.sample(n, seed=seed, times=times)
+        return grid(samples.cpu(), columns=min(n, 8))
 
 
 def build(player: Player, *, about: str) -> gradio.Blocks:
@@ -132,7 +117,7 @@ def build(player: Player, *, about: str) -> gradio.Blocks:
                 [
                     _slider("Samples", 1, SAMPLES, value=16),
                     _slider("Seed", 0, SEEDS),
-                    _slider("Applications of f", 1, FILLING),
+                    _slider("Applications of f", 1, TIMES),
                 ],
                 _shown("Samples f(z)", "samples"),
                 api_name="sample",
@@ -147,7 +132,7 @@ def _build_repair(player: Player) -> None:
     with gradio.Row():
         with gradio.Column():
             canvas = gradio.ImageEditor(
-                player.clear(),
+                player.canvas(-torch.ones(player.model.shape)),
                 label="Draw",
                 type="pil",
                 image_mode="RGB",
@@ -156,34 +141,52 @@ def _build_repair(player: Player) -> None:
                 transforms=(),
                 layers=False,
                 brush=gradio.Brush(
-                    player.factor, colors=["#ffffff", "#808080", "#000000", HOLE], default_color="#ffffff"
+                    player.factor,
+                    colors=["#ffffff", "#808080", "#000000"],
+                    default_color="#ffffff",
                 ),
                 canvas_size=(player.width * player.factor, player.height * player.factor),
                 fixed_canvas=True,
                 elem_id="canvas",
             )
-            with gradio.Row():
-                clear = gradio.Button("Clear")
-                upload = gradio.UploadButton("Upload")
-                example = gradio.Button("A sample")
+            upload = gradio.UploadButton("Upload")
         with gradio.Column():
-            strengths = [gradio.Slider(0, 2, step=0.1, label=f"Damage: {DAMAGE[kind]}") for kind in KINDS]
-            seed = _slider("Seed of the damage, and of the sample", 0, SEEDS)
-            times = _slider(f"Applications of f (with holes, 1 means {FILLING})", 1, FILLING)
+            strengths = []
+            for kind in KINDS:
+                label = f"Damage: {DAMAGE[kind]}"
+                strengths.append(gradio.Slider(0, 2, step=0.1, label=label))
+            seed = _slider("Seed of the damage", 0, SEEDS)
+            times = _slider("Applications of f", 1, TIMES)
             button = gradio.Button("Repair", variant="primary")
     with gradio.Row():
-        pictures = [_shown("What f is given", "given"), _shown("|f(x) − x|", "map"), _shown("Repaired", "repaired")]
+        given = _shown("What f is given", "given")
+        changes = _shown("|f(x) − x|", "map")
+        repaired = _shown("Repaired", "repaired")
     text = gradio.Markdown()
-    inputs = [canvas, times, seed, *strengths]
-    # The progress of a refused upload would cover the canvas, so it is hidden.
-    clear.click(_refusing(player.clear), None, canvas, api_name="clear", show_progress="hidden")
-    upload.upload(_refusing(player.upload), upload, canvas, api_name="upload", show_progress="hidden")
-    example.click(_refusing(player.example), seed, canvas, api_name="example", show_progress="hidden")
-    button.click(_refusing(player.repair), inputs, [*pictures, text], api_name="repair")
+    upload.upload(
+        _refusing(player.upload),
+        upload,
+        canvas,
+        api_name="upload",
+        show_progress="hidden",  # that of a refused upload would cover the canvas
+    )
+    button.click(
+        _refusing(player.repair),
+        [canvas, times, seed, *strengths],
+        [given, changes, repaired, text],
+        api_name="repair",
+    )
 
 
 def _slider(label: str, least: int, most: int, *, value: int | None = None) -> gradio.Slider:
-    return gradio.Slider(least, most, value=value, step=1, label=label, precision=0)
+    return gradio.Slider(
+        least,
+        most,
+        value=value,
+        step=1,
+        label=label,
+        precision=0,
+    )
 
 
 def _shown(label: str, name: str) -> gradio.Image:

@@ -32,15 +32,29 @@ from naign.cli.cluster import doctor, fetch, launch, render, train
 from naign.cli.data import index, pack, verify
 from naign.cli.model import demo, evaluate, export, push, restore, sample, score
 from naign.cli.neighbours import copies, duplicates
-from naign.cli.runs import compare, runs
 from naign.errors import InputError, Unavailable, check_address, exit_on_input_error, one_line
 from naign.storage import local
 
 ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs. --version: print it."
-_OF_DATA: tuple[Callable[..., None], ...] = (pack, index, verify, duplicates)
-_OF_RUNS: tuple[Callable[..., None], ...] = (train, launch, render, fetch, runs, compare)
-_OF_MODELS: tuple[Callable[..., None], ...] = (evaluate, copies, sample, restore, score, export, push, demo, doctor)
-COMMANDS = {command.__name__: command for command in (*_OF_DATA, *_OF_RUNS, *_OF_MODELS)}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "pack": pack,
+    "index": index,
+    "verify": verify,
+    "duplicates": duplicates,
+    "train": train,
+    "launch": launch,
+    "render": render,
+    "fetch": fetch,
+    "evaluate": evaluate,
+    "copies": copies,
+    "sample": sample,
+    "restore": restore,
+    "score": score,
+    "export": export,
+    "push": push,
+    "demo": demo,
+    "doctor": doctor,
+}
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
 
 

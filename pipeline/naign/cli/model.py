@@ -12,7 +12,6 @@ import tyro
 from tyro.conf import Positional
 
 from naign import shipped
-from naign.cli.output import Json, lines_to_stderr, print_json
 from naign.errors import InputError, require
 from naign.terminal import busy, counted
 
@@ -30,7 +29,7 @@ Played = Annotated[
     Positional[str],
     tyro.conf.arg(metavar="[RUN]", help=f"{_MODEL}.", help_behavior_hint="(default: mnist, as it comes with naign)"),
 ]
-Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
+Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images, or folders of them.")]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ def evaluate(
     encoder: str | None = None,
     seed: int = 0,
     device: Device = "auto",
-    json: Json = False,
 ) -> None:
     """Measure a trained model: evaluation/ in its folder gets metrics.json, report.html and pictures.
 
@@ -70,34 +68,34 @@ def evaluate(
             default: efficientnet-lite2 for images of 3 channels.
         seed: The same seed draws the same latents and damages.
     """
+    from naign.evaluate.recorded import folder_of
     from naign.evaluate.report import compared, number
     from naign.evaluate.run import evaluate as measure
-    from naign.evaluate.runs import folder_of
 
     _check(seed=seed)
-    with lines_to_stderr(json):
-        metrics = measure(run, data=data, samples=samples, seed=seed, device=_find_device(device), encoder=encoder)
-    report = f"{folder_of(run)}/evaluation/report.html"
-    chosen = metrics["checkpoint"]
-    if chosen:
-        print(f"{run}: the newest checkpoint, {chosen}", file=sys.stderr)
-    if json:
-        print_json(metrics | {"report": report})
-        return
-    for encoder, fd in ((metrics["encoder"], metrics["fd"]), ("", metrics["second"])):
+    metrics = measure(
+        run,
+        data=data,
+        samples=samples,
+        seed=seed,
+        device=_find_device(device),
+        encoder=encoder,
+    )
+    _name_checkpoint(run, metrics["checkpoint"])
+    for fd in ({"encoder": metrics["encoder"]} | metrics["fd"], metrics["second"]):
         if fd:
             values = f"{compared(fd, 'once'):.4g} for f(z); floor {fd['floor']:.4g} (training against test)"
             times = f"f(z) is {number(fd['once_ratio'])} times that"
             if fd["noise"] is not None:
                 times += f", f of noise {number(fd['noise_ratio'])} times"
-            print(f"Frechet distance on {encoder or fd['encoder']}: {values}; {times}")
+            print(f"Frechet distance on {fd['encoder']}: {values}; {times}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for text in metrics["warnings"]:
         print(f"warning: {text}")
     for text in metrics["notes"]:
         print(f"note: {text}")
-    print(f"report: {report}")
+    print(f"report: {folder_of(run)}/evaluation/report.html")
 
 
 def sample(
@@ -126,8 +124,11 @@ def sample(
     model = _open_with(latents, run, _find_device(device))
     with counted("sampling", total=n, unit="sample") as bar:
         samples = model.sample(n, seed=seed, label=label, times=times, advance=bar.update).cpu()
-    place = to or Path("samples.png" if samples.ndim == 4 else "samples.csv")
-    print(f"{n} samples: {write_samples(samples, place)}")
+    if to is None:
+        to = Path("samples.csv")
+        if samples.ndim == 4:
+            to = Path("samples.png")
+    print(f"{n} samples: {write_samples(samples, to)}")
 
 
 def restore(
@@ -142,7 +143,7 @@ def restore(
     size: Literal["picture", "model"] | None = None,
     device: Device = "auto",
 ) -> None:
-    """Repair images: one PNG for each file, in tiles of the model's size or resized to it, see --size (points: .csv).
+    """Repair images: one PNG for each file, in tiles of the model's size or resized to it, see --size.
 
     Args:
         to: Folder to write; images in folders keep sub-folders and names. For one image also a .png or .jpg file.
@@ -150,10 +151,8 @@ def restore(
         mask: Fill holes: a picture of the images' size, white where a hole is. All other pixels stay as they are.
         size: Of what is written: the picture's, in tiles, or the model's, the default if f has one code for a picture.
     """
-    from naign.cli.files import check_hidden
     from naign.cli.repair import restore_files
 
-    check_hidden(to)
     _check(times=times, to=to)
     model = _open(run, _find_device(device))
     restore_files(
@@ -176,7 +175,7 @@ def score(
     map: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data (points: of each line).
+    """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data.
 
     Args:
         map: Also write the map of |f(x) - x| beside each picture, as grey photo.png.map.png of its size: black is 0,
@@ -214,11 +213,12 @@ def export(
 
     _check(to=to)
     file = to / f"model.{format}"
-    itself = to.resolve() == Path(run.removesuffix(file.name)).resolve()
+    place = to.resolve()
+    itself = place == Path(run.removesuffix(file.name)).resolve()
     taken = file.exists() and (itself or (to / "README.md").exists())
     within = (to / "manifest.json").exists()
-    for place in (to.resolve(), *to.resolve().parents):
-        within = within or (place / "checkpoints").exists() and (place / "config.yaml").exists()
+    for folder in (place, *place.parents):
+        within = within or (folder / "checkpoints").exists() and (folder / "config.yaml").exists()
     require(
         (not within, f"--to {to} is a run or a checkpoint, or in one: give another folder"),
         (not taken or format == "onnx", f"--to {to} is the model itself, or another with a card: give another folder"),
@@ -274,8 +274,14 @@ def push(
     print(f"uploaded: {address}")
 
 
-def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> None:
-    """Serve a page to play with a model of images: draw or upload, damage, repair; sample, interpolate. Without RUN
+def demo(
+    run: Played = "",
+    /,
+    *,
+    port: int = 7860,
+    device: Device = "auto",
+) -> None:
+    """Serve a page to play with a model of images: draw or upload, damage, repair; sample. Without RUN
     the model is the one that comes with naign, of MNIST's digits.
 
     Args:
@@ -288,8 +294,6 @@ def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> N
     size = " × ".join(map(str, model.shape))
     about = f"# {shown}\n\nf turns an image of {size} into one like its training data."
     about += " The energy of an image is how much f changes it."
-    if getattr(model.network, "generates_only", False):
-        about += " It carries latents to images: it was not trained to repair."
     with tempfile.TemporaryDirectory(prefix="naign-demo-") as place:
         # Read when Gradio is imported: nothing is sent, and its files are gone in the end.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": place}
@@ -306,9 +310,13 @@ def _open(run: str, device: str) -> "NAIGN":
 
     with busy(f"reading {run}"):
         model = NAIGN.from_pretrained(run, device=device)
-    if model.checkpoint:
-        print(f"{run}: the newest checkpoint, {model.checkpoint}", file=sys.stderr)
+    _name_checkpoint(run, model.checkpoint)
     return model
+
+
+def _name_checkpoint(run: str, name: str | None) -> None:
+    if name:
+        print(f"{run}: the newest checkpoint, {name}", file=sys.stderr)
 
 
 def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
@@ -318,11 +326,8 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
     other = latents.components != TRAINED.components
     require((mixed or not other, "--components is of a mixture: add --prior gmm, or leave it out"))
     model = _open(run, device)
-    chosen = dict[str, float]()
-    if latents.steps is not None:
-        chosen["steps"] = latents.steps
-    if latents.guidance is not None:
-        chosen["guidance"] = latents.guidance
+    given = {"steps": latents.steps, "guidance": latents.guidance}
+    chosen = {name: value for name, value in given.items() if value is not None}
     if chosen:
         require((not mixed, f"--{' and --'.join(chosen)} are of a flow: leave out --prior gmm"))
         model = model.with_flow(**chosen)
@@ -332,8 +337,7 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
         with busy("fitting a mixture to codes of training images"):
             return with_mixture(model, run, components=latents.components)
     if not model.fitted:
-        early = f"{run} stopped before its prior was fitted: --latents noise draws from noise"
-        print(f"warning: {early}: train on, or add --prior gmm", file=sys.stderr)
+        print(f"warning: {run} stopped before its prior was fitted: train on, or add --prior gmm", file=sys.stderr)
     return model
 
 
@@ -341,16 +345,21 @@ def _find_device(name: Device) -> str:
     from naign.distributed.host import count_gpus, keep_memory, why_unfit
 
     keep_memory()  # page faults of new tensors took a quarter of the time of sampling
-    found = count_gpus() > 0
-    if name == "cpu" or name == "auto" and not found:
+    if name == "cpu" or name == "auto" and not count_gpus():
         return "cpu"
-    require((found, "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"))
-    problem = why_unfit()
+    problem = "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"
+    if count_gpus():
+        problem = why_unfit()
     require((not problem, problem))
     return "cuda"
 
 
-def _check(*, seed: int = 0, to: Path | None = None, **counts: int | None) -> None:
+def _check(
+    *,
+    seed: int = 0,
+    to: Path | None = None,
+    **counts: int | None,
+) -> None:
     """Raise InputError for a seed that no generator takes, an address as a folder to write, and counts below 1."""
     require((":/" not in str(to), f"{to} is an address, and only a local folder is written: give one, then copy it"))
     require((0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))

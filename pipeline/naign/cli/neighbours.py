@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def copies(run: Run, /, *, options: Annotated[CopiesOptions, tyro.conf.arg(name="")]) -> None:
+def copies(
+    run: Run,
+    /,
+    *,
+    options: Annotated[CopiesOptions, tyro.conf.arg(name="")],
+) -> None:
     """Find samples that copy training images: the nearest of all of these, also mirrored, to each sample."""
     from naign.neighbours.copies import copies as find
 

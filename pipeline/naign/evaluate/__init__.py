@@ -1,1 +1,1 @@
-"""Evaluation of a trained network: Frechet distance, coverage, restoration, density, a report; runs side by side."""
+"""Evaluation of a trained network: Frechet distance, coverage, restoration, density, a report."""

@@ -12,9 +12,8 @@ import yaml
 from jinja2 import UndefinedError
 
 from naign.errors import InputError
-from naign.evaluate.recorded import fingerprint
+from naign.evaluate.recorded import fingerprint, folder_of
 from naign.evaluate.report import DAMAGE, learned_classes, templates
-from naign.evaluate.runs import folder_of
 from naign.model.files import shipped_model
 from naign.model.naign import NAIGN
 from naign.storage.local import write_atomically
@@ -30,7 +29,6 @@ PICTURES = {
     "classes": "Samples by class",
     **{f"restoration_{kind}": f"Repair of test images: {name}" for kind, name in DAMAGE.items()},
     "applications": "The same z, f applied one to five times",
-    "interpolation": "Between two samples",
     "neighbours": "Samples over their nearest training image",
 }
 """The pictures of an evaluation that a card shows, in this order."""
@@ -65,9 +63,7 @@ def write_repository(
             pictures[f"{key}.png"] = title
     try:
         metrics = without_places(json.loads(store.read("metrics.json"), parse_constant=lambda constant: None))
-        if metrics["images_seen"] != model.metadata.get("images_seen"):
-            raise InputError(f"the evaluation of {run} is of its state after {metrics['images_seen']} images: {again}")
-        if metrics.get("weights") not in (None, fingerprint(model)):
+        if metrics["weights"] != fingerprint(model):
             raise InputError(f"the evaluation of {run} is of other weights or prior: {again}")
         text = _render_card(shared, metrics, name=name, license=license, pictures=pictures)
     except InputError:
@@ -81,7 +77,11 @@ def write_repository(
     return len(pictures) + 3
 
 
-def _render_card(model: NAIGN, metrics: dict[str, Any], **values: Any) -> str:
+def _render_card(
+    model: NAIGN,
+    metrics: dict[str, Any],
+    **values: Any,
+) -> str:
     learned = model.metadata.get("dataset") or metrics["dataset"]
     template = templates(autoescape=False).get_template("card.md.jinja")
     return template.render(

@@ -25,11 +25,17 @@ def radii(features: Tensor, k: int) -> Tensor:
     for start in range(0, len(features), BLOCK):
         block = squares(features[start : start + BLOCK], features)
         block.diagonal(start).zero_()  # exactly, whatever the rounding: the point itself is the first of k + 1
-        parts.append(block.topk(k + 1, dim=1, largest=False).values[:, k])  # kthvalue is nine times slower
+        smallest = block.topk(k + 1, dim=1, largest=False).values  # kthvalue is nine times slower
+        parts.append(smallest[:, k])
     return torch.cat(parts)
 
 
-def coverage(real: Tensor, samples: Tensor, *, k: int = NEIGHBOURS) -> dict[str, float]:
+def coverage(
+    real: Tensor,
+    samples: Tensor,
+    *,
+    k: int = NEIGHBOURS,
+) -> dict[str, float]:
     """How features (n, d) of real data and (m, d) of samples overlap; both need more than k rows.
 
     precision and recall: share of samples in the k-nearest-neighbour balls of real data, and of real data in those of
@@ -38,8 +44,9 @@ def coverage(real: Tensor, samples: Tensor, *, k: int = NEIGHBOURS) -> dict[str,
     """
     if min(len(real), len(samples)) <= k:
         raise ValueError(f"{len(real)} real and {len(samples)} sampled rows: both must be more than k = {k}")
-    centre = real.double().mean(0)
-    real = (real.double() - centre).float()
+    real = real.double()
+    centre = real.mean(0)
+    real = (real - centre).float()
     samples = (samples.double() - centre).float()
     real_radii = radii(real, k)
     sample_radii = radii(samples, k)

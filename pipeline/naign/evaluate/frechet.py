@@ -21,13 +21,20 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(0), torch.atleast_2d(features.T.cov())  # `cov` of one feature is a scalar
 
 
-def gaussian_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+def gaussian_distance(
+    mean1: Tensor,
+    covariance1: Tensor,
+    mean2: Tensor,
+    covariance2: Tensor,
+) -> float:
     """Squared Frechet (2-Wasserstein) distance of two Gaussians: means (d,), covariances (d, d), float64."""
     values, vectors = torch.linalg.eigh(covariance1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # clamp: rounding may leave an eigenvalue at -1e-17
+    roots = values.clamp(min=0).sqrt()  # rounding may leave an eigenvalue at -1e-17
+    root = (vectors * roots) @ vectors.T
     product = root @ covariance2 @ root
     symmetric = (product + product.T) / 2
-    overlap = torch.linalg.eigvalsh(symmetric).clamp(min=0).sqrt().sum()
+    eigenvalues = torch.linalg.eigvalsh(symmetric)
+    overlap = eigenvalues.clamp(min=0).sqrt().sum()
     apart = (mean1 - mean2).square().sum()
     squared = apart + covariance1.trace() + covariance2.trace() - 2 * overlap
     return max(float(squared), 0.0)

@@ -24,7 +24,6 @@ from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import Encoder
 from naign.model.naign import NAIGN
 
-MEDIAN = 10_000  # training images from which the per-pixel median and the mean brightness are computed
 ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is rounding, and no ratio to it is given
 FLOORS = 5  # draws of training data whose distances the floor is the mean of, where there are as many
 REPAIRED = 2_500  # test images for each damage; f is applied to each twice
@@ -98,25 +97,28 @@ def draw_samples(subject: Subject) -> dict[str, Any]:
     model = subject.model
     number = within(subject.samples, model.shape)
     begin = time.process_time()
-    parts = []
-    for ids in torch.arange(number).split(500):
-        parts.append(model.latent(ids, seed=subject.seed).cpu())
-    latents = torch.cat(parts)
-    drawn = time.process_time() - begin
+    latents = draw_latents(subject, number)
+    drawn = time.process_time()
     subject.once = model.project(latents)
     spent = time.process_time() - begin
     subject.twice = model.project(subject.once)
     if model.has_prior:
-        noise = []
-        for ids in torch.arange(number).split(500):
-            noise.append(model.latent(ids, seed=subject.seed, latents="noise").cpu())
-        subject.noise = model.project(torch.cat(noise))
+        subject.noise = model.project(draw_latents(subject, number, latents="noise"))
     subject.counts |= {"samples": number, "test": len(subject.test)}
     sampling = {"samples": number, "cpu_seconds": spent, "latents_cpu_seconds": None}
     if model.prior.decodes:
         subject.latents = latents
-        sampling["latents_cpu_seconds"] = drawn
+        sampling["latents_cpu_seconds"] = drawn - begin
     return {"sampling": sampling}
+
+
+def draw_latents(subject: Subject, number: int, **options: Any) -> Tensor:
+    """The first latents z of the evaluation's seed, (number, *shape), on the CPU."""
+    parts = []
+    for ids in torch.arange(number).split(500):
+        latents = subject.model.latent(ids, seed=subject.seed, **options)
+        parts.append(latents.cpu())
+    return torch.cat(parts)
 
 
 def distances(
@@ -131,27 +133,33 @@ def distances(
     The floor is the mean over `draws` disjoint draws of training data, or as many as there are. Where there are fewer
     training data than samples, multiples of the floor are those of as many samples, since distances of few are larger.
     """
-    number = min(len(subject.once), len(subject.train))
     test = encoder.features(subject.test)
-    features = {"once": encoder.features(subject.once), "twice": encoder.features(subject.twice)}
-    if subject.latents is not None:
-        features["latents"] = encoder.features(subject.latents)
-    if subject.noise is not None:
-        features["noise"] = encoder.features(subject.noise)
+    number = min(len(subject.once), len(subject.train))
     drawn = []
     for part in subject.train[: draws * number].split(number):
         if len(part) == number:
             drawn.append(encoder.features(scaled(part)))
     floor = fmean(frechet_distance(part, test) for part in drawn)
-    floor_is_rounding = floor <= ROUNDING * float(test.double().var(0).sum())
-    fd: dict[str, Any] = {"floor": floor, "latents": None, "latents_ratio": None, "noise": None, "noise_ratio": None}
-    for name, part in features.items():
-        distance = frechet_distance(part, test)
-        fd[name] = distance
-        if len(part) > number:
-            distance = frechet_distance(part[:number], test)
-        fd[f"{name}_ratio"] = None if floor_is_rounding else distance / floor
-    return fd, features | {"floor": drawn[0], "test": test}
+    variance = float(test.double().var(0).sum())
+    floor_is_rounding = floor <= ROUNDING * variance
+    fd: dict[str, Any] = {"floor": floor}
+    features = {"test": test, "floor": drawn[0]}
+    sets = {
+        "once": subject.once,
+        "twice": subject.twice,
+        "latents": subject.latents,
+        "noise": subject.noise,
+    }
+    for name, samples in sets.items():
+        fd[name] = None
+        fd[f"{name}_ratio"] = None
+        if samples is None:
+            continue
+        features[name] = encoder.features(samples)
+        fd[name] = frechet_distance(features[name], test)
+        if not floor_is_rounding:
+            fd[f"{name}_ratio"] = frechet_distance(features[name][:number], test) / floor
+    return fd, features
 
 
 def overlap(subject: Subject) -> dict[str, Any]:
@@ -159,25 +167,30 @@ def overlap(subject: Subject) -> dict[str, Any]:
     encoder = subject.encoder
     counts = subject.counts
     fd, features = distances(encoder, subject, FLOORS)
-    test = features["test"]
-    number = min(10_000, len(test), len(features["once"]))
+    number = min(10_000, len(subject.test), len(subject.once))
     counts["floor"] = len(features["floor"])
     counts["floors"] = min(FLOORS, len(subject.train) // counts["floor"])
     counts["coverage"] = number
-    cover: dict[str, Any] = coverage.coverage(test[:number], features["once"][:number])
-    few = min(number, counts["floor"])
-    cover["train"] = coverage.coverage(test[:few], features["floor"][:few])
-    for name in features.keys() & {"latents", "noise"}:
-        cover[name] = coverage.coverage(test[:number], features[name][:number])
-    found = {"fd": fd, "coverage": cover}
-    if not encoder.labels:
-        return found | {"modes": None, "classes": None, "asked": None}
-    seen = encoder.logits(subject.once)
-    return found | {
-        "modes": coverage.mode_shares(seen),
-        "classes": list(encoder.labels),
-        "asked": as_asked(subject, seen),
+    covers = {}
+    for name, part in features.items():
+        if name not in ("test", "twice"):
+            rows = min(number, len(part))
+            covers[name] = coverage.coverage(features["test"][:rows], part[:rows])
+    cover: dict[str, Any] = covers.pop("once")
+    cover["train"] = covers.pop("floor")
+    found: dict[str, Any] = {
+        "fd": fd,
+        "coverage": cover | covers,
+        "modes": None,
+        "classes": None,
+        "asked": None,
     }
+    if encoder.labels:
+        seen = encoder.logits(subject.once)
+        found["modes"] = coverage.mode_shares(seen)
+        found["classes"] = list(encoder.labels)
+        found["asked"] = as_asked(subject, seen)
+    return found
 
 
 def as_asked(subject: Subject, logits: Tensor) -> dict[str, Any] | None:
@@ -185,7 +198,8 @@ def as_asked(subject: Subject, logits: Tensor) -> dict[str, Any] | None:
 
     `logits` (n, classes) are of the samples. None for a model without classes, or where the encoder has others.
     """
-    labels = subject.model.choose(torch.arange(len(logits)), seed=subject.seed)
+    ids = torch.arange(len(logits))
+    labels = subject.model.choose(ids, seed=subject.seed)
     if labels is None or subject.encoder.labels != subject.model.labels:
         return None
     right = logits.cpu().argmax(1) == labels.cpu()
@@ -212,7 +226,10 @@ def copying(subject: Subject) -> dict[str, Any]:
     subject.neighbours = reference[indices[:12]]
     mine = float(samples.double().mean())
     unseen = float(test.double().mean())
-    return {"nearest": {"samples": mine, "test": unseen, "ratio": mine / unseen if unseen else None}}
+    ratio = None
+    if unseen:
+        ratio = mine / unseen
+    return {"nearest": {"samples": mine, "test": unseen, "ratio": ratio}}
 
 
 def repairs(subject: Subject) -> dict[str, Any]:
@@ -222,7 +239,6 @@ def repairs(subject: Subject) -> dict[str, Any]:
         return {"restoration": None, "idempotence": {"samples": moved, "damaged": None}}
     clean = subject.test[:REPAIRED]
     reference = scaled(subject.train[: within(20_000, subject.model.shape)])
-    typical = scaled(subject.train[:MEDIAN].median(0).values)  # the lower one of an even number
     tables = {}
     moves = []
     for kind in KINDS:
@@ -230,36 +246,35 @@ def repairs(subject: Subject) -> dict[str, Any]:
             clean,
             kind,
             subject.model.project,
-            typical=typical,
             reference=reference,
             seed=subject.seed,
         )
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
-        subject.repaired[kind] = {}
+        shown = {}
         for name, answer in answers.items():
-            subject.repaired[kind][name] = answer[:SHOWN].clone()
+            shown[name] = answer[:SHOWN].clone()
+        subject.repaired[kind] = shown
     subject.counts |= {
         "restoration": len(clean),
         "similarity": min(restoration.SIMILAR, len(clean)),
         "restoration_reference": len(reference),
-        "median": min(MEDIAN, len(subject.train)),
     }
-    damaged = sum(moves) / len(moves)
-    return {"restoration": tables, "idempotence": {"samples": moved, "damaged": damaged}}
+    idempotence = {"samples": moved, "damaged": fmean(moves)}
+    return {"restoration": tables, "idempotence": idempotence}
 
 
 def fixed_points(subject: Subject) -> dict[str, Any]:
     """Reconstruction error of test data; AUROC of the energy against outliers, None where f repairs nothing."""
     clean = subject.test[:REPAIRED]
     answer = subject.model.project(clean)
-    found: dict[str, Any] = {"reconstruction": restoration.mae(answer, clean), "density": None}
-    if subject.repairs:
-        images = clean[:OUTLIERS]
-        brightness = float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1
-        subject.counts["density"] = len(images)
-        found["density"] = density.separation(images, subject.model.project, brightness, seed=subject.seed)
-    return found
+    error = restoration.mae(answer, clean)
+    if not subject.repairs:
+        return {"reconstruction": error, "density": None}
+    images = clean[:OUTLIERS]
+    subject.counts["density"] = len(images)
+    found = density.separation(images, subject.model.project, seed=subject.seed)
+    return {"reconstruction": error, "density": found}
 
 
 STAGES = {

@@ -1,6 +1,5 @@
 """What a reader must know beside the numbers of an evaluation: where they do not compare, and why."""
 
-from pathlib import Path
 from typing import Any
 
 from naign.evaluate.measures import Subject
@@ -9,19 +8,11 @@ from naign.model.encoders import Pixels
 FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
 
 
-def write_warnings(subject: Subject, trained_with: str, split: str) -> list[str]:
-    """Where the network may have been trained on what measures it; `trained_with` is the training's encoder or ""."""
-    warnings = []
-    if split == "test":
-        warnings.append("The network was trained on the test split, which it is measured on: no number is of new data.")
-    for encoder in (subject.encoder, subject.second):
-        if encoder and Path(encoder.name).name == Path(trained_with).name:
-            trained = f"The network was trained with the encoder {Path(trained_with).name}, which it is measured on"
-            warnings.append(f"{trained}: its distances and coverage do not compare with those of other networks.")
-    return warnings
-
-
-def write_notes(subject: Subject, metrics: dict[str, Any], lost: int) -> list[str]:
+def write_notes(
+    subject: Subject,
+    metrics: dict[str, Any],
+    lost: int,
+) -> list[str]:
     """How the numbers compare with others; `lost` is how many are not finite."""
     manifest = subject.manifest
     counts = subject.counts
@@ -41,9 +32,7 @@ def write_notes(subject: Subject, metrics: dict[str, Any], lost: int) -> list[st
         notes.append("Training and test split are alike, so that no distance is a multiple of theirs.")
     least = min(samples, counts["test"], counts["floor"])
     if least < FEW or second and least < 4 * second["features"]:
-        biased = (
-            f"Fréchet distances, the floor's too, rest on as few as {least:,} examples: much of their value is bias"
-        )
+        biased = f"Fréchet distances rest on as few as {least:,} examples: much of their value is bias"
         notes.append(f"{biased}. Compare them with others of the same counts only.")
     if not subject.is_image:
         notes.append("Points: repair, classes and energy against image outliers do not apply.")

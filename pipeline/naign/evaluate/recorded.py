@@ -1,8 +1,9 @@
-"""What the header of a model file records of its training: the data, and the encoder."""
+"""What the header of a model file records of the data of its training."""
 
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,12 +24,24 @@ RECORDED = ("path", "index", "split", "size", "broken")
 """Settings of data that say how the training's images are read, besides data.crop."""
 
 
-def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest, str]:
-    """The data set to measure on, its manifest, whose shape is that of the model's images, and the training's encoder.
+def folder_of(run: str) -> str:
+    """The folder of a run, a checkpoint or a model, which may be given by its file; addresses stay as they are."""
+    path = Path(run)
+    if path.is_file():
+        return str(path.parent)
+    return run.rstrip("/")
+
+
+def recorded(
+    model: NAIGN,
+    folder: str,
+    data: str | None,
+) -> tuple[DataConfig, Manifest]:
+    """The data set to measure on, and its manifest, whose shape is that of the model's images.
 
     Raises InputError for a header that no training wrote, and a data set that is missing or does not fit.
     """
-    config, encoder = _header(model)
+    config = _header(model)
     remedy = f"{folder} was trained on {config.path}: if that moved, give it as --data PATH"
     if data is not None:
         config = replace(config, path=data, index="")
@@ -43,18 +56,20 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     if shape != model.shape:
         other = f"{config.path} ({sets.manifest.name}) holds examples of shape {shape}"
         raise InputError(f"{other}, the model in {folder} is for {model.shape}; {remedy}")
-    return config, replace(sets.manifest, shape=sets.shape), encoder
+    return config, replace(sets.manifest, shape=sets.shape)
 
 
 def fingerprint(model: NAIGN) -> str:
     """SHA-256 of the weights and of the prior: by it an evaluation is known to be of this model."""
-    digest = hashlib.sha256(json.dumps(model.metadata["prior"], sort_keys=True).encode())
+    prior = json.dumps(model.metadata["prior"], sort_keys=True)
+    digest = hashlib.sha256(prior.encode())
     state = model.network.state_dict()
     for name, value in model.prior.state_dict().items():
         state[f"prior.{name}"] = value
     for name, value in sorted(state.items()):
         digest.update(f"{name} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        values = value.detach().cpu().numpy()
+        digest.update(values.tobytes())
     return digest.hexdigest()
 
 
@@ -63,7 +78,7 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
 
     Raises InputError for bytes that are not a picture, and one that is smaller than the model's windows (data.crop).
     """
-    config, _ = _header(model)
+    config = _header(model)
     resize = parse_resize(config)
     count, height, width = model.shape
     if resize.crop:
@@ -78,16 +93,14 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
 
 def sees_wholes(model: NAIGN) -> bool:
     """Whether f suits whole pictures, not tiles of them: it has a dense code, and was not trained on windows."""
-    config, _ = _header(model)
+    config = _header(model)
     return len(getattr(model.network, "code", ())) == 1 and not config.crop
 
 
-def _header(model: NAIGN) -> tuple[DataConfig, str]:
-    """The training's images and how they are read, and its encoder or "". InputError as `recorded`."""
+def _header(model: NAIGN) -> DataConfig:
+    """The training's images and how they are read. InputError as `recorded`."""
     try:
-        header = model.metadata.get("config", {})
-        section = header.get("data", {})
-        encoder = header.get("objective", {}).get("encoder") or ""
+        section = model.metadata.get("config", {}).get("data", {})
         config = DataConfig(path="", crop=int(section.get("crop", 0)))
         for name in RECORDED:
             if section.get(name):
@@ -96,4 +109,4 @@ def _header(model: NAIGN) -> tuple[DataConfig, str]:
         parse_resize(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the model has a header that no training wrote: {error}") from None
-    return config, str(encoder)
+    return config

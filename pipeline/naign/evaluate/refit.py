@@ -16,27 +16,32 @@ from naign.model.prior import Codes, Mixture, MixtureConfig
 IMAGES = 60_000  # whose codes are fitted, at most
 
 
-def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str | None = None) -> NAIGN:
+def with_mixture(model: NAIGN, folder: str, *, components: int) -> NAIGN:
     """The same f with samples of a mixture that is fitted to the codes of training images.
 
-    `folder` is where the model was read from, `data` a packed data set (None: the one of its training). The fit's
-    processor time is added to the training's. Raises InputError for an f without a code, too few images, or unfit data.
+    `folder` is where the model was read from. The fit's processor time is added to the training's. Raises InputError
+    for an f without a code, too few images, or unfit data.
     """
     code = code_shape(model.network, f"a mixture for the model in {folder}")
     begin = time.process_time()
-    config, _, _ = recorded(model, folder, data)
+    config, _ = recorded(model, folder, None)
     images, _ = read_split(config, config.split, limit=IMAGES)
     settings = MixtureConfig(components=components, images=len(images))
     settings.check_codes(len(images), code)
     encode: Any = model.network.encode
     parts = []
     with torch.inference_mode():
-        parts = [encode(scaled(part).to(model.device)).float() for part in images.split(500)]
+        for part in images.split(500):
+            codes = encode(scaled(part).to(model.device))
+            parts.append(codes.float())
     mixture = Mixture(settings, code).to(model.device)
     for _ in mixture.fit(Codes.of(torch.cat(parts))):
         pass
     spent = time.process_time() - begin
-    metadata = model.metadata | {"prior": asdict(settings), "fit": {"images": len(images), "cpu_seconds": spent}}
+    metadata = model.metadata | {
+        "prior": asdict(settings),
+        "fit": {"images": len(images), "cpu_seconds": spent},
+    }
     metadata.pop("labels", None)  # of classes, which the mixture does not tell apart
     trained = metadata.get("cpu_seconds")
     if isinstance(trained, int | float):

@@ -12,16 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
-from torch import Tensor
 
 from naign.evaluate.measures import Subject
 from naign.model.naign import NAIGN
 from naign.observe.pictures import grid, png, rows, scatter
-from naign.storage.base import Store
 
 DAMAGE = {"blur": "blur", "noise": "Gaussian noise", "salt_pepper": "salt and pepper", "rows": "black rows"}
-COPIES = "<!-- copies -->"  # before and behind the part of the page that `naign copies` fills in
-STEPS = 12  # images of an interpolation, or of a class
+ASKED = 12  # samples of a class
 CLASSES = 20  # of which samples are shown, at most
 
 
@@ -65,20 +62,6 @@ def render(
         damages=DAMAGE,
     )
     return page + "\n"
-
-
-def with_copies(page: str, store: Store, weights: str) -> str:
-    """The page with what `naign copies` wrote into the same folder, where that is of the same weights."""
-    copies = json.loads(store.read("copies.json")) if store.exists("copies.json") else {}
-    if copies.get("weights") != weights:
-        return page
-    picture = ""
-    if store.exists("copies.png"):
-        picture = base64.b64encode(store.read("copies.png")).decode()
-    section = templates(autoescape=True).get_template("copies.html.jinja").render(copies, picture=picture)
-    before, _, rest = page.partition(COPIES)
-    _, _, after = rest.rpartition(COPIES)
-    return f"{before}{COPIES}{section}{COPIES}{after}"
 
 
 def compared(fd: dict[str, Any], key: str) -> float:
@@ -133,11 +116,12 @@ def draw_pictures(subject: Subject) -> list[Picture]:
 def _draw_samples(subject: Subject) -> list[Picture]:
     model = subject.model
     chosen = "f(z): the network applied once to z. The first that were drawn, not selected."
-    drawn = [Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16))]
+    samples = grid(subject.once[:96], columns=16)
+    drawn = [Picture("samples", "Samples", chosen, samples)]
     asked = []
     for name in learned_classes(model)[:CLASSES]:
-        samples = model.sample(STEPS, seed=subject.seed, label=name)
-        asked.append((name, samples.cpu()))
+        of_class = model.sample(ASKED, seed=subject.seed, label=name)
+        asked.append((name, of_class.cpu()))
     if asked:
         caption = "A row is a class, a column the same noise."
         drawn.append(Picture("classes", "Samples by class", caption, rows(asked)))
@@ -148,11 +132,10 @@ def _draw_samples(subject: Subject) -> list[Picture]:
         ("f twice", subject.twice[:10]),
     ]
     for count in (3, 4, 5):
-        times.append((f"{count} times", model.project(times[-1][1])))
+        _, before = times[-1]
+        times.append((f"{count} times", model.project(before)))
     alike = "A column is one z. For a perfect projection all rows below the first are alike."
     drawn.append(Picture("applications", "The same z, f applied one to five times", alike, rows(times)))
-    way = "f(z) for z between one draw, left, and another, right: on a line, which for noise keeps the length."
-    drawn.append(Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)))
     return drawn
 
 
@@ -171,15 +154,10 @@ def _draw_repairs(subject: Subject) -> list[Picture]:
         ]
         drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind]}", blind, rows(lines)))
     neighbours = subject.neighbours
-    both = [("f(z)", subject.once[: len(neighbours)]), ("training", neighbours)]
+    both = [
+        ("f(z)", subject.once[: len(neighbours)]),
+        ("training", neighbours),
+    ]
     copied = "Alike in kind is good; the same image would be a copy."
     drawn.append(Picture("neighbours", "Samples over their nearest training image", copied, rows(both)))
     return drawn
-
-
-def _between(subject: Subject) -> Tensor:
-    """Six rows of STEPS images (6 * STEPS, *shape), each between the first samples of two seeds."""
-    latents = []
-    for seed in range(subject.seed, subject.seed + 6):
-        latents.append(subject.model.between(seed, seed + 1, steps=STEPS))
-    return subject.model.project(torch.cat(latents)).cpu()

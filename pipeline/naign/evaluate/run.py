@@ -14,10 +14,9 @@ from naign.errors import InputError
 from naign.evaluate import measures
 from naign.evaluate.coverage import NEIGHBOURS
 from naign.evaluate.measures import STAGES, Subject
-from naign.evaluate.notes import write_notes, write_warnings
-from naign.evaluate.recorded import fingerprint, recorded
-from naign.evaluate.report import Picture, draw_pictures, render, with_copies
-from naign.evaluate.runs import folder_of, number
+from naign.evaluate.notes import write_notes
+from naign.evaluate.recorded import fingerprint, folder_of, recorded
+from naign.evaluate.report import Picture, draw_pictures, render
 from naign.model.encoders import Encoder, choose_encoder, open_encoder
 from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
@@ -27,6 +26,7 @@ from naign.storage.store import open_store
 from naign.terminal import busy
 
 STRANGER = "efficientnet-lite2"  # the second encoder of natural images, trained on ImageNet by others
+TESTED = "The network was trained on the test split, which it is measured on: no number is of new data."
 
 
 def evaluate(
@@ -52,7 +52,7 @@ def evaluate(
     start = time.monotonic()
     with _said("reading the model", start, progress):
         model = NAIGN.from_pretrained(folder, device=device)
-    config, manifest, trained_with = recorded(model, folder, data)
+    config, manifest = recorded(model, folder, data)
     first = choose_encoder(manifest)
     second, missing = _open_second(encoder, manifest, device)
     with _said("reading data", start, progress):
@@ -78,6 +78,9 @@ def evaluate(
     lost: list[str] = []
     metrics = json.loads(json.dumps(metrics), parse_constant=lost.append)  # None for NaN and infinities
     header = model.metadata
+    warnings = []
+    if config.split == "test":
+        warnings.append(TESTED)
     where = f"a CPU, {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         where = torch.cuda.get_device_name(device)
@@ -88,7 +91,7 @@ def evaluate(
         "training_seconds": number(header.get("training_seconds")),
         "cpu_seconds": number(header.get("cpu_seconds")),
         "counts": subject.counts,
-        "warnings": write_warnings(subject, trained_with, config.split),
+        "warnings": warnings,
         "notes": write_notes(subject, metrics, len(lost)) + missing,
         "weights": fingerprint(model),
         "checkpoint": model.checkpoint or None,
@@ -99,6 +102,13 @@ def evaluate(
         metrics["seconds"] = round(time.monotonic() - start, 1)
         _write(open_store(f"{folder_of(folder)}/evaluation"), metrics, drawn, header.get("config", header))
     return metrics
+
+
+def number(value: Any) -> float | None:
+    """A value of a header if it is a finite number, else None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
+        return value
+    return None
 
 
 @contextmanager
@@ -137,7 +147,6 @@ def _write(
     for picture in drawn:
         store.put(f"{picture.name}.png", png(picture.image))
     page = render(metrics, drawn, config=config, title=f"NAIGN on {metrics['dataset']}")
-    page = with_copies(page, store, metrics["weights"])
     store.put("report.html", page.encode(errors="backslashreplace"))  # a name may not be UTF-8
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     store.put("metrics.json", text.encode())

@@ -25,6 +25,7 @@ from naign.model.encoders import open_encoder
 from naign.terminal import DELAY
 
 PIXELS = "pixels"  # names no encoder: values are compared as they are
+VIEWS = 2  # an image as it is, and mirrored
 ROWS = 256  # images embedded at once, always as many
 MOST = 4096
 VALUES = 2**24
@@ -35,46 +36,44 @@ MOST_PAIRS = 2**25  # of a rank's queries: 1 GB
 MANY = f"more than {MOST_PAIRS} pairs may be within the threshold: lower --threshold"
 
 
+def check_threshold(threshold: float | None) -> None:
+    """Raise InputError for what is not a distance."""
+    sound = threshold is None or 0 <= threshold < 1e6
+    require((sound, f"--threshold is {threshold}: it must be 0 or more, below 1e6"))
+
+
 class Space:
-    """What images are compared by. Distances are the root mean square difference of pixels, in levels of 0 to 255, or
-    of a point's coordinates; of features the length of the difference of unit vectors, from 0 to 2.
+    """What images are compared by. Distances are the root mean square difference of pixels, in levels of 0 to 255; of
+    features the length of the difference of unit vectors, from 0 to 2.
     """
 
     def __init__(self, encoder: str, shape: tuple[int, ...], device: torch.device) -> None:
-        """Pixels, or the features of the encoder of that name. InputError where it does not fit data of that shape."""
-        images = len(shape) == 3
-        require(
-            (
-                encoder == PIXELS or images,
-                f"--encoder {encoder} is for images, and these are points",
-            )
-        )
+        """Pixels, or the features of the encoder of that name; InputError where it does not fit the shape."""
         self._encoder = None
-        self.views = 1
-        if images:
-            self.views = 2  # an image as it is, and mirrored
-        values = torch.Size(shape).numel()
+        values = math.prod(shape)
         self.dims = values
         self.scale = values  # squared distance of rows at distance 1
         if encoder != PIXELS:
             self._encoder = open_encoder("--encoder", encoder, shape, device)
             self.dims = self._features(torch.zeros(1, *shape)).shape[1]
             self.scale = 1
-        self.size = max(ROWS, min(MOST, VALUES // max(values, self.dims)) // ROWS * ROWS)  # rows of a block
+        rows = min(MOST, VALUES // max(values, self.dims))
+        self.size = max(ROWS, rows // ROWS * ROWS)  # rows of a block
 
     def values(self, images: Tensor) -> Tensor:
-        """What is kept of a block of stored images (n, *shape): these, or features (n, 2, d) of their views."""
+        """What is kept of a block of stored images (n, *shape): these, or features (n, VIEWS, d) of their views."""
         if self._encoder is None:
             return images
-        views = [self._features(scaled(view)) for view in (images, images.flip(-1))]
-        return torch.stack(views, dim=1).cpu()
+        straight = self._features(scaled(images))
+        mirrored = self._features(scaled(images.flip(-1)))
+        return torch.stack([straight, mirrored], dim=1).cpu()
 
     def rows(self, values: Tensor) -> Tensor:
-        """Rows (views, n, d) float32 of what `values` returned. Pixels stay whole numbers, so distances are exact."""
+        """Rows (VIEWS, n, d) float32 of what `values` returned. Pixels stay whole numbers, so distances are exact."""
         if self._encoder is not None:
             return values.transpose(0, 1)
-        views = (values, values.flip(-1))[: self.views]
-        return torch.stack([view.flatten(1).float() for view in views])
+        views = torch.stack([values, values.flip(-1)])
+        return views.flatten(2).float()
 
     def distances(self, bits: Tensor) -> Tensor:
         """Distances (n,) float64, of the bits of squared distances of rows."""
@@ -100,9 +99,15 @@ class ImageRows:
         """Make this rank's blocks; `read(first, last)` returns stored images (n, *shape)."""
         self.name = name
         self.space = space
-        self.first, self.last = block_range(count, space.size, ranks.rank, ranks.world)
+        self.first, self.last = block_range(
+            count,
+            space.size,
+            ranks.rank,
+            ranks.world,
+        )
         self.count = count
-        self._kept = space.values(read(0, 1))[0]  # its shape and type are those of every image
+        first = space.values(read(0, 1))
+        self._kept = first[0].numpy()  # its shape and type are those of every image
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
         with progress(f"reading {name}", self.last - self.first, ranks) as bar:
             for low in range(self.first, self.last, space.size):
@@ -116,17 +121,22 @@ class ImageRows:
                 bar.update(high - low)
 
     def block(self, low: int, high: int) -> Tensor:
-        """Rows (views, n, d) float32 of images [low, high) of this rank."""
+        """Rows (VIEWS, n, d) float32 of images [low, high) of this rank."""
         self._file.seek((low - self.first) * self._kept.nbytes)
-        kind = self._kept.numpy().dtype
-        values = np.fromfile(self._file, kind, (high - low) * self._kept.numel())
-        return self.space.rows(torch.from_numpy(values).view(high - low, *self._kept.shape))
+        count = high - low
+        values = np.fromfile(self._file, self._kept.dtype, count * self._kept.size)
+        stored = values.reshape(count, *self._kept.shape)
+        return self.space.rows(torch.from_numpy(stored))
 
     def candidates(self) -> Blocks:
         """This rank's images as they are, for a search."""
+
+        def make(low: int, high: int) -> Tensor:
+            return self.block(self.first + low, self.first + high)[0]
+
         return Blocks(
             rows=self.last - self.first,
-            make=lambda low, high: self.block(self.first + low, self.first + high)[0],
+            make=make,
             size=self.space.size,
         )
 
@@ -143,7 +153,9 @@ def find_near(
     int64 of a query's number, its candidate's, the bits of their squared distance, which sort as it does, and the view.
     """
     space = queries.space
-    step = max(1, ASKED // (space.views * space.dims * space.size * ranks.world)) * space.size
+    values = VIEWS * space.dims * space.size  # of a block
+    blocks = max(1, ASKED // (values * ranks.world))
+    step = blocks * space.size
     most = max(ranks.collect(queries.last - queries.first))
     parts = []
     with progress(f"comparing {queries.name}", most, ranks) as bar:
@@ -151,7 +163,13 @@ def find_near(
             low = min(queries.first + start, queries.last)
             high = min(low + step, queries.last)
             rows = queries.block(low, high).to(device)
-            parts += find_candidates(rows, low, candidates, within**2 * space.scale, ranks)
+            parts += find_candidates(
+                rows,
+                low,
+                candidates,
+                within**2 * space.scale,
+                ranks,
+            )
             many = sum(map(len, parts)) > MOST_PAIRS
             require((not any(ranks.collect(many)), MANY))
             bar.update(step)
@@ -159,11 +177,17 @@ def find_near(
     return ranks.gather(near, ranks.collect(len(near)))
 
 
-def find_candidates(rows: Tensor, first: int, candidates: ImageRows, limit: float, ranks: Ranks) -> list[Tensor]:
-    """Collective: as `find_near`, in parts, for the images from `first` on, whose rows are (views, n, d). Where the
+def find_candidates(
+    rows: Tensor,
+    first: int,
+    candidates: ImageRows,
+    limit: float,
+    ranks: Ranks,
+) -> list[Tensor]:
+    """Collective: as `find_near`, in parts, for the images from `first` on, whose rows are (VIEWS, n, d). Where the
     k-th neighbour is within the limit, k grows.
     """
-    count = rows.shape[1]
+    count = max(1, rows.shape[1])
     queries = rows.flatten(0, 1)
     asked = torch.arange(len(queries))
     neighbours = 1
@@ -181,24 +205,19 @@ def find_candidates(rows: Tensor, first: int, candidates: ImageRows, limit: floa
         squares = result.distances.cpu()
         ids = result.ids.cpu()
         near = (squares <= limit) & (ids >= 0)
-        more = near[:, -1]
+        more = near[:, -1].clone()
         if limit == math.inf or neighbours == candidates.count:
-            more = torch.zeros_like(more)
-        row, column = (near & ~more[:, None]).nonzero(as_tuple=True)
+            more[:] = False
+        near[more] = False
+        row, column = near.nonzero(as_tuple=True)
         query = asked[row]
-        numbers = first + query % max(1, count)
-        views = query // max(1, count)
-        parts.append(
-            torch.stack(
-                [
-                    numbers,
-                    ids[row, column],
-                    squares[row, column].view(torch.int64),
-                    views,
-                ],
-                dim=1,
-            )
+        columns = (
+            first + query % count,
+            ids[row, column],
+            squares[row, column].view(torch.int64),
+            query // count,
         )
+        parts.append(torch.stack(columns, dim=1))
         asked = asked[more]
         left = max(ranks.collect(len(asked)))
         if not left:
@@ -210,8 +229,10 @@ def find_candidates(rows: Tensor, first: int, candidates: ImageRows, limit: floa
 def firsts(table: Tensor, columns: int) -> Tensor:
     """Of the rows (n, c) that agree in their first columns the least, in lexical order."""
     table = table[sort_lexically(*table.T.contiguous())]
-    again = (table[1:, :columns] == table[:-1, :columns]).all(1)
-    return torch.cat([table[:1], table[1:][~again]])
+    keys = table[:, :columns]
+    first = torch.ones(len(table), dtype=torch.bool)
+    first[1:] = (keys[1:] != keys[:-1]).any(1)
+    return table[first]
 
 
 def progress(what: str, total: int, ranks: Ranks) -> "tqdm[Never]":

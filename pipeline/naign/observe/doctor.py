@@ -46,10 +46,7 @@ def gpus() -> Findings:
     if count == 0:
         yield f"no CUDA device ({why_none()}): training runs on the processor, ranks communicate by gloo", ""
     if count > 1 and not dist.is_nccl_available():
-        yield (
-            "torch has no NCCL, by which GPUs communicate",
-            "install a build of torch with it from https://pytorch.org",
-        )
+        yield "torch has no NCCL, by which GPUs communicate", "install a build with it from https://pytorch.org"
     for index in range(count):
         device = torch.cuda.get_device_properties(index)
         yield f"GPU {index}: {device.name}, {bytes_in_words(device.total_memory)}", why_unfit(index)
@@ -70,11 +67,10 @@ def disk() -> Findings:
 CHECKS: tuple[Callable[[], Findings], ...] = (libraries, machine, gpus, faiss, disk)
 
 
-def examine() -> Iterator[dict[str, str]]:
-    """What all checks find, one by one: the name of the check, text, and remedy."""
+def examine() -> Findings:
+    """What all checks find, one by one."""
     for check in CHECKS:
-        for text, remedy in check():
-            yield {"check": check.__name__, "text": text, "remedy": remedy}
+        yield from check()
 
 
 def preflight(run: str, remote: str, checkpoint_bytes: int) -> list[str]:

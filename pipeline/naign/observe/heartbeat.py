@@ -31,14 +31,21 @@ class Heartbeat:
         self._bytes = 0.0
         self._retries = 0.0
 
-    def beat(self, values: Mapping[str, float], *, seen: int, phases: Mapping[str, float], checkpoint: float) -> None:
+    def beat(
+        self,
+        values: Mapping[str, float],
+        *,
+        seen: int,
+        phases: Mapping[str, float],
+        checkpoint: float,
+    ) -> None:
         """A round ended with the metrics `values`; `phases` took so many seconds, each in all rounds of this start."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._ended)
         self._ended = now
         self._rounds += 1
-        self._bytes += values["data/megabytes"] * 1e6
-        self._retries += values["data/retries"]
+        self._bytes += values.get("data/megabytes", 0.0) * 1e6  # while the prior is fitted nothing is read
+        self._retries += values.get("data/retries", 0.0)
         series = {
             "rounds_total": self._rounds,
             "images_total": seen - self._first,

@@ -10,7 +10,8 @@ def set_up(rank: int, world: int) -> None:
     """Log from INFO on rank 0, from WARNING elsewhere and for libraries, whose own levels (TORCH_LOGS, ...) stay."""
     handler = _Lines(rank, world)
     root = logging.getLogger()
-    root.handlers = [handler, *(other for other in root.handlers if not isinstance(other, _Lines))]
+    others = [other for other in root.handlers if not isinstance(other, _Lines)]
+    root.handlers = [handler, *others]
     root.setLevel(logging.WARNING)
     level = logging.WARNING
     if rank == 0:

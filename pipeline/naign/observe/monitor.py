@@ -142,7 +142,13 @@ def _call(tracker: Any, method: str, *arguments: Any) -> None:
 def _progress_bar(images: int, seen: int, active: bool) -> "tqdm[Any]":
     options = dict[str, Any](dynamic_ncols=True)
     if not sys.stderr.isatty():  # a log: a line every LOG_EVERY seconds
-        options = {"file": _Lines(), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "ncols": 100, "ascii": True}
+        options = {
+            "file": _Lines(),
+            "mininterval": LOG_EVERY,
+            "maxinterval": LOG_EVERY,
+            "ncols": 100,
+            "ascii": True,
+        }
     return tqdm(
         total=images,
         initial=seen,

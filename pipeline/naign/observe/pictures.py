@@ -3,6 +3,7 @@
 import io
 import unicodedata
 from collections.abc import Sequence
+from itertools import filterfalse
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -11,8 +12,10 @@ from torch import Tensor
 CELL = 48  # pixels: smallest side of an image in a grid, to which smaller ones are enlarged
 GAP = 3  # pixels between images
 PANEL = 320  # pixels: side of a panel of points
+TITLE = 22  # pixels: height of its title
 SIZE = 14  # pixels: of text
 TEXT = (118, 118, 118, 255)  # contrast of 4.5 on white and on black
+GREY = (127, 127, 127, 24)
 BLUE = (45, 108, 223, 255)
 ORANGE = (224, 122, 31, 255)
 
@@ -22,15 +25,16 @@ def to_image(image: Tensor, *, least: int = 1) -> Image.Image:
     channels, height, width = image.shape
     if channels != 3:
         image = image[:1].expand(3, height, width)
-    pixels = eight_bits(image).permute(1, 2, 0).contiguous()
-    picture = Image.fromarray(pixels.numpy())
+    pixels = eight_bits(image).permute(1, 2, 0)
+    picture = Image.fromarray(pixels.contiguous().numpy())
     factor = max(1, -(-least // min(height, width)))
     return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
 
 
 def eight_bits(image: Tensor) -> Tensor:
     """Values in [-1, 1], to which they are clipped, as uint8."""
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    levels = (image.clamp(-1, 1) + 1) * 127.5
+    return levels.round().to(torch.uint8)
 
 
 def png(picture: Image.Image) -> bytes:
@@ -54,42 +58,54 @@ def rows(labelled: Sequence[tuple[str, Tensor]]) -> Image.Image:
         longest = max(longest, len(images))
         if label:
             margin = max(margin, int(font.getlength(legible(label))) + 12)
-    width, height = to_image(labelled[0][1][0], least=CELL).size
-    size = (margin + longest * (width + GAP) - GAP, len(labelled) * (height + GAP) - GAP)
+    cell = to_image(labelled[0][1][0], least=CELL)
+    width = cell.width + GAP
+    height = cell.height + GAP
+    size = (margin + longest * width - GAP, len(labelled) * height - GAP)
     canvas = Image.new("RGBA", size)
     draw = ImageDraw.Draw(canvas)
     for row, (label, images) in enumerate(labelled):
-        top = row * (height + GAP)
-        draw.text((0, top + height // 2), legible(label), fill=TEXT, font=font, anchor="lm")
+        top = row * height
+        draw.text(
+            (0, top + cell.height // 2),
+            legible(label),
+            fill=TEXT,
+            font=font,
+            anchor="lm",
+        )
         for column, image in enumerate(images):
-            canvas.paste(to_image(image, least=CELL), (margin + column * (width + GAP), top))
+            picture = to_image(image, least=CELL)
+            canvas.paste(picture, (margin + column * width, top))
     return canvas
 
 
 def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Image:
     """Panels (title, points (n, d)), the first two coordinates in orange, over `behind` (m, d) in blue, the scale."""
-    low = behind[:, :2].min(0).values
-    high = behind[:, :2].max(0).values
-    centre = (low + high) / 2
+    font = ImageFont.load_default(SIZE)
+    low = behind[:, :2].amin(0)
+    high = behind[:, :2].amax(0)
     half = 1.25 * max(float((high - low).max()) / 2, 1e-6)  # of a square, with a margin
-    canvas = Image.new("RGBA", (len(panels) * (PANEL + GAP) - GAP, PANEL + 22))
+    width = len(panels) * (PANEL + GAP) - GAP
+    canvas = Image.new("RGBA", (width, PANEL + TITLE))
+    pen = ImageDraw.Draw(canvas)
     for number, (title, points) in enumerate(panels):
         left = number * (PANEL + GAP)
-        panel = Image.new("RGBA", (PANEL, PANEL), (127, 127, 127, 24))
-        pen = ImageDraw.Draw(panel)
+        pen.text((left, 3), legible(title), fill=TEXT, font=font)
+        corner = (left + PANEL - 1, TITLE + PANEL - 1)
+        pen.rectangle((left, TITLE, *corner), fill=GREY)
         for cloud, colour in ((behind, BLUE), (points, ORANGE)):
-            dots = ((cloud[:, :2] - centre) / half).clamp(-1, 1) * torch.tensor([1.0, -1.0])
-            places = ((dots + 1) / 2 * (PANEL - 3)).round().int()
-            for x, y in places.tolist():
+            dots = (cloud[:, :2] - (low + high) / 2) / half
+            dots[:, 1] *= -1  # upwards
+            places = (dots.clamp(-1, 1) + 1) / 2 * (PANEL - 3)
+            for x, y in places.round().int().tolist():
+                x += left
+                y += TITLE
                 pen.rectangle((x, y, x + 1, y + 1), fill=colour)
-        canvas.paste(panel, (left, 22))
-        font = ImageFont.load_default(SIZE)
-        ImageDraw.Draw(canvas).text((left, 3), legible(title), fill=TEXT, font=font)
     return canvas
 
 
 def legible(text: str) -> str:
     """The text in ASCII, which Pillow's own font has: letters lose accents, others become question marks."""
     letters = unicodedata.normalize("NFKD", text)
-    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
-    return plain.encode("ascii", "replace").decode()
+    plain = filterfalse(unicodedata.combining, letters)
+    return "".join(plain).encode("ascii", "replace").decode()

@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,6 @@ class Profiler:
         self._folder = folder / "profile"
         self._rank = rank
         self._rounds = parse_rounds(rounds)
-        self._tracing = False
 
     @contextmanager
     def round(self, number: int) -> Iterator[None]:
@@ -83,19 +82,15 @@ class Profiler:
             activities.append(ProfilerActivity.CUDA)
         trace = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
         trace.start()
-        self._tracing = True
         try:
             with self.phase(f"round {number}"):
                 yield
         finally:
-            self._tracing = False
             self._write(trace, f"rank-{self._rank:05d}-round-{number}.json.gz")
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Around a part of a round, which the trace shows under this name."""
-        if self._tracing:
-            return torch.profiler.record_function(name)
-        return nullcontext()
+        return torch.profiler.record_function(name)
 
     def _write(self, trace: torch.profiler.profile, name: str) -> None:
         """Write a trace. A failure is logged and does not end the run."""
