@@ -157,7 +157,7 @@ def recipe(
     run = f"{name}-{steps}"
     command = [*TRAIN, f"--config={name}", *LATENTS, f"--run.path={run}", *options]
     command += [f"--data.path={random_images(report, name, size)}", f"--match.round={size}", "--match.block=8"]
-    command += [f"--train.batch={batch}", "--train.passes=1", f"--train.images={3 * size}"]
+    command += [f"--train.batch={batch}", "--train.passes=1", f"--train.images={3 * size}", "--prior.name=none"]
     must(call(report, *command))
     return reported(report, run)
 
