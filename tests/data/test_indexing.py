@@ -34,9 +34,9 @@ def png(value):
     return encode(np.full((1, 4, 4), value % 256, np.uint8), "png")
 
 
-def tar_of(members):
+def tar_of(members, format=tarfile.PAX_FORMAT):
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
+    with tarfile.open(fileobj=stream, mode="w", format=format) as tar:
         for name, data in members:
             add(tar, name, data)
     return stream.getvalue()
@@ -133,6 +133,30 @@ def grey(mode, form):
     stream = io.BytesIO()
     Image.new("L", (4, 4), 128).convert(mode).save(stream, form)
     return stream.getvalue()
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_other_writers(tmp_path, format):
+    last = 40 if format == tarfile.USTAR_FORMAT else 120
+    long = "folder/" + "x" * 90 + "/" + "y" * last
+    members = [
+        ("__meta__/notes.txt", b"not a sample"),
+        ("a/0001.PNG", png(1)),
+        ("a/0001.cls", b"0"),
+        ("a/0002.json", b"{}"),
+        ("a/0002.png", png(1)),
+        ("a/0002.cls", b"0"),
+        ("a/0002.seg.png", b"another member"),
+        (f"{long}.cls", b"1"),
+        (f"{long}.png", png(1)),
+        ("README", b"no suffix: not a sample"),
+    ]
+    (tmp_path / "train.tar").write_bytes(tar_of(members, format))
+    manifest = indexed(tmp_path)
+    assert (manifest.shape, manifest.labels, [*manifest.splits]) == ((1, 4, 4), ("0", "1"), ["train"])
+    images, labels = read_split(str(tmp_path), "train")
+    assert images.tolist() == [[[[1] * 4] * 4]] * 3
+    assert labels.tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("decoded", [None, 0])

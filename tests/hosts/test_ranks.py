@@ -183,7 +183,8 @@ def test_what_ranks_have_started_is_killed_with_them(start, tmp_path):
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             time.sleep(0.05)
         process = psutil.Process(int((tmp_path / "pid").read_text()))
-    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    gone, alive = psutil.wait_procs([process], timeout=10)
+    assert gone or alive[0].status() == psutil.STATUS_ZOMBIE  # this host may lack a process that reaps it
 
 
 def test_ranks_of_several_hosts_find_each_other(monkeypatch, tmp_path):

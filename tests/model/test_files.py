@@ -2,14 +2,12 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
 from naign.checkpoint import bucket as in_bucket
 from naign.checkpoint.bucket import upload
-from naign.cli.files import write_samples
 from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.storage.store import open_store
@@ -92,9 +90,3 @@ def test_a_query_is_not_shown(place):
     with pytest.raises(InputError, match="a query, which messages would show") as refused:
         NAIGN.from_pretrained(place)
     assert "SECRET" not in str(refused.value)
-
-
-@pytest.mark.parametrize("place", ["", "."])
-def test_samples_do_not_fill_the_current_folder(place):
-    with pytest.raises(InputError, match="--to is the current folder"):
-        write_samples(torch.zeros(2, 1, 8, 8), Path(place))
