@@ -15,6 +15,7 @@ from naign.data.format.pages import table_name
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
 from naign.data.sources.catalog import load
+from naign.data.sources.source import Made
 from naign.errors import InputError
 from naign.storage.local import LocalStore
 from tests.data.numbered import first, numbered
@@ -120,6 +121,21 @@ def test_packing_again_changes_nothing_and_another_set_is_refused(packed):
     assert pack(numbered(), packed, shards=3, force=True)[1]
     assert len(contents(packed)) == 2 * (3 + 3) + 1
     verify(packed)
+
+
+def test_what_cannot_be_packed_replaces_nothing(packed):
+    before = contents(packed)
+    source = numbered()
+
+    def make(index):
+        if index == 3:
+            raise InputError("3.png: not a picture")
+        return source.splits["test"][index]
+
+    broken = replace(source, splits={**source.splits, "test": Made(length=5, make=make)})
+    with pytest.raises(InputError, match="not a picture"):
+        pack(broken, packed, shards=3, force=True, progress=False)
+    assert contents(packed) == before
 
 
 def test_an_interrupted_pack_leaves_no_index_and_goes_on(packed, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def pack(
     shards: int | None = None,  # a split; None: 16, or as many as keep a shard under 64 MiB decoded
     encoding: str = "png",  # of images: one of ENCODINGS
     seed: int = 0,  # of the order in which samples are dealt to shards
-    force: bool = False,  # delete what is there first
+    force: bool = False,  # replace what is there, once the whole source was decoded
     progress: bool = True,  # bar on stderr
 ) -> tuple[Manifest, bool]:
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
@@ -58,14 +58,16 @@ def pack(
     target = open_store(to)
     made: dict[str, list[Shard]] = {split: [] for split in source.splits}
     with _undone_on_error(target) as written:
-        if force:
+        hidden = None if progress else True  # None: where stderr is not a terminal
+        if force and target.list():
+            for planned in tqdm(plan, desc=f"check {source.name}", unit="shard", disable=hidden):
+                _write(planned, suffix, io.BytesIO())
             _clear(target, source)
         present = target.list()
         old = None
         if INDEX in present:
             old = Manifest.parse(target.read(INDEX), where=target.url(INDEX))
         refusal = f"{to} already holds another data set: choose another folder, or replace it with --force"
-        hidden = None if progress else True  # None: where stderr is not a terminal
         for planned in tqdm(plan, desc=f"pack {source.name}", unit="shard", disable=hidden):
             name = planned.name
             if name in present:
