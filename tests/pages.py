@@ -31,11 +31,11 @@ REDIRECTION = re.compile(r"(?<!\S)\d?[<>]+(&\d|\s*\S+)")
 
 TRAINING = (
     *("--train.images=512", "--match.round=64", "--match.ratio=1", "--train.batch=32", "--train.warmup=64"),
-    *("--train.threads=1", "--train.passes=1", "--report.pictures=0"),
+    *("--train.threads=1", "--train.passes=1", "--report.pictures=0", "--model.width=8"),
 )
 LEARNED = {
-    "flow": ("--prior.width=16", "--prior.depth=1", "--prior.passes=1", "--prior.batch=32"),
-    "gmm": ("--prior.components=3",),
+    "flow": ("--prior.width=16", "--prior.depth=1", "--prior.passes=1", "--prior.batch=32", "--prior.images=128"),
+    "gmm": ("--prior.components=3", "--prior.images=128"),
 }
 PROGRAMS = {
     "naign": "naign.cli",

@@ -25,7 +25,7 @@ print(tuple(model.sample(5).shape), "learned" if model.prior.factor.any(1).all()
 
 
 EXPECTED = (
-    "{'hidden': 128, 'init': '', 'name': 'dense'} {'directions': 6, 'images': 10000, 'name': 'principal'}\n"
+    "{'hidden': 128, 'init': '', 'name': 'dense'} {'directions': 6, 'images': 512, 'name': 'principal'}\n"
     "(5, 1, 8, 8) learned"
 )
 
@@ -70,6 +70,7 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     shown = TEXT.partition("\nnaign train ")[2].partition("naign evaluate")[0]
     options = [option for option in shlex.split(shown) if option != "\n"]
     options += [option for option in SMALL if not option.startswith(("--model", "--prior", "--objective"))]
+    options += ["--prior.images=512"]
     run(*naign, "pack", "inverted", "--to", "data/inverted")
     run(*naign, "train", *options, "--train.images=512")
     # A resumed run reads what the first one recorded of the package's settings.

@@ -47,7 +47,7 @@ def launch(file: str, folder: Path, *options: str, ranks: int = 2) -> subprocess
     command = train_command(*options)
     at = command.index("--quiet") + 1
     command[at:at] = ["--config_file", file, "--num_processes", str(ranks), "--main_process_port", "0"]
-    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=480, check=False)
 
 
 def options(digits: str, run: str) -> list[str]:

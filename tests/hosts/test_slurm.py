@@ -125,7 +125,7 @@ def test_a_mistake_ends_the_job(digits, tmp_path):
         )
         until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
         assert slurm.state(job) == "FAILED 2:0"
-    assert "no multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()
+    assert "is not a multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()
 
 
 @real
