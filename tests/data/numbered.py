@@ -61,9 +61,6 @@ def build(count):
     return numbered(train=int(count))
 
 
-Members = list[tuple[str, bytes]]
-
-
 def add(tar, name, data):
     """A file in a tar."""
     info = tarfile.TarInfo(name)

@@ -69,7 +69,7 @@ def test_every_image_comes_once_an_epoch_and_ranks_have_equally_many_batches(sma
         for rank in range(world)
     ]
     for epoch in range(2):
-        found = list[str]()
+        found = []
         for batches in zip(*ranks, strict=True):
             found += keys(batches)
         assert len(found) == 23
@@ -85,7 +85,7 @@ def test_every_image_comes_once_an_epoch_and_ranks_have_equally_many_batches(sma
 @pytest.mark.parametrize("stop", [1, 2, 6])
 def test_a_state_is_resumed_with_other_ranks_and_another_batch(small, stop, workers):
     whole = keys(open_dataset(small))
-    before = list[str]()
+    before = []
     for rank in (0, 1):
         dataset = open_dataset(
             small,
@@ -97,7 +97,7 @@ def test_a_state_is_resumed_with_other_ranks_and_another_batch(small, stop, work
         before += keys(islice(dataset, stop))
         state = json.loads(json.dumps(dataset.state_dict()))
     for world, size in ((1, 4), (2, 4), (3, 5), (8, 10)):
-        after = list[str]()
+        after = []
         for rank in range(world):
             dataset = open_dataset(
                 small,
@@ -274,8 +274,8 @@ def test_damage_is_named_when_its_batch_comes(tmp_path):
 def test_a_batch_in_work_is_waited_for(small, monkeypatch):
     """A thread that is inside torch when the interpreter ends would abort it."""
     decode = Reader.row
-    begun = list[str]()
-    ended = list[str]()
+    begun = []
+    ended = []
 
     def slow(reader, raw, *rest):
         begun.append(raw.sample["__key__"])

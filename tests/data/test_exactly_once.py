@@ -150,7 +150,7 @@ def test_going_on_with_another_number_of_ranks(uneven, tmp_path):
         rounds=[3, 4],
     )
     check_epochs(lines)
-    traced = Counter[str]()
+    traced = Counter()
     for file in (tmp_path / "trace").iterdir():
         traced.update(file.read_text().splitlines())
     assert traced == Counter(f"{epoch} {number} {key}" for epoch, number, key in lines)

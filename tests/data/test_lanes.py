@@ -61,7 +61,7 @@ def remote(by_class, bucket):
 @pytest.fixture
 def asked(monkeypatch):
     """Names of files that are asked for."""
-    names = list[str]()
+    names = []
     read = LocalStore.read
 
     def counted(self, name, *rest, **more):
@@ -74,8 +74,8 @@ def asked(monkeypatch):
 
 def rounds(path, count, size, world=1, **settings):
     """Labels by round, keys, and bytes read."""
-    labels = list[list[int]]()
-    keys = list[str]()
+    labels = []
+    keys = []
     read = 0
     config = DataConfig(path=path, **settings)
     with streams_of(config, seed=1, each=size, world=world) as streams:

@@ -43,7 +43,7 @@ def take(path, rounds, world=1, **settings):
     config = DataConfig(path=path, **settings)
     with streams_of(config, seed=2, each=24, world=world) as streams:
         for round in range(rounds):
-            found = list[Line]()
+            found = []
             for stream in streams:
                 taken = stream.take(round)
                 images.append(taken.images)

@@ -59,7 +59,7 @@ def test_every_image_comes_exactly_once_an_epoch(sizes, seed, size, epochs, lane
         lanes=lanes,
     )
     rounds = -(-epochs * order.total // size)
-    images = Counter[Sample]()
+    images = Counter()
     for round in range(rounds):
         images.update(
             listed(
@@ -202,7 +202,7 @@ def test_rounds_of_shards_sorted_by_class_are_mixed(sizes, shards_a_class, size,
     )
     shares = []
     for round in range(min(150, 5 * order.total // size)):
-        counts = Counter[int]()
+        counts = Counter()
         for piece in pieces(order, round, 0, size):
             counts[piece.shard // shards_a_class] += piece.last - piece.first
         shares.append(max(counts.values()) / size)

@@ -1,14 +1,10 @@
 """A data set of unlike images in which copies are planted, and audits with blocks so small that there are many."""
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 from accelerate import Accelerator
 
-from naign.data.decode import Array
 from naign.data.format.writer import pack
-from naign.data.sources.source import Example, Made, Source
+from naign.data.sources.source import Made, Source
 from naign.neighbours import DuplicatesOptions, rows
 from naign.neighbours.duplicates import duplicates
 
@@ -34,7 +30,7 @@ GROUPS = {
 }
 
 
-def image(split: str, index: int) -> Array:
+def image(split, index):
     draw = np.random.default_rng((split == "test", index))
     if (split, index) not in COPIES:
         return draw.integers(0, 256, SHAPE, dtype=np.uint8)
@@ -47,9 +43,9 @@ def image(split: str, index: int) -> Array:
     return copy
 
 
-def plant(path: str) -> str:
-    def split(name: str, length: int) -> Made:
-        def make(index: int) -> Example:
+def plant(path):
+    def split(name, length):
+        def make(index):
             return f"{name}-{index:03d}", image(name, index), index % 2
 
         return Made(length=length, make=make)
@@ -65,11 +61,11 @@ def plant(path: str) -> str:
     return path
 
 
-def small_blocks(patch: pytest.MonkeyPatch) -> None:
+def small_blocks(patch):
     """Blocks of 256 images, and two of them in a group of queries."""
     patch.setattr(rows, "MOST", 256)
     patch.setattr(rows, "ASKED", 2 * 2 * 192 * 256)
 
 
-def audit(path: str, to: Path | str, **options: object) -> dict[str, object]:
-    return duplicates(DuplicatesOptions(data=path, to=str(to), **options), Accelerator(cpu=True))  # type: ignore[arg-type]
+def audit(path, to, **options):
+    return duplicates(DuplicatesOptions(data=path, to=str(to), **options), Accelerator(cpu=True))

@@ -2,13 +2,11 @@
 
 import csv
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from naign.cli.main import main
 from naign.data.loader import read_split
@@ -27,18 +25,18 @@ COPIED = {7: (40, False), 8: (41, True), 290: (640, False)}
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> str:
+def planted(tmp_path_factory):
     return plant(str(tmp_path_factory.mktemp("planted")))
 
 
 class Copier(nn.Module):
     """Noise, but for the samples of COPIED."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.latents = nn.Parameter(torch.zeros(len(COPIED), *SHAPE))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         made = x.clone()
         for latent, (number, mirrored) in zip(self.latents, COPIED.values(), strict=True):
             pixels = torch.from_numpy(image("train", number).copy())
@@ -49,7 +47,7 @@ class Copier(nn.Module):
 
 
 @pytest.fixture
-def copier(planted: str, monkeypatch: pytest.MonkeyPatch) -> NAIGN:
+def copier(planted, monkeypatch):
     """A model that three of 300 samples of seed 0 show to have memorised."""
     small_blocks(monkeypatch)
     metadata = {
@@ -64,23 +62,23 @@ def copier(planted: str, monkeypatch: pytest.MonkeyPatch) -> NAIGN:
     return model
 
 
-def audit(**options: Any) -> dict[str, Any]:
+def audit(**options):
     return copies("run", CopiesOptions(**options), Accelerator(cpu=True))
 
 
-def read_lines(folder: Path) -> list[dict[str, str]]:
+def read_lines(folder):
     text = (folder / "copies.csv").read_text()
     return list(csv.DictReader(text.splitlines()))
 
 
-def test_a_prior_that_is_not_fitted_is_named(copier: NAIGN, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prior_that_is_not_fitted_is_named(copier, tmp_path, capsys):
     copier.prior.learns = True
     copier.metadata["fitted"] = 0.5
     audit(samples=4, to=str(tmp_path))
     assert "run stopped before its prior was fitted: its samples say nothing" in capsys.readouterr().err
 
 
-def test_every_planted_copy_is_found_and_nothing_else(copier: NAIGN, tmp_path: Path) -> None:
+def test_every_planted_copy_is_found_and_nothing_else(copier, tmp_path):
     found = audit(samples=SAMPLES, to=str(tmp_path), threshold=0.0)
     lines = read_lines(tmp_path)
     assert len(lines) == SAMPLES + 90
@@ -103,7 +101,7 @@ def test_every_planted_copy_is_found_and_nothing_else(copier: NAIGN, tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} == {"copies.csv", "copies.json", "copies.png"}
 
 
-def test_distances_are_those_of_brute_force(copier: NAIGN, planted: str, tmp_path: Path) -> None:
+def test_distances_are_those_of_brute_force(copier, planted, tmp_path):
     audit(samples=20, to=str(tmp_path))
     train = read_split(planted, "train")[0].double()
     drawn = eight_bits(copier.sample(20))
@@ -117,12 +115,12 @@ def test_distances_are_those_of_brute_force(copier: NAIGN, planted: str, tmp_pat
 
 
 def test_the_command_with_the_features_of_an_encoder(
-    digits: str,
-    save_untrained: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Any,
-) -> None:
+    digits,
+    save_untrained,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     config = ConvConfig(width=4, code=8)
     model = save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=config)
     words = ["naign", "copies", model, "--samples=10", "--encoder=digits-cnn64"]
@@ -134,7 +132,7 @@ def test_the_command_with_the_features_of_an_encoder(
     assert 0 < found["threshold"] < 2
 
 
-def test_the_default_threshold_is_a_quantile_of_the_test_images() -> None:
+def test_the_default_threshold_is_a_quantile_of_the_test_images():
     samples = torch.tensor([1.0, 5.0, 10.0, 11.0], dtype=torch.float64)
     tests = torch.arange(1.0, 1001.0, dtype=torch.float64)
     judged = judge(samples, tests, None)
@@ -151,11 +149,11 @@ def test_the_default_threshold_is_a_quantile_of_the_test_images() -> None:
         ({"data": "none"}, "no data set here"),
     ],
 )
-def test_bad_options_are_one_sentence(options: dict[str, Any], message: str, copier: NAIGN, tmp_path: Path) -> None:
+def test_bad_options_are_one_sentence(options, message, copier, tmp_path):
     with pytest.raises(InputError, match=message):
         audit(to=str(tmp_path), **options)
 
 
-def test_a_hub_needs_a_folder() -> None:
+def test_a_hub_needs_a_folder():
     with pytest.raises(InputError, match="give one for the results with --to"):
         copies("hf://user/model", CopiesOptions(), Accelerator(cpu=True))

@@ -12,7 +12,7 @@ from scipy.spatial.distance import cdist
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
-from naign.data.sources.source import Example, Made
+from naign.data.sources.source import Made
 from naign.errors import InputError
 from naign.neighbours import rows
 from naign.neighbours.images import Images
@@ -21,28 +21,28 @@ from tests.neighbours.planted import GROUPS, TEST, TRAIN, audit, image, plant, s
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> str:
+def planted(tmp_path_factory):
     return plant(str(tmp_path_factory.mktemp("planted")))
 
 
 @pytest.fixture(autouse=True)
-def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def blocks(monkeypatch):
     small_blocks(monkeypatch)
 
 
-def lines_in(folder: Path) -> list[dict[str, str]]:
+def lines_in(folder):
     text = (folder / "groups.csv").read_text()
     return list(csv.DictReader(text.splitlines()))
 
 
-def groups_in(folder: Path) -> set[frozenset[str]]:
-    groups = dict[str, set[str]]()
+def groups_in(folder):
+    groups = {}
     for line in lines_in(folder):
         groups.setdefault(line["group"], set()).add(line["key"])
     return set(map(frozenset, groups.values()))
 
 
-def test_every_planted_copy_is_found_and_nothing_else(planted: str, tmp_path: Path) -> None:
+def test_every_planted_copy_is_found_and_nothing_else(planted, tmp_path):
     found = audit(planted, tmp_path)
     assert groups_in(tmp_path) == GROUPS
     assert found["images_in_groups"] == sum(map(len, GROUPS))
@@ -59,7 +59,7 @@ def test_every_planted_copy_is_found_and_nothing_else(planted: str, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["duplicates.json", "groups.csv", "groups.png"]
 
 
-def test_distances_are_those_of_brute_force(planted: str, tmp_path: Path) -> None:
+def test_distances_are_those_of_brute_force(planted, tmp_path):
     audit(planted, tmp_path, threshold=90.0)  # which random pairs are within as well
     every = {f"train-{number:03d}": image("train", number) for number in range(TRAIN)}
     every |= {f"test-{number:03d}": image("test", number) for number in range(TEST)}
@@ -77,8 +77,8 @@ def test_distances_are_those_of_brute_force(planted: str, tmp_path: Path) -> Non
     assert {line["key"]: float(line["distance"]) for line in lines_in(tmp_path)} == near
 
 
-def test_many_copies_of_one_image_are_all_pairs(tmp_path: Path) -> None:
-    def make(index: int) -> Example:
+def test_many_copies_of_one_image_are_all_pairs(tmp_path):
+    def make(index):
         return f"train-{index}", np.full((1, 4, 4), index // 30, np.uint8), 0
 
     source = numbered(train=60, test=5)
@@ -91,12 +91,12 @@ def test_many_copies_of_one_image_are_all_pairs(tmp_path: Path) -> None:
     assert found["redundant"] == 58
 
 
-def test_known_broken_images_are_no_duplicates(tmp_path: Path) -> None:
+def test_known_broken_images_are_no_duplicates(tmp_path):
     path = plant(str(tmp_path / "data"))
     shard = Manifest.load(path).split("train").shards[0].name
     key = Images(DataConfig(path=path), "train").places([0])[0].key
 
-    def empty(members: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    def empty(members):
         return [(name, b"" if name == f"{key}.png" else data) for name, data in members]
 
     rewrite(path, shard, empty)
@@ -116,12 +116,12 @@ def test_known_broken_images_are_no_duplicates(tmp_path: Path) -> None:
         ({"encoder": "nothing", "threshold": 8.0}, "encoder is 'nothing': choose one of"),
     ],
 )
-def test_bad_options_are_one_sentence(options: dict, message: str, planted: str, tmp_path: Path) -> None:
+def test_bad_options_are_one_sentence(options, message, planted, tmp_path):
     with pytest.raises(InputError, match=message):
         audit(planted, tmp_path, **options)
 
 
-def test_bad_data_is_one_sentence(points: str, tmp_path: Path) -> None:
+def test_bad_data_is_one_sentence(points, tmp_path):
     with pytest.raises(InputError, match="no data set here"):
         audit(str(tmp_path / "none"), tmp_path / "to")
     path = plant(str(tmp_path / "cut"))
@@ -140,7 +140,7 @@ def test_bad_data_is_one_sentence(points: str, tmp_path: Path) -> None:
         audit(points, tmp_path / "to")
 
 
-def test_images_are_numbered_by_split_and_shard(planted: str) -> None:
+def test_images_are_numbered_by_split_and_shard(planted):
     some = Images(DataConfig(path=planted), "train", "test")
     for number, place in some.places([0, 1, 200, 460, 699, 700]).items():
         split, index = place.key.split("-")
@@ -149,13 +149,13 @@ def test_images_are_numbered_by_split_and_shard(planted: str) -> None:
         assert np.array_equal(read.numpy(), image(split, int(index)))
 
 
-def test_a_full_disk_is_one_sentence(planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_sentence(planted, tmp_path, monkeypatch):
     monkeypatch.setattr(rows.tempfile, "TemporaryFile", lambda: open("/dev/full", "wb", buffering=0))  # noqa: SIM115
     with pytest.raises(InputError, match="set TMPDIR to a folder with more space"):
         audit(planted, tmp_path)
 
 
-def test_too_many_pairs_are_refused(planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_pairs_are_refused(planted, tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "MOST_PAIRS", 50)
     with pytest.raises(InputError, match="pairs may be within the threshold: lower --threshold"):
         audit(planted, tmp_path, threshold=500.0)

@@ -2,14 +2,12 @@
 
 import json
 import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from naign.model.networks import ConvConfig
 from naign.storage.store import open_store
-from tests.conftest import Program, environment, train_command
+from tests.conftest import environment, train_command
 from tests.distributed.audit_cases import FOLDER
 from tests.distributed.ranks import on_ranks
 from tests.neighbours.planted import audit, plant
@@ -18,7 +16,7 @@ pytestmark = pytest.mark.slow
 RESULTS = ("duplicates.json", "groups.csv", "groups.png")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     found = {}
     for file in folder.rglob("*"):
         if file.is_file():
@@ -27,11 +25,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_one_to_three_ranks_write_the_same_bytes(
-    digits: str,
-    save_untrained: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    digits,
+    save_untrained,
+    tmp_path,
+    monkeypatch,
+):
     plant(str(tmp_path / "data"))
     save_untrained(
         tmp_path / "model",
@@ -48,7 +46,7 @@ def test_one_to_three_ranks_write_the_same_bytes(
         assert contents(tmp_path / str(world)) == alone
 
 
-def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
+def test_launchers_start_audits(tmp_path, naign):
     path = plant(str(tmp_path / "data"))
     audit(path, tmp_path / "alone")
     launched = naign("launch", "--processes=2", "duplicates", "--data", path, "--to", "two", real=True)
@@ -73,7 +71,7 @@ def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
     assert "Traceback" not in refused.stderr
 
 
-def test_everything_may_lie_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+def test_everything_may_lie_in_a_bucket(bucket, tmp_path):
     plant(f"{bucket}/data")
     found = audit(f"{bucket}/data", f"{bucket}/audit")
     audit(plant(str(tmp_path / "data")), tmp_path / "local")

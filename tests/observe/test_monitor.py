@@ -6,7 +6,6 @@ import math
 import time
 from importlib.metadata import EntryPoint
 from threading import Event
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -22,7 +21,7 @@ from naign.observe.monitor import WAITING, Background, Monitor, trackers_hang
 from naign.observe.trackers import JsonLines, find_trackers
 from naign.settings import registry
 
-calls = list[tuple[Any, ...]]()
+calls = []
 
 
 class Recorder(GeneralTracker):

@@ -4,13 +4,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
-from naign.model.prior import Codes, CodesPrior, Flow, FlowConfig, MixtureConfig, PriorConfig, build_prior, flow
+from naign.model.prior import Codes, CodesPrior, Flow, FlowConfig, MixtureConfig, build_prior, flow
 from naign.model.prior.base import CodesConfig
 from tests.model.made import CONV, assert_near, make_model
 
@@ -28,7 +28,7 @@ FLOW = FlowConfig(
 GMM = MixtureConfig(classes=True, components=8)
 
 
-def make_codes(count: int = 4096) -> tuple[Tensor, Tensor]:
+def make_codes(count=4096):
     """Codes (n, 4) and labels: each class has a mean of its own, and all the same spread."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0, 1, 2, 1]).repeat(count // 4)
@@ -36,11 +36,11 @@ def make_codes(count: int = 4096) -> tuple[Tensor, Tensor]:
     return means[labels] + 0.5 * torch.randn(count, 4, generator=generator), labels
 
 
-def class_of(codes: Tensor) -> Tensor:
+def class_of(codes):
     return torch.where(codes[:, 1] > 1.5, 2, (codes[:, 0] > 0).long())
 
 
-def build(config: PriorConfig) -> CodesPrior:
+def build(config):
     prior = build_prior(
         config,
         (1, 8, 8),
@@ -52,7 +52,7 @@ def build(config: PriorConfig) -> CodesPrior:
     return prior
 
 
-def fitted(config: PriorConfig) -> CodesPrior:
+def fitted(config):
     prior = build(config)
     list(prior.fit(Codes.of(*make_codes())))
     return prior
@@ -63,7 +63,7 @@ def fitted(config: PriorConfig) -> CodesPrior:
     params=[FLOW, replace(FLOW, student=4096, guidance=0.5), GMM],
     ids=["flow", "student", "gmm"],
 )
-def prior(request: pytest.FixtureRequest) -> CodesPrior:
+def prior(request):
     """Each of them, fitted."""
     return fitted(request.param)
 
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused():
         FlowConfig(guidance=1.0).check()
 
 
-def model(config: PriorConfig) -> NAIGN:
+def model(config):
     state = {f"prior.{name}": value for name, value in fitted(config).state_dict().items()}
     return make_model(
         CONV | {"code": 4},

@@ -14,8 +14,6 @@ from naign.model.prior import (
     Latents,
     LatentsConfig,
     MixtureConfig,
-    Prior,
-    PriorConfig,
     SmoothConfig,
     build_latents,
     build_prior,
@@ -37,14 +35,14 @@ PRIORS = [
 NETWORK = build_network(ConvConfig(width=4, code=6), (1, 8, 8)).requires_grad_(False)
 
 
-def build(config: LatentsConfig | PriorConfig, shape: tuple[int, ...] = (1, 8, 8)) -> Prior:
+def build(config, shape=(1, 8, 8)):
     if isinstance(config, LatentsConfig):
         return build_latents(config, shape)
     return build_prior(config, shape, NETWORK)
 
 
 @pytest.fixture(scope="module", params=[*NOISE, *PRIORS], ids=lambda config: config.name)
-def prior(request: pytest.FixtureRequest) -> Prior:
+def prior(request):
     """Each of them, fitted to a round."""
     built = build(request.param)
     images = torch.rand(
@@ -123,9 +121,9 @@ def test_fourier_noise_has_the_spectrum_of_the_first_round():
 
 def test_the_spectrum_of_all_ranks_is_that_of_the_whole_round():
     images = torch.randn(64, 3, 8, 8)
-    moments: list[torch.Tensor] = []
+    moments = []
 
-    def add(part: torch.Tensor) -> torch.Tensor:
+    def add(part):
         moments.append(part)
         return torch.stack(moments).sum(0)
 

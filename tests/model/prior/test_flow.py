@@ -31,7 +31,7 @@ TAUGHT_SETTINGS = replace(
 )
 
 
-def make_codes(seed: int = 0, count: int = 1024) -> torch.Tensor:
+def make_codes(seed=0, count=1024):
     """Two clusters, of one and three quarters of the codes, in which the second value is twice the first."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(count, generator=generator) * 0.1 + 3 * (torch.arange(count) % 4 > 0)
@@ -39,11 +39,11 @@ def make_codes(seed: int = 0, count: int = 1024) -> torch.Tensor:
     return torch.stack([first, second], dim=1)
 
 
-def build(config: FlowConfig = SETTINGS, shape: tuple[int, ...] = (2,)) -> Flow:
+def build(config=SETTINGS, shape=(2,)):
     return Flow(config, shape, seed=3).requires_grad_(False)
 
 
-def fitted(config: FlowConfig = SETTINGS, codes: torch.Tensor | None = None) -> Flow:
+def fitted(config=SETTINGS, codes=None):
     if codes is None:
         codes = make_codes()
     prior = build(config, tuple(codes.shape[1:]))

@@ -18,7 +18,7 @@ CENTRES = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
 SHARES = torch.tensor([0.5, 0.3, 0.2])
 
 
-def make_codes(seed: int = 0, count: int = 3000) -> torch.Tensor:
+def make_codes(seed=0, count=3000):
     """Three clusters, the first of them narrow in its first value."""
     generator = torch.Generator().manual_seed(seed)
     which = torch.multinomial(
@@ -33,12 +33,12 @@ def make_codes(seed: int = 0, count: int = 3000) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def codes() -> torch.Tensor:
+def codes():
     return make_codes()
 
 
 @pytest.fixture(scope="module")
-def prior(codes: torch.Tensor) -> Mixture:
+def prior(codes):
     """Fitted to the codes."""
     prior = Mixture(SETTINGS, (2,), seed=3)
     shares = list(prior.fit(Codes.of(codes)))
