@@ -12,9 +12,9 @@ from naign.data.dataset import DataConfig
 from naign.data.decode import encode
 from naign.data.format.indexing import index
 from naign.data.loader import Stream
-from naign.errors import InputError
 from naign.storage.store import open_store
 from tests.data.numbered import add
+from tests.refused import refused
 from tests.streams import gopen
 
 SIZES = [1, 7, 23, 50, 64, 5]
@@ -169,5 +169,5 @@ def test_webdataset_reads_the_same_samples(uneven, monkeypatch):
         pixels, number = found[key]
         assert np.array_equal(image[0], pixels)
         assert label == number
-    with pytest.raises(InputError, match="no such object"):
+    with refused("no such object"):
         list(webdataset.WebDataset(f"{uneven}/missing.tar", shardshuffle=False))

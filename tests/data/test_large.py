@@ -52,7 +52,7 @@ def test_a_billion_images_are_read_from_one_index(tmp_path):
         assert stream.order.orders[0].lanes == 128
 
 
-@pytest.mark.parametrize(("lanes", "rounds"), [(1, [LAST]), (128, [5000, LAST])])
+@pytest.mark.parametrize("lanes, rounds", [(1, [LAST]), (128, [5000, LAST])])
 def test_the_plan_of_a_thousand_ranks_holds_each_image_once(lanes, rounds):
     order = Order(
         sizes=(EACH,) * SHARDS,

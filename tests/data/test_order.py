@@ -1,7 +1,6 @@
 """The plan, with ranks and workers simulated."""
 
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,10 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from naign.data.order import (
-    BLOCK,
     LANES,
     Order,
-    _epoch,
     _spread,
     check,
     parts,
@@ -20,7 +17,7 @@ from naign.data.order import (
     rank_rows,
     shuffled,
 )
-from naign.errors import InputError
+from tests.refused import refused
 
 LARGER = some.lists(some.integers(1, 70), min_size=1, max_size=9).map(tuple)
 SEEDS = some.integers(-(2**63), 2**64 - 1)
@@ -96,43 +93,6 @@ def test_a_round_does_not_depend_on_ranks_and_parts(sizes, seed, data):
     assert found == whole
 
 
-@given(
-    LARGER,
-    SEEDS,
-    some.integers(2, 40),
-    some.integers(1, 300),
-)
-def test_a_turn_takes_the_next_block_of_every_lane(sizes, seed, lanes, size):
-    order = Order(
-        sizes=sizes,
-        seed=seed,
-        round_size=size,
-        lanes=lanes,
-    )
-    images = []
-    for round in range(-(-order.total // size)):
-        images += listed(order, round, 0, size)
-    blocks = []
-    for shard in _epoch(order, 0).shards.tolist():
-        for first in range(0, sizes[shard] - BLOCK + 1, BLOCK):
-            blocks.append((shard, first))
-    whole = len(blocks) * BLOCK
-    count = max(1, min(lanes, len(blocks)))
-    taken = [images[at : at + BLOCK] for at in range(0, whole, BLOCK)]
-    for block in taken:
-        _, shard, first = block[0]
-        assert block == [(0, shard, first + step) for step in range(BLOCK)]
-    edges = [number * len(blocks) // count for number in range(count + 1)]
-    for turn in range(0, len(blocks), count):
-        heads = set()
-        for low, high in pairwise(edges):
-            if low + turn // count < high:
-                heads.add(blocks[low + turn // count])
-        assert {block[0][1:] for block in taken[turn : turn + count]} == heads
-    for _, shard, number in images[whole : order.total]:
-        assert number >= sizes[shard] // BLOCK * BLOCK
-
-
 @pytest.mark.parametrize("width", [1, 7, 24, 64, 200])
 @pytest.mark.parametrize("count", [0, 1, 80, 90, 128])
 @pytest.mark.parametrize("backwards", [False, True])
@@ -147,7 +107,7 @@ def test_any_so_many_numbers_lie_evenly_over_the_range(count, width, backwards):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shards_a_class", "size", "mean", "most"),
+    "sizes, shards_a_class, size, mean, most",
     [
         (
             (130,) * 10,
@@ -219,16 +179,7 @@ def test_the_order_of_shards_differs_by_epoch_and_seed_and_never_changes():
     assert len(orders) == 9
 
 
-def test_a_data_set_of_many_shards_is_planned_in_no_time():
-    order = Order(sizes=(10_000,) * 100_000, seed=0, round_size=8192)
-    images = 0
-    for round in range(10**6, 10**6 + 99):
-        for piece in pieces(order, round, 0, 8192):
-            images += piece.last - piece.first
-    assert images == 99 * 8192
-
-
 def test_check_prints_the_arithmetic():
     check(12, world=3)
-    with pytest.raises(InputError, match=r"round of 100 .* 3 ranks \(100 = 33 x 3 \+ 1\): use 99"):
+    with refused(r"round of 100 .* 3 ranks \(100 = 33 x 3 \+ 1\): use 99"):
         check(100, world=3)

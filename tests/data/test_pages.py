@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from naign.data.format.pages import PAGE, ROW, Pager, parse_table
 from naign.data.format.tar import TAR_BLOCK
 from naign.data.format.webdataset import samples, scan
-from naign.errors import InputError
 from naign.storage.store import open_store
+from tests.refused import refused
 
 NOISE = random.Random(0).randbytes(1 << 20)
 LONG = "x" * 80
@@ -274,7 +274,7 @@ def test_names_that_are_no_utf8(tmp_path):
     name = header("\0.npy")
     name[0] = 0xFC
     (tmp_path / "a.tar").write_bytes(summed(name) + bytes(2 * TAR_BLOCK))
-    with pytest.raises(InputError, match="not printable UTF-8"):
+    with refused("not printable UTF-8"):
         by_pages(tmp_path / "a.tar")
 
 

@@ -6,7 +6,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from naign.evaluate import coverage as module
-from naign.evaluate.coverage import coverage, mode_shares, nearest, radii
+from naign.evaluate.coverage import coverage, mode_shares, nearest
 
 
 def _normal(*shape, seed):
@@ -44,23 +44,6 @@ def test_equal_sets_are_complete():
     assert set(found.values()) == {1}
     apart = coverage(real + 1000, real, k=5)
     assert set(apart.values()) == {0}
-
-
-def test_a_dropped_mode_lowers_recall_and_coverage_alone():
-    near = _normal(200, 3, seed=0)
-    far = _normal(200, 3, seed=1) + 500
-    real = torch.cat([near, far])
-    samples = near.repeat(2, 1) + 1e-3
-    found = coverage(real, samples, k=5)
-    assert found["precision"] == 1
-    assert found["recall"] == pytest.approx(0.5, abs=0.05)
-    assert found["coverage"] == 0.5
-
-
-def test_radii_of_a_line_of_points():
-    line = torch.arange(10.0)[:, None]
-    assert radii(line, 1).tolist() == [1] * 10
-    assert radii(line, 2).tolist() == [4, *[1] * 8, 4]
 
 
 def test_too_few_rows_are_refused():

@@ -21,7 +21,6 @@ from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
 from naign.data.sources.catalog import load
 from naign.data.sources.source import Made
-from naign.errors import InputError
 from naign.evaluate import run
 from naign.evaluate.measures import VALUES, read
 from naign.evaluate.report import number
@@ -30,6 +29,7 @@ from naign.model import encoders
 from naign.model.encoders import FOLDER, load_encoder
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
+from tests.refused import refused
 
 TINY = ConvConfig(width=4, code=8)
 VOLATILE = {"seconds", "device", "sampling"}
@@ -219,7 +219,7 @@ def test_a_floor_of_fewer_images_is_compared_with_as_many_samples(digits, save):
 
 
 def test_a_second_encoder_measures_beside_the_first(digits, save, tmp_path, capsys, monkeypatch):
-    file = str(tmp_path / "other.safetensors")
+    file = f"{tmp_path}/other.safetensors"
     with safe_open(FOLDER / "digits-cnn64.safetensors", "pt") as shipped:
         weights = {name: 2 * shipped.get_tensor(name) for name in shipped.keys()}  # noqa: SIM118
         save_file(weights, file, shipped.metadata())
@@ -238,7 +238,7 @@ def test_a_second_encoder_measures_beside_the_first(digits, save, tmp_path, caps
 
 def test_a_second_encoder_that_cannot_be_used_is_refused_first(digits, save):
     folder = save(digits)
-    with pytest.raises(InputError, match="mnist-cnn64"):
+    with refused("mnist-cnn64"):
         measure(folder, encoder="mnist-cnn64")
     assert not Path(folder, "evaluation").exists()
 
@@ -314,7 +314,7 @@ def test_a_header_that_no_training_wrote_is_refused(digits, save, config):
     model = NAIGN.from_pretrained(folder)
     model.metadata["config"] = config
     model.save_pretrained(folder)
-    with pytest.raises(InputError, match="has a header that no training wrote"):
+    with refused("has a header that no training wrote"):
         measure(folder, data=digits)
 
 
@@ -325,7 +325,7 @@ def test_bad_input_says_what_to_do(digits, save, save_untrained, tmp_path):
         "test": first(source.splits["test"], 5),
     }
     small = pack_examples(source, few, tmp_path / "few")
-    folder = save(str(tmp_path / "gone"))
+    folder = save(f"{tmp_path}/gone")
     other = save_untrained(tmp_path / "other", data=None, shape=(1, 12, 12), config=TINY)
     cases = [
         (tmp_path / "nowhere", {"data": digits}, "nowhere"),
@@ -336,15 +336,15 @@ def test_bad_input_says_what_to_do(digits, save, save_untrained, tmp_path):
         (other, {"data": digits}, r"shape \(1, 8, 8\).*\(1, 12, 12\)"),
     ]
     for place, options, said in cases:
-        with pytest.raises(InputError, match=said):
+        with refused(said):
             measure(place, **options)
     assert not Path(folder, "evaluation").exists()
-    with pytest.raises(InputError, match="too few of them fit in memory.*data.size"):
+    with refused("too few of them fit in memory.*data.size"):
         read(DataConfig(path="absent"), (1, 2, VALUES // 2), seed=0)
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    "value, text",
     [
         (None, "–"),
         (0.0, "0.000"),

@@ -16,7 +16,7 @@ def random_images(count, side=28, channels=1):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("side", "channels"), [(28, 3), (4, 1)])
+@pytest.mark.parametrize("side, channels", [(28, 3), (4, 1)])
 def test_damage_has_the_shape_and_range_of_images_and_follows_seed_and_strength(kind, side, channels):
     images = random_images(5, side, channels)
     assert torch.equal(degrade(images, kind, seed=3, strength=0.0), images)
@@ -63,7 +63,7 @@ def test_salt_and_pepper_hits_a_fifth_in_equal_parts_all_channels_together():
     assert torch.equal(damaged[:, :1].expand_as(damaged), damaged)
 
 
-@pytest.mark.parametrize(("side", "count"), [(28, 5), (16, 3), (4, 1)])
+@pytest.mark.parametrize("side, count", [(28, 5), (16, 3), (4, 1)])
 def test_rows_are_blackened_whole_in_the_stated_number(side, count):
     damaged = degrade(torch.ones(40, 2, side, side), "rows")
     black = damaged == -1

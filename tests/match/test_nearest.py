@@ -161,7 +161,7 @@ def test_data_that_no_projection_separates_are_searched_by_faiss(monkeypatch):
     assert found.ids.tolist() == oracle(queries, candidates)[1].tolist()
 
 
-@pytest.mark.parametrize(("where", "value"), [("queries", torch.nan), ("candidates", -torch.inf)])
+@pytest.mark.parametrize("where, value", [("queries", torch.nan), ("candidates", -torch.inf)])
 def test_values_that_are_not_finite_are_refused(value, where):
     rows = {"queries": draw(0, 5, 4), "candidates": draw(1, 5, 4)}
     rows[where][3, 2] = value
@@ -173,7 +173,7 @@ NOT_ROWS = r"must be float32 torch tensors \(n, d\) of the same d >= 1, not "
 
 
 @pytest.mark.parametrize(
-    ("queries", "candidates", "first", "what"),
+    "queries, candidates, first, what",
     [
         (draw(0, 5, 4), torch.empty(0, 4), 0, "no rank has a candidate"),
         (draw(0, 5, 4), draw(1, 5, 3), 0, NOT_ROWS + r"torch.float32 \(5, 3\)"),

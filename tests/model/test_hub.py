@@ -87,7 +87,7 @@ def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("token", "name", "said"),
+    "token, name, said",
     [
         ("", "me/model", "needs a login to the hub .`hf auth login`, or HF_TOKEN"),
         ("hf_wrong", "me/model", "was not uploaded .*401"),

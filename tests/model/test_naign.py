@@ -7,25 +7,17 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from naign.errors import InputError
 from naign.model.holes import continued
 from naign.model.naign import FILLING, NAIGN
 from tests.model.made import CONV, assert_near, make_model
+from tests.refused import refused
 
 SPATIAL = {"name": "spatial", "width": 4, "depth": 0, "code": 2}
 
 
 def refuse(place, said):
-    with pytest.raises(InputError, match=said):
+    with refused(said):
         NAIGN.from_pretrained(place)
-
-
-def test_saving_and_loading_changes_nothing(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    again = NAIGN.from_pretrained(tmp_path)
-    assert again.metadata == model.metadata
-    assert torch.equal(again.sample(5, seed=3), model.sample(5, seed=3))
 
 
 def test_samples_do_not_depend_on_the_batch_and_times_is_how_often_f_is_applied():
@@ -43,7 +35,7 @@ def test_large_images_are_computed_in_small_batches():
 
 
 @pytest.mark.parametrize(
-    ("x", "times", "said"),
+    "x, times, said",
     [
         (torch.zeros(2, 1, 8, 8).numpy(), 1, "takes floating-point tensors"),
         (
@@ -56,7 +48,7 @@ def test_large_images_are_computed_in_small_batches():
     ],
 )
 def test_what_f_cannot_be_applied_to_is_refused(x, times, said):
-    with pytest.raises(InputError, match=said):
+    with refused(said):
         make_model().project(x, times=times)
 
 
@@ -140,7 +132,7 @@ def test_a_mask_may_differ_by_image_and_must_fit(holed):
     assert model.project(x, mask=torch.ones_like(mask)).isfinite().all()
     too_many = mask.expand(2, 1, *mask.shape)
     for wrong in (mask.float(), mask.numpy(), mask[1:], too_many):
-        with pytest.raises(InputError, match="give a bool tensor that broadcasts to"):
+        with refused("give a bool tensor that broadcasts to"):
             model.project(x, mask=wrong)
 
 
@@ -160,7 +152,7 @@ def test_what_is_known_is_continued_smoothly_into_a_hole():
 def test_nothing_in_nothing_out():
     model = make_model()
     assert model.sample(0).shape == (0, 1, 8, 8)
-    with pytest.raises(InputError, match="n is -1"):
+    with refused("n is -1"):
         model.sample(-1)
     assert model.project(torch.empty(0, 1, 8, 8)).shape == (0, 1, 8, 8)
 
@@ -176,7 +168,7 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change, said",
     [
         ({"shape": [1, 12, 12]}, ""),
         ({"shape": "x"}, ""),

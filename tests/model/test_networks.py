@@ -5,16 +5,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from naign.errors import InputError
 from naign.model.networks import (
     Attention,
     ConvConfig,
     PointConfig,
-    ResidualBlock,
     SpatialConfig,
     build_network,
     code_shape,
 )
+from tests.refused import refused
 
 both = pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
 
@@ -51,19 +50,6 @@ def test_every_pixel_sees_every_pixel():
     assert (x.grad != 0).all()
 
 
-@both
-def test_recomputed_activations_change_nothing(kind):
-    config = kind(width=4, code=3, depth=1)
-    plain = build_network(config, (1, 16, 16))
-    again = build_network(config, (1, 16, 16), recompute=True)
-    again.load_state_dict(plain.state_dict())
-    x = torch.randn(5, 1, 16, 16)
-    for network in (plain, again):
-        network(x).square().sum().backward()
-    for one, two in zip(plain.parameters(), again.parameters(), strict=True):
-        assert_close(one.grad, two.grad)
-
-
 def test_attention_starts_as_the_identity_and_takes_positions_alike():
     layer = Attention(16)
     x = torch.randn(2, 16, 4, 4)
@@ -76,20 +62,14 @@ def test_attention_starts_as_the_identity_and_takes_positions_alike():
     assert_close(layer(moved), out.flatten(2)[:, :, order].view_as(x))
 
 
-def test_a_residual_block_starts_as_the_identity_and_a_constant():
-    x = torch.randn(3, 8, 4, 4)
-    added = ResidualBlock(8)(x) - x
-    assert_close(added, added[:1, :, :1, :1].expand_as(added))
-
-
 @pytest.mark.parametrize("shape", [(1, 28, 30), (1, 30, 28), (2,)])
 def test_a_shape_that_does_not_fit_is_refused(shape):
-    with pytest.raises(InputError, match="model.name=conv takes images .* whose sides are multiples of 4"):
+    with refused("model.name=conv takes images .* whose sides are multiples of 4"):
         build_network(ConvConfig(), shape)
 
 
 @pytest.mark.parametrize(
-    ("grid", "positions"),
+    "grid, positions",
     [
         (2, (2, 1)),
         (16, (16, 8)),
@@ -134,7 +114,7 @@ def test_a_blend_is_x_where_the_mask_is_0_and_the_decoder_s_image_where_it_is_1(
     for mask, expected in ((-100.0, x), (100.0, torch.full_like(x, 0.5).tanh())):
         last.bias.data = torch.tensor([0.5] * 12 + [mask] * 4)  # of four pixels each channel
         assert_close(network(x), expected)
-    with pytest.raises(InputError, match="prior.name=flow: this network has no code.* without model.blend"):
+    with refused("prior.name=flow: this network has no code.* without model.blend"):
         code_shape(network, "prior.name=flow")
 
 

@@ -8,16 +8,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from naign.cli.main import main
 from naign.data.loader import read_split
 from naign.data.scale import scaled
-from naign.errors import InputError
 from naign.model.naign import NAIGN
-from naign.model.networks import ConvConfig
 from naign.neighbours import CopiesOptions
 from naign.neighbours.copies import copies, judge
 from naign.observe.pictures import eight_bits
 from tests.neighbours.planted import SHAPE, image, plant, small_blocks
+from tests.refused import refused
 
 SAMPLES = 300
 COPIED = {7: (40, False), 8: (41, True), 290: (640, False)}
@@ -114,24 +112,6 @@ def test_distances_are_those_of_brute_force(copier, planted, tmp_path):
     assert found == pytest.approx(expected.tolist(), rel=1e-12, abs=1e-12)
 
 
-def test_the_command_with_the_features_of_an_encoder(
-    digits,
-    save_untrained,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
-    config = ConvConfig(width=4, code=8)
-    model = save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=config)
-    words = ["naign", "copies", model, "--samples=10", "--encoder=digits-cnn64"]
-    monkeypatch.setattr("sys.argv", words)
-    main()
-    assert "of a training image" in capsys.readouterr().out
-    found = json.loads((tmp_path / "model/evaluation/copies.json").read_text())
-    assert found["encoder"] == "digits-cnn64"
-    assert 0 < found["threshold"] < 2
-
-
 def test_the_default_threshold_is_a_quantile_of_the_test_images():
     samples = torch.tensor([1.0, 5.0, 10.0, 11.0], dtype=torch.float64)
     tests = torch.arange(1.0, 1001.0, dtype=torch.float64)
@@ -140,7 +120,7 @@ def test_the_default_threshold_is_a_quantile_of_the_test_images():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options, message",
     [
         ({"samples": 0}, "--samples is 0: it must be at least 1"),
         ({"seed": -1}, "--seed is -1: it must be 0 to"),
@@ -150,10 +130,10 @@ def test_the_default_threshold_is_a_quantile_of_the_test_images():
     ],
 )
 def test_bad_options_are_one_sentence(options, message, copier, tmp_path):
-    with pytest.raises(InputError, match=message):
+    with refused(message):
         audit(to=str(tmp_path), **options)
 
 
 def test_a_hub_needs_a_folder():
-    with pytest.raises(InputError, match="give one for the results with --to"):
+    with refused("give one for the results with --to"):
         copies("hf://user/model", CopiesOptions(), Accelerator(cpu=True))

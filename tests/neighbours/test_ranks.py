@@ -30,7 +30,7 @@ def test_one_to_three_ranks_write_the_same_bytes(
     tmp_path,
     monkeypatch,
 ):
-    plant(str(tmp_path / "data"))
+    plant(f"{tmp_path}/data")
     save_untrained(
         tmp_path / "model",
         data=digits,
@@ -47,7 +47,7 @@ def test_one_to_three_ranks_write_the_same_bytes(
 
 
 def test_launchers_start_audits(tmp_path, naign):
-    path = plant(str(tmp_path / "data"))
+    path = plant(f"{tmp_path}/data")
     audit(path, tmp_path / "alone")
     launched = naign("launch", "--processes=2", "duplicates", "--data", path, "--to", "two", real=True)
     assert launched.returncode == 0, launched.stderr
@@ -74,7 +74,7 @@ def test_launchers_start_audits(tmp_path, naign):
 def test_everything_may_lie_in_a_bucket(bucket, tmp_path):
     plant(f"{bucket}/data")
     found = audit(f"{bucket}/data", f"{bucket}/audit")
-    audit(plant(str(tmp_path / "data")), tmp_path / "local")
+    audit(plant(f"{tmp_path}/data"), tmp_path / "local")
     store = open_store(f"{bucket}/audit")
     assert store.list() == sorted(RESULTS)
     assert json.loads(store.read("duplicates.json")) == found

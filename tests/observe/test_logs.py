@@ -28,7 +28,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 @pytest.mark.parametrize(
-    ("rank", "round", "place", "ours"),
+    "rank, round, place, ours",
     [
         (0, None, "[rank 0]", LEVELS[1:]),
         (3, 12, "[rank 3, round 12]", LEVELS[2:]),

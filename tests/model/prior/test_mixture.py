@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from naign.errors import InputError
 from naign.model.prior import Codes, Mixture, MixtureConfig
 from naign.model.prior.mixture import ITERATIONS, k_means
 from tests.model.made import assert_near
 from tests.model.prior.ranks import fit_on_ranks
+from tests.refused import refused
 
 SETTINGS = MixtureConfig(components=3)
 CENTRES = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
@@ -104,12 +104,12 @@ def test_k_means_finds_as_many_clusters_as_there_are_points():
 
 
 def test_codes_that_are_all_the_same_are_refused():
-    with pytest.raises(InputError, match="the codes of all images are the same"):
+    with refused("the codes of all images are the same"):
         list(Mixture(SETTINGS, (2,)).fit(Codes.of(torch.ones(100, 2))))
 
 
 @pytest.mark.parametrize(
-    ("count", "shape", "said"),
+    "count, shape, said",
     [
         (1999, (64,), "components=100 with prior.images=1999: fewer than 20 codes a component"),
         (10**6, (4096,), "over 268435456 values in all: fit the mixture to fewer images"),
@@ -119,5 +119,5 @@ def test_codes_that_are_all_the_same_are_refused():
 def test_too_large_mixtures_and_too_few_codes_are_refused(count, shape, said):
     config = MixtureConfig(components=100)
     config.check_codes(2000, (8, 16, 16))
-    with pytest.raises(InputError, match=said):
+    with refused(said):
         config.check_codes(count, shape)
