@@ -18,17 +18,17 @@ from naign.data.sources.source import Made, Source
 from naign.storage.local import LocalStore
 
 
+def noise(seed, shape):
+    """Pixels uint8 that cannot be compressed."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
 def numbered(train=23, test=5, shape=(1, 4, 4)):
     """Images whose first pixel is their index, labelled by its parity."""
 
     def split(name, length):
         def make(index):
-            image = np.random.default_rng(index).integers(
-                0,
-                256,
-                shape,
-                dtype=np.uint8,
-            )
+            image = noise(index, shape)
             image.flat[0] = index
             return f"{name}-{index:03d}", image, index % 2
 

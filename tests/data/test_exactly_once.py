@@ -23,9 +23,6 @@ ROUND = 60
 ROUNDS = 5
 """Two epochs: the third round belongs to both."""
 
-Line = tuple[int, int, str]
-"""Epoch, round and key."""
-
 
 @pytest.fixture
 def uneven(bucket):

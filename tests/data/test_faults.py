@@ -5,7 +5,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from naign.data.dataset import DataConfig
@@ -16,7 +15,7 @@ from naign.data.sources.source import Made
 from naign.errors import Gone, InputError, Unavailable
 from naign.storage.retry import Tally, give_up_after
 from naign.storage.store import open_store
-from tests.data.numbered import numbered
+from tests.data.numbered import noise, numbered
 from tests.proxy import Faults
 from tests.refused import refused
 
@@ -39,14 +38,9 @@ def impatient(monkeypatch):
     monkeypatch.setattr("naign.data.reader.REQUEST", 300_000)
 
 
-def noise(index):
+def example(index):
     """An image that cannot be compressed; its first pixel is its index, modulo 256."""
-    image = np.random.default_rng(index).integers(
-        0,
-        256,
-        SHAPE,
-        dtype=np.uint8,
-    )
+    image = noise(index, SHAPE)
     image.flat[0] = index % 256
     return f"train-{index:04d}", image, index % 2
 
@@ -60,7 +54,7 @@ def opened(path, round_size=ROUND, **settings):
 def local(tmp_path_factory):
     """1,600 images of noise, 12 KiB each, in 7 shards; 23 MB."""
     path = str(tmp_path_factory.mktemp("noise"))
-    splits = {"train": Made(length=IMAGES, make=noise)}
+    splits = {"train": Made(length=IMAGES, make=example)}
     source = replace(numbered(shape=SHAPE), splits=splits)
     pack(source, path, shards=7, encoding="npy")
     return path

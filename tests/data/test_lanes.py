@@ -14,7 +14,7 @@ from naign.data.format.indexing import index
 from naign.data.loader import Stream, read_split
 from naign.data.order import BLOCK
 from naign.storage.store import open_store
-from tests.data.numbered import add, streams_of
+from tests.data.numbered import add, noise, streams_of
 from tests.refused import refused
 
 CLASSES = 10
@@ -24,17 +24,11 @@ SHARDS = 40
 
 def write_shards(path, shards, each, side):
     """Images of noise, every class in shards of its own."""
-    rng = np.random.default_rng(0)
     path.mkdir()
     for shard in range(shards):
         with tarfile.open(path / f"{shard:05d}.tar", "w") as tar:
             for number in range(each):
-                image = rng.integers(
-                    0,
-                    256,
-                    (1, side, side),
-                    dtype=np.uint8,
-                )
+                image = noise((shard, number), (1, side, side))
                 add(tar, f"{shard:03d}{number:03d}.png", encode(image, "png"))
                 add(tar, f"{shard:03d}{number:03d}.cls", b"%d" % (shard * CLASSES // shards))
     assert not index(str(path)).dealt

@@ -15,9 +15,6 @@ from tests.data.numbered import numbered, streams_of
 from tests.data.test_augment import broken
 from tests.refused import refused
 
-Line = tuple[str, int]
-"""Key and label."""
-
 
 @pytest.fixture
 def three(tmp_path):

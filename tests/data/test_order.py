@@ -21,9 +21,6 @@ from tests.refused import refused
 
 LARGER = some.lists(some.integers(1, 70), min_size=1, max_size=9).map(tuple)
 SEEDS = some.integers(-(2**63), 2**64 - 1)
-UNEVEN = (5, 1, 9, 2, 30, 7, 3)
-Sample = tuple[int, int, int]
-"""Epoch, shard, number in the shard."""
 
 
 def listed(order, round, start, stop):
@@ -117,32 +114,11 @@ def test_any_so_many_numbers_lie_evenly_over_the_range(count, width, backwards):
             0.25,
         ),
         (
-            (100, 150, 130, 128, 140, 120, 131, 129, 135, 137),
-            1,
-            256,
-            0.15,
-            0.25,
-        ),
-        (
             (1000,) * 10,
             1,
             512,
             0.13,
             0.15,
-        ),
-        (
-            (500,) * 20,
-            2,
-            1024,
-            0.12,
-            0.15,
-        ),
-        (
-            (6000,) * 10,
-            1,
-            2048,
-            0.11,
-            0.13,
         ),
         (
             (300,) * 1000,

@@ -95,10 +95,8 @@ SOUND = ((0, 0), (3, 70_000), (5, 99_000))
         saved(np.zeros(3, np.int64)),
         saved(np.zeros((3, 1), ROW)),
         table(*SOUND)[:-1],
-        b"not a table at all",
         b"",
         table((1, 0), (5, 99_000)),
-        table((0, 0), (4, 99_000)),
         table((0, 0), (5, 100_001)),
         table((0, -512), (5, 99_000)),
         table(
@@ -128,8 +126,6 @@ def test_nonsense_is_no_table(data):
 
 
 # Samples
-
-Content = list[tuple[str, bytes | None]]  # names and bytes of what a tar holds; None for a directory
 
 
 def members():

@@ -266,7 +266,6 @@ def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs):
     [
         ({}, "have many sizes: say one, as with --data.size=64"),
         ({"size": "0"}, "data.size is '0': give pixels a side"),
-        ({"size": "64x"}, "data.size is '64x'"),
         ({"size": "9999"}, "height x width, as 48x64, to 8192"),
         ({"size": "8", "crop": 4}, "data.crop takes windows .*choose one"),
     ],

@@ -90,11 +90,8 @@ FAMILIES = (
 CASES = {
     "random": family("gaussian", 0, 500, 3000, 40),
     "one dimension": family("gaussian", 0, 300, 900, 1),
-    "two dimensions": family("gaussian", 0, 300, 900, 2),
     "near-duplicates": family("near-duplicates", 3, 200, 650, 64),
-    "offset 100": family("offset", 4, 200, 650, 64),
     "low rank": low_rank(7, 90, 1500, 784),
-    "all candidates equal": family("all equal", 0, 50, 700, 16),
     "exact duplicates": family("exact duplicates", 0, 50, 1200, 16),
     "fewer candidates than fetched": family("gaussian", 0, 20, 3, 8),
     "one candidate": family("gaussian", 0, 20, 1, 8),

@@ -61,8 +61,11 @@ def test_ranks_share_the_pool_in_whole_blocks(world, size, block):
     ranges = [block_range(size, block, rank, world) for rank in range(world)]
     assert ranges[0][0] == 0
     assert ranges[-1][1] == size
-    assert all(before[1] == after[0] for before, after in pairwise(ranges))
-    assert all(first % block == 0 for first, last in ranges if first < last)
+    for before, after in pairwise(ranges):
+        assert before[1] == after[0]
+    for first, last in ranges:
+        if first < last:
+            assert first % block == 0
     assert max(last - first for first, last in ranges) <= -(-size // block // world) * block + block
 
 
@@ -96,7 +99,8 @@ def test_every_rank_samples_equally_often_in_each_part_of_the_pool(world, size, 
             blocks.make(min(low, blocks.rows), min(low + blocks.size, blocks.rows))
             sampled.append(len(samples))
         counts.append(sampled)
-    assert all(sampled == counts[0] for sampled in counts)
+    for sampled in counts:
+        assert sampled == counts[0]
     assert counts[0][-1] == -(-longest // 10)
 
 
@@ -126,7 +130,8 @@ def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
     match = match_round(IMAGES, sample, configured(90, 700, block=50))
     assert torch.equal(match.ids, whole.ids)
     assert torch.equal(match.distances, whole.distances)
-    assert all(int(ids[0]) % 50 == 0 and len(ids) == 50 for ids in made)
+    for ids in made:
+        assert int(ids[0]) % 50 == 0 and len(ids) == 50
 
 
 @pytest.mark.parametrize("block", [50, 256, 900])

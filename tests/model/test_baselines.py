@@ -5,16 +5,15 @@ import math
 import pytest
 import torch
 from naign_baselines.rectified_flow import FlowConfig, FlowNetworkConfig
-from naign_baselines.vae import CodeNormalConfig, VaeConfig, VaeNetworkConfig
+from naign_baselines.vae import VaeConfig, VaeNetworkConfig
 from torch.distributions import Laplace, Normal, kl_divergence
 from torch.testing import assert_close
 
 from naign import config
 from naign.model import networks
 from naign.model.losses import Batch, compute_losses, find_distance
-from naign.model.naign import NAIGN
-from naign.model.prior import build_prior
 from naign.philox import normal
+from tests.model.made import wrapped
 from tests.refused import refused
 
 SHAPE = (1, 8, 8)
@@ -40,7 +39,8 @@ def total_loss(settings, network, images, latents=None):
     )
     loss = compute_losses(settings, network, batch)["total"]
     loss.backward()
-    assert all(value.grad is not None for value in network.parameters())
+    for value in network.parameters():
+        assert value.grad is not None
     return loss
 
 
@@ -76,12 +76,10 @@ def test_the_loss_is_the_bound_on_the_likelihood(body, code, likelihood):
 
 def test_latents_of_a_vae_are_decoded_normals():
     f = build(VaeNetworkConfig(width=8, code=6)).requires_grad_(False)
-    model = NAIGN(f, {"shape": list(SHAPE), "prior": {"name": "code-normal"}})
+    model = wrapped(f, SHAPE, prior={"name": "code-normal"})
     ids = torch.tensor([5, 2])
     codes = normal(3, 2**32 - 1, ids, (6,))
     assert_close(model.latent(ids, seed=3), f.decode(codes))
-    with refused("prior.name=code-normal: this network has no code"):
-        build_prior(CodeNormalConfig(), SHAPE, build(networks.PointConfig()))
 
 
 class Straight(torch.nn.Module):
@@ -97,12 +95,14 @@ class Straight(torch.nn.Module):
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
-def test_the_solvers_have_their_order(solver, order):
+def test_the_solvers_have_their_order_and_take_as_many_evaluations_as_asked(solver, order):
     f = build(FlowNetworkConfig(width=8, depth=1, solver=solver))
     f.velocity = Straight()
     errors = []
     for f.evaluations in (20 * order, 40 * order):
+        f.velocity.seen.clear()
         made = f(torch.ones(1, *SHAPE, dtype=torch.float64))
+        assert len(f.velocity.seen) == f.evaluations
         errors.append(abs(float(made.mean()) - math.exp(-1)))
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
 

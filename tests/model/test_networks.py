@@ -23,8 +23,6 @@ both = pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
     "shape",
     [
         (1, 28, 28),
-        (4, 12, 12),
-        (1, 4, 4),
         (3, 48, 64),
         (3, 4, 36),
     ],
@@ -34,9 +32,10 @@ def test_images_keep_their_shape_and_range_through_a_code(shape, kind):
     x = 3 * torch.randn(2, *shape)
     out = network(x)
     assert out.shape == x.shape
-    assert float(out.abs().max()) <= 1
+    assert out.abs().max() <= 1
     out.sum().backward()
-    assert all(value.grad is not None for value in network.parameters())
+    for value in network.parameters():
+        assert value.grad is not None
     code = network.encode(x)
     assert code.shape == (2, *code_shape(network, "prior"))
     assert_close(network.decode(code), out)
@@ -108,7 +107,7 @@ def test_a_blend_is_x_where_the_mask_is_0_and_the_decoder_s_image_where_it_is_1(
         (3, 32, 32),
     )
     x = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert float(network(3 * torch.randn(2, 3, 32, 32)).abs().max()) <= 1
+    assert network(3 * torch.randn(2, 3, 32, 32)).abs().max() <= 1
     last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
     nn.init.zeros_(last.weight)
     for mask, expected in ((-100.0, x), (100.0, torch.full_like(x, 0.5).tanh())):

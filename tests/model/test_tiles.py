@@ -9,9 +9,8 @@ from torch.testing import assert_close
 
 from naign.data.scale import scaled
 from naign.model import tiles
-from naign.model.naign import NAIGN
 from tests.data.test_resize import PHOTOS
-from tests.model.made import assert_near
+from tests.model.made import assert_near, wrapped
 from tests.refused import refused
 
 SIDE = 24
@@ -43,7 +42,7 @@ def photos():
 def model(photos):
     windows = photos[:, 0].unfold(1, SIDE, 5).unfold(2, SIDE, 5)
     network = Principal(windows.reshape(-1, 1, SIDE, SIDE), 200)
-    return NAIGN(network, {"shape": [1, SIDE, SIDE], "prior": {"name": "none"}})
+    return wrapped(network, (1, SIDE, SIDE))
 
 
 def reader(x):

@@ -7,6 +7,7 @@ from naign.data.format.writer import pack
 from naign.data.sources.source import Made, Source
 from naign.neighbours import DuplicatesOptions, rows
 from naign.neighbours.duplicates import duplicates
+from tests.data.numbered import noise
 
 TRAIN = 700
 TEST = 90
@@ -31,12 +32,12 @@ GROUPS = {
 
 
 def image(split, index):
-    draw = np.random.default_rng((split == "test", index))
     if (split, index) not in COPIES:
-        return draw.integers(0, 256, SHAPE, dtype=np.uint8)
-    other, number, mirrored, noise = COPIES[split, index]
+        return noise((split == "test", index), SHAPE)
+    other, number, mirrored, levels = COPIES[split, index]
     original = image(other, number).astype(int)
-    noisy = original + draw.integers(-noise, noise + 1, SHAPE)
+    draw = np.random.default_rng((split == "test", index))
+    noisy = original + draw.integers(-levels, levels + 1, SHAPE)
     copy = np.clip(noisy, 0, 255).astype(np.uint8)
     if mirrored:
         return copy[..., ::-1]

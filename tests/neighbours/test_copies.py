@@ -14,6 +14,7 @@ from naign.model.naign import NAIGN
 from naign.neighbours import CopiesOptions
 from naign.neighbours.copies import copies, judge
 from naign.observe.pictures import eight_bits
+from tests.model.made import wrapped
 from tests.neighbours.planted import SHAPE, image, plant, small_blocks
 from tests.refused import refused
 
@@ -48,13 +49,7 @@ class Copier(nn.Module):
 def copier(planted, monkeypatch):
     """A model that three of 300 samples of seed 0 show to have memorised."""
     small_blocks(monkeypatch)
-    metadata = {
-        "shape": SHAPE,
-        "latents": {"name": "gaussian"},
-        "prior": {"name": "none"},
-        "config": {"data": {"path": planted}},
-    }
-    model = NAIGN(Copier(), metadata)
+    model = wrapped(Copier(), SHAPE, config={"data": {"path": planted}})
     model.network.latents.copy_(model.latent(torch.tensor(list(COPIED))))
     monkeypatch.setattr(NAIGN, "from_pretrained", lambda run, device: model)
     return model
@@ -123,7 +118,6 @@ def test_the_default_threshold_is_a_quantile_of_the_test_images():
     "options, message",
     [
         ({"samples": 0}, "--samples is 0: it must be at least 1"),
-        ({"seed": -1}, "--seed is -1: it must be 0 to"),
         ({"threshold": float("nan")}, "--threshold is nan: it must be 0 or more"),
         ({"encoder": "mnist-cnn64"}, "--encoder 'mnist-cnn64' reads"),
         ({"data": "none"}, "no data set here"),

@@ -4,7 +4,6 @@ import importlib
 import runpy
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,6 @@ from tests.refused import refused
 
 ROOT = Path(__file__).parents[2]
 FAISS_VERSION = runpy.run_path(f"{ROOT}/launch/faiss-gpu/which.py")["VERSION"]
-
-Install = Callable[..., Path]
 
 
 def test_this_machine_is_described_and_ready():

@@ -42,7 +42,8 @@ def test_counting_leaves_the_network_alone():
     for name, value in bare.state_dict(keep_vars=True).items():
         assert value is before[name]
         assert torch.equal(value, values[name])
-    assert all(value.requires_grad and value.grad is None for value in bare.parameters())
+    for value in bare.parameters():
+        assert value.requires_grad and value.grad is None
 
 
 def test_a_large_network_is_counted_without_memory():

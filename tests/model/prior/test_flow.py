@@ -59,7 +59,7 @@ def test_a_student_reaches_in_two_evaluations_what_the_flow_does_in_many():
     reached = prior.solve(noise)
     prior._enter(KEPT)
     followed = prior.solve(noise)
-    assert float((reached - followed).abs().mean()) < 0.2 * float(followed.std())
+    assert (reached - followed).abs().mean() < 0.2 * followed.std()
 
 
 def test_each_code_is_learned_from_as_often_as_asked_in_chunks():
@@ -110,10 +110,6 @@ def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_t
     for value, expected in zip(prior.early.parameters(), quarter.parameters(), strict=True):
         assert torch.equal(value, expected)
     noise = torch.randn(5, 2)
-    now = prior.velocity(noise, torch.zeros(5))
-    early = prior.early(noise, torch.zeros(5))
-    *_, end = prior.path(noise)
-    assert_close(end, noise + 2.5 * now - 1.5 * early)
     again = build(config)
     again.load_state_dict(prior.state_dict())
     assert torch.equal(again.solve(noise), prior.solve(noise))
@@ -149,7 +145,7 @@ def test_of_many_directions_the_leading_ones_are_modelled(monkeypatch):
     assert prior.noise_shape == (2,)
     white = prior.whiten(mixed)
     back = white @ prior.outward.T + prior.mean
-    assert 0 < float((back - mixed).square().mean(0).sum()) < 0.002
+    assert 0 < (back - mixed).square().mean(0).sum() < 0.002
     assert prior.draw(0, 0, torch.arange(7), "cpu").shape == (7, 5)
 
 
