@@ -56,6 +56,16 @@ def without_labels(members):
     return [member for member in members if not member[0].endswith(".cls")]
 
 
+def replaced(suffix, data, number=0):
+    """A change of `rewrite`: other bytes in the number-th member with that suffix."""
+
+    def change(members):
+        target = [name for name, _ in members if name.endswith(suffix)][number]
+        return [(name, data if name == target else old) for name, old in members]
+
+    return change
+
+
 def build(count):
     """As another package's entry point brings it."""
     return numbered(train=int(count))

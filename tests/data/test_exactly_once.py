@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import webdataset
 
 from naign.data.dataset import DataConfig
 from naign.data.decode import encode
@@ -14,8 +13,6 @@ from naign.data.format.indexing import index
 from naign.data.loader import Stream
 from naign.storage.store import open_store
 from tests.data.numbered import add
-from tests.refused import refused
-from tests.streams import gopen
 
 SIZES = [1, 7, 23, 50, 64, 5]
 KEYS = {f"{number}/{place:03d}" for number, size in enumerate(SIZES) for place in range(size)}
@@ -151,20 +148,3 @@ def test_going_on_with_another_number_of_ranks(uneven, tmp_path):
     for file in (tmp_path / "trace").iterdir():
         traced.update(file.read_text().splitlines())
     assert traced == Counter(f"{epoch} {number} {key}" for epoch, number, key in lines)
-
-
-def test_webdataset_reads_the_same_samples(uneven, monkeypatch):
-    monkeypatch.setitem(webdataset.gopen_schemes, "s3", gopen)
-    urls = [f"{uneven}/part-{number}.tar" for number in range(len(SIZES))]
-    found = {}
-    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("l8"):
-        found[sample["__key__"]] = sample["png"], sample["cls"]
-    with Stream(DataConfig(path=uneven), seed=11, round_size=len(KEYS)) as stream:
-        taken = stream.take(0)
-    assert set(taken.keys) == set(found) == KEYS
-    for key, image, label in zip(taken.keys, taken.images.numpy(), taken.labels.tolist(), strict=True):
-        pixels, number = found[key]
-        assert np.array_equal(image[0], pixels)
-        assert label == number
-    with refused("no such object"):
-        list(webdataset.WebDataset(f"{uneven}/missing.tar", shardshuffle=False))

@@ -16,7 +16,7 @@ from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
 from naign.data.sources.catalog import load
-from tests.data.numbered import edit_index, first, numbered, rewrite
+from tests.data.numbered import edit_index, first, numbered, replaced, rewrite
 from tests.refused import refused
 
 SHARD = ("splits", "train", "shards", 0)
@@ -91,16 +91,6 @@ def zipped():
     return stream.getvalue()
 
 
-def damaged(suffix, data):
-    """Put other bytes into the first member of that suffix."""
-
-    def change(members):
-        target = next(name for name, _ in members if name.endswith(suffix))
-        return [(name, data if name == target else old) for name, old in members]
-
-    return change
-
-
 @pytest.mark.parametrize(
     "suffix, data, message",
     [
@@ -115,14 +105,14 @@ def damaged(suffix, data):
 def test_damaged_points_are_refused_by_training_and_verify(tmp_path, suffix, data, message):
     source = first(load("toy2d:spirals"), 12)
     pack(source, str(tmp_path), shards=2)
-    rewrite(str(tmp_path), "train-00001.tar", damaged(suffix, data))
+    rewrite(str(tmp_path), "train-00001.tar", replaced(suffix, data))
     for read in (lambda path: read_split(path, "train"), lambda path: verify(path)):
         with refused(rf"train-00001\.tar, key train-\d+: .*{message}"):
             read(str(tmp_path))
 
 
 def test_bytes_of_no_picture_or_tar_are_named_without_addresses(packed):
-    rewrite(packed, "train-00001.tar", damaged(".png", b"no picture"))
+    rewrite(packed, "train-00001.tar", replaced(".png", b"no picture"))
     with refused(r"key train-\d+: .*not a picture that Pillow can read") as caught:
         read_split(packed, "train")
     assert "0x" not in str(caught.value)

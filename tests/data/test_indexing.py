@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -240,7 +241,6 @@ def test_labels_are_found_where_they_are(tmp_path, label, suffix, make, names, e
     "label, message",
     [
         ("text", "--label 'text': give json:FIELD"),
-        ("json:", "--label 'json:': give json:FIELD"),
         ("json:kind", "no sample has a label where --label says: json:kind"),
     ],
 )
@@ -284,7 +284,7 @@ def refuse(folder, data, message):
     (folder / "train.tar").write_bytes(data)
     with refused(message):
         indexed(folder)
-    assert {file.name for file in folder.iterdir()} <= {"train.tar", "train.indexing.json"}
+    assert set(os.listdir(folder)) <= {"train.tar", "train.indexing.json"}
 
 
 @pytest.mark.parametrize(

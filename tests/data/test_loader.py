@@ -20,7 +20,7 @@ from naign.data.reader import Reader
 from naign.storage.s3_client import client
 from naign.storage.store import open_store
 from pipeline.train import pack_missing
-from tests.data.numbered import rewrite, without_labels
+from tests.data.numbered import replaced, rewrite, without_labels
 from tests.refused import refused
 
 ROUND = 12
@@ -31,21 +31,18 @@ def opened(path, round_size=ROUND, **settings):
     return Stream(config, seed=5, round_size=round_size)
 
 
-def take(path, rounds, world=1, workers=0, **settings):
-    """Whole rounds, put together from the ranks; checks that all columns belong together."""
-    found = [([], []) for _ in rounds]
-    config = DataConfig(path=path, workers=workers, **settings)
-    for rank in range(world):
-        with Stream(config, seed=5, round_size=ROUND, rank=rank, world=world) as stream:
-            for (keys, epochs), round in zip(found, rounds, strict=True):
-                taken = stream.take(round)
-                indices = taken.images[:, 0, 0, 0]
-                assert taken.images.shape == (ROUND // world, 1, 4, 4)
-                assert taken.images.dtype == torch.uint8
-                assert taken.keys == [f"train-{index:03d}" for index in indices.tolist()]
-                assert torch.equal(taken.labels, indices.long() % 2)
-                keys += taken.keys
-                epochs += taken.epochs.tolist()
+def take(path, rounds, workers=0):
+    """Keys and epochs of rounds; checks that all columns belong together."""
+    found = []
+    with opened(path, workers=workers) as stream:
+        for round in rounds:
+            taken = stream.take(round)
+            indices = taken.images[:, 0, 0, 0]
+            assert taken.images.shape == (ROUND, 1, 4, 4)
+            assert taken.images.dtype == torch.uint8
+            assert taken.keys == [f"train-{index:03d}" for index in indices.tolist()]
+            assert torch.equal(taken.labels, indices.long() % 2)
+            found.append((taken.keys, taken.epochs.tolist()))
     return found
 
 
@@ -135,14 +132,6 @@ def test_nothing_is_packed_beside_indexed_tars(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_part_of_a_split(packed):
-    images, labels = read_split(packed, "train")
-    some, _ = read_split(packed, "train", limit=13)
-    assert torch.equal(some, images[:13])
-    assert len(labels) == 23
-    assert len(read_split(packed, "test", limit=99)[0]) == 5
-
-
 def test_without_labels(packed):
     rewrite(packed, "test-00000.tar", without_labels)
     assert read_split(packed, "test")[1][0] == -1
@@ -152,6 +141,7 @@ def test_without_labels(packed):
     "changed, message",
     [
         ({"split": "valid"}, "no split 'valid'"),
+        ({"trace": "/dev/null/trace"}, "data.trace .* cannot be written"),
         ({"broken": "maybe"}, "data.broken is 'maybe': choose one of error, skip"),
         ({"crop": 5}, "data.crop=5 is more than there is of numbered"),
     ],
@@ -159,16 +149,6 @@ def test_without_labels(packed):
 def test_settings_that_no_stream_can_have(packed, changed, message):
     with refused(message):
         opened(packed, **changed)
-
-
-def replaced(suffix, data):
-    """Put other bytes into the third sample's member of that suffix."""
-
-    def change(members):
-        target = [name for name, _ in members if name.endswith(suffix)][2]
-        return [(name, data if name == target else old) for name, old in members]
-
-    return change
 
 
 GREY = encode(np.zeros((1, 4, 4), np.uint8), "png")
@@ -179,9 +159,9 @@ COLOUR = encode(np.zeros((3, 4, 4), np.uint8), "png")
 @pytest.mark.parametrize(
     "change, message",
     [
-        (replaced(".png", GREY[:-30]), r"train-00002.tar, key train-\d+: the .png cannot be decoded"),
-        (replaced(".png", COLOUR), r"00002.tar, key .* \(3, 4, 4\), but .*\(1,"),
-        (replaced(".cls", b"2"), r"00002.tar, key .*label '2' is none of the 2"),
+        (replaced(".png", GREY[:-30], 2), r"train-00002.tar, key train-\d+: the .png cannot be decoded"),
+        (replaced(".png", COLOUR, 2), r"00002.tar, key .* \(3, 4, 4\), but .*\(1,"),
+        (replaced(".cls", b"2", 2), r"00002.tar, key .*label '2' is none of the 2"),
         (lambda members: members[:-2], r"00002.pages.npy: "),
         (lambda members: members[:-1], r"00002.tar, key train-\d+: no member ends in png"),
     ],

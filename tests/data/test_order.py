@@ -11,13 +11,11 @@ from naign.data.order import (
     LANES,
     Order,
     _spread,
-    check,
     parts,
     pieces,
     rank_rows,
     shuffled,
 )
-from tests.refused import refused
 
 LARGER = some.lists(some.integers(1, 70), min_size=1, max_size=9).map(tuple)
 SEEDS = some.integers(-(2**63), 2**64 - 1)
@@ -153,9 +151,3 @@ def test_the_order_of_shards_differs_by_epoch_and_seed_and_never_changes():
         for epoch in range(3):
             orders.add(tuple(shuffled(8, seed, epoch)))
     assert len(orders) == 9
-
-
-def test_check_prints_the_arithmetic():
-    check(12, world=3)
-    with refused(r"round of 100 .* 3 ranks \(100 = 33 x 3 \+ 1\): use 99"):
-        check(100, world=3)

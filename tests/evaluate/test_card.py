@@ -18,6 +18,7 @@ from naign.evaluate.run import evaluate
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
 from naign.model.prior import MixtureConfig, build_prior
+from tests.model.made import prior_state
 from tests.refused import refused
 
 TINY = ConvConfig(width=8, code=8, init="/home/someone/runs/first")
@@ -188,9 +189,8 @@ def test_a_card_asks_for_classes_that_were_among_the_training_images(copy, tmp_p
     config = MixtureConfig(classes=True, components=2)
     prior = build_prior(config, model.shape, model.network, labels=labels)
     prior.class_counts[1] = 5
-    state = {f"prior.{name}": value for name, value in prior.state_dict().items()}
     metadata = model.metadata | {"prior": asdict(config), "labels": labels}
-    other = NAIGN(model.network, metadata, state)
+    other = NAIGN(model.network, metadata, prior_state(prior))
     other.save_pretrained(place)
     metrics = json.loads(file.read_text())
     metrics["weights"] = fingerprint(other)

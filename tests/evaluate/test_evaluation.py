@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_metrics_and_pictures_lie_in_the_folder(evaluated):
     assert metrics["images_seen"] == 12_345
     assert metrics["counts"]["samples"] == 300
     pictures = {"samples", "applications", "neighbours", *(f"restoration_{kind}" for kind in KINDS)}
-    files = {path.name for path in (folder / "evaluation").iterdir()}
+    files = set(os.listdir(folder / "evaluation"))
     assert files == {f"{name}.png" for name in pictures} | {"metrics.json", "report.html"}
     for name in pictures:
         with Image.open(folder / f"evaluation/{name}.png") as picture:
@@ -175,7 +176,7 @@ def test_numbers_that_are_not_finite_are_left_out_and_counted(measure_scaled, tm
     assert json.loads((tmp_path / "evaluation/metrics.json").read_text()) == metrics
     assert metrics["nearest"]["samples"] is None
     assert metrics["reconstruction"] > 1e20
-    assert any("numbers are left out, since they are not finite" in note for note in metrics["notes"])
+    assert "numbers are left out, since they are not finite" in "".join(metrics["notes"])
 
 
 def test_data_without_an_encoder_are_compared_on_pixels(digits, save, monkeypatch):
@@ -283,7 +284,7 @@ def test_a_floor_of_rounding_is_no_measure(save, tmp_path, alike):
     folder = save(twin)
     metrics = measure(folder, samples=100)
     assert metrics["fd"]["once_ratio"] is None
-    assert any("Training and test split are alike" in note for note in metrics["notes"])
+    assert "Training and test split are alike" in "".join(metrics["notes"])
     text = read_report(folder)
     assert "copying cannot be judged" in text
     assert not re.search(r"\bnan\b|\binf\b|None", text)

@@ -6,6 +6,7 @@ import scipy.linalg
 import torch
 
 from naign.evaluate.frechet import frechet_distance, gaussian, gaussian_distance
+from tests.match.problems import draw
 from tests.refused import refused
 
 
@@ -28,13 +29,13 @@ def test_agrees_with_scipy_sqrtm():
 
 
 def test_rank_deficient_features_do_not_turn_negative_or_nan():
-    features = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))  # rank 4 in 64 dimensions
+    features = draw(0, 5, 64)  # rank 4 in 64 dimensions
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(features, features + 1) == pytest.approx(64, rel=1e-5)
 
 
 def test_gaussian_is_numpys_mean_and_covariance():
-    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    features = draw(1, 50, 4)
     mean, covariance = gaussian(features)
     exact = features.double().numpy()
     np.testing.assert_allclose(mean, exact.mean(0))

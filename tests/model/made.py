@@ -23,6 +23,11 @@ def wrapped(network, shape, **metadata):
     return NAIGN(network, usual | metadata)
 
 
+def prior_state(prior):
+    """Its part of a model's state."""
+    return {f"prior.{name}": value for name, value in prior.state_dict().items()}
+
+
 def assert_near(actual, expected, within):
     """Values that differ by at most `within`."""
     assert_close(

@@ -1,6 +1,7 @@
 """Which weights a place stands for: of a run those of the newest undamaged checkpoint."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -52,7 +53,7 @@ def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path):
 def test_one_file_of_a_bucket_is_fetched(tmp_path, bucket, monkeypatch, file):
     run = write_run(tmp_path / "run", average=file == "ema.safetensors")
     for checkpoint in (run / "checkpoints").iterdir():
-        upload(checkpoint, bucket, [file.name for file in checkpoint.iterdir()])
+        upload(checkpoint, bucket, os.listdir(checkpoint))
     fetched = []
     locate = in_bucket.locate
     monkeypatch.setattr(in_bucket, "locate", lambda url: fetched.append(url) or locate(url))

@@ -17,16 +17,12 @@ from naign.model.losses import (
     compute_losses,
     find_distance,
 )
+from tests.match.problems import draw
 from tests.refused import refused
 
 
 def setting():
-    generator = torch.Generator().manual_seed(0)
-    network = nn.Linear(3, 3)
-    x = torch.randn(5, 3, generator=generator)
-    z = torch.randn(5, 3, generator=generator)
-    noise = torch.randn(5, 3, generator=generator)
-    return network, x, z, noise
+    return nn.Linear(3, 3), draw(0, 5, 3), draw(1, 5, 3), draw(2, 5, 3)
 
 
 def losses(config, network, images, latents, *, damaged=None, frozen=None, normals=None):
@@ -205,16 +201,16 @@ def test_terms_without_weight_are_not_computed():
     assert [settings.forwards for settings in (plain, denoising, only)] == [1, 1, 1]
 
 
-NONSENSE = [
-    {"imle": -1},
-    {"third": "both"},
-    {"damage": "fire"},
-    {"reconstruction": 0, "imle": 0, "third": "none", "denoising": 0},
-    {"name": "ign", "clamp": 0},
-]
-
-
-@pytest.mark.parametrize("wrong", NONSENSE)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"imle": -1},
+        {"third": "both"},
+        {"damage": "fire"},
+        {"reconstruction": 0, "imle": 0, "third": "none", "denoising": 0},
+        {"name": "ign", "clamp": 0},
+    ],
+)
 def test_nonsense_is_refused(wrong):
     with refused("objective."):
         from_dict({"objective": wrong}, where="here")

@@ -54,16 +54,6 @@ def test_onnx_is_f(save, tmp_path, capsys, name):
     assert b".py" not in file.read_bytes()
 
 
-def test_what_chooses_a_prior_is_refused(tmp_path):
-    with refused("onnx is f alone: leave out what chooses its prior"):
-        cli.export(
-            "run",
-            to=tmp_path / "to",
-            format="onnx",
-            latents=cli.Latents(steps=4),
-        )
-
-
 def test_a_missing_package_is_named_and_nothing_is_written(save, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx_ir.passes.common", None)
     with refused(r"--format onnx needs onnxscript .*pip install -e '.\[onnx\]'"):

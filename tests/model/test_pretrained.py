@@ -33,12 +33,6 @@ def test_lite_gives_the_features_of_the_published_code():
     assert torch.equal(encoder.features(grey), encoder.features(coloured))
 
 
-@wheel
-def test_images_that_an_encoder_cannot_read_are_refused():
-    with refused(f"objective.encoder '{LITE}' cannot read samples of shape"):
-        open_encoder("objective.encoder", LITE, (4, 32, 32))
-
-
 def test_missing_packages_are_named_with_the_command(monkeypatch):
     with monkeypatch.context() as without:
         without.setattr(importlib.util, "find_spec", lambda name: None)

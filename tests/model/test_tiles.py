@@ -139,7 +139,6 @@ def test_progress_counts_tiles_and_the_mean_of_the_map_is_the_energy(model):
     "shape",
     [
         (1, 2, 30, 30),
-        (1, 30, 30),
         (1, 1, 0, 5),
     ],
 )

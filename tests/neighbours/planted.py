@@ -1,5 +1,7 @@
 """A data set of unlike images in which copies are planted, and audits with blocks so small that there are many."""
 
+import csv
+
 import numpy as np
 from accelerate import Accelerator
 
@@ -66,6 +68,10 @@ def small_blocks(patch):
     """Blocks of 256 images, and two of them in a group of queries."""
     patch.setattr(rows, "MOST", 256)
     patch.setattr(rows, "ASKED", 2 * 2 * 192 * 256)
+
+
+def read_csv(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
 
 
 def audit(path, to, **options):

@@ -1,7 +1,7 @@
 """Near-duplicates: all that are planted and nothing else, whatever the blocks."""
 
-import csv
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +14,9 @@ from naign.data.format.writer import pack
 from naign.data.sources.source import Made
 from naign.neighbours import rows
 from naign.neighbours.images import Images
-from tests.data.numbered import edit_index, numbered, rewrite
-from tests.neighbours.planted import GROUPS, TEST, TRAIN, audit, image, plant, small_blocks
+from tests.data.numbered import edit_index, numbered, replaced, rewrite
+from tests.neighbours.planted import GROUPS, TEST, TRAIN, audit, image, plant, read_csv, small_blocks
 from tests.refused import refused
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    return plant(str(tmp_path_factory.mktemp("planted")))
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +24,9 @@ def blocks(monkeypatch):
     small_blocks(monkeypatch)
 
 
-def lines_in(folder):
-    text = (folder / "groups.csv").read_text()
-    return list(csv.DictReader(text.splitlines()))
-
-
 def groups_in(folder):
     groups = {}
-    for line in lines_in(folder):
+    for line in read_csv(folder / "groups.csv"):
         groups.setdefault(line["group"], set()).add(line["key"])
     return set(map(frozenset, groups.values()))
 
@@ -47,7 +37,7 @@ def test_every_planted_copy_is_found_and_nothing_else(planted, tmp_path):
     assert found["images_in_groups"] == sum(map(len, GROUPS))
     assert found["test_images_near_training"] == 2
     assert found == json.loads((tmp_path / "duplicates.json").read_text())
-    redundant = {line["key"] for line in lines_in(tmp_path) if line["redundant"] == "1"}
+    redundant = {line["key"] for line in read_csv(tmp_path / "groups.csv") if line["redundant"] == "1"}
     assert found["redundant"] == len(redundant)
     for group in GROUPS:
         training = {key for key in group if key.startswith("train")}
@@ -55,7 +45,7 @@ def test_every_planted_copy_is_found_and_nothing_else(planted, tmp_path):
             assert group & redundant == training
         else:
             assert len(group & redundant) == len(training) - 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["duplicates.json", "groups.csv", "groups.png"]
+    assert set(os.listdir(tmp_path)) == {"duplicates.json", "groups.csv", "groups.png"}
 
 
 def test_distances_are_those_of_brute_force(planted, tmp_path):
@@ -73,7 +63,8 @@ def test_distances_are_those_of_brute_force(planted, tmp_path):
         if distance <= 90:
             near[key] = pytest.approx(distance, rel=1e-12)
     assert len(near) > 100
-    assert {line["key"]: float(line["distance"]) for line in lines_in(tmp_path)} == near
+    found = {line["key"]: float(line["distance"]) for line in read_csv(tmp_path / "groups.csv")}
+    assert found == near
 
 
 def test_many_copies_of_one_image_are_all_pairs(tmp_path):
@@ -94,11 +85,7 @@ def test_known_broken_images_are_no_duplicates(tmp_path):
     path = plant(f"{tmp_path}/data")
     shard = Manifest.load(path).split("train").shards[0].name
     key = Images(DataConfig(path=path), "train").places([0])[0].key
-
-    def empty(members):
-        return [(name, b"" if name == f"{key}.png" else data) for name, data in members]
-
-    rewrite(path, shard, empty)
+    rewrite(path, shard, replaced(f"{key}.png", b""))
     with refused(f"key {key}: the .png cannot be decoded"):
         audit(path, tmp_path / "to")
     edit_index(path, broken={shard: [key]})

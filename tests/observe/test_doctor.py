@@ -88,7 +88,6 @@ def test_a_build_of_faiss_that_lost_files(site, monkeypatch):
     "cuda, fitting",
     [
         (None, ""),
-        ("11.8", ""),
         ("12.6", "faiss-gpu"),
         ("13.2", "faiss-gpu-cuvs"),
     ],

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def test_counting_leaves_the_network_alone():
         assert value is before[name]
         assert torch.equal(value, values[name])
     for value in bare.parameters():
-        assert value.requires_grad and value.grad is None
+        assert value.requires_grad
+        assert value.grad is None
 
 
 def test_a_large_network_is_counted_without_memory():
@@ -87,7 +89,7 @@ def names_in(file):
 def test_a_trace_of_each_wanted_round(tmp_path):
     run(Profiler(tmp_path, "2-3", rank=5), range(5))
     files = sorted((tmp_path / "profile").iterdir())
-    assert [file.name for file in files] == ["rank-00005-round-2.json.gz", "rank-00005-round-3.json.gz"]
+    assert sorted(os.listdir(tmp_path / "profile")) == ["rank-00005-round-2.json.gz", "rank-00005-round-3.json.gz"]
     second = names_in(files[0])
     assert {"round 2", "take", "match", "fit", "aten::mm", "[memory]"} <= second
     assert not {"round 1", "round 3"} & second

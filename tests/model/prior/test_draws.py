@@ -20,6 +20,7 @@ from naign.model.prior import (
     find_prior,
 )
 from naign.settings.constraints import check_fields
+from tests.match.problems import draw
 from tests.refused import refused
 
 NOISE = [LatentsConfig(name="gaussian"), LatentsConfig(name="halves"), SmoothConfig(), FourierConfig()]
@@ -102,25 +103,19 @@ def test_smooth_noise_has_few_dimensions():
 
 def test_fourier_noise_has_the_spectrum_of_the_first_round():
     grid = torch.arange(16) / 16 * 2 * torch.pi
-    phase = torch.rand(
-        4000,
-        1,
-        1,
-        1,
-        generator=torch.Generator().manual_seed(0),
-    )
-    images = torch.cos(3 * grid + 6 * phase) * torch.cos(2 * grid)[:, None] + 0.2
+    phase = 9 * draw(0, 4000, 1, 1, 1)
+    images = torch.cos(3 * grid + phase) * torch.cos(2 * grid)[:, None] + 0.2
     prior = build(FourierConfig(), (1, 16, 16))
     prior.measure(images, lambda moments: moments, 1)
     drawn = prior.draw(0, 0, torch.arange(4000), "cpu")
     assert float(drawn.mean()) == pytest.approx(float(images.mean()), abs=0.02)
-    power = torch.fft.fft2(drawn).abs().square().mean(0)[0]
-    top = power.flatten().topk(9).indices.tolist()
-    assert {16 * 2 + 3, 16 * 2 + 13, 16 * 14 + 3, 16 * 14 + 13, 0} <= set(top)
+    found = torch.fft.fft2(drawn).abs().square().mean(0)
+    expected = torch.fft.fft2(images).abs().square().mean(0)
+    assert_close(found, expected, rtol=0.1, atol=1.0)
 
 
 def test_the_spectrum_of_all_ranks_is_that_of_the_whole_round():
-    images = torch.randn(64, 3, 8, 8)
+    images = draw(0, 64, 3, 8, 8)
     moments = []
 
     def add(part):

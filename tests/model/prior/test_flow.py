@@ -12,6 +12,7 @@ from naign.model.prior import Codes
 from naign.model.prior import flow as flows
 from naign.model.prior.flow import KEPT, RIDGE, Flow, FlowConfig, cosine
 from naign.model.prior.learner import WARMUP
+from tests.match.problems import draw
 from tests.model.made import assert_near
 from tests.model.prior.ranks import fit_on_ranks
 
@@ -32,10 +33,9 @@ TAUGHT_SETTINGS = replace(
 
 def make_codes(seed=0, count=1024):
     """Two clusters, of one and three quarters of the codes, in which the second value is twice the first."""
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(count, generator=generator) * 0.1 + 3 * (torch.arange(count) % 4 > 0)
-    second = 2 * first + 0.1 * torch.randn(count, generator=generator)
-    return torch.stack([first, second], dim=1)
+    first, second = 0.1 * draw(seed, 2, count)
+    first += 3 * (torch.arange(count) % 4 > 0)
+    return torch.stack([first, second + 2 * first], dim=1)
 
 
 def build(config=SETTINGS, shape=(2,)):
