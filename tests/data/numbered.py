@@ -128,7 +128,14 @@ def streams_of(config, *, seed, each, world):
         yield streams
 
 
-def take(path, rounds, world=1, *, each=12, **settings):
+def take(
+    path,
+    rounds,
+    world=1,
+    *,
+    each=12,
+    **settings,
+):
     """All images of rounds 0, 1, ..., of `each` images, and their keys, in order."""
     images = []
     keys = []

@@ -33,7 +33,13 @@ def drawn(name, count, shape=SHAPE):
     return normals, uniform
 
 
-def damaged(name, images, normals, uniform, strength=0.5):
+def damaged(
+    name,
+    images,
+    normals,
+    uniform,
+    strength=0.5,
+):
     return find_damage(name).damage(
         images,
         normals,

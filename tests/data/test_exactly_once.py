@@ -38,12 +38,26 @@ def uneven(bucket):
     return path
 
 
-def rank_of(path, trace, workers, rank, world, rounds, answer):
+def rank_of(
+    path,
+    trace,
+    workers,
+    rank,
+    world,
+    rounds,
+    answer,
+):
     """In a process of its own: take the rounds and hand over what they were."""
     lines = []
     try:
         config = DataConfig(path=path, workers=workers, trace=trace)
-        with Stream(config, seed=11, round_size=ROUND, rank=rank, world=world) as stream:
+        with Stream(
+            config,
+            seed=11,
+            round_size=ROUND,
+            rank=rank,
+            world=world,
+        ) as stream:
             for number in rounds:
                 taken = stream.take(number)
                 assert [f"{image[0, 0, 1]}/{image[0, 0, 0]:03d}" for image in taken.images.numpy()] == taken.keys
@@ -55,7 +69,13 @@ def rank_of(path, trace, workers, rank, world, rounds, answer):
         answer.close()
 
 
-def run(path, trace, world, workers, rounds):
+def run(
+    path,
+    trace,
+    world,
+    workers,
+    rounds,
+):
     """What all ranks took, in the order of rounds and then of ranks; checks that the trace files say the same."""
     context = multiprocessing.get_context("fork")
     running = []

@@ -135,7 +135,14 @@ def test_a_server_that_is_away_for_a_while(remote, proxy, expected, monkeypatch)
         ("train-00003.pages.npy", 0, "given up after .* not those of its ETag|its SHA-256 is not the one in"),
     ],
 )
-def test_bytes_that_stay_wrong(remote, proxy, expected, damaged, workers, said):
+def test_bytes_that_stay_wrong(
+    remote,
+    proxy,
+    expected,
+    damaged,
+    workers,
+    said,
+):
     with opened(remote, workers=workers) as stream:
         proxy.faults = Faults(flip_always=damaged)
         for _ in range(2):  # and again: an error does not jam the stream

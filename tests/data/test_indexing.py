@@ -227,7 +227,14 @@ def test_headers_alone_are_read_beyond_the_pictures_to_check(tmp_path):
         ),
     ],
 )
-def test_labels_are_found_where_they_are(tmp_path, label, suffix, make, names, expected):
+def test_labels_are_found_where_they_are(
+    tmp_path,
+    label,
+    suffix,
+    make,
+    names,
+    expected,
+):
     write(tmp_path, ["train.tar"], **{suffix: make})
     assert indexed(tmp_path, label=label).labels == names
     assert read_split(str(tmp_path), "train")[1].tolist() == expected

@@ -51,7 +51,13 @@ def remote(by_class, bucket):
     return store.path
 
 
-def rounds(path, count, size, world=1, **settings):
+def rounds(
+    path,
+    count,
+    size,
+    world=1,
+    **settings,
+):
     """Labels by round, keys, and bytes read."""
     labels = []
     keys = []
@@ -91,7 +97,13 @@ def test_no_class_is_a_fifth_of_a_round_by_default(by_class):
 def test_requests_of_a_rank_are_those_of_its_blocks_and_tables(remote, proxy):
     size = 1600
     count = 12
-    with Stream(DataConfig(path=remote), seed=1, round_size=size, rank=1, world=4) as stream:
+    with Stream(
+        DataConfig(path=remote),
+        seed=1,
+        round_size=size,
+        rank=1,
+        world=4,
+    ) as stream:
         spans = [(round, size // 4, size // 2) for round in range(count)]
         pieces = list(stream.order.pieces(0, spans))
         shards = len({piece.shard for piece in pieces})

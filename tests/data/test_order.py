@@ -43,7 +43,13 @@ def every(sizes, epoch):
     some.integers(1, 3),
     some.integers(1, 40),
 )
-def test_every_image_comes_exactly_once_an_epoch(sizes, seed, size, epochs, lanes):
+def test_every_image_comes_exactly_once_an_epoch(
+    sizes,
+    seed,
+    size,
+    epochs,
+    lanes,
+):
     order = Order(
         sizes=sizes,
         seed=seed,
@@ -127,7 +133,13 @@ def test_any_so_many_numbers_lie_evenly_over_the_range(count, width, backwards):
         ),
     ],
 )
-def test_rounds_of_shards_sorted_by_class_are_mixed(sizes, shards_a_class, size, mean, most):
+def test_rounds_of_shards_sorted_by_class_are_mixed(
+    sizes,
+    shards_a_class,
+    size,
+    mean,
+    most,
+):
     order = Order(
         sizes=sizes,
         seed=0,

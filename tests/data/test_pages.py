@@ -60,7 +60,13 @@ SIZES = st.one_of(
     st.sampled_from([0.0, 0.5, 1.0]),  # how often a start is told before bytes
     st.randoms(use_true_random=False),
 )
-def test_a_table_is_the_same_however_it_is_told(lead, blocks, chunks, early, chance):
+def test_a_table_is_the_same_however_it_is_told(
+    lead,
+    blocks,
+    chunks,
+    early,
+    chance,
+):
     edges = [TAR_BLOCK * (lead + sum(blocks[:number])) for number in range(len(blocks) + 1)]
     *starts, end = edges
     data = (NOISE * (1 + end // len(NOISE)))[:end] + bytes(2 * TAR_BLOCK)

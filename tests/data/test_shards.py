@@ -117,7 +117,13 @@ def test_what_cannot_be_packed_replaces_nothing(packed):
 
     broken = replace(source, splits={**source.splits, "test": Made(length=5, make=make)})
     with refused("not a picture"):
-        pack(broken, packed, shards=3, force=True, progress=False)
+        pack(
+            broken,
+            packed,
+            shards=3,
+            force=True,
+            progress=False,
+        )
     assert contents(packed) == before
 
 

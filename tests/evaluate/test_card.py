@@ -28,7 +28,13 @@ TINY = ConvConfig(width=8, code=8, init="/home/someone/runs/first")
 def run(digits, save_untrained, tmp_path_factory):
     """An evaluated model."""
     folder = tmp_path_factory.mktemp("run")
-    save_untrained(folder, data=digits, shape=(1, 8, 8), config=TINY, dataset="digits")
+    save_untrained(
+        folder,
+        data=digits,
+        shape=(1, 8, 8),
+        config=TINY,
+        dataset="digits",
+    )
     evaluate(str(folder), samples=50, progress=False)
     return str(folder)
 
@@ -127,7 +133,13 @@ def test_weights_that_float16_does_not_hold_are_refused(run, tmp_path):
         export(run, to=tmp_path / "none", dtype="float16", format="onnx")
 
 
-def test_a_dry_run_uploads_nothing_and_needs_a_new_or_empty_folder(hub, run, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_uploads_nothing_and_needs_a_new_or_empty_folder(
+    hub,
+    run,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
     monkeypatch.delenv("HF_TOKEN")
     mine = tmp_path / "mine"
     out = tmp_path / "out"
@@ -149,7 +161,13 @@ def test_a_dry_run_uploads_nothing_and_needs_a_new_or_empty_folder(hub, run, tmp
 def test_points_have_a_card(points, save_untrained, tmp_path):
     """And say what the model learned, not what it was measured on."""
     config = PointConfig(name="mlp", width=8)
-    folder = save_untrained(tmp_path / "run", data=None, shape=(2,), config=config, dataset="mnist")
+    folder = save_untrained(
+        tmp_path / "run",
+        data=None,
+        shape=(2,),
+        config=config,
+        dataset="mnist",
+    )
     evaluate(folder, data=points, samples=50, progress=False)
     push(folder, "me/points", dry_run=tmp_path / "out")
     card = ModelCard.load(tmp_path / "out/README.md")
@@ -169,7 +187,13 @@ def test_points_have_a_card(points, save_untrained, tmp_path):
         ('{"weights": "others"}', "is of other weights or prior: run `naign evaluate"),
     ],
 )
-def test_without_an_evaluation_of_this_model_nothing_is_written(hub, copy, tmp_path, metrics, said):
+def test_without_an_evaluation_of_this_model_nothing_is_written(
+    hub,
+    copy,
+    tmp_path,
+    metrics,
+    said,
+):
     place, file = copy
     file.unlink()
     if metrics is not None:

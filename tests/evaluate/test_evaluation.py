@@ -42,7 +42,13 @@ def save(save_untrained, tmp_path):
     """Writes a model of 8x8 images, with random weights, and returns its folder."""
 
     def save(data=None, **more):
-        return save_untrained(tmp_path / "run", data=data, shape=(1, 8, 8), config=TINY, **more)
+        return save_untrained(
+            tmp_path / "run",
+            data=data,
+            shape=(1, 8, 8),
+            config=TINY,
+            **more,
+        )
 
     return save
 
@@ -216,7 +222,13 @@ def test_a_floor_of_fewer_images_is_compared_with_as_many_samples(digits, save):
     assert f"{number(comparable)} for f(z), " in read_report(folder)
 
 
-def test_a_second_encoder_measures_beside_the_first(digits, save, tmp_path, capsys, monkeypatch):
+def test_a_second_encoder_measures_beside_the_first(
+    digits,
+    save,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
     file = f"{tmp_path}/other.safetensors"
     with safe_open(FOLDER / "digits-cnn64.safetensors", "pt") as shipped:
         weights = {name: 2 * shipped.get_tensor(name) for name in shipped.keys()}  # noqa: SIM118

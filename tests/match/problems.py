@@ -18,7 +18,13 @@ def oracle(queries, candidates, neighbours=1):
     return np.take_along_axis(exact, order, 1), order
 
 
-def low_rank(seed, queries, candidates, dims, noise=0.05):
+def low_rank(
+    seed,
+    queries,
+    candidates,
+    dims,
+    noise=0.05,
+):
     """Rows near a plane, as images are: what a projection is for."""
     plane = draw(seed, 6, dims)
     return (
@@ -32,7 +38,13 @@ def scaled(seed, rows, dims):
     return draw(seed, rows, dims) * 10.0 ** (20 * draw(seed + 2, rows, 1)).clamp(-40, 37)
 
 
-def family(kind, seed, q, c, d):
+def family(
+    kind,
+    seed,
+    q,
+    c,
+    d,
+):
     """A problem (queries (q, d), candidates (c, d)) of a kind of FAMILIES."""
     queries = draw(seed, q, d)
     candidates = draw(seed + 1, c, d)
@@ -42,7 +54,13 @@ def family(kind, seed, q, c, d):
         case "levels":
             return queries.round(), candidates.round()
         case "low rank":
-            return low_rank(seed, q, c, d, noise=0.01)
+            return low_rank(
+                seed,
+                q,
+                c,
+                d,
+                noise=0.01,
+            )
         case "near-duplicates":
             return queries, candidates[: 1 + c // 3].repeat(3, 1)[:c] + 1e-7 * draw(seed + 2, c, d)
         case "exact duplicates":

@@ -40,8 +40,22 @@ def sift(queries, candidates, limit, frame):
     dims=st.one_of(st.integers(1, 30), st.integers(31, 1100)),
     width=st.integers(1, 60),
 )
-def test_every_candidate_within_the_limit_survives(kind, dtype, seed, queries, candidates, dims, width):
-    near, far = family(kind, seed, queries, candidates, dims)
+def test_every_candidate_within_the_limit_survives(
+    kind,
+    dtype,
+    seed,
+    queries,
+    candidates,
+    dims,
+    width,
+):
+    near, far = family(
+        kind,
+        seed,
+        queries,
+        candidates,
+        dims,
+    )
     exact, order = oracle(near, far, 3)
     column = min(seed % 3, order.shape[1] - 1)
     rows = torch.cat([near, far])

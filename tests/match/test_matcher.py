@@ -141,7 +141,13 @@ def test_a_share_is_measured_on_the_first_samples_of_the_pool(block, monkeypatch
     levels=st.integers(1, 6),
     neighbours=st.integers(1, 5),
 )
-def test_one_to_one_takes_the_least_pair_again_and_again(seed, images, more, levels, neighbours):
+def test_one_to_one_takes_the_least_pair_again_and_again(
+    seed,
+    images,
+    more,
+    levels,
+    neighbours,
+):
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randint(levels, (images, 1, 1, 3), generator=generator).float()
     table = torch.randint(levels, (images + more, 1, 1, 3), generator=generator).float()

@@ -72,8 +72,25 @@ def test_nearest_returns_squared_distances_in_float32():
     neighbours=st.integers(1, 5),
     skipped=st.sampled_from([0, 0, 3, 600]),
 )
-def test_any_problem_in_any_blocks(kind, method, halves, seed, queries, candidates, dims, block, neighbours, skipped):
-    near, far = family(kind, seed, queries, candidates, dims)
+def test_any_problem_in_any_blocks(
+    kind,
+    method,
+    halves,
+    seed,
+    queries,
+    candidates,
+    dims,
+    block,
+    neighbours,
+    skipped,
+):
+    near, far = family(
+        kind,
+        seed,
+        queries,
+        candidates,
+        dims,
+    )
     skip = torch.randperm(len(far), generator=torch.Generator().manual_seed(seed))[:skipped]
     blocks = in_blocks(far, max(block, len(far) // 20), skip=skip + 7)
     with pytest.MonkeyPatch.context() as patch:

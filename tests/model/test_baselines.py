@@ -53,7 +53,13 @@ def total_loss(settings, network, images, latents=None):
         ("spatial", (6, 4, 4), "gaussian", Normal, 2),
     ],
 )
-def test_the_loss_is_the_bound_on_the_likelihood(body, code, likelihood, law, power):
+def test_the_loss_is_the_bound_on_the_likelihood(
+    body,
+    code,
+    likelihood,
+    law,
+    power,
+):
     f = build(VaeNetworkConfig(width=8, code=code[0], body=body))
     assert networks.code_shape(f, "prior") == code
     x = normals(9).tanh()

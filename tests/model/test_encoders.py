@@ -134,7 +134,13 @@ def test_command_line_trains_and_saves(digits, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("data, said", [("points", "images with labels"), ("none", "none")])
-def test_what_an_encoder_cannot_learn_from_is_bad_input(points, tmp_path, capsys, data, said):
+def test_what_an_encoder_cannot_learn_from_is_bad_input(
+    points,
+    tmp_path,
+    capsys,
+    data,
+    said,
+):
     place = {"points": points, "none": f"{tmp_path}/none"}[data]
     with pytest.raises(SystemExit) as caught:
         train_encoder.main(["--data", place, "--name", "x-cnn64", "--to", str(tmp_path)])

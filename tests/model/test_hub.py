@@ -96,7 +96,15 @@ def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch)
         ("hf_right", "me/mo del", "me/mo del was not uploaded .*HFValidationError"),
     ],
 )
-def test_an_upload_that_is_refused_says_why_without_the_token(hub, model, monkeypatch, caplog, token, name, said):
+def test_an_upload_that_is_refused_says_why_without_the_token(
+    hub,
+    model,
+    monkeypatch,
+    caplog,
+    token,
+    name,
+    said,
+):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(InputError, match=said) as caught:

@@ -25,7 +25,16 @@ def setting():
     return nn.Linear(3, 3), draw(0, 5, 3), draw(1, 5, 3), draw(2, 5, 3)
 
 
-def losses(config, network, images, latents, *, damaged=None, frozen=None, normals=None):
+def losses(
+    config,
+    network,
+    images,
+    latents,
+    *,
+    damaged=None,
+    frozen=None,
+    normals=None,
+):
     """The terms on a batch of these."""
     batch = Batch(
         images=images,
@@ -72,7 +81,13 @@ def test_naign_is_the_weighted_sum_of_its_terms(distance, d, third, denoising):
         expected = expected + d(f(f(z)), f(z))
     if third == "matched":
         expected = expected + d(f(f(z)), x)
-    terms = losses(config, f, x, z, damaged=damaged)
+    terms = losses(
+        config,
+        f,
+        x,
+        z,
+        damaged=damaged,
+    )
     assert_close(terms["total"], expected)
 
 
@@ -119,7 +134,13 @@ def test_ign_is_the_weighted_sum_of_its_terms_with_the_clamp():
         tightness=2.5,
         clamp=1.5,
     )
-    terms = losses(config, f, x, z, frozen=f)
+    terms = losses(
+        config,
+        f,
+        x,
+        z,
+        frozen=f,
+    )
     reconstruction = l1(f(x), x)
     residual = l1(f(f(z)), f(z))
     clamped = torch.tanh(residual / (1.5 * reconstruction)) * 1.5 * reconstruction
@@ -130,7 +151,13 @@ def test_ign_gradients_go_where_the_paper_says():
     f, x, z, _ = setting()
     # Idempotence: through the inner f only, the outer one held.
     only = IgnConfig(reconstruction=0.0, idempotence=1.0, tightness=0.0)
-    losses(only, f, x, z, frozen=f)["total"].backward()
+    losses(
+        only,
+        f,
+        x,
+        z,
+        frozen=f,
+    )["total"].backward()
     inner = f(z)
     outer = inner @ f.weight.detach().T + f.bias.detach()
     expected = torch.autograd.grad(l1(outer, inner), f.weight)[0]
@@ -138,7 +165,13 @@ def test_ign_gradients_go_where_the_paper_says():
     # Tightness: through the outer f only, the inner one held, with the reconstruction's scale held too.
     f.zero_grad()
     only = IgnConfig(reconstruction=0.0, idempotence=0.0, tightness=1.0)
-    losses(only, f, x, z, frozen=f)["total"].backward()
+    losses(
+        only,
+        f,
+        x,
+        z,
+        frozen=f,
+    )["total"].backward()
     held = f(z).detach()
     limit = 1.5 * l1(f(x), x).detach()
     expected = torch.autograd.grad(-torch.tanh(l1(f(held), held) / limit) * limit, f.weight)[0]
@@ -191,7 +224,13 @@ def test_terms_without_weight_are_not_computed():
     terms = losses(plain, network, x, None)
     assert_close(terms["total"], l1(f(x), x))
     denoising = NaignConfig(imle=0.0, reconstruction=0.0, denoising=2.0)
-    terms = losses(denoising, network, x, None, damaged=x + 1)
+    terms = losses(
+        denoising,
+        network,
+        x,
+        None,
+        damaged=x + 1,
+    )
     assert_close(terms["total"], 2 * l1(f(x + 1), x))
     assert set(terms) == {"total", "denoising"}
     only = NaignConfig(reconstruction=0.0, imle=1.0, denoising=0.0)

@@ -49,7 +49,16 @@ def test_one_to_three_ranks_write_the_same_bytes(
 def test_launchers_start_audits(tmp_path, naign):
     path = plant(f"{tmp_path}/data")
     audit(path, tmp_path / "alone")
-    launched = naign("launch", "--processes=2", "duplicates", "--data", path, "--to", "two", real=True)
+    launched = naign(
+        "launch",
+        "--processes=2",
+        "duplicates",
+        "--data",
+        path,
+        "--to",
+        "two",
+        real=True,
+    )
     assert launched.returncode == 0, launched.stderr
     assert "13 of 790 images are in 6 groups" in launched.stdout
     command = [option for option in train_command(ranks=2) if not option.endswith("train.py")]
@@ -65,7 +74,14 @@ def test_launchers_start_audits(tmp_path, naign):
         expected = (tmp_path / "alone" / name).read_bytes()
         for to in ("two", "by-accelerate"):
             assert (tmp_path / to / name).read_bytes() == expected
-    refused = naign("launch", "--processes=2", "duplicates", "--data", "none", real=True)
+    refused = naign(
+        "launch",
+        "--processes=2",
+        "duplicates",
+        "--data",
+        "none",
+        real=True,
+    )
     assert refused.returncode == 2
     assert "none: no data set here" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -75,7 +75,14 @@ def points(monkeypatch):
 
 def opened(folder, trackers, seen=0, active=True):
     settings = {"seed": 0, "train.lr": 2e-3}
-    return Monitor(folder, active=active, images=100, seen=seen, settings=settings, trackers=trackers)
+    return Monitor(
+        folder,
+        active=active,
+        images=100,
+        seen=seen,
+        settings=settings,
+        trackers=trackers,
+    )
 
 
 def report(folder, trackers, seen=0, active=True):

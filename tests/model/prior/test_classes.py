@@ -90,7 +90,13 @@ def test_without_a_label_classes_are_as_frequent_as_in_the_data(prior):
     drawn = prior.draw(5, 1, ids, "cpu")
     assert_close(
         drawn,
-        prior.draw(5, 1, ids, "cpu", chosen),
+        prior.draw(
+            5,
+            1,
+            ids,
+            "cpu",
+            chosen,
+        ),
     )
     assert (class_of(drawn) == chosen).float().mean() > 0.97
     assert_close(prior.draw(5, 1, ids[[70, 3]], "cpu"), drawn[[70, 3]], atol=1e-5, rtol=1e-4)
