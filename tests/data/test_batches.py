@@ -94,7 +94,12 @@ def test_a_state_is_resumed_with_other_ranks_and_another_batch(small, stop, work
         )
         before += keys(islice(dataset, stop))
         state = json.loads(json.dumps(dataset.state_dict()))
-    for world, size in ((1, 4), (2, 4), (3, 5), (8, 10)):
+    for world, size in (
+        (1, 4),
+        (2, 4),
+        (3, 5),
+        (8, 10),
+    ):
         after = []
         for rank in range(world):
             dataset = open_dataset(

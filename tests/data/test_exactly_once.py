@@ -128,7 +128,11 @@ def test_every_image_once_an_epoch_for_any_ranks_and_workers(uneven, tmp_path):
     check_epochs(expected)
     sizes = Counter(number for _, number, _ in expected)
     assert sizes == dict.fromkeys(range(ROUNDS), ROUND)
-    for world, workers in ((1, 3), (3, 1), (4, 0)):
+    for world, workers in (
+        (1, 3),
+        (3, 1),
+        (4, 0),
+    ):
         lines = run(
             uneven,
             tmp_path / f"{world}",

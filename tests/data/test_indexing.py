@@ -398,7 +398,11 @@ def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_pat
     assert is_read()
     assert not is_read()
     assert not is_read(keep_broken=True)
-    for options in ({"sample_check": 1}, {"label": "json:n"}, {"to": ""}):
+    for options in (
+        {"sample_check": 1},
+        {"label": "json:n"},
+        {"to": ""},
+    ):
         assert is_read(**options)
         assert not is_read(**options)
     for content in (b"cut", b"{}", b"5"):

@@ -68,7 +68,11 @@ def test_every_round_has_exact_shares_and_every_data_set_its_own_epochs(three, t
     for lines in rounds:
         assert shares_of(lines) == {"0": 4, "1": 8, "2": 12}
     flat = list(chain(*rounds))
-    for source, count in (("0", 23), ("1", 9), ("2", 40)):
+    for source, count in (
+        ("0", 23),
+        ("1", 9),
+        ("2", 40),
+    ):
         mine = [key for key, _ in flat if key[0] == source]
         for begin in range(0, len(mine) - count + 1, count):
             assert len({*mine[begin : begin + count]}) == count  # each once before any comes again

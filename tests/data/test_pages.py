@@ -92,7 +92,11 @@ def table(*rows):
     return saved(np.array(full, ROW))
 
 
-SOUND = ((0, 0), (3, 70_000), (5, 99_000))
+SOUND = (
+    (0, 0),
+    (3, 70_000),
+    (5, 99_000),
+)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,11 @@ def test_nonsense_is_no_table(data):
 
 
 def members():
-    found = [("./", None), ("folder", None), ("__index__", b"passed over")]
+    found = [
+        ("./", None),
+        ("folder", None),
+        ("__index__", b"passed over"),
+    ]
     stems = [
         "plain",
         "folder/inner",
@@ -237,7 +245,11 @@ UNUSUAL = ["__x__.npy", "__x__a/b.npy", "_x_/b.npy", "__x/b__.npy", ".hidden/b.n
 
 @pytest.mark.parametrize("name", [*UNUSUAL, "__/b.npy", "___/b.npy"])
 def test_unusual_names(tmp_path, name):
-    content = [("first.npy", b"1"), (name, b"2"), ("last.npy", b"3")]
+    content = [
+        ("first.npy", b"1"),
+        (name, b"2"),
+        ("last.npy", b"3"),
+    ]
     file = write(tmp_path / "a.tar", tarfile.USTAR_FORMAT, content)
     assert by_pages(file) == by_webdataset(file)
 

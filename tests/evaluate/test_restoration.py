@@ -73,7 +73,14 @@ def test_salt_and_pepper_hits_a_fifth_in_equal_parts_all_channels_together():
     assert torch.equal(damaged[:, :1].expand_as(damaged), damaged)
 
 
-@pytest.mark.parametrize("side, count", [(28, 5), (16, 3), (4, 1)])
+@pytest.mark.parametrize(
+    "side, count",
+    [
+        (28, 5),
+        (16, 3),
+        (4, 1),
+    ],
+)
 def test_rows_are_blackened_whole_in_the_stated_number(side, count):
     damaged = degrade(torch.ones(40, 2, side, side), "rows")
     black = damaged == -1

@@ -19,7 +19,11 @@ def make_model(network=None, shape=(1, 8, 8), state=None, **metadata):
 
 def wrapped(network, shape, **metadata):
     """A model of any module, without a prior."""
-    usual = {"shape": list(shape), "latents": {"name": "gaussian"}, "prior": {"name": "none"}}
+    usual = {
+        "shape": list(shape),
+        "latents": {"name": "gaussian"},
+        "prior": {"name": "none"},
+    }
     return NAIGN(network, usual | metadata)
 
 

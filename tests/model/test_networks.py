@@ -67,7 +67,14 @@ def test_attention_starts_as_the_identity_and_takes_positions_alike():
     assert_close(layer(moved), out.flatten(2)[:, :, order].view_as(x))
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 30), (1, 30, 28), (2,)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 28, 30),
+        (1, 30, 28),
+        (2,),
+    ],
+)
 def test_a_shape_that_does_not_fit_is_refused(shape):
     with refused("model.name=conv takes images .* whose sides are multiples of 4"):
         build_network(ConvConfig(), shape)
@@ -129,5 +136,10 @@ def test_points_keep_their_shape_and_octaves_put_waves_beside_the_coordinates():
     network.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     x = torch.randn(5, 2)
     assert network(x).shape == x.shape
-    waves = [x.sin(), x.cos(), (2 * x).sin(), (2 * x).cos()]
+    waves = [
+        x.sin(),
+        x.cos(),
+        (2 * x).sin(),
+        (2 * x).cos(),
+    ]
     assert torch.equal(seen[0], torch.cat([x, *waves], dim=1))

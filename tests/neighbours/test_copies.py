@@ -19,7 +19,11 @@ from tests.neighbours.planted import SHAPE, image, read_csv, small_blocks
 from tests.refused import refused
 
 SAMPLES = 300
-COPIED = {7: (40, False), 8: (41, True), 290: (640, False)}
+COPIED = {
+    7: (40, False),
+    8: (41, True),
+    290: (640, False),
+}
 """Samples that are copies: of which training image, mirrored or not."""
 
 

@@ -176,7 +176,12 @@ def model(config):
 def test_samples_of_a_class_of_a_model(tmp_path):
     model(replace(FLOW, passes=3, student=512)).save_pretrained(tmp_path)
     read = NAIGN.from_pretrained(tmp_path)
-    for label, number in (("dog", 1), ("1", 1), ("3", 2), (2, 2)):
+    for label, number in (
+        ("dog", 1),
+        ("1", 1),
+        ("3", 2),
+        (2, 2),
+    ):
         assert read.find_label(label) == number
     dogs = read.sample(6, seed=2, label="dog")
     assert torch.equal(dogs, read.sample(6, seed=2, label=1))

@@ -23,7 +23,12 @@ from naign.settings.constraints import check_fields
 from tests.match.problems import draw
 from tests.refused import refused
 
-NOISE = [LatentsConfig(name="gaussian"), LatentsConfig(name="halves"), SmoothConfig(), FourierConfig()]
+NOISE = [
+    LatentsConfig(name="gaussian"),
+    LatentsConfig(name="halves"),
+    SmoothConfig(),
+    FourierConfig(),
+]
 PRIORS = [
     FlowConfig(
         width=8,
@@ -69,7 +74,11 @@ def test_a_row_depends_on_its_id_alone(prior):
     for row, number in enumerate(ids):
         alone = prior.draw(7, 3, number[None], "cpu")[0]
         assert_close(alone, together[row], atol=tolerance, rtol=0)
-    for seed, round, others in ((8, 3, ids), (7, 4, ids), (7, 3, ids ^ 1)):
+    for seed, round, others in (
+        (8, 3, ids),
+        (7, 4, ids),
+        (7, 3, ids ^ 1),
+    ):
         other = prior.draw(seed, round, others, "cpu")
         assert not torch.isclose(other, together).flatten(1).all(1).any()
 

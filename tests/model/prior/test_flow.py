@@ -115,7 +115,14 @@ def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_t
     assert torch.equal(again.solve(noise), prior.solve(noise))
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (1, 16, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3,),
+        (3, 5, 5),
+        (1, 16, 16),
+    ],
+)
 def test_a_flow_fits_any_code(shape):
     flow = Flow(FlowConfig(width=8, depth=2, steps=3), shape)
     noise = torch.randn(4, *shape)
