@@ -223,7 +223,6 @@ def test_a_second_division_by_accelerate_is_refused(small, dispatch):
 @pytest.mark.parametrize(
     "options, part",
     [
-        ({"path": "nowhere"}, "nowhere: no data set"),
         ({"path": "[a, b]"}, "one data set"),
         ({"split": "val"}, "no split 'val', only train, test"),
         ({"batch": 0}, "batch is 0"),

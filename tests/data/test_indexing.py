@@ -154,7 +154,9 @@ def test_tars_of_other_writers(tmp_path, format):
     ]
     (tmp_path / "train.tar").write_bytes(tar_of(members, format))
     manifest = indexed(tmp_path)
-    assert (manifest.shape, manifest.labels, [*manifest.splits]) == ((1, 4, 4), ("0", "1"), ["train"])
+    assert manifest.shape == (1, 4, 4)
+    assert manifest.labels == ("0", "1")
+    assert [*manifest.splits] == ["train"]
     images, labels = read_split(str(tmp_path), "train")
     assert images.tolist() == [[[[1] * 4] * 4]] * 3
     assert labels.tolist() == [0, 0, 1]

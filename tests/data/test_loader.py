@@ -140,7 +140,6 @@ def test_without_labels(packed):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"split": "valid"}, "no split 'valid'"),
         ({"trace": "/dev/null/trace"}, "data.trace .* cannot be written"),
         ({"broken": "maybe"}, "data.broken is 'maybe': choose one of error, skip"),
         ({"crop": 5}, "data.crop=5 is more than there is of numbered"),

@@ -82,7 +82,8 @@ def test_every_round_has_exact_shares_and_every_data_set_its_own_epochs(three, t
     for (key, label), image in zip(flat, images, strict=True):
         number = int(key[-3:])
         assert image[0, 0, 0] == number
-        assert label == {"0": number % 2, "1": 1 + number % 2, "2": -1}[key[0]]
+        labels = {"0": number % 2, "1": 1 + number % 2, "2": -1}
+        assert label == labels[key[0]]
     for half in (flat[:12], flat[12:24]):  # evenly mixed
         assert shares_of(half) == {"0": 2, "1": 4, "2": 6}
 
@@ -144,8 +145,9 @@ def test_what_replaces_a_broken_sample_has_its_own_label_and_key(three, tmp_path
 def test_a_configuration_lists_them(three, tmp_path):
     (tmp_path / "c.yaml").write_text(f"data:\n  path:\n  - {tmp_path}/a\n  - path: {tmp_path}/b\n    weight: 2\n")
     found = members(load(f"{tmp_path}/c.yaml").data)
-    assert (found[0].path, found[0].weight) == (f"{tmp_path}/a", 1.0)
-    assert (found[1].path, found[1].weight) == (f"{tmp_path}/b", 2.0)
+    for member, name, weight in zip(found, "ab", (1.0, 2.0), strict=True):
+        assert member.path == f"{tmp_path}/{name}"
+        assert member.weight == weight
     assert members(DataConfig(path="[a, {path: b, weight: 1e-9}]"))[1].weight == 1e-9  # which YAML reads as text
 
 

@@ -67,8 +67,8 @@ def test_a_table_is_the_same_however_it_is_told(
     early,
     chance,
 ):
-    edges = [TAR_BLOCK * (lead + sum(blocks[:number])) for number in range(len(blocks) + 1)]
-    *starts, end = edges
+    edges = TAR_BLOCK * np.cumsum([lead, *blocks])
+    *starts, end = edges.tolist()
     data = (NOISE * (1 + end // len(NOISE)))[:end] + bytes(2 * TAR_BLOCK)
     pager = Pager()
     todo = list(starts)

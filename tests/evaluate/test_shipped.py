@@ -145,7 +145,8 @@ def test_it_measures_as_its_card_says():
         split = catalog.load("mnist").splits["test"]
     except Unavailable as error:
         pytest.skip(f"MNIST is in no cache, and there is no network: {error}")
-    test = scaled(torch.from_numpy(np.stack([split.make(row)[1] for row in range(split.length)])))
+    pixels = np.stack([split.make(row)[1] for row in range(split.length)])
+    test = scaled(torch.from_numpy(pixels))
     model = NAIGN.from_pretrained("mnist")
     encoder = load_encoder("mnist-cnn64")
     real = encoder.features(test)

@@ -35,7 +35,9 @@ def configured(images, pool, *, block=256, **setting):
 
 
 def exact(images, table):
-    return (images.flatten(1)[:, None].double() - table.flatten(1).double()).square().sum(2).numpy()
+    queries = images.flatten(1).double()
+    pool = table.flatten(1).double()
+    return (queries[:, None] - pool).square().sum(2).numpy()
 
 
 def greedy(distances):
@@ -74,7 +76,10 @@ def test_ranks_share_the_pool_in_whole_blocks(world, size, block):
 def test_every_rank_samples_equally_often_in_each_part_of_the_pool(world, size, monkeypatch):
     """Sampling may be collective: else a rank would wait for the others for ever."""
     monkeypatch.setattr(pool, "HELD_ROWS", 20)
-    longest = max(last - first for first, last in (block_range(size, 10, rank, world) for rank in range(world)))
+    longest = 0
+    for rank in range(world):
+        first, last = block_range(size, 10, rank, world)
+        longest = max(longest, last - first)
     counts = []
     for rank in range(world):
         samples = []
@@ -125,12 +130,14 @@ def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
 def test_a_share_is_measured_on_the_first_samples_of_the_pool(block, monkeypatch):
     monkeypatch.setattr(matcher, "PROBE", 320)
     match = match_table(reject_share=0.4, block=block)
-    near = exact(IMAGES, TABLE).min(0)
+    distances = exact(IMAGES, TABLE)
+    near = distances.min(0)
     probe = np.sort(near[: min(700, -(-320 // block) * block)])
     threshold = probe[int(0.4 * len(probe))]
     assert match.values["match/reject"] == pytest.approx(np.sqrt(threshold))
     assert match.values["match/rejected"] == pytest.approx((near < threshold).mean())
-    assert match.ids.tolist() == np.where(near >= threshold, exact(IMAGES, TABLE), np.inf).argmin(1).tolist()
+    left = np.where(near >= threshold, distances, np.inf)
+    assert match.ids.tolist() == left.argmin(1).tolist()
 
 
 @settings(max_examples=60, deadline=None)

@@ -44,7 +44,6 @@ def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path):
     run = write_run(tmp_path)
     assert chosen(run) == LAST
     checkpoint = run / "checkpoints" / LAST
-    assert torch.equal(NAIGN.from_pretrained(run).sample(2), NAIGN.from_pretrained(checkpoint).sample(2))
     for place in (checkpoint, checkpoint / "model.safetensors"):
         assert chosen(place) == ""
 

@@ -22,7 +22,8 @@ from tests.refused import refused
 
 
 def setting():
-    return nn.Linear(3, 3), draw(0, 5, 3), draw(1, 5, 3), draw(2, 5, 3)
+    x, z, noise = draw(0, 3, 5, 3)
+    return nn.Linear(3, 3), x, z, noise
 
 
 def losses(

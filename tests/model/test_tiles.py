@@ -59,7 +59,8 @@ def at_borders(photos, model, dim):
         x = photos.narrow(dim, shift, photos.shape[dim] - SIDE)
         y = model.project(x)
         starts, _ = tiles._windows(x.shape[dim], SIDE)
-        begins = torch.isin(torch.arange(1, x.shape[dim]), torch.tensor(starts)).long()
+        lines = torch.arange(1, x.shape[dim])
+        begins = torch.isin(lines, torch.tensor(starts)).long()
         residual = (y - x).narrow(dim, 1, x.shape[dim] - 1)
         changes = (y.diff(dim=dim), x.diff(dim=dim), residual)
         for row, change in zip(sums, changes, strict=True):

@@ -126,14 +126,16 @@ def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_t
 def test_a_flow_fits_any_code(shape):
     flow = Flow(FlowConfig(width=8, depth=2, steps=3), shape)
     noise = torch.randn(4, *shape)
-    assert flow.velocity(noise, torch.rand(4)).shape == noise.shape == flow.whiten(noise).shape
+    velocity = flow.velocity(noise, torch.rand(4))
+    assert velocity.shape == noise.shape == flow.whiten(noise).shape
     assert_close(flow.solve(noise), noise)
     torch.nn.init.ones_(flow.velocity.outer.bias)  # a velocity of 1 everywhere
     assert_close(flow.solve(noise), noise + 1)
 
 
 def test_whitened_codes_have_no_spread_of_their_own():
-    mixed = torch.einsum("ij,njhw->nihw", torch.randn(4, 4), torch.randn(500, 4, 6, 6)) + 5
+    turn = torch.randn(4, 4)
+    mixed = torch.einsum("ij,njhw->nihw", turn, torch.randn(500, 4, 6, 6)) + 5
     prior = build(shape=(4, 6, 6))
     next(prior.fit(Codes.of(mixed)))
     white = prior.whiten(mixed).transpose(0, 1).flatten(1)

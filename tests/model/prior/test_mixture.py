@@ -75,9 +75,11 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bits(prior, codes):
 def test_ranks_fit_what_one_would(prior, codes):
     ranks = [Mixture(SETTINGS, (2,), seed=3) for _ in range(2)]
     fit_on_ranks(ranks, codes)
+    first = ranks[0].state_dict()
+    second = ranks[1].state_dict()
     for name, value in prior.state_dict().items():
-        assert torch.equal(ranks[0].state_dict()[name], ranks[1].state_dict()[name])
-        assert_close(ranks[0].state_dict()[name], value, atol=1e-4, rtol=1e-3)
+        assert torch.equal(first[name], second[name])
+        assert_close(first[name], value, atol=1e-4, rtol=1e-3)
 
 
 def test_codes_of_more_values_than_directions_vary_along_the_leading_ones():
