@@ -36,9 +36,9 @@ def edited(index, keys, value):
 @pytest.mark.parametrize(
     "keys, values",
     [
-        ((*SHARD, "samples"), [5.0, -1]),
+        ((*SHARD, "samples"), [5.0, -1, True]),
         ((*SHARD, "bytes"), [-1, 1000]),
-        ((*SHARD, "pages"), ["0" * 63, "g" * 64]),
+        ((*SHARD, "pages"), ["0" * 63, "g" * 64, "0" * 64 + "\n"]),
         ((*SHARD, "name"), ["", "../x.tar", "a\\b", ".x.tar"]),
         ((*SHARD, "name"), ["a\0b", "\ud800", "x" * 300]),
         ((*SHARD, "name"), ["train-00001.tar", "test-00000.tar"]),  # listed twice

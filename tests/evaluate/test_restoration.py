@@ -12,17 +12,8 @@ from naign.evaluate.restoration import mae, psnr, repair, scores, ssim
 
 def random_images(count, side=28, channels=1):
     generator = torch.Generator().manual_seed(0)
-    return (
-        torch.rand(
-            count,
-            channels,
-            side,
-            side,
-            generator=generator,
-        )
-        * 2
-        - 1
-    )
+    shape = (count, channels, side, side)
+    return torch.rand(shape, generator=generator) * 2 - 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -40,13 +40,7 @@ def test_large_images_are_computed_in_small_batches():
     [
         (torch.zeros(2, 1, 8, 8).numpy(), 1, "takes floating-point tensors"),
         (
-            torch.zeros(
-                2,
-                1,
-                8,
-                8,
-                dtype=torch.uint8,
-            ),
+            torch.zeros(2, 1, 8, 8).byte(),
             1,
             r"images in \[-1, 1\], not torch.uint8: convert",
         ),
@@ -72,13 +66,7 @@ def test_energy_is_the_mean_squared_residual():
 
 def test_results_are_without_a_gradient_and_may_be_changed_in_place():
     model = make_model()
-    x = torch.rand(
-        2,
-        1,
-        8,
-        8,
-        requires_grad=True,
-    )
+    x = torch.rand(2, 1, 8, 8).requires_grad_()
     latents = model.latent(torch.arange(2))
     for made in (latents, model.energy(x), model.project(x), model.sample(2)):
         assert not made.requires_grad

@@ -44,13 +44,7 @@ def test_images_keep_their_shape_and_range_through_a_code(shape, kind):
 
 def test_every_pixel_sees_every_pixel():
     network = build_network(ConvConfig(width=4, code=8), (1, 16, 16))
-    x = torch.randn(
-        1,
-        1,
-        16,
-        16,
-        requires_grad=True,
-    )
+    x = torch.randn(1, 1, 16, 16).requires_grad_()
     network(x)[0, 0, 0, 0].backward()
     assert (x.grad != 0).all()
 

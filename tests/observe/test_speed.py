@@ -15,13 +15,7 @@ from tests.refused import refused
 
 
 def test_operations_are_those_one_counts_by_hand():
-    conv = nn.Conv2d(
-        3,
-        8,
-        5,
-        stride=2,
-        padding=2,
-    )  # to (8, 16, 16)
+    conv = nn.Conv2d(3, 8, 5, stride=2, padding=2)  # to (8, 16, 16)
     linear = nn.Linear(8 * 16 * 16, 10)
     network = nn.Sequential(conv, nn.SiLU(), nn.Flatten(), linear)
     multiplications = 8 * 16 * 16 * (3 * 5 * 5 + 10)

@@ -51,13 +51,7 @@ def build(config, shape=(1, 8, 8)):
 def prior(request):
     """Each of them, fitted to a round."""
     built = build(request.param)
-    images = torch.rand(
-        256,
-        1,
-        8,
-        8,
-        generator=torch.Generator().manual_seed(0),
-    )
+    images = draw(0, 256, 1, 8, 8).sigmoid()
     if isinstance(built, Latents):
         built.measure(images, lambda moments: moments, 1)
     else:
