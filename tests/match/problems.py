@@ -35,7 +35,8 @@ def low_rank(
 
 def scaled(seed, rows, dims):
     """Rows of all scales that float32 has."""
-    return draw(seed, rows, dims) * 10.0 ** (20 * draw(seed + 2, rows, 1)).clamp(-40, 37)
+    scales = (20 * draw(seed + 2, rows, 1)).clamp(-40, 37)
+    return draw(seed, rows, dims) * 10.0**scales
 
 
 def family(
@@ -62,7 +63,8 @@ def family(
                 noise=0.01,
             )
         case "near-duplicates":
-            return queries, candidates[: 1 + c // 3].repeat(3, 1)[:c] + 1e-7 * draw(seed + 2, c, d)
+            copies = candidates[: 1 + c // 3].repeat(3, 1)[:c]
+            return queries, copies + 1e-7 * draw(seed + 2, c, d)
         case "exact duplicates":
             return queries, candidates[: 1 + c // 4].repeat(4, 1)[:c]
         case "all equal":

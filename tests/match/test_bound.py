@@ -61,7 +61,8 @@ def test_every_candidate_within_the_limit_survives(
     rows = torch.cat([near, far])
     frame = frame_of(rows, basis=bound.find_basis(rows, width), dtype=dtype)
     alive = sift(near, far, exact[:, column], frame)  # exactly a candidate's own distance: as tight as can be
-    assert alive.gather(1, torch.from_numpy(order[:, : column + 1].copy())).all()
+    within = torch.from_numpy(order[:, : column + 1].copy())
+    assert alive.gather(1, within).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -58,7 +58,8 @@ def test_one_file_of_a_bucket_is_fetched(tmp_path, bucket, monkeypatch, file):
     monkeypatch.setattr(in_bucket, "locate", lambda url: fetched.append(url) or locate(url))
     assert chosen(f"{bucket}/") == LAST
     assert fetched == [f"{bucket}/checkpoints/{LAST}/{file}"]
-    assert torch.equal(NAIGN.from_pretrained(bucket).sample(2), NAIGN.from_pretrained(run).sample(2))
+    found = NAIGN.from_pretrained(bucket).sample(2)
+    assert torch.equal(found, NAIGN.from_pretrained(run).sample(2))
     open_store(f"{bucket}/checkpoints/{LAST}").put(file, b"damaged")
     assert chosen(bucket) == BEFORE
 

@@ -175,7 +175,8 @@ def test_ign_gradients_go_where_the_paper_says():
     )["total"].backward()
     held = f(z).detach()
     limit = 1.5 * l1(f(x), x).detach()
-    expected = torch.autograd.grad(-torch.tanh(l1(f(held), held) / limit) * limit, f.weight)[0]
+    clamped = torch.tanh(l1(f(held), held) / limit) * limit
+    expected = torch.autograd.grad(-clamped, f.weight)[0]
     assert_close(f.weight.grad, expected)
 
 
@@ -202,7 +203,8 @@ def test_nae_raises_the_energy_where_its_chains_end_and_lowers_it_on_data():
     for step in range(2):
         residual = f(chain) - chain  # of a linear f the slope of its square's half is (W - 1)' residual
         slope = residual @ f.weight - residual
-        chain = (chain - 0.1 * slope + 0.3 * noise * (step + 1)).clamp(-1, 1).detach()
+        moved = chain - 0.1 * slope + 0.3 * noise * (step + 1)
+        chain = moved.clamp(-1, 1).detach()
     data = (f(x) - x).square().mean(1)
     other = (f(chain) - chain).square().mean(1)
     expected = data.mean() - other.mean() + 0.5 * other.square().mean()

@@ -31,7 +31,11 @@ def test_samples_do_not_depend_on_the_batch_and_times_is_how_often_f_is_applied(
 
 
 def test_large_images_are_computed_in_small_batches():
-    for side, rows in ((8, 500), (256, 8), (1024, 1)):
+    for side, rows in (
+        (8, 500),
+        (256, 8),
+        (1024, 1),
+    ):
         assert make_model(shape=(1, side, side))._rows == rows
 
 

@@ -84,7 +84,8 @@ def test_its_state_is_all_that_it_draws_from(prior):
     assert again.draw(1, 0, ids, "meta").shape == (5, *prior.shape)  # without waiting for a value of a device
     again.load_state_dict(prior.state_dict(), assign=True)
     ids = torch.arange(5)
-    assert torch.equal(again.draw(1, 0, ids, "cpu"), prior.draw(1, 0, ids, "cpu"))
+    drawn = prior.draw(1, 0, ids, "cpu")
+    assert torch.equal(again.draw(1, 0, ids, "cpu"), drawn)
 
 
 def test_half_of_the_halves_are_flat_images_with_noise():
