@@ -18,17 +18,17 @@ from naign.data.sources.source import Made, Source
 from naign.storage.local import LocalStore
 
 
+def noise(seed, shape):
+    """Pixels uint8 that cannot be compressed."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
 def numbered(train=23, test=5, shape=(1, 4, 4)):
     """Images whose first pixel is their index, labelled by its parity."""
 
     def split(name, length):
         def make(index):
-            image = np.random.default_rng(index).integers(
-                0,
-                256,
-                shape,
-                dtype=np.uint8,
-            )
+            image = noise(index, shape)
             image.flat[0] = index
             return f"{name}-{index:03d}", image, index % 2
 
@@ -56,12 +56,19 @@ def without_labels(members):
     return [member for member in members if not member[0].endswith(".cls")]
 
 
+def replaced(suffix, data, number=0):
+    """A change of `rewrite`: other bytes in the number-th member with that suffix."""
+
+    def change(members):
+        target = [name for name, _ in members if name.endswith(suffix)][number]
+        return [(name, data if name == target else old) for name, old in members]
+
+    return change
+
+
 def build(count):
     """As another package's entry point brings it."""
     return numbered(train=int(count))
-
-
-Members = list[tuple[str, bytes]]
 
 
 def add(tar, name, data):
@@ -121,7 +128,14 @@ def streams_of(config, *, seed, each, world):
         yield streams
 
 
-def take(path, rounds, world=1, *, each=12, **settings):
+def take(
+    path,
+    rounds,
+    world=1,
+    *,
+    each=12,
+    **settings,
+):
     """All images of rounds 0, 1, ..., of `each` images, and their keys, in order."""
     images = []
     keys = []

@@ -4,45 +4,22 @@ import logging
 import tarfile
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
 from naign.data.dataset import DataConfig
-from naign.data.decode import encode
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
-from naign.data.sample import row_numbers
-from naign.errors import InputError
 from tests.data.numbered import numbered, rewrite, take
+from tests.refused import refused
 
 
 @pytest.fixture
 def larger(tmp_path):
     """23 images (3, 8, 10), not square."""
-    path = str(tmp_path / "larger")
+    path = f"{tmp_path}/larger"
     pack(numbered(shape=(3, 8, 10)), path, shards=4)
     return path
-
-
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
-def test_windows_and_mirroring_do_not_depend_on_ranks_and_workers(larger, world, workers):
-    plain = take(
-        larger,
-        3,
-        crop=5,
-        flip=True,
-    )
-    other = take(
-        larger,
-        3,
-        crop=5,
-        flip=True,
-        world=world,
-        workers=workers,
-    )
-    assert plain[1] == other[1]
-    assert torch.equal(plain[0], other[0])
 
 
 def test_windows_are_parts_of_the_images_and_all_places_come(larger):
@@ -74,15 +51,6 @@ def test_evaluation_sees_the_central_window(larger):
     assert torch.equal(windows, whole[:, :, 2:6, 3:7])
 
 
-def test_draws_of_any_rows_are_those_of_all():
-    every = row_numbers(7, 3, 0, 100)
-    assert np.array_equal(every[40:60], row_numbers(7, 3, 40, 60))
-    assert not np.array_equal(every, row_numbers(7, 4, 0, 100))
-    assert every.min() >= 0
-    assert every.max() < 1
-    assert abs(every.mean() - 0.5) < 0.05
-
-
 def broken(path, shard, *numbers):
     """Put no picture into samples of a shard; the manifest agrees."""
 
@@ -96,8 +64,14 @@ def broken(path, shard, *numbers):
     rewrite(path, shard, change)
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
-def test_skipping_takes_the_next_sound_sample_of_the_shard(packed, world, workers, caplog, monkeypatch):
+@pytest.mark.parametrize("world, workers", [(1, 2), (3, 0)])
+def test_skipping_takes_the_next_sound_sample_of_the_shard(
+    packed,
+    world,
+    workers,
+    caplog,
+    monkeypatch,
+):
     monkeypatch.setattr("naign.data.loader.BROKEN", 0.5)
     _, sound = take(packed, 4)
     broken(packed, "train-00002.tar", 1, 2, 5)
@@ -119,7 +93,8 @@ def test_skipping_takes_the_next_sound_sample_of_the_shard(packed, world, worker
         order[2]: order[3],
         order[5]: order[0],
     }
-    assert all(f"train-00002.tar, key {key}: the .png cannot be decoded" in caplog.text for key in replaced)
+    for key in replaced:
+        assert f"train-00002.tar, key {key}: the .png cannot be decoded" in caplog.text
 
 
 def read_order(path):
@@ -136,32 +111,17 @@ def test_one_broken_sample_is_allowed_whatever_the_ranks(packed, caplog):
     assert len(read_split(config, "train")[0]) == 23
     assert "skipped: " in caplog.text
     broken(packed, "train-00002.tar", 3)
-    with pytest.raises(InputError, match=r"2 broken samples of 23 are more than data.broken=skip allows, 1% \(1\)"):
+    with refused(r"2 broken samples of 23 are more than data.broken=skip allows, 1% \(1\)"):
         read_split(config, "train")
 
 
 def test_more_broken_samples_than_allowed_stop_the_run(packed, monkeypatch):
     broken(packed, "train-00002.tar", 1, 2)
-    with pytest.raises(InputError, match=r"2 broken samples of \d+ are more than data.broken=skip allows, 1% \(1\)"):
+    with refused("2 broken samples of .* are more than data.broken=skip allows, 1% "):
         take(packed, 2, broken="skip")
     monkeypatch.setattr("naign.data.loader.BROKEN", 2 / 23)
     take(packed, 2, broken="skip")
-    with pytest.raises(InputError, match=r"00002.tar, key train-\d+: the .png cannot be decoded"):
-        take(packed, 2)
     monkeypatch.setattr("naign.data.loader.BROKEN", 1.0)
     broken(packed, "train-00001.tar", *range(6))
-    with pytest.raises(InputError, match=r"00001.tar: none of its 6 samples can be decoded"):
+    with refused(r"00001.tar: none of its 6 samples can be decoded"):
         take(packed, 2, broken="skip")
-
-
-def test_a_grey_picture_in_a_colour_data_set_is_read_as_colour(larger):
-    pixels = np.arange(80, dtype=np.uint8).reshape(1, 8, 10)
-
-    def change(members):
-        name = next(name for name, _ in members if name.endswith(".png"))
-        changed = dict(members) | {name: encode(pixels, "png")}
-        return list(changed.items())
-
-    rewrite(larger, "test-00000.tar", change)
-    images, _ = read_split(larger, "test", limit=1)
-    assert (images[0].numpy() == pixels).all()

@@ -6,25 +6,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import webdataset
 
 from naign.data.dataset import DataConfig
 from naign.data.decode import encode
 from naign.data.format.indexing import index
 from naign.data.loader import Stream
-from naign.errors import InputError
 from naign.storage.store import open_store
 from tests.data.numbered import add
-from tests.streams import gopen
 
 SIZES = [1, 7, 23, 50, 64, 5]
 KEYS = {f"{number}/{place:03d}" for number, size in enumerate(SIZES) for place in range(size)}
 ROUND = 60
 ROUNDS = 5
 """Two epochs: the third round belongs to both."""
-
-Line = tuple[int, int, str]
-"""Epoch, round and key."""
 
 
 @pytest.fixture
@@ -44,12 +38,26 @@ def uneven(bucket):
     return path
 
 
-def rank_of(path, trace, workers, rank, world, rounds, answer):
+def rank_of(
+    path,
+    trace,
+    workers,
+    rank,
+    world,
+    rounds,
+    answer,
+):
     """In a process of its own: take the rounds and hand over what they were."""
     lines = []
     try:
         config = DataConfig(path=path, workers=workers, trace=trace)
-        with Stream(config, seed=11, round_size=ROUND, rank=rank, world=world) as stream:
+        with Stream(
+            config,
+            seed=11,
+            round_size=ROUND,
+            rank=rank,
+            world=world,
+        ) as stream:
             for number in rounds:
                 taken = stream.take(number)
                 assert [f"{image[0, 0, 1]}/{image[0, 0, 0]:03d}" for image in taken.images.numpy()] == taken.keys
@@ -61,7 +69,13 @@ def rank_of(path, trace, workers, rank, world, rounds, answer):
         answer.close()
 
 
-def run(path, trace, world, workers, rounds):
+def run(
+    path,
+    trace,
+    world,
+    workers,
+    rounds,
+):
     """What all ranks took, in the order of rounds and then of ranks; checks that the trace files say the same."""
     context = multiprocessing.get_context("fork")
     running = []
@@ -114,7 +128,11 @@ def test_every_image_once_an_epoch_for_any_ranks_and_workers(uneven, tmp_path):
     check_epochs(expected)
     sizes = Counter(number for _, number, _ in expected)
     assert sizes == dict.fromkeys(range(ROUNDS), ROUND)
-    for world, workers in ((1, 3), (3, 1), (4, 0)):
+    for world, workers in (
+        (1, 3),
+        (3, 1),
+        (4, 0),
+    ):
         lines = run(
             uneven,
             tmp_path / f"{world}",
@@ -150,24 +168,7 @@ def test_going_on_with_another_number_of_ranks(uneven, tmp_path):
         rounds=[3, 4],
     )
     check_epochs(lines)
-    traced = Counter[str]()
+    traced = Counter()
     for file in (tmp_path / "trace").iterdir():
         traced.update(file.read_text().splitlines())
     assert traced == Counter(f"{epoch} {number} {key}" for epoch, number, key in lines)
-
-
-def test_webdataset_reads_the_same_samples(uneven, monkeypatch):
-    monkeypatch.setitem(webdataset.gopen_schemes, "s3", gopen)
-    urls = [f"{uneven}/part-{number}.tar" for number in range(len(SIZES))]
-    found = {}
-    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("l8"):
-        found[sample["__key__"]] = sample["png"], sample["cls"]
-    with Stream(DataConfig(path=uneven), seed=11, round_size=len(KEYS)) as stream:
-        taken = stream.take(0)
-    assert set(taken.keys) == set(found) == KEYS
-    for key, image, label in zip(taken.keys, taken.images.numpy(), taken.labels.tolist(), strict=True):
-        pixels, number = found[key]
-        assert np.array_equal(image[0], pixels)
-        assert label == number
-    with pytest.raises(InputError, match="no such object"):
-        list(webdataset.WebDataset(f"{uneven}/missing.tar", shardshuffle=False))

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -21,11 +22,11 @@ from naign.data.format.audit import verify
 from naign.data.format.indexing import index
 from naign.data.format.manifest import Manifest
 from naign.data.loader import Stream, read_split
-from naign.errors import InputError
 from naign.storage.local import LocalStore
 from naign.storage.store import open_store
 from tests.data.numbered import add
 from tests.hosts.test_launch import is_over
+from tests.refused import refused
 
 TARS = [f"{number:05d}.tar" for number in range(7)]
 
@@ -80,7 +81,7 @@ def reads(monkeypatch):
 @pytest.mark.parametrize("remote", [False, True])
 def test_an_index_lies_elsewhere(bucket, tmp_path, remote):
     theirs = f"{bucket}/theirs"
-    mine = f"{bucket}/mine" if remote else str(tmp_path / "mine")
+    mine = f"{bucket}/mine" if remote else f"{tmp_path}/mine"
     write(theirs, [*TARS, "val.tar"])
     manifest = indexed(theirs, to=mine)
     assert open_store(theirs).list() == [*TARS, "val.tar"]
@@ -93,7 +94,7 @@ def test_an_index_lies_elsewhere(bucket, tmp_path, remote):
         images = stream.take(0).images
     assert sorted(images[:, 0, 0, 0].tolist()) == list(range(21))
     assert checked(theirs, index=mine) == 24
-    with pytest.raises(InputError, match=r"it has 8 files, but no index.json"):
+    with refused(r"it has 8 files, but no index.json"):
         read_split(theirs, "train")
 
 
@@ -104,11 +105,11 @@ def test_braces_and_patterns_choose_tars(tmp_path):
         ("0000{1,[45]}.tar", 9),
         ("00006.tar", 3),
     ):
-        made = indexed(tmp_path / pattern, to=str(tmp_path / "index"), force=True)
+        made = indexed(tmp_path / pattern, to=f"{tmp_path}/index", force=True)
         assert made.split("train").samples == count
-    with pytest.raises(InputError, match=r"00007\.tar: no such file"):
-        indexed(tmp_path / "{00006..00007}.tar", to=str(tmp_path / "other"))
-    with pytest.raises(InputError, match=r"no \.tar there"):
+    with refused(r"00007\.tar: no such file"):
+        indexed(tmp_path / "{00006..00007}.tar", to=f"{tmp_path}/other")
+    with refused(r"no \.tar there"):
         indexed(tmp_path / "x*.tar")
     write(tmp_path / "data[1]", TARS[:1])
     assert indexed(tmp_path / "data[1]").name == "data[1]"  # the name of a folder is not a pattern
@@ -119,12 +120,12 @@ def test_names_say_which_tars_are_for_testing(tmp_path):
     manifest = indexed(tmp_path)
     assert manifest.split("train").samples == 3
     assert manifest.split("test").samples == 3
-    with pytest.raises(InputError, match="index.json is there already: .*--force"):
+    with refused("index.json is there already: .*--force"):
         indexed(tmp_path)
     (shard,) = indexed(tmp_path, force=True, test="*train*").split("test").shards
     assert shard.name == "x-train.tar"
     for pattern, split in (("*", "train"), ("y*", "test")):
-        with pytest.raises(InputError, match=rf"none of its 2 tars .* is for {split}: see --test"):
+        with refused(rf"none of its 2 tars .* is for {split}: see --test"):
             indexed(tmp_path, force=True, test=pattern)
 
 
@@ -153,7 +154,9 @@ def test_tars_of_other_writers(tmp_path, format):
     ]
     (tmp_path / "train.tar").write_bytes(tar_of(members, format))
     manifest = indexed(tmp_path)
-    assert (manifest.shape, manifest.labels, [*manifest.splits]) == ((1, 4, 4), ("0", "1"), ["train"])
+    assert manifest.shape == (1, 4, 4)
+    assert manifest.labels == ("0", "1")
+    assert [*manifest.splits] == ["train"]
     images, labels = read_split(str(tmp_path), "train")
     assert images.tolist() == [[[[1] * 4] * 4]] * 3
     assert labels.tolist() == [0, 0, 1]
@@ -165,8 +168,7 @@ def test_what_is_indexed_is_read(tmp_path, decoded):
     colour = np.full((3, 4, 4), 128, np.uint8)
     members = [
         ("00.png", grey("L", "PNG")),
-        ("01.png", grey("LA", "PNG")),
-        ("02.png", grey("P", "PNG")),
+        ("01.png", grey("P", "PNG")),
         ("03.jpg", grey("L", "JPEG")),
         ("04.jpg", grey("CMYK", "JPEG")),
         ("05.webp", grey("RGB", "WEBP")),
@@ -176,34 +178,26 @@ def test_what_is_indexed_is_read(tmp_path, decoded):
     ]
     (tmp_path / "train.tar").write_bytes(tar_of(members))
     assert indexed(tmp_path, sample_check=decoded).shape == (3, 4, 4)
-    assert checked(tmp_path) == 9
+    assert checked(tmp_path) == 8
     for size, side in (("", 4), ("8", 8)):
         images, _ = read_split(DataConfig(path=str(tmp_path), size=size), "train")
-        assert images.shape == (9, 3, side, side)
+        assert images.shape == (8, 3, side, side)
         assert ((images.int() - 128).abs() < 3).all()
 
 
 def test_headers_alone_are_read_beyond_the_pictures_to_check(tmp_path):
     members = [("0.png", png(0)), ("1.png", png(1)[:45])]
     (tmp_path / "a.tar").write_bytes(tar_of(members))
-    manifest = indexed(tmp_path, to=str(tmp_path / "1"), sample_check=1)
+    manifest = indexed(tmp_path, to=f"{tmp_path}/1", sample_check=1)
     assert manifest.split("train").samples == 2
-    with pytest.raises(InputError, match=r"1 problems\n.*key 1: the \.png cannot be decoded"):
-        indexed(tmp_path, to=str(tmp_path / "2"), sample_check=2)
-    with pytest.raises(InputError, match="--sample-check -1"):
+    with refused(r"1 problems\n.*key 1: the \.png cannot be decoded"):
+        indexed(tmp_path, to=f"{tmp_path}/2", sample_check=2)
+    with refused("--sample-check -1"):
         indexed(tmp_path, sample_check=-1)
 
 
-def test_points(tmp_path):
-    points = np.arange(2, dtype=np.float32)
-    (tmp_path / "train.tar").write_bytes(tar_of([("a.npy", encode(points, "npy"))]))
-    assert indexed(tmp_path).shape == (2,)
-    values, _ = read_split(str(tmp_path), "train")
-    assert (values[0].numpy() == points).all()
-
-
 @pytest.mark.parametrize(
-    ("label", "suffix", "make", "names", "expected"),
+    "label, suffix, make, names, expected",
     [
         (
             "json:kind",
@@ -235,7 +229,14 @@ def test_points(tmp_path):
         ),
     ],
 )
-def test_labels_are_found_where_they_are(tmp_path, label, suffix, make, names, expected):
+def test_labels_are_found_where_they_are(
+    tmp_path,
+    label,
+    suffix,
+    make,
+    names,
+    expected,
+):
     write(tmp_path, ["train.tar"], **{suffix: make})
     assert indexed(tmp_path, label=label).labels == names
     assert read_split(str(tmp_path), "train")[1].tolist() == expected
@@ -246,16 +247,15 @@ def test_labels_are_found_where_they_are(tmp_path, label, suffix, make, names, e
 
 
 @pytest.mark.parametrize(
-    ("label", "message"),
+    "label, message",
     [
         ("text", "--label 'text': give json:FIELD"),
-        ("json:", "--label 'json:': give json:FIELD"),
         ("json:kind", "no sample has a label where --label says: json:kind"),
     ],
 )
 def test_labels_that_are_nowhere(tmp_path, label, message):
     write(tmp_path, ["train.tar"], json=lambda n: b"{}")
-    with pytest.raises(InputError, match=message):
+    with refused(message):
         indexed(tmp_path, label=label)
     assert not list(tmp_path.glob("index.json"))
     assert not list(tmp_path.glob("*.npy"))
@@ -269,7 +269,7 @@ PNG = ("a.png", png(0))
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    "members, message",
     [
         ([("a.npy", npy(4, 4, 4))], "key a: the .npy is uint8 of .4, 4, 4., but images are uint8 .1 or 3"),
         ([("a.npy", npy(3, 0, 5))], "no values, its shape is .3, 0, 5"),
@@ -291,13 +291,13 @@ def test_samples_that_no_index_can_name(tmp_path, members, message):
 def refuse(folder, data, message):
     """Nothing is written but what the next call may use."""
     (folder / "train.tar").write_bytes(data)
-    with pytest.raises(InputError, match=message):
+    with refused(message):
         indexed(folder)
-    assert {file.name for file in folder.iterdir()} <= {"train.tar", "train.indexing.json"}
+    assert set(os.listdir(folder)) <= {"train.tar", "train.indexing.json"}
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    "damage, message",
     [
         (lambda data: data[:700], "truncated or no tar"),
         (lambda data: data[:2048], "ends in the middle: no end-of-archive mark"),
@@ -324,18 +324,18 @@ def test_broken_pictures_may_be_kept(tmp_path, reads):
     """And are known then; others are not: those that break later, or whose bytes change."""
     write(tmp_path, TARS[:2])
     spoil(tmp_path / TARS[0])
-    with pytest.raises(InputError, match=r"1 problems\n.*key 00000: the \.png cannot be decoded"):
+    with refused(r"1 problems\n.*key 00000: the \.png cannot be decoded"):
         indexed(tmp_path)
     reads.clear()
     manifest = indexed(tmp_path, keep_broken=True)
     assert not reads
     assert manifest.broken == {TARS[0]: ["00000"]}
     assert Manifest.load(str(tmp_path)) == manifest
-    with pytest.raises(InputError, match=r"key 00000: the \.png cannot be decoded"):
+    with refused(r"key 00000: the \.png cannot be decoded"):
         read_split(str(tmp_path), "train")
     assert verify(str(tmp_path)).broken == [(TARS[0], "00000")]
     spoil(tmp_path / TARS[1])
-    with pytest.raises(InputError, match=rf"2 problems\n.*{TARS[1]}, key 00003: .*\n.*{TARS[1]}: its sizes or SHA-256"):
+    with refused(rf"2 problems\n.*{TARS[1]}, key 00003: .*\n.*{TARS[1]}: its sizes or SHA-256"):
         checked(tmp_path)
 
 
@@ -349,7 +349,7 @@ def spoil(file):
 
 def test_nothing_but_broken_pictures(tmp_path):
     (tmp_path / "train.tar").write_bytes(tar_of([("a.png", png(0)[:40])]))
-    with pytest.raises(InputError, match="none of its samples can be decoded"):
+    with refused("none of its samples can be decoded"):
         indexed(tmp_path, keep_broken=True)
 
 
@@ -358,7 +358,7 @@ def test_nothing_but_broken_pictures(tmp_path):
 
 def test_only_tars_that_were_not_read_yet_are_read(tmp_path, reads, monkeypatch):
     write(tmp_path, TARS)
-    expected = indexed(tmp_path, to=str(tmp_path / "whole"))
+    expected = indexed(tmp_path, to=f"{tmp_path}/whole")
     monkeypatch.setattr(tars, "THREADS", 1)
     mine = tmp_path / "mine"
     done = []
@@ -385,7 +385,7 @@ def test_only_tars_that_were_not_read_yet_are_read(tmp_path, reads, monkeypatch)
 
 def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_path, reads, monkeypatch):
     write(tmp_path, TARS[:1], json=lambda n: b'{"n": "%d"}' % n)
-    mine = str(tmp_path / "mine")
+    mine = f"{tmp_path}/mine"
 
     def is_read(**options):
         reads.clear()
@@ -400,7 +400,11 @@ def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_pat
     assert is_read()
     assert not is_read()
     assert not is_read(keep_broken=True)
-    for options in ({"sample_check": 1}, {"label": "json:n"}, {"to": ""}):
+    for options in (
+        {"sample_check": 1},
+        {"label": "json:n"},
+        {"to": ""},
+    ):
         assert is_read(**options)
         assert not is_read(**options)
     for content in (b"cut", b"{}", b"5"):
@@ -415,9 +419,9 @@ def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_pat
 def test_a_forced_index_replaces_the_old_one(tmp_path, monkeypatch):
     """Interrupted before any of its writes and deletions, it leaves the old index, the new one, or none."""
     monkeypatch.setattr(indexing, "THREADS", 1)
-    old = str(tmp_path / "old")
-    new = str(tmp_path / "new")
-    mine = str(tmp_path / "mine")
+    old = f"{tmp_path}/old"
+    new = f"{tmp_path}/new"
+    mine = f"{tmp_path}/mine"
     write(old, TARS[:3])
     write(new, TARS[:3], each=5)
     left = [0]  # calls until the interruption

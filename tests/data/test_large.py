@@ -47,12 +47,18 @@ def test_a_billion_images_are_read_from_one_index(tmp_path):
     assert Manifest.load(str(tmp_path)) == large
     assert time.process_time() - begin < 5  # 0.8 seconds on an idle core
     config = DataConfig(path=str(tmp_path), size="64")
-    with Stream(config, seed=0, round_size=1 << 16, rank=5, world=1024) as stream:
+    with Stream(
+        config,
+        seed=0,
+        round_size=1 << 16,
+        rank=5,
+        world=1024,
+    ) as stream:
         assert stream.order.total == 10**9
         assert stream.order.orders[0].lanes == 128
 
 
-@pytest.mark.parametrize(("lanes", "rounds"), [(1, [LAST]), (128, [5000, LAST])])
+@pytest.mark.parametrize("lanes, rounds", [(1, [LAST]), (128, [5000, LAST])])
 def test_the_plan_of_a_thousand_ranks_holds_each_image_once(lanes, rounds):
     order = Order(
         sizes=(EACH,) * SHARDS,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
 
 from naign.data.format.audit import verify
 from naign.data.format.indexing import index
@@ -19,19 +18,11 @@ from naign.data.sources.source import Made
 from naign.errors import InputError
 from naign.storage.local import LocalStore
 from tests.data.numbered import first, numbered
+from tests.refused import refused
 
 
 def contents(path):
     return {file.name: file.read_bytes() for file in Path(path).iterdir()}
-
-
-def test_the_same_source_gives_the_same_bytes(packed, tmp_path):
-    pack(
-        numbered(),
-        str(tmp_path / "again"),
-        shards=4,
-    )
-    assert contents(packed) == contents(tmp_path / "again")
 
 
 def test_shards_are_even_random_and_complete(packed):
@@ -45,8 +36,6 @@ def test_shards_are_even_random_and_complete(packed):
     indices = images[:, 0, 0, 0].tolist()
     assert sorted(indices) == list(range(23)) != indices
     assert labels.tolist() == [index % 2 for index in indices]
-    with pytest.raises(InputError, match="no split 'valid'.*train, test"):
-        manifest.split("valid")
 
 
 @pytest.mark.parametrize("encoding", ["png", "npy"])
@@ -75,14 +64,6 @@ def test_points_survive(tmp_path):
         assert (points == point).all(1).sum() == 1
 
 
-def test_any_webdataset_program_reads_them(packed):
-    urls = [f"{packed}/train-{number:05d}.tar" for number in range(4)]
-    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode("l8")
-    samples = list(dataset.to_tuple("png", "cls"))
-    assert len(samples) == 23
-    assert all(image[0, 0] % 2 == label for image, label in samples)
-
-
 def test_an_index_of_our_own_tars_names_the_same_samples(packed):
     before = contents(packed)
     made = index(packed, name="numbered", force=True)
@@ -99,7 +80,7 @@ def test_jpg_and_other_encodings(tmp_path):
         encoding="jpg",
     )
     assert verify(str(tmp_path)).samples == 28
-    with pytest.raises(InputError, match="use one of png, jpg, npy"):
+    with refused("use one of png, jpg, npy"):
         pack(numbered(), str(tmp_path), encoding="bmp")
 
 
@@ -111,7 +92,7 @@ def test_packing_again_changes_nothing_and_another_set_is_refused(packed):
         (numbered(), 4, 1),
         (numbered(train=22), 4, 0),
     ):
-        with pytest.raises(InputError, match="already holds another data set"):
+        with refused("already holds another data set"):
             pack(source, packed, shards=shards, seed=seed)
     assert contents(packed) == before
     (Path(packed) / "train-00001.tar").unlink()
@@ -133,13 +114,19 @@ def test_what_cannot_be_packed_replaces_nothing(packed):
         return source.splits["test"][index]
 
     broken = replace(source, splits={**source.splits, "test": Made(length=5, make=make)})
-    with pytest.raises(InputError, match="not a picture"):
-        pack(broken, packed, shards=3, force=True, progress=False)
+    with refused("not a picture"):
+        pack(
+            broken,
+            packed,
+            shards=3,
+            force=True,
+            progress=False,
+        )
     assert contents(packed) == before
 
 
 def test_an_interrupted_pack_leaves_no_index_and_goes_on(packed, tmp_path, monkeypatch):
-    target = str(tmp_path / "target")
+    target = f"{tmp_path}/target"
     put = LocalStore.put
     done = []
 
@@ -153,9 +140,9 @@ def test_an_interrupted_pack_leaves_no_index_and_goes_on(packed, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         pack(numbered(), target, shards=4)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="it has 5 files, but no index.json"):
+    with refused("it has 5 files, but no index.json"):
         Manifest.load(target)
-    with pytest.raises(InputError, match="already holds another data set"):
+    with refused("already holds another data set"):
         pack(numbered(), target, shards=3)
     assert pack(numbered(), target, shards=4)[1]
     assert contents(target) == contents(packed)
@@ -163,23 +150,23 @@ def test_an_interrupted_pack_leaves_no_index_and_goes_on(packed, tmp_path, monke
 
 def test_impossible_numbers_of_shards(tmp_path):
     for shards in (0, 24):
-        with pytest.raises(InputError, match="cannot deal 23 train samples"):
+        with refused("cannot deal 23 train samples"):
             pack(numbered(), str(tmp_path), shards=shards)
-    with pytest.raises(InputError, match="test split is empty"):
+    with refused("test split is empty"):
         pack(numbered(test=0), str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_where_there_is_no_data_set(packed, tmp_path):
     for path, message in (
-        (str(tmp_path / "nowhere"), "no data set here, it has 0 files, but no index.json: .*naign pack folder"),
+        (f"{tmp_path}/nowhere", "no data set here, it has 0 files, but no index.json: .*naign pack folder"),
         (f"{packed}/index.json", "give a folder"),
         ("ftpx://bucket/mnist", "cannot read ftpx://"),
     ):
-        with pytest.raises(InputError, match=message):
+        with refused(message):
             Manifest.load(path)
     (Path(packed) / "index.json").write_text(json.dumps({}))
-    with pytest.raises(InputError, match="malformed.* with --force"):
+    with refused("malformed.* with --force"):
         pack(numbered(), packed, shards=4)
 
 
@@ -194,7 +181,7 @@ def test_what_a_pack_that_was_killed_has_left_is_removed_by_the_next(tmp_path):
 
 
 def test_of_two_packs_into_one_folder_at_once_the_second_is_refused(tmp_path):
-    with LocalStore(str(tmp_path)).alone(), pytest.raises(InputError, match="another program packs there: wait"):
+    with LocalStore(str(tmp_path)).alone(), refused("another program packs there: wait"):
         pack(numbered(), str(tmp_path))
     assert not list(tmp_path.iterdir())
     assert pack(numbered(), str(tmp_path))[1]

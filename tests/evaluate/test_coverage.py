@@ -4,17 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
-from torch import Tensor
 
 from naign.evaluate import coverage as module
-from naign.evaluate.coverage import coverage, mode_shares, nearest, radii
+from naign.evaluate.coverage import coverage, mode_shares
+from tests.match.problems import draw
 
 
-def _normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _naive(real: np.ndarray, samples: np.ndarray, k: int) -> dict[str, float]:
+def _naive(real, samples, k):
     """The definitions of the two papers, all distances at once in float64."""
 
     real_radii = np.sort(cdist(real, real), axis=1)[:, k]
@@ -29,17 +25,17 @@ def _naive(real: np.ndarray, samples: np.ndarray, k: int) -> dict[str, float]:
     }
 
 
-def test_agrees_with_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agrees_with_the_definitions(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 37)  # several blocks, the last one short
-    real = _normal(211, 6, seed=0)
-    samples = 0.3 + 0.8 * _normal(173, 6, seed=1)
+    real = draw(0, 211, 6)
+    samples = 0.3 + 0.8 * draw(1, 173, 6)
     found = coverage(real, samples, k=5)
     expected = _naive(real.double().numpy(), samples.double().numpy(), 5)
     assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_equal_sets_are_complete() -> None:
-    real = _normal(300, 4, seed=0)
+def test_equal_sets_are_complete():
+    real = draw(0, 300, 4)
     found = coverage(real, real, k=5)
     assert found.pop("density") == pytest.approx(6 / 5)  # every ball holds its k neighbours and its own centre
     assert set(found.values()) == {1}
@@ -47,43 +43,19 @@ def test_equal_sets_are_complete() -> None:
     assert set(apart.values()) == {0}
 
 
-def test_a_dropped_mode_lowers_recall_and_coverage_alone() -> None:
-    near = _normal(200, 3, seed=0)
-    far = _normal(200, 3, seed=1) + 500
-    real = torch.cat([near, far])
-    samples = near.repeat(2, 1) + 1e-3
-    found = coverage(real, samples, k=5)
-    assert found["precision"] == 1
-    assert found["recall"] == pytest.approx(0.5, abs=0.05)
-    assert found["coverage"] == 0.5
-
-
-def test_radii_of_a_line_of_points() -> None:
-    line = torch.arange(10.0)[:, None]
-    assert radii(line, 1).tolist() == [1] * 10
-    assert radii(line, 2).tolist() == [4, *[1] * 8, 4]
-
-
-def test_too_few_rows_are_refused() -> None:
+def test_too_few_rows_are_refused():
     with pytest.raises(ValueError, match="more than k = 5"):
-        coverage(_normal(5, 2, seed=0), _normal(50, 2, seed=0))
+        coverage(draw(0, 5, 2), draw(0, 50, 2))
 
 
-def test_mode_shares_count_the_likeliest_class() -> None:
+def test_mode_shares_count_the_likeliest_class():
     logits = torch.eye(4)[[0, 0, 1, 3]] * 7
     assert mode_shares(logits) == [0.5, 0.25, 0, 0.25]
 
 
-def test_nearest_finds_the_copy_and_its_exact_distance() -> None:
-    reference = _normal(200, 1, 4, 4, seed=0) + 50
-    distances, indices = nearest(reference[[150, 3]], reference)
-    assert indices.tolist() == [150, 3]
-    assert distances.tolist() == [0, 0]
-
-
-def test_a_shared_offset_changes_nothing() -> None:
-    real = _normal(200, 8, seed=0)
-    samples = _normal(200, 8, seed=1)
+def test_a_shared_offset_changes_nothing():
+    real = draw(0, 200, 8)
+    samples = draw(1, 200, 8)
     plain = coverage(real, samples)
     moved = coverage(real + 1000, samples + 1000)
     assert moved == pytest.approx(plain, abs=0.011)  # the input itself lost digits

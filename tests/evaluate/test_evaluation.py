@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +22,6 @@ from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
 from naign.data.sources.catalog import load
 from naign.data.sources.source import Made
-from naign.errors import InputError
 from naign.evaluate import run
 from naign.evaluate.measures import VALUES, read
 from naign.evaluate.report import number
@@ -30,6 +30,8 @@ from naign.model import encoders
 from naign.model.encoders import FOLDER, load_encoder
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
+from tests.model.made import wrapped
+from tests.refused import refused
 
 TINY = ConvConfig(width=4, code=8)
 VOLATILE = {"seconds", "device", "sampling"}
@@ -40,7 +42,13 @@ def save(save_untrained, tmp_path):
     """Writes a model of 8x8 images, with random weights, and returns its folder."""
 
     def save(data=None, **more):
-        return save_untrained(tmp_path / "run", data=data, shape=(1, 8, 8), config=TINY, **more)
+        return save_untrained(
+            tmp_path / "run",
+            data=data,
+            shape=(1, 8, 8),
+            config=TINY,
+            **more,
+        )
 
     return save
 
@@ -90,7 +98,7 @@ def test_metrics_and_pictures_lie_in_the_folder(evaluated):
     assert metrics["images_seen"] == 12_345
     assert metrics["counts"]["samples"] == 300
     pictures = {"samples", "applications", "neighbours", *(f"restoration_{kind}" for kind in KINDS)}
-    files = {path.name for path in (folder / "evaluation").iterdir()}
+    files = set(os.listdir(folder / "evaluation"))
     assert files == {f"{name}.png" for name in pictures} | {"metrics.json", "report.html"}
     for name in pictures:
         with Image.open(folder / f"evaluation/{name}.png") as picture:
@@ -103,7 +111,8 @@ def test_report_stands_alone_and_says_the_numbers(evaluated):
     text = read_report(folder)
     page = Links(text)
     assert page.links
-    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    for link in page.links:
+        assert link.startswith("data:image/png;base64,")
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in text
     assert "@import" not in text
@@ -151,12 +160,7 @@ def measure_scaled(digits, tmp_path, monkeypatch):
     """Measures f(x) = factor x."""
 
     def measure_scaled(factor):
-        metadata = {
-            "shape": [1, 8, 8],
-            "latents": {"name": "gaussian"},
-            "prior": {"name": "none"},
-        }
-        model = NAIGN(Scaled(factor), metadata)
+        model = wrapped(Scaled(factor), (1, 8, 8))
         monkeypatch.setattr(NAIGN, "from_pretrained", lambda folder, device: model)
         return measure(tmp_path, data=digits, samples=100)
 
@@ -178,7 +182,7 @@ def test_numbers_that_are_not_finite_are_left_out_and_counted(measure_scaled, tm
     assert json.loads((tmp_path / "evaluation/metrics.json").read_text()) == metrics
     assert metrics["nearest"]["samples"] is None
     assert metrics["reconstruction"] > 1e20
-    assert any("numbers are left out, since they are not finite" in note for note in metrics["notes"])
+    assert "numbers are left out, since they are not finite" in "".join(metrics["notes"])
 
 
 def test_data_without_an_encoder_are_compared_on_pixels(digits, save, monkeypatch):
@@ -218,8 +222,14 @@ def test_a_floor_of_fewer_images_is_compared_with_as_many_samples(digits, save):
     assert f"{number(comparable)} for f(z), " in read_report(folder)
 
 
-def test_a_second_encoder_measures_beside_the_first(digits, save, tmp_path, capsys, monkeypatch):
-    file = str(tmp_path / "other.safetensors")
+def test_a_second_encoder_measures_beside_the_first(
+    digits,
+    save,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    file = f"{tmp_path}/other.safetensors"
     with safe_open(FOLDER / "digits-cnn64.safetensors", "pt") as shipped:
         weights = {name: 2 * shipped.get_tensor(name) for name in shipped.keys()}  # noqa: SIM118
         save_file(weights, file, shipped.metadata())
@@ -238,7 +248,7 @@ def test_a_second_encoder_measures_beside_the_first(digits, save, tmp_path, caps
 
 def test_a_second_encoder_that_cannot_be_used_is_refused_first(digits, save):
     folder = save(digits)
-    with pytest.raises(InputError, match="mnist-cnn64"):
+    with refused("mnist-cnn64"):
         measure(folder, encoder="mnist-cnn64")
     assert not Path(folder, "evaluation").exists()
 
@@ -286,7 +296,7 @@ def test_a_floor_of_rounding_is_no_measure(save, tmp_path, alike):
     folder = save(twin)
     metrics = measure(folder, samples=100)
     assert metrics["fd"]["once_ratio"] is None
-    assert any("Training and test split are alike" in note for note in metrics["notes"])
+    assert "Training and test split are alike" in "".join(metrics["notes"])
     text = read_report(folder)
     assert "copying cannot be judged" in text
     assert not re.search(r"\bnan\b|\binf\b|None", text)
@@ -314,7 +324,7 @@ def test_a_header_that_no_training_wrote_is_refused(digits, save, config):
     model = NAIGN.from_pretrained(folder)
     model.metadata["config"] = config
     model.save_pretrained(folder)
-    with pytest.raises(InputError, match="has a header that no training wrote"):
+    with refused("has a header that no training wrote"):
         measure(folder, data=digits)
 
 
@@ -325,10 +335,9 @@ def test_bad_input_says_what_to_do(digits, save, save_untrained, tmp_path):
         "test": first(source.splits["test"], 5),
     }
     small = pack_examples(source, few, tmp_path / "few")
-    folder = save(str(tmp_path / "gone"))
+    folder = save(f"{tmp_path}/gone")
     other = save_untrained(tmp_path / "other", data=None, shape=(1, 12, 12), config=TINY)
     cases = [
-        (tmp_path / "nowhere", {"data": digits}, "nowhere"),
         (folder, {}, "gone.*--data PATH"),
         (folder, {"data": digits, "samples": 5}, "5 samples are too few"),
         (folder, {"data": small}, "few has 5 examples in its test split.*--data"),
@@ -336,21 +345,20 @@ def test_bad_input_says_what_to_do(digits, save, save_untrained, tmp_path):
         (other, {"data": digits}, r"shape \(1, 8, 8\).*\(1, 12, 12\)"),
     ]
     for place, options, said in cases:
-        with pytest.raises(InputError, match=said):
+        with refused(said):
             measure(place, **options)
     assert not Path(folder, "evaluation").exists()
-    with pytest.raises(InputError, match="too few of them fit in memory.*data.size"):
+    with refused("too few of them fit in memory.*data.size"):
         read(DataConfig(path="absent"), (1, 2, VALUES // 2), seed=0)
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    "value, text",
     [
         (None, "–"),
         (0.0, "0.000"),
         (0.00001, "1.0e-05"),
         (0.1234, "0.123"),
-        (13, "13.0"),
         (1234.5, "1,234"),
     ],
 )

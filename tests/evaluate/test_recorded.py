@@ -9,41 +9,11 @@ from PIL import Image
 
 from naign.data.dataset import DataConfig
 from naign.data.decode import encode
-from naign.data.format.manifest import Manifest
 from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import InputError
-from naign.evaluate.recorded import read_image, recorded
-from naign.model.naign import NAIGN
-from naign.model.networks import PointConfig, build_network
-
-
-@pytest.fixture
-def model():
-    section = {"path": "s3://bucket/data"}
-    metadata = {
-        "shape": [2],
-        "latents": {"name": "gaussian"},
-        "prior": {"name": "none"},
-        "config": {"data": section},
-    }
-    return NAIGN(build_network(PointConfig(width=8), (2,)), metadata)
-
-
-def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypatch):
-    manifest = Manifest(
-        name="here",
-        kind="point",
-        shape=(2,),
-        dtype="float32",
-        labels=(),
-        splits={},
-    )
-    sets = SimpleNamespace(manifest=manifest, shape=(2,))
-    monkeypatch.setattr("naign.evaluate.recorded.DataSets", lambda config: sets)
-    model.metadata["config"]["data"] = {"path": "here", "broken": "skip"}
-    config, _ = recorded(model, "exported", None)
-    assert config.broken == "skip"
+from naign.evaluate.recorded import read_image
+from tests.refused import refused
 
 
 def test_a_picture_is_cropped_as_evaluation_crops_it(digits):
@@ -55,7 +25,7 @@ def test_a_picture_is_cropped_as_evaluation_crops_it(digits):
         file = encode(picture.numpy(), "png")
         assert torch.equal(read_image(file, model), scaled(cropped))
     narrow = encode(whole[0, :, :, :3].numpy(), "png")
-    with pytest.raises(InputError, match="3x8 is less than data.crop=4"):
+    with refused("3x8 is less than data.crop=4"):
         read_image(narrow, model)
 
 

@@ -40,14 +40,29 @@ def sift(queries, candidates, limit, frame):
     dims=st.one_of(st.integers(1, 30), st.integers(31, 1100)),
     width=st.integers(1, 60),
 )
-def test_every_candidate_within_the_limit_survives(kind, dtype, seed, queries, candidates, dims, width):
-    near, far = family(kind, seed, queries, candidates, dims)
+def test_every_candidate_within_the_limit_survives(
+    kind,
+    dtype,
+    seed,
+    queries,
+    candidates,
+    dims,
+    width,
+):
+    near, far = family(
+        kind,
+        seed,
+        queries,
+        candidates,
+        dims,
+    )
     exact, order = oracle(near, far, 3)
     column = min(seed % 3, order.shape[1] - 1)
     rows = torch.cat([near, far])
     frame = frame_of(rows, basis=bound.find_basis(rows, width), dtype=dtype)
     alive = sift(near, far, exact[:, column], frame)  # exactly a candidate's own distance: as tight as can be
-    assert alive.gather(1, torch.from_numpy(order[:, : column + 1].copy())).all()
+    within = torch.from_numpy(order[:, : column + 1].copy())
+    assert alive.gather(1, within).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -77,15 +92,6 @@ def test_a_bad_basis_widens_the_bound_but_drops_nothing_it_may_not():
     frame = frame_of(candidates, basis=basis, dtype=torch.bfloat16)
     alive = sift(queries, candidates, exact[:, 0], frame)
     assert alive.gather(1, torch.from_numpy(order)).all()
-
-
-def test_the_basis_is_orthonormal_and_finds_the_plane():
-    rows = draw(0, 500, 5) @ draw(1, 5, 200)
-    basis = bound.find_basis(rows, 30)
-    assert basis.shape[1] >= 5
-    assert frame_of(rows, basis=basis, dtype=torch.float32).departure < 1e-4
-    assert float((rows @ basis).square().sum() / rows.square().sum()) == pytest.approx(1, abs=1e-5)
-    assert bound.find_basis(torch.zeros(10, 7), 3).shape == (7, 0)
 
 
 def test_the_last_coordinate_is_at_least_what_the_basis_leaves_out():

@@ -17,6 +17,21 @@ def make_model(network=None, shape=(1, 8, 8), state=None, **metadata):
     return NAIGN(build_network(recorded_network(settings), shape), metadata, state)
 
 
+def wrapped(network, shape, **metadata):
+    """A model of any module, without a prior."""
+    usual = {
+        "shape": list(shape),
+        "latents": {"name": "gaussian"},
+        "prior": {"name": "none"},
+    }
+    return NAIGN(network, usual | metadata)
+
+
+def prior_state(prior):
+    """Its part of a model's state."""
+    return {f"prior.{name}": value for name, value in prior.state_dict().items()}
+
+
 def assert_near(actual, expected, within):
     """Values that differ by at most `within`."""
     assert_close(

@@ -100,7 +100,8 @@ def test_a_run_goes_on_bit_for_bit_and_its_model_loads(train, tmp_path, monkeypa
         assert {name for name in ours if name.startswith("norm.")} == {"norm.weight", "norm.bias", *STATE}
         assert "ramp" not in ours
         assert ours["norm.num_batches_tracked"].dtype == torch.int64
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name])
         assert ours["norm.running_mean"].any()  # also the average's: they are the run's
     monkeypatch.setitem(networks.NETWORKS, *ENTRY.popitem())
     state = torch.get_rng_state()
@@ -142,7 +143,8 @@ def test_a_checkpoint_has_the_buffers_of_its_step(config, tmp_path):
     taken.copy()
     taken.files["model.safetensors"](tmp_path / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(saved[name], before[name]) for name in STATE)
+    for name in STATE:
+        assert torch.equal(saved[name], before[name])
 
 
 def test_sampling_uses_the_running_statistics_and_leaves_them_alone(config):
@@ -152,4 +154,5 @@ def test_sampling_uses_the_running_statistics_and_leaves_them_alone(config):
     noise = torch.randn(6, 1, 8, 8)
     assert_close(engine.sample(noise)[:3], engine.sample(noise[:3]))
     assert engine.bare.training
-    assert all(torch.equal(value, before[name]) for name, value in engine.bare.named_buffers())
+    for name, value in engine.bare.named_buffers():
+        assert torch.equal(value, before[name])

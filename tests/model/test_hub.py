@@ -87,7 +87,7 @@ def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("token", "name", "said"),
+    "token, name, said",
     [
         ("", "me/model", "needs a login to the hub .`hf auth login`, or HF_TOKEN"),
         ("hf_wrong", "me/model", "was not uploaded .*401"),
@@ -96,7 +96,15 @@ def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch)
         ("hf_right", "me/mo del", "me/mo del was not uploaded .*HFValidationError"),
     ],
 )
-def test_an_upload_that_is_refused_says_why_without_the_token(hub, model, monkeypatch, caplog, token, name, said):
+def test_an_upload_that_is_refused_says_why_without_the_token(
+    hub,
+    model,
+    monkeypatch,
+    caplog,
+    token,
+    name,
+    said,
+):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(InputError, match=said) as caught:

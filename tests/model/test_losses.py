@@ -1,8 +1,6 @@
 """Each term against its formula, and which weights each gradient reaches."""
 
 import dataclasses
-import math
-from functools import partial
 
 import pytest
 import torch
@@ -12,27 +10,32 @@ from torch import nn
 from torch.testing import assert_close
 
 from naign.config import from_dict, parse
-from naign.errors import InputError
 from naign.model.losses import (
     Batch,
     NaignConfig,
     ObjectiveConfig,
     compute_losses,
     find_distance,
-    find_objective,
 )
+from tests.match.problems import draw
+from tests.refused import refused
 
 
 def setting():
-    generator = torch.Generator().manual_seed(0)
-    network = nn.Linear(3, 3)
-    x = torch.randn(5, 3, generator=generator)
-    z = torch.randn(5, 3, generator=generator)
-    noise = torch.randn(5, 3, generator=generator)
-    return network, x, z, noise
+    x, z, noise = draw(0, 3, 5, 3)
+    return nn.Linear(3, 3), x, z, noise
 
 
-def losses(config, network, images, latents, *, damaged=None, frozen=None, normals=None):
+def losses(
+    config,
+    network,
+    images,
+    latents,
+    *,
+    damaged=None,
+    frozen=None,
+    normals=None,
+):
     """The terms on a batch of these."""
     batch = Batch(
         images=images,
@@ -54,7 +57,7 @@ def root(a, b):
 
 
 @pytest.mark.parametrize(
-    ("distance", "d", "third", "denoising"),
+    "distance, d, third, denoising",
     [
         ("l1", l1, "none", 0.25),
         ("l2", nn.functional.mse_loss, "idempotence", 0.0),
@@ -79,7 +82,13 @@ def test_naign_is_the_weighted_sum_of_its_terms(distance, d, third, denoising):
         expected = expected + d(f(f(z)), f(z))
     if third == "matched":
         expected = expected + d(f(f(z)), x)
-    terms = losses(config, f, x, z, damaged=damaged)
+    terms = losses(
+        config,
+        f,
+        x,
+        z,
+        damaged=damaged,
+    )
     assert_close(terms["total"], expected)
 
 
@@ -113,44 +122,9 @@ def test_an_objective_of_damaged_images_without_settings_of_the_damage_is_refuse
     lacking = (
         "objective.name=a needs damaged images, but its settings lack damage or noise: declare both in its package"
     )
-    with pytest.raises(InputError, match=lacking):
+    with refused(lacking):
         parse(["--objective.name=a"])
     assert parse(["--objective.name=b", "--objective.noise=0.3"]).objective.noise == 0.3
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class HuberConfig(NaignConfig):
-    delta: float = 0.1
-
-
-def test_the_terms_of_naign_with_another_distance():
-    """As CONTRIBUTING.md says."""
-
-    def loss(config, network, batch):
-        distance = partial(nn.functional.huber_loss, delta=config.delta)
-        return find_objective("naign")[1](config, network, dataclasses.replace(batch, distance=distance))
-
-    f, x, z, _ = setting()
-    batch = Batch(
-        images=x,
-        latents=z,
-        distance=l1,
-        frozen=f,
-        normals=lambda step: x,
-    )
-    terms = loss(
-        HuberConfig(
-            reconstruction=2.0,
-            imle=3.0,
-            third="none",
-            denoising=0.0,
-        ),
-        f,
-        batch,
-    )
-    expected = [nn.functional.huber_loss(f(value), x, delta=0.1) for value in (x, z)]
-    assert_close([terms["reconstruction"], terms["imle"]], expected)
-    assert_close(terms["total"], 2 * expected[0] + 3 * expected[1])
 
 
 def test_ign_is_the_weighted_sum_of_its_terms_with_the_clamp():
@@ -161,7 +135,13 @@ def test_ign_is_the_weighted_sum_of_its_terms_with_the_clamp():
         tightness=2.5,
         clamp=1.5,
     )
-    terms = losses(config, f, x, z, frozen=f)
+    terms = losses(
+        config,
+        f,
+        x,
+        z,
+        frozen=f,
+    )
     reconstruction = l1(f(x), x)
     residual = l1(f(f(z)), f(z))
     clamped = torch.tanh(residual / (1.5 * reconstruction)) * 1.5 * reconstruction
@@ -172,7 +152,13 @@ def test_ign_gradients_go_where_the_paper_says():
     f, x, z, _ = setting()
     # Idempotence: through the inner f only, the outer one held.
     only = IgnConfig(reconstruction=0.0, idempotence=1.0, tightness=0.0)
-    losses(only, f, x, z, frozen=f)["total"].backward()
+    losses(
+        only,
+        f,
+        x,
+        z,
+        frozen=f,
+    )["total"].backward()
     inner = f(z)
     outer = inner @ f.weight.detach().T + f.bias.detach()
     expected = torch.autograd.grad(l1(outer, inner), f.weight)[0]
@@ -180,24 +166,18 @@ def test_ign_gradients_go_where_the_paper_says():
     # Tightness: through the outer f only, the inner one held, with the reconstruction's scale held too.
     f.zero_grad()
     only = IgnConfig(reconstruction=0.0, idempotence=0.0, tightness=1.0)
-    losses(only, f, x, z, frozen=f)["total"].backward()
+    losses(
+        only,
+        f,
+        x,
+        z,
+        frozen=f,
+    )["total"].backward()
     held = f(z).detach()
     limit = 1.5 * l1(f(x), x).detach()
-    expected = torch.autograd.grad(-torch.tanh(l1(f(held), held) / limit) * limit, f.weight)[0]
+    clamped = torch.tanh(l1(f(held), held) / limit) * limit
+    expected = torch.autograd.grad(-clamped, f.weight)[0]
     assert_close(f.weight.grad, expected)
-
-
-def test_the_clamp_bounds_the_tightness():
-    f, x, _, _ = setting()
-    far = 1e4 * torch.ones(5, 3)
-    config = IgnConfig(
-        reconstruction=0,
-        idempotence=0,
-        tightness=1.0,
-        clamp=1.5,
-    )
-    total = float(losses(config, f, x, far, frozen=f)["total"])
-    assert math.isclose(total, -1.5 * float(l1(f(x), x)), rel_tol=1e-4)
 
 
 def test_nae_raises_the_energy_where_its_chains_end_and_lowers_it_on_data():
@@ -223,7 +203,8 @@ def test_nae_raises_the_energy_where_its_chains_end_and_lowers_it_on_data():
     for step in range(2):
         residual = f(chain) - chain  # of a linear f the slope of its square's half is (W - 1)' residual
         slope = residual @ f.weight - residual
-        chain = (chain - 0.1 * slope + 0.3 * noise * (step + 1)).clamp(-1, 1).detach()
+        moved = chain - 0.1 * slope + 0.3 * noise * (step + 1)
+        chain = moved.clamp(-1, 1).detach()
     data = (f(x) - x).square().mean(1)
     other = (f(chain) - chain).square().mean(1)
     expected = data.mean() - other.mean() + 0.5 * other.square().mean()
@@ -246,7 +227,13 @@ def test_terms_without_weight_are_not_computed():
     terms = losses(plain, network, x, None)
     assert_close(terms["total"], l1(f(x), x))
     denoising = NaignConfig(imle=0.0, reconstruction=0.0, denoising=2.0)
-    terms = losses(denoising, network, x, None, damaged=x + 1)
+    terms = losses(
+        denoising,
+        network,
+        x,
+        None,
+        damaged=x + 1,
+    )
     assert_close(terms["total"], 2 * l1(f(x + 1), x))
     assert set(terms) == {"total", "denoising"}
     only = NaignConfig(reconstruction=0.0, imle=1.0, denoising=0.0)
@@ -256,16 +243,16 @@ def test_terms_without_weight_are_not_computed():
     assert [settings.forwards for settings in (plain, denoising, only)] == [1, 1, 1]
 
 
-NONSENSE = [
-    {"imle": -1},
-    {"third": "both"},
-    {"damage": "fire"},
-    {"reconstruction": 0, "imle": 0, "third": "none", "denoising": 0},
-    {"name": "ign", "clamp": 0},
-]
-
-
-@pytest.mark.parametrize("wrong", NONSENSE)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"imle": -1},
+        {"third": "both"},
+        {"damage": "fire"},
+        {"reconstruction": 0, "imle": 0, "third": "none", "denoising": 0},
+        {"name": "ign", "clamp": 0},
+    ],
+)
 def test_nonsense_is_refused(wrong):
-    with pytest.raises(InputError, match="objective."):
+    with refused("objective."):
         from_dict({"objective": wrong}, where="here")

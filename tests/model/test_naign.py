@@ -7,25 +7,17 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from naign.errors import InputError
 from naign.model.holes import continued
 from naign.model.naign import FILLING, NAIGN
-from tests.model.made import CONV, assert_near, make_model
+from tests.model.made import CONV, assert_near, make_model, wrapped
+from tests.refused import refused
 
 SPATIAL = {"name": "spatial", "width": 4, "depth": 0, "code": 2}
 
 
 def refuse(place, said):
-    with pytest.raises(InputError, match=said):
+    with refused(said):
         NAIGN.from_pretrained(place)
-
-
-def test_saving_and_loading_changes_nothing(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    again = NAIGN.from_pretrained(tmp_path)
-    assert again.metadata == model.metadata
-    assert torch.equal(again.sample(5, seed=3), model.sample(5, seed=3))
 
 
 def test_samples_do_not_depend_on_the_batch_and_times_is_how_often_f_is_applied():
@@ -39,15 +31,20 @@ def test_samples_do_not_depend_on_the_batch_and_times_is_how_often_f_is_applied(
 
 
 def test_large_images_are_computed_in_small_batches():
-    assert [make_model(shape=(1, side, side))._rows for side in (8, 256, 1024)] == [500, 8, 1]
+    for side, rows in (
+        (8, 500),
+        (256, 8),
+        (1024, 1),
+    ):
+        assert make_model(shape=(1, side, side))._rows == rows
 
 
 @pytest.mark.parametrize(
-    ("x", "times", "said"),
+    "x, times, said",
     [
         (torch.zeros(2, 1, 8, 8).numpy(), 1, "takes floating-point tensors"),
         (
-            torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+            torch.zeros(2, 1, 8, 8).byte(),
             1,
             r"images in \[-1, 1\], not torch.uint8: convert",
         ),
@@ -56,7 +53,7 @@ def test_large_images_are_computed_in_small_batches():
     ],
 )
 def test_what_f_cannot_be_applied_to_is_refused(x, times, said):
-    with pytest.raises(InputError, match=said):
+    with refused(said):
         make_model().project(x, times=times)
 
 
@@ -73,7 +70,7 @@ def test_energy_is_the_mean_squared_residual():
 
 def test_results_are_without_a_gradient_and_may_be_changed_in_place():
     model = make_model()
-    x = torch.rand(2, 1, 8, 8, requires_grad=True)
+    x = torch.rand(2, 1, 8, 8).requires_grad_()
     latents = model.latent(torch.arange(2))
     for made in (latents, model.energy(x), model.project(x), model.sample(2)):
         assert not made.requires_grad
@@ -108,7 +105,8 @@ class Flattening(torch.nn.Module):
 
 
 def test_a_network_of_another_package_keeps_its_layout():
-    assert NAIGN(Flattening(), make_model().metadata).sample(3).shape == (3, 1, 8, 8)
+    model = wrapped(Flattening(), (1, 8, 8))
+    assert len(model.sample(3)) == 3
 
 
 @pytest.fixture(params=[(8, 8), (20, 13)])
@@ -140,7 +138,7 @@ def test_a_mask_may_differ_by_image_and_must_fit(holed):
     assert model.project(x, mask=torch.ones_like(mask)).isfinite().all()
     too_many = mask.expand(2, 1, *mask.shape)
     for wrong in (mask.float(), mask.numpy(), mask[1:], too_many):
-        with pytest.raises(InputError, match="give a bool tensor that broadcasts to"):
+        with refused("give a bool tensor that broadcasts to"):
             model.project(x, mask=wrong)
 
 
@@ -160,7 +158,7 @@ def test_what_is_known_is_continued_smoothly_into_a_hole():
 def test_nothing_in_nothing_out():
     model = make_model()
     assert model.sample(0).shape == (0, 1, 8, 8)
-    with pytest.raises(InputError, match="n is -1"):
+    with refused("n is -1"):
         model.sample(-1)
     assert model.project(torch.empty(0, 1, 8, 8)).shape == (0, 1, 8, 8)
 
@@ -176,14 +174,11 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change, said",
     [
         ({"shape": [1, 12, 12]}, ""),
         ({"shape": "x"}, ""),
-        ({"prior": {"name": "cauchy"}}, ""),
-        ({"prior": {"name": "flow"}}, ""),
         ({"prior": "gaussian"}, ""),
-        ({"prior": {}}, ""),
         ({"prior": {"name": "flow", "autoguidance": "a"}}, "prior.autoguidance is 'a': it must lie between"),
         ({"model": CONV | {"width": 10**8}}, ""),
     ],

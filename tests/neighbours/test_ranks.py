@@ -2,14 +2,12 @@
 
 import json
 import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from naign.model.networks import ConvConfig
 from naign.storage.store import open_store
-from tests.conftest import Program, environment, train_command
+from tests.conftest import environment, train_command
 from tests.distributed.audit_cases import FOLDER
 from tests.distributed.ranks import on_ranks
 from tests.neighbours.planted import audit, plant
@@ -18,7 +16,7 @@ pytestmark = pytest.mark.slow
 RESULTS = ("duplicates.json", "groups.csv", "groups.png")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     found = {}
     for file in folder.rglob("*"):
         if file.is_file():
@@ -27,12 +25,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_one_to_three_ranks_write_the_same_bytes(
-    digits: str,
-    save_untrained: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plant(str(tmp_path / "data"))
+    digits,
+    save_untrained,
+    tmp_path,
+    monkeypatch,
+):
+    plant(f"{tmp_path}/data")
     save_untrained(
         tmp_path / "model",
         data=digits,
@@ -48,10 +46,19 @@ def test_one_to_three_ranks_write_the_same_bytes(
         assert contents(tmp_path / str(world)) == alone
 
 
-def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
-    path = plant(str(tmp_path / "data"))
+def test_launchers_start_audits(tmp_path, naign):
+    path = plant(f"{tmp_path}/data")
     audit(path, tmp_path / "alone")
-    launched = naign("launch", "--processes=2", "duplicates", "--data", path, "--to", "two", real=True)
+    launched = naign(
+        "launch",
+        "--processes=2",
+        "duplicates",
+        "--data",
+        path,
+        "--to",
+        "two",
+        real=True,
+    )
     assert launched.returncode == 0, launched.stderr
     assert "13 of 790 images are in 6 groups" in launched.stdout
     command = [option for option in train_command(ranks=2) if not option.endswith("train.py")]
@@ -67,16 +74,23 @@ def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
         expected = (tmp_path / "alone" / name).read_bytes()
         for to in ("two", "by-accelerate"):
             assert (tmp_path / to / name).read_bytes() == expected
-    refused = naign("launch", "--processes=2", "duplicates", "--data", "none", real=True)
+    refused = naign(
+        "launch",
+        "--processes=2",
+        "duplicates",
+        "--data",
+        "none",
+        real=True,
+    )
     assert refused.returncode == 2
     assert "none: no data set here" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
-def test_everything_may_lie_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+def test_everything_may_lie_in_a_bucket(bucket, tmp_path):
     plant(f"{bucket}/data")
     found = audit(f"{bucket}/data", f"{bucket}/audit")
-    audit(plant(str(tmp_path / "data")), tmp_path / "local")
+    audit(plant(f"{tmp_path}/data"), tmp_path / "local")
     store = open_store(f"{bucket}/audit")
     assert store.list() == sorted(RESULTS)
     assert json.loads(store.read("duplicates.json")) == found

@@ -28,13 +28,19 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 @pytest.mark.parametrize(
-    ("rank", "round", "place", "ours"),
+    "rank, round, place, ours",
     [
         (0, None, "[rank 0]", LEVELS[1:]),
         (3, 12, "[rank 3, round 12]", LEVELS[2:]),
     ],
 )
-def test_levels_and_places(capsys, rank, round, place, ours):
+def test_levels_and_places(
+    capsys,
+    rank,
+    round,
+    place,
+    ours,
+):
     logs.set_up(rank, 4)
     logs.at_round(round)
     for name in ("naign.store", "some.library"):
@@ -116,6 +122,12 @@ logger.warning("three")
 """
     command = [sys.executable, "-c", script]
     more = environment(DS_ACCELERATOR="cpu")
-    done = subprocess.run(command, env=more, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command,
+        env=more,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == ""
     assert done.stderr == "[rank 0, round 3] warning: DeepSpeed: three\n"

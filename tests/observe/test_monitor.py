@@ -3,10 +3,10 @@
 import errno
 import json
 import math
+import os
 import time
 from importlib.metadata import EntryPoint
 from threading import Event
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,14 +15,15 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from naign.errors import InputError, Unavailable
+from naign.errors import Unavailable
 from naign.observe import monitor
 from naign.observe.heartbeat import Heartbeat
 from naign.observe.monitor import WAITING, Background, Monitor, trackers_hang
 from naign.observe.trackers import JsonLines, find_trackers
 from naign.settings import registry
+from tests.refused import refused
 
-calls = list[tuple[Any, ...]]()
+calls = []
 
 
 class Recorder(GeneralTracker):
@@ -74,7 +75,14 @@ def points(monkeypatch):
 
 def opened(folder, trackers, seen=0, active=True):
     settings = {"seed": 0, "train.lr": 2e-3}
-    return Monitor(folder, active=active, images=100, seen=seen, settings=settings, trackers=trackers)
+    return Monitor(
+        folder,
+        active=active,
+        images=100,
+        seen=seen,
+        settings=settings,
+        trackers=trackers,
+    )
 
 
 def report(folder, trackers, seen=0, active=True):
@@ -113,7 +121,7 @@ def test_every_tracker_is_told_everything(tmp_path):
 @pytest.mark.parametrize("trackers", ["", "['recorder', jsonl]"])
 def test_tensorboard_can_be_left_out_and_metrics_cannot(tmp_path, trackers):
     report(tmp_path, trackers)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples"]
+    assert set(os.listdir(tmp_path)) == {"metrics.jsonl", "samples"}
     assert bool(calls) == ("recorder" in trackers)
 
 
@@ -149,7 +157,7 @@ def test_a_resumed_run_drops_what_was_reported_later(tmp_path):
 def test_tensorboard_drops_what_a_resumed_run_reports_again(tmp_path):
     report(tmp_path, "tensorboard")
     report(tmp_path, "tensorboard", seen=5)  # resumes before what was reported
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    board = EventAccumulator(f"{tmp_path}/tensorboard").Reload()
     assert [event.step for event in board.Scalars("loss/total")] == [15]
     assert [event.step for event in board.Images("samples")] == [15]
     assert board.Tags()["histograms"] == ["match/distance"]
@@ -211,7 +219,7 @@ def test_a_launcher_hears_of_the_fit_of_the_prior(tmp_path):
 
 def test_a_disk_that_fails_is_the_user_s_to_mend(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(InputError, match="reports cannot be written .*make room"):
+    with refused("reports cannot be written .*make room"):
         report(tmp_path, "")
 
 
@@ -222,7 +230,7 @@ def test_a_full_disk_is_worth_a_restart(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "known"),
+    "name, known",
     [
         ("tensorbord", "choose one of jsonl, tensorboard, .*wandb.*did you mean tensorboard"),
         ("broken", "no_such_module"),
@@ -230,5 +238,5 @@ def test_a_full_disk_is_worth_a_restart(tmp_path, monkeypatch):
     ],
 )
 def test_a_tracker_that_is_not_there_is_refused(name, known):
-    with pytest.raises(InputError, match=f"report.trackers is '{name}'.*{known}"):
+    with refused(f"report.trackers is '{name}'.*{known}"):
         find_trackers(name)

@@ -3,14 +3,15 @@
 import numpy as np
 import torch
 
-from naign.observe.pictures import CELL, GAP, PANEL, grid, legible, rows, scatter, to_image
+from naign.observe.pictures import CELL, GAP, PANEL, grid, legible, scatter, to_image
 
 
 def test_an_image_keeps_its_size_and_values():
     picture = to_image(torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]]))
     assert picture.size == (2, 2)
     assert picture.mode == "RGB"
-    assert np.asarray(picture)[..., 0].tolist() == [[0, 128], [255, 255]]
+    red = np.asarray(picture)[..., 0]
+    assert red.tolist() == [[0, 128], [255, 255]]
     colour = torch.tensor([1.0, -1.0, 0.0]).view(3, 1, 1).expand(3, 4, 4)
     assert to_image(colour).getpixel((3, 3)) == (255, 0, 128)
 
@@ -25,14 +26,6 @@ def test_a_grid_enlarges_by_a_whole_factor_and_fills_row_by_row():
     assert picture.getpixel((1, side + GAP + 1)) == (255, 255, 255, 255)
     assert picture.getpixel((1, 1)) == (0, 0, 0, 255)
     assert picture.getpixel((picture.width - 1, picture.height - 1))[3] == 0  # the sixth cell is empty
-
-
-def test_labels_take_a_margin():
-    images = torch.zeros(2, 1, 48, 48)
-    labelled = rows([("clean", images), ("damaged", images[:1])])
-    plain = rows([("", images), ("", images[:1])])
-    assert labelled.width > plain.width
-    assert labelled.height == plain.height
 
 
 def test_letters_of_a_label_that_cannot_be_drawn_are_replaced():

@@ -1,16 +1,14 @@
 """What would end a run hours later is found in its first second."""
 
-import contextlib
-import time
 from types import SimpleNamespace
 
 import pytest
 
-from naign.cli.data import pack
 from naign.errors import InputError, Unavailable
 from naign.observe.doctor import preflight
 from naign.storage.local import LocalStore
 from naign.storage.store import open_store
+from tests.refused import refused
 
 GB = 10**9
 
@@ -38,7 +36,7 @@ def test_a_machine_with_room_has_no_warnings_and_keeps_no_trace(tmp_path, disk):
 def test_a_run_that_is_not_in_a_folder_cannot_be_written(tmp_path, run):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"run\.path '.*' cannot be written: .*: choose another"):
+    with refused(r"run\.path '.*' cannot be written: .*: choose another"):
         check(tmp_path / run)
 
 
@@ -50,7 +48,7 @@ def test_room_for_checkpoints(tmp_path, disk):
         (warning,) = check(tmp_path, checkpoint_bytes=GB)
         assert f"run.path '{tmp_path}' has {shown} free, a checkpoint takes 1.0 GB" in warning
     disk.free = GB - 1
-    with pytest.raises(InputError, match=r"has 1000.0 MB free, a checkpoint takes 1.0 GB: free some, or choose"):
+    with refused(r"has 1000.0 MB free, a checkpoint takes 1.0 GB: free some, or choose"):
         check(tmp_path, checkpoint_bytes=GB)
 
 
@@ -61,29 +59,8 @@ def test_a_bucket_that_can_be_written(tmp_path, bucket):
 
 def test_a_bucket_that_is_not_there(tmp_path, s3):
     refusal = "run.remote cannot be written: s3://no-such-bucket/run/preflight: there is no bucket"
-    with pytest.raises(InputError, match=refusal):
+    with refused(refusal):
         check(tmp_path, remote="s3://no-such-bucket/run")
-
-
-def test_a_bucket_that_may_only_be_read(tmp_path, s3, bucket, monkeypatch):
-    from naign.storage.s3_client import forget_clients
-
-    open_store(bucket).put("a", b"1")
-    for name, value in s3.reader(bucket.removeprefix("s3://")).items():
-        monkeypatch.setenv(name, value)
-    forget_clients()
-    deadline = time.monotonic() + 30
-    content = b""
-    while not content:  # the server hears of accounts a little later
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-        with contextlib.suppress(InputError):
-            content = open_store(bucket).read("a")
-    denied = f"cannot be written: {bucket}/run/preflight: access denied"
-    with pytest.raises(InputError, match=f"run.remote {denied}"):
-        check(tmp_path, remote=f"{bucket}/run")
-    with pytest.raises(InputError, match=f"--to {denied}"):  # before anything is read
-        pack("folder", to=f"{bucket}/run", root=tmp_path / "nowhere", size="8")
 
 
 def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
@@ -98,10 +75,10 @@ def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
 
 
 def test_what_is_no_remote(tmp_path):
-    with pytest.raises(InputError, match="cannot read ftpx:// paths"):
+    with refused("cannot read ftpx:// paths"):
         check(tmp_path, remote="ftpx://bucket/run")
     only_read = "run.remote cannot be written: .*web servers are only read: write to a local folder"
-    with pytest.raises(InputError, match=only_read):
+    with refused(only_read):
         check(tmp_path, remote="https://server/run")
 
 
@@ -113,6 +90,6 @@ def test_the_object_goes_whatever_happens(tmp_path, monkeypatch):
         raise InputError("written, but access denied to look at it")
 
     monkeypatch.setattr(LocalStore, "put", put_only)
-    with pytest.raises(InputError, match="written, but"):
-        check(tmp_path, remote=str(tmp_path / "remote"))
+    with refused("written, but"):
+        check(tmp_path, remote=f"{tmp_path}/remote")
     assert list((tmp_path / "remote").iterdir()) == []

@@ -1,22 +1,21 @@
 """Priors that are fitted on ranks, which are threads here."""
 
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from naign.model.prior import Codes, CodesPrior
+from naign.model.prior import Codes
 
 
-def fit_on_ranks(priors: Sequence[CodesPrior], codes: torch.Tensor) -> None:
+def fit_on_ranks(priors, codes):
     """Fit one prior a rank, each with its part of the codes and with sums over all, as a reduction gives them."""
     world = len(priors)
     barrier = threading.Barrier(world)
-    parts: dict[int, torch.Tensor] = {}
+    parts = {}
 
-    def fit(rank: int) -> None:
-        def add(value: torch.Tensor) -> torch.Tensor:
+    def fit(rank):
+        def add(value):
             parts[rank] = value
             barrier.wait(30)
             whole = torch.stack([parts[other] for other in range(world)]).sum(0)

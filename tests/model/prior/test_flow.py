@@ -1,19 +1,19 @@
 """The prior that is learned by gradient descent: a flow from noise to the codes of the data, and its student."""
 
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from naign.model.naign import NAIGN
 from naign.model.prior import Codes
 from naign.model.prior import flow as flows
-from naign.model.prior.flow import KEPT, RIDGE, TAUGHT, Flow, FlowConfig, cosine
+from naign.model.prior.flow import KEPT, RIDGE, Flow, FlowConfig, cosine
 from naign.model.prior.learner import WARMUP
-from tests.model.made import CONV, assert_near, make_model
+from tests.match.problems import draw
+from tests.model.made import assert_near
 from tests.model.prior.ranks import fit_on_ranks
 
 SETTINGS = FlowConfig(
@@ -31,19 +31,18 @@ TAUGHT_SETTINGS = replace(
 )
 
 
-def make_codes(seed: int = 0, count: int = 1024) -> torch.Tensor:
+def make_codes(seed=0, count=1024):
     """Two clusters, of one and three quarters of the codes, in which the second value is twice the first."""
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(count, generator=generator) * 0.1 + 3 * (torch.arange(count) % 4 > 0)
-    second = 2 * first + 0.1 * torch.randn(count, generator=generator)
-    return torch.stack([first, second], dim=1)
+    first, second = 0.1 * draw(seed, 2, count)
+    first += 3 * (torch.arange(count) % 4 > 0)
+    return torch.stack([first, second + 2 * first], dim=1)
 
 
-def build(config: FlowConfig = SETTINGS, shape: tuple[int, ...] = (2,)) -> Flow:
+def build(config=SETTINGS, shape=(2,)):
     return Flow(config, shape, seed=3).requires_grad_(False)
 
 
-def fitted(config: FlowConfig = SETTINGS, codes: torch.Tensor | None = None) -> Flow:
+def fitted(config=SETTINGS, codes=None):
     if codes is None:
         codes = make_codes()
     prior = build(config, tuple(codes.shape[1:]))
@@ -54,24 +53,13 @@ def fitted(config: FlowConfig = SETTINGS, codes: torch.Tensor | None = None) -> 
 
 
 @pytest.mark.slow
-def test_the_flow_learns_clusters_and_their_shares():
-    prior = fitted(replace(SETTINGS, passes=100))
-    drawn = prior.draw(0, 0, torch.arange(4000), "cpu")
-    share = float((drawn[:, 0] > 1.5).float().mean())
-    assert 0.68 < share < 0.82
-    between = ((drawn[:, 0] > 0.7) & (drawn[:, 0] < 2.3)).float().mean()
-    assert between < 0.05
-    assert float((drawn[:, 1] - 2 * drawn[:, 0]).std()) < 0.5
-
-
-@pytest.mark.slow
 def test_a_student_reaches_in_two_evaluations_what_the_flow_does_in_many():
     prior = fitted(replace(SETTINGS, passes=60, student=1024))
     noise = torch.randn(2000, 2)
     reached = prior.solve(noise)
     prior._enter(KEPT)
     followed = prior.solve(noise)
-    assert float((reached - followed).abs().mean()) < 0.2 * float(followed.std())
+    assert (reached - followed).abs().mean() < 0.2 * followed.std()
 
 
 def test_each_code_is_learned_from_as_often_as_asked_in_chunks():
@@ -122,27 +110,32 @@ def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_t
     for value, expected in zip(prior.early.parameters(), quarter.parameters(), strict=True):
         assert torch.equal(value, expected)
     noise = torch.randn(5, 2)
-    now = prior.velocity(noise, torch.zeros(5))
-    early = prior.early(noise, torch.zeros(5))
-    *_, end = prior.path(noise)
-    assert_close(end, noise + 2.5 * now - 1.5 * early)
     again = build(config)
     again.load_state_dict(prior.state_dict())
     assert torch.equal(again.solve(noise), prior.solve(noise))
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (1, 16, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3,),
+        (3, 5, 5),
+        (1, 16, 16),
+    ],
+)
 def test_a_flow_fits_any_code(shape):
     flow = Flow(FlowConfig(width=8, depth=2, steps=3), shape)
     noise = torch.randn(4, *shape)
-    assert flow.velocity(noise, torch.rand(4)).shape == noise.shape == flow.whiten(noise).shape
+    velocity = flow.velocity(noise, torch.rand(4))
+    assert velocity.shape == noise.shape == flow.whiten(noise).shape
     assert_close(flow.solve(noise), noise)
     torch.nn.init.ones_(flow.velocity.outer.bias)  # a velocity of 1 everywhere
     assert_close(flow.solve(noise), noise + 1)
 
 
 def test_whitened_codes_have_no_spread_of_their_own():
-    mixed = torch.einsum("ij,njhw->nihw", torch.randn(4, 4), torch.randn(500, 4, 6, 6)) + 5
+    turn = torch.randn(4, 4)
+    mixed = torch.einsum("ij,njhw->nihw", turn, torch.randn(500, 4, 6, 6)) + 5
     prior = build(shape=(4, 6, 6))
     next(prior.fit(Codes.of(mixed)))
     white = prior.whiten(mixed).transpose(0, 1).flatten(1)
@@ -161,7 +154,7 @@ def test_of_many_directions_the_leading_ones_are_modelled(monkeypatch):
     assert prior.noise_shape == (2,)
     white = prior.whiten(mixed)
     back = white @ prior.outward.T + prior.mean
-    assert 0 < float((back - mixed).square().mean(0).sum()) < 0.002
+    assert 0 < (back - mixed).square().mean(0).sum() < 0.002
     assert prior.draw(0, 0, torch.arange(7), "cpu").shape == (7, 5)
 
 
@@ -172,18 +165,3 @@ def test_ranks_learn_what_one_would():
     for prior in ranks:
         for name, value in prior.state_dict().items():
             assert_close(value, alone[name], atol=1e-4, rtol=1e-4)
-
-
-def test_a_model_draws_by_its_flow_again_where_other_steps_are_asked_for(tmp_path):
-    prior = fitted(TAUGHT_SETTINGS, torch.randn(256, 6))
-    state = {f"prior.{name}": value for name, value in prior.state_dict().items()}
-    made = make_model(CONV | {"code": 6}, state=state, prior=asdict(TAUGHT_SETTINGS))
-    made.save_pretrained(tmp_path)
-    model = NAIGN.from_pretrained(tmp_path)
-    assert int(model.prior.phase) == TAUGHT
-    finer = model.with_flow(steps=9)
-    assert finer.prior.config.steps == 9
-    assert not finer.prior.config.student
-    assert not torch.equal(finer.sample(3), model.sample(3))
-    finer.save_pretrained(tmp_path / "finer")
-    assert torch.equal(NAIGN.from_pretrained(tmp_path / "finer").sample(3), finer.sample(3))
