@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 
 from naign.data.format.audit import verify
 from naign.data.format.indexing import index
@@ -62,6 +63,14 @@ def test_points_survive(tmp_path):
     for number in range(50):
         _, point, _ = source.splits["test"][number]
         assert (points == point).all(1).sum() == 1
+
+
+def test_any_webdataset_program_reads_them(packed):
+    urls = [f"{packed}/train-{number:05d}.tar" for number in range(4)]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode("l8")
+    samples = list(dataset.to_tuple("png", "cls"))
+    assert len(samples) == 23
+    assert all(image[0, 0] % 2 == label for image, label in samples)
 
 
 def test_an_index_of_our_own_tars_names_the_same_samples(packed):
