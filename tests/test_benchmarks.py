@@ -2,11 +2,9 @@
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -17,30 +15,23 @@ from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT, environment, forked
+from tests.programs import execute, succeeded
 
 
-def start(name: str, *options: str, cwd: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+def start(name, *options, cwd, env):
     script = str(ROOT / f"benchmarks/{name}.py")
-    return subprocess.run(
-        [sys.executable, script, *options],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return execute([sys.executable, script, *options], cwd, env=env)
 
 
-def run(name: str, *options: str, cwd: Path, env: dict[str, str]) -> Any:
+def run(name, *options, cwd, env):
     """The numbers of a benchmark that writes to `made`, and prints what it writes."""
-    done = start(name, *options, "--to", "made", cwd=cwd, env=env)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(start(name, *options, "--to", "made", cwd=cwd, env=env))
     assert done.stdout.strip() == (cwd / "made.md").read_text().strip()
     return json.loads((cwd / "made.json").read_text())
 
 
 @pytest.mark.slow
-def test_match_compares_with_faiss(digits: str, tmp_path: Path) -> None:
+def test_match_compares_with_faiss(digits, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/digits").symlink_to(digits)
     config = ConvConfig(width=8, code=16)
@@ -62,7 +53,7 @@ def test_match_compares_with_faiss(digits: str, tmp_path: Path) -> None:
     assert problem["methods"]["auto"]["wrong"] == 0
 
 
-def test_right_answers_are_those_of_float64(benchmarks: None) -> None:
+def test_right_answers_are_those_of_float64(benchmarks):
     from match import right_answers
 
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +68,7 @@ def test_right_answers_are_those_of_float64(benchmarks: None) -> None:
 
 
 @pytest.mark.slow
-def test_neighbours_compares_with_faiss(digits: str, tmp_path: Path) -> None:
+def test_neighbours_compares_with_faiss(digits, tmp_path):
     options = ["--data", digits, "--queries", "2000", "--candidates", "20000"]
     options += ["--window", "4", "8", "--threads", "1"]
     found = run("neighbours", *options, cwd=tmp_path, env=environment())
@@ -86,7 +77,7 @@ def test_neighbours_compares_with_faiss(digits: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
+def test_recipes_fit_the_memory_that_they_ask_for(tmp_path):
     found = run("budget", "--configs", "folder64", "folder256", cwd=tmp_path, env=environment())
     for name, most in (("folder64", 8), ("folder256", 12)):
         recipe = (ROOT / f"configs/{name}.yaml").read_text()
@@ -98,7 +89,7 @@ def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> None:
+def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path):
     options = ["--quick", "--sets", "grey28", "--peers", "absent", "--scratch", "scratch"]
     found = run("data", *options, cwd=tmp_path, env=forked())
     measured = found["sets"]["grey28"]
@@ -110,7 +101,7 @@ def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> No
             assert row["seconds"] > 0
 
 
-def test_scale_predicts_what_the_page_says(tmp_path: Path) -> None:
+def test_scale_predicts_what_the_page_says(tmp_path):
     costs = run("scale", cwd=tmp_path, env=forked())["costs"]
     assert len(costs) == 9
     page = (ROOT / "docs/scale.md").read_text()
@@ -120,7 +111,7 @@ def test_scale_predicts_what_the_page_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
+def test_every_row_and_trial_is_a_configuration(file):
     said = yaml.safe_load(file.read_text())
     common = said.get("common", [])
     commands = []
@@ -135,7 +126,7 @@ def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_hour_with_a_gpu_can_be_tried_without_one(tmp_path: Path, benchmarks: None) -> None:
+def test_the_first_hour_with_a_gpu_can_be_tried_without_one(tmp_path, benchmarks):
     from gpu import Part
 
     done = start("gpu", "--device=cpu", "--small", "--to=gpu", cwd=tmp_path, env=forked())
@@ -145,7 +136,7 @@ def test_the_first_hour_with_a_gpu_can_be_tried_without_one(tmp_path: Path, benc
     assert done.returncode == 0
 
 
-def test_a_part_that_fails_is_a_line_and_an_exit_code(tmp_path: Path, benchmarks: None) -> None:
+def test_a_part_that_fails_is_a_line_and_an_exit_code(tmp_path, benchmarks):
     from gpu import Settings, main
 
     settings = Settings(to=tmp_path / "gpu", device="cpu", small=True, parts=("random",), minutes=1e-9)
@@ -154,7 +145,7 @@ def test_a_part_that_fails_is_a_line_and_an_exit_code(tmp_path: Path, benchmarks
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_first_hour_with_a_gpu_needs_one(tmp_path: Path, benchmarks: None) -> None:
+def test_the_first_hour_with_a_gpu_needs_one(tmp_path, benchmarks):
     from gpu import Settings, main
 
     with pytest.raises(InputError, match="no CUDA device"):
@@ -162,7 +153,7 @@ def test_the_first_hour_with_a_gpu_needs_one(tmp_path: Path, benchmarks: None) -
     assert not (tmp_path / "other.md").exists()
 
 
-def test_the_head_of_the_script_for_gpus_names_every_part(benchmarks: None) -> None:
+def test_the_head_of_the_script_for_gpus_names_every_part(benchmarks):
     import gpu
 
     named = re.findall(r"^    (\w+) {2,}", gpu.__doc__, re.MULTILINE)

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, SMALL, direct_command, environment
+from tests.programs import execute
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCK = re.compile(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -31,7 +30,7 @@ EXPECTED = (
 
 
 @pytest.fixture
-def package(tmp_path: Path) -> Path:
+def package(tmp_path):
     """The package as an installer leaves it: its modules, and its metadata with the entry points."""
     files = dict(BLOCK.findall(TEXT))
     project = tomllib.loads(files.pop("pyproject.toml"))["project"]
@@ -51,18 +50,11 @@ def package(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(package: Path, tmp_path: Path) -> None:
+def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(package, tmp_path):
     with_package = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "pipeline"), str(package)]))
 
-    def run(*command: str, code: int = 0, env: dict[str, str] = with_package) -> str:
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(*command, code=0, env=with_package):
+        done = execute(command, tmp_path, env=env)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 

@@ -2,20 +2,18 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, ResponseStreamingError
 
 from tests.proxy import FaultProxy, Faults
-from tests.servers import S3Server
 
 BODY = random.Random(0).randbytes(3_000_000)
 Where = dict[str, str]  # an object's place, as boto3's arguments
 Put = Callable[[str, bytes], Where]
 
 
-def plain(s3: S3Server, proxy: FaultProxy) -> Any:
+def plain(s3, proxy):
     """A client that talks to the proxy, never tries twice and checks no body itself."""
     return s3.client(
         endpoint=proxy.endpoint,
@@ -25,15 +23,15 @@ def plain(s3: S3Server, proxy: FaultProxy) -> Any:
 
 
 @pytest.fixture
-def client(s3: S3Server, proxy: FaultProxy) -> Any:
+def client(s3, proxy):
     return plain(s3, proxy)
 
 
 @pytest.fixture
-def put(s3: S3Server, bucket: str) -> Put:
+def put(s3, bucket):
     """Stores an object beside the proxy."""
 
-    def put(key: str, body: bytes) -> Where:
+    def put(key, body):
         where = {"Bucket": bucket.removeprefix("s3://"), "Key": key}
         s3.client().put_object(**where, Body=body)
         return where
@@ -41,14 +39,14 @@ def put(s3: S3Server, bucket: str) -> Put:
     return put
 
 
-def differences(received: bytes, body: bytes) -> list[int]:
+def differences(received, body):
     """The bits that differ, of each byte that does."""
     assert len(received) == len(body)
     found = int.from_bytes(received) ^ int.from_bytes(body)
     return [bits for bits in found.to_bytes(len(body)) if bits]
 
 
-def test_passes_everything_on(client: Any, proxy: FaultProxy, put: Put) -> None:
+def test_passes_everything_on(client, proxy, put):
     where = put("whole", BODY)
     assert client.get_object(**where)["Body"].read() == BODY
     part = client.get_object(**where, Range="bytes=1000-2000999")
@@ -71,7 +69,7 @@ def test_passes_everything_on(client: Any, proxy: FaultProxy, put: Put) -> None:
     assert set(proxy.counts) == {"requests", "bytes"}
 
 
-def test_inverts_one_byte(client: Any, proxy: FaultProxy, put: Put) -> None:
+def test_inverts_one_byte(client, proxy, put):
     where = put("key", BODY)
     small = put("small", BODY[:999])
     proxy.faults = Faults(flip=1)
@@ -88,7 +86,7 @@ def test_inverts_one_byte(client: Any, proxy: FaultProxy, put: Put) -> None:
     assert proxy.counts["flip"] == 4
 
 
-def test_disturbs_only_what_it_is_told_to(client: Any, proxy: FaultProxy, put: Put) -> None:
+def test_disturbs_only_what_it_is_told_to(client, proxy, put):
     good = put("good key", BODY)
     bad = put("bad key", BODY)
     proxy.faults = Faults(errors=1, only="/bad key")
@@ -99,11 +97,11 @@ def test_disturbs_only_what_it_is_told_to(client: Any, proxy: FaultProxy, put: P
     assert proxy.counts["error"] == 1
 
 
-def test_a_seed_repeats_itself(s3: S3Server, put: Put) -> None:
+def test_a_seed_repeats_itself(s3, put):
     where = put("key", BODY[:2000])
 
-    def story(seed: int) -> list[bytes | str]:
-        told: list[bytes | str] = []
+    def story(seed):
+        told = []
         with FaultProxy("127.0.0.1", s3.port, seed=seed) as proxy:
             client = plain(s3, proxy)
             proxy.faults = Faults(errors=0.3, flip=0.5, reset_every=(1000, 9000))

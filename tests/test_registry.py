@@ -15,7 +15,7 @@ FOREIGN = ModuleType("foreign_choices")
 sys.modules["foreign_choices"] = FOREIGN
 
 
-def found(monkeypatch, value: str, group: str, builtin):
+def found(monkeypatch, value, group, builtin):
     point = EntryPoint("other", value, group)
     monkeypatch.setattr(
         "naign.settings.registry._entry_points", lambda asked: {"other": point} if asked == group else {}

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -24,34 +23,34 @@ SEARCH = {"base": DIGITS, "images": [1024], "keep": 0.5, "trials": {"as it is": 
 
 
 @pytest.fixture
-def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def forked_programs(monkeypatch):
     """What is trained and evaluated inherits this environment."""
     for name, value in forked().items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
-def table() -> ModuleType:
+def table():
     import table
 
     return table
 
 
 @pytest.fixture
-def search() -> ModuleType:
+def search():
     import search
 
     return search
 
 
 @pytest.fixture
-def trained() -> ModuleType:
+def trained():
     import trained
 
     return trained
 
 
-def cells(text: str) -> list[list[str]]:
+def cells(text):
     """The rows of a table in Markdown, below its titles."""
     found = []
     for line in text.splitlines():
@@ -255,7 +254,7 @@ def test_search_keeps_the_best_and_goes_on(search, digits, tmp_path, capsys):
     file.write_text(json.dumps(said))
     runs = tmp_path / "runs"
 
-    def of_rung(rung: int) -> str:
+    def of_rung(rung):
         search.main(search.Settings(file=file, to=tmp_path / "found", rung=rung, runs=runs))
         return capsys.readouterr().out
 

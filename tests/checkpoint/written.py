@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from naign.checkpoint.writer import Writer
 
 
 def write_checkpoint(
-    folder: Path,  # .../checkpoints/step-00001234
-    fill: Callable[[Path], object],  # writes the files into the folder it is given
-) -> None:
+    folder,  # .../checkpoints/step-00001234
+    fill,  # writes the files into the folder it is given
+):
     """Write a complete checkpoint by a Writer of one rank."""
     with tempfile.TemporaryDirectory() as made:
         source = Path(made)
@@ -24,10 +23,10 @@ def write_checkpoint(
         assert writer.join()
 
 
-def start_model(writer: Writer, name: str) -> None:
+def start_model(writer, name):
     """Start to write a checkpoint of one small file."""
 
-    def write(file: Path) -> None:
+    def write(file):
         file.write_bytes(b"m")
 
     writer.start(name, lambda: None, {"model.bin": write})

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -196,7 +196,7 @@ def test_it_listens_on_loopback_alone(page):
     assert listening == ["127.0.0.1"]
 
 
-def shown_in(tab: Any, name: str):
+def shown_in(tab, name):
     with urllib.request.urlopen(tab.locator(f"#{name} img").get_attribute("src")) as picture:
         return pixels(picture)
 

@@ -4,7 +4,6 @@ import io
 import os
 import pty
 import shlex
-import subprocess
 import sys
 import tarfile
 import termios
@@ -29,6 +28,7 @@ from naign.model.networks import ConvConfig, PointConfig
 from naign.observe import doctor
 from tests.conftest import environment
 from tests.data.numbered import add
+from tests.programs import execute
 
 
 @pytest.fixture
@@ -215,13 +215,6 @@ def test_a_call_without_steps_shows_how_long_it_takes(monkeypatch):
 def test_output_that_cannot_be_written_ends_in_a_sentence(words, code, tmp_path):
     Image.new("L", (28, 28)).save(tmp_path / "a.png")
     program = f"{shlex.quote(sys.executable)} -m naign.cli {words}"
-    done = subprocess.run(
-        ["bash", "-c", program],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = execute(["bash", "-c", program], tmp_path, env=environment())
     assert done.returncode == code
     assert done.stderr == "naign: failed: the output: No space left on device\n" * code

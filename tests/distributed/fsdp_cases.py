@@ -12,7 +12,7 @@ from naign.distributed.engine import Engine
 from naign.model.networks import ConvConfig, build_network
 
 
-def make(kind: type[Engine]) -> Engine:
+def make(kind):
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def make(kind: type[Engine]) -> Engine:
     )
 
 
-def train(engine: Engine, steps: range) -> None:
+def train(engine, steps):
     rank = engine.accelerator.process_index
     for step in steps:
         for turn in range(2):
@@ -47,7 +47,7 @@ def train(engine: Engine, steps: range) -> None:
         engine.step()
 
 
-def state(engine: Engine) -> dict[str, torch.Tensor]:
+def state(engine):
     with torch.no_grad():
         found = {"code": engine._evaluate(engine.bare, "encode", torch.ones(2, 1, 8, 8))}
     found["sample"] = engine.sample(torch.ones(2, 1, 8, 8))
@@ -59,7 +59,7 @@ def state(engine: Engine) -> dict[str, torch.Tensor]:
     return found
 
 
-def trained(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
+def trained(rank, world):
     """The state after three steps of DDP, of FSDP2 with a unit for each module, and of FSDP2 restored after two."""
     os.environ["LOCAL_RANK"] = str(rank)
     fsdp.UNIT = 1

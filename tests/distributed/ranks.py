@@ -3,8 +3,6 @@
 import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,20 +24,20 @@ os._exit(0)
 """
 
 
-def free_port() -> int:
+def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
 
 
 def on_ranks(
-    case: str,  # module.function in tests/distributed, called with (rank, world)
-    world: int,
-    folder: Path,  # for what they return
+    case,  # module.function in tests/distributed, called with (rank, world)
+    world,
+    folder,  # for what they return
     *,
-    timeout: float = 120,  # seconds of the process group
-    missing: frozenset[int] | set[int] = frozenset(),  # ranks that return nothing
-) -> list[Any]:
+    timeout=120,  # seconds of the process group
+    missing=frozenset(),  # ranks that return nothing
+):
     """What each rank returned, in their order, without the missing."""
     folder.mkdir(exist_ok=True)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}

@@ -84,7 +84,7 @@ BROKEN, RESET = "Net : Call to recv from 10.0.0.7<33759> failed : Broken pipe", 
 SHARED = "Error while creating shared memory segment /dev/shm/nccl-x (size 9637888): No space left on device (28)"
 
 
-def nccl(kind: str, last: str) -> dist.DistBackendError:
+def nccl(kind, last):
     return dist.DistBackendError(NCCL.format("some error", kind, last))
 
 

@@ -41,7 +41,7 @@ def test_deepspeeds_own_adamw_is_asked_for_only_where_it_can_be_compiled(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
-    config: dict[str, object] = {}
+    config = {}
     plugin = SimpleNamespace(deepspeed_config=config)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
     zero._configure(accelerator, micro=4, accumulate=1, clip=1.0)

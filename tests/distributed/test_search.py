@@ -8,6 +8,8 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.search_cases import ASKED
 from tests.match.problems import CASES, oracle
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def expected():
@@ -20,7 +22,6 @@ def alone(tmp_path_factory):
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_the_answer_is_the_oracles_on_every_world_size(world, expected, alone, tmp_path):
     parts = [alone]
@@ -34,7 +35,6 @@ def test_the_answer_is_the_oracles_on_every_world_size(world, expected, alone, t
         assert torch.equal(found, distances) and torch.equal(found_ids, ids), f"{name} on {world} ranks"
 
 
-@pytest.mark.slow
 def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
     parts = on_ranks("search_cases.refused", 3, tmp_path)
     expected = {
@@ -57,7 +57,6 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
     assert parts[2] == expected | {"failing in blocks of 4": gone, "failing in blocks of 1": gone}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_stop_asked_of_one_rank_ends_the_match_on_all_within_a_few_blocks(world, tmp_path):
     parts = on_ranks("search_cases.stopped", world, tmp_path)
@@ -71,7 +70,6 @@ def test_a_stop_asked_of_one_rank_ends_the_match_on_all_within_a_few_blocks(worl
     assert all(ASKED <= made <= ASKED + 4 for _, made in failed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["lost", "silent"])
 def test_a_rank_that_dies_or_falls_silent_fails_the_others_in_time(how, tmp_path):
     first, second = on_ranks(

@@ -6,16 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from naign.distributed.watchdog import Post, Seen, Watchdog, describe
+from naign.distributed.watchdog import Post, Watchdog, describe
 from naign.errors import FAILED
 from tests.conftest import forked
 from tests.distributed.ranks import WORKER, free_port
+from tests.programs import execute
 
 PREPARED = """
 import ctypes, os, threading, time
@@ -26,20 +25,13 @@ def hang():
 """
 
 
-def program(text: str) -> subprocess.CompletedProcess[str]:
+def program(text):
     """Run a program after PREPARED to its end."""
-    return subprocess.run(
-        [sys.executable, "-c", PREPARED + text],
-        env=forked(),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    return execute([sys.executable, "-c", PREPARED + text], timeout=30)
 
 
 @contextmanager
-def two_ranks(case: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def two_ranks(case, folder):
     """Both ranks of a case of tests/distributed/watchdog_cases.py, which are killed in the end."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     workers = [
@@ -59,7 +51,7 @@ def two_ranks(case: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
             worker.communicate()
 
 
-def verdict(worker: subprocess.Popen[str]) -> list[str]:
+def verdict(worker):
     """The lines that a rank says before it ends itself."""
     errors = worker.communicate(timeout=30)[1]
     assert worker.returncode == FAILED, errors
@@ -166,18 +158,18 @@ FIT = {"phase": "fit", "round": 12, "order": 3}
 
 
 def post(
-    place: dict[str, object],
+    place,
     *,
-    beats: int = 5,
-    idle: float = 600,
-    ago: float = 2,
-    unchanged: float = 0,
-) -> Seen:
+    beats=5,
+    idle=600,
+    ago=2,
+    unchanged=0,
+):
     first = time.monotonic() - ago
     return Post(**place, beats=beats, idle=idle, host="xyz"), first, first + unchanged
 
 
-def told(posts: dict[int, Seen], *, world: int = 3, lost: str = "") -> list[str]:
+def told(posts, *, world=3, lost=""):
     """The lines of what rank 0 says."""
     mine = post(MATCH)[0]
     return describe(0, world, mine, posts, silence=17, lost=lost).split("\n  ")

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
 import tarfile
 
 import numpy as np
@@ -14,14 +13,17 @@ from naign.data.format.pages import Pager, table_name
 from naign.data.format.webdataset import scan
 from naign.errors import BAD_INPUT
 from naign.storage.store import open_store
-from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command
+from tests.conftest import ROOT, SMALL, ended_as_bad_input, train_command
 from tests.e2e.runs import reports
+from tests.programs import execute, succeeded
+
+pytestmark = pytest.mark.slow
 
 
 def run_alone(folder, *options):
     """Without the launcher, which turns any exit code of its ranks into 1."""
     command = [train_command()[0], str(ROOT / "pipeline/train.py"), "--run.path=run", *SMALL, *options]
-    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=60, check=False)
+    return execute(command, folder, timeout=60)
 
 
 def refused(done, *parts):
@@ -62,7 +64,6 @@ def broken(digits, folder, damage):
     return str(folder / "data")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [("truncated", ["index.json says"]), ("shape", ["9", "digit-"]), ("undecodable", ["digit-"])],
@@ -72,7 +73,6 @@ def test_damaged_data_names_the_shard(damage, parts, digits, tmp_path):
     refused(run_alone(tmp_path, f"--data.path={data}", "--match.round=1408"), "train-00001.tar", *parts)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -97,7 +97,6 @@ def test_a_mistake_is_refused_and_leaves_nothing_behind(options, parts, digits, 
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.slow
 def test_a_round_that_ranks_cannot_share_is_refused_on_every_rank(train, digits, tmp_path):
     options = ["--match.round=255", "--train.batch=51", "--run.path=run"]
     done = train(f"--data.path={digits}", *SMALL, *options, ranks=2)
@@ -108,10 +107,9 @@ def test_a_round_that_ranks_cannot_share_is_refused_on_every_rank(train, digits,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_a_run_of_another_configuration_is_not_mixed_with(digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=512"]
-    assert run_alone(tmp_path, *options).returncode == 0
+    succeeded(run_alone(tmp_path, *options))
     lines = reports(tmp_path / "run")
     assert [line["images_seen"] for line in lines] == [256, 512]
     assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= lines[0].keys()

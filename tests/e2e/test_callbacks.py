@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from naign.errors import InputError
 from naign.training.callbacks import Callback, call, find_callbacks
 from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
 from tests.e2e.runs import reports
+from tests.programs import execute, succeeded
 
 BLOCK = re.compile(r"^```python\n# (my_package/copies.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FAILING = """
@@ -61,15 +61,14 @@ def test_callbacks_of_a_run(site, digits, tmp_path):
         env = forked(PYTHONPATH=os.pathsep.join([PYTHONPATH, str(site)]))
         options = [f"--data.path={digits}", f"--run.path={name}", "--train.images=768", "--checkpoint.rounds=2"]
         command = [*command, *SMALL, *options]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+        return execute(command, tmp_path, env=env)
 
     for name, command in (
         ("plain", direct_command()),
         ("named", direct_command("--train.callbacks=[copies]")),
         ("given", [sys.executable, "-c", PROGRAM]),
     ):
-        done = run(name, command)
-        assert done.returncode == 0, done.stderr
+        succeeded(run(name, command))
     losses = [line["loss/total"] for line in reports(tmp_path / "plain")]
     for name in ("named", "given"):
         assert (tmp_path / name / "copied.txt").read_text() == "step-00000016\nstep-00000024\n"

@@ -13,6 +13,9 @@ from naign.data.sources.catalog import load
 from naign.data.sources.source import Made
 from naign.model.naign import NAIGN
 from tests.conftest import SMALL
+from tests.programs import refused, succeeded
+
+pytestmark = pytest.mark.slow
 
 BASE = [*SMALL, "--objective.imle=0", "--objective.denoising=1", "--prior.images=1024"]
 FLOW = [*BASE, "--prior.name=flow", "--prior.width=32", "--prior.depth=1", "--prior.batch=64", "--prior.passes=2"]
@@ -22,7 +25,6 @@ PRIORS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", list(PRIORS))
 def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, tmp_path, name):
     options = [f"--data.path={digits}", *PRIORS[name], "--train.images=2048", "--report.pictures=8"]
@@ -37,14 +39,14 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     assert model.labels == tuple("0123456789")
     assert int(model.prior.class_counts.sum()) == 1024
 
-    assert naign("sample", "run", "--label", "3", "--n", "4", "--to", "three.png").returncode == 0
-    assert naign("evaluate", "run", "--samples", "300").returncode == 0
+    succeeded(naign("sample", "run", "--label", "3", "--n", "4", "--to", "three.png"))
+    succeeded(naign("evaluate", "run", "--samples", "300"))
     metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
     asked = metrics["asked"]
     assert 0 <= asked["share"] <= 1
     assert (tmp_path / "run/evaluation/classes.png").exists()
     assert "of the class that they were drawn from" in (tmp_path / "run/evaluation/report.html").read_text()
-    assert naign("push", "run", "user/digits", "--dry-run", "card").returncode == 0
+    succeeded(naign("push", "run", "user/digits", "--dry-run", "card"))
     card = (tmp_path / "card/README.md").read_text()
     assert 'label="0"' in card and "asked for by class: 0, 1, 2" in card
     assert NAIGN.from_pretrained(tmp_path / "card").labels == model.labels
@@ -53,24 +55,21 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     assert name == "flow" or "guidance can be chosen for a flow of codes" in guided.stderr
     if name == "flow":
         assert NAIGN.from_pretrained(tmp_path / "guided").prior.config.guidance == 2
-        assert naign("sample", "guided", "--label", "7", "--n", "4").returncode == 0
+        succeeded(naign("sample", "guided", "--label", "7", "--n", "4"))
     renamed = replace(load("digits"), labels=tuple("abcdefghij"))
     pack(renamed, str(tmp_path / "renamed"), shards=4, progress=False)
     for more, problem in ((["--resume=changed"], "are not those of"), (["--run.path=new", "--model.init=run"], "")):
         done = train(*options, "--run.path=run", "--train.images=2304", f"--data.path={tmp_path / 'renamed'}", *more)
         assert (done.returncode == 2 and problem in done.stderr) if problem else done.returncode == 0, done.stderr
     assert int(NAIGN.from_pretrained(tmp_path / "new").prior.class_counts.sum()) == 1024
-    done = naign("sample", "run", "--label", "ten")
-    assert done.returncode == 2 and "no class 'ten' among its 10 classes" in done.stderr
-    done = naign("sample", "run", "--prior", "gmm", "--components", "3", "--label", "3")
-    assert done.returncode == 2 and "trained without classes" in done.stderr
+    refused(naign("sample", "run", "--label", "ten"), "no class 'ten' among its 10 classes")
+    refused(naign("sample", "run", "--prior", "gmm", "--components", "3", "--label", "3"), "trained without classes")
 
 
-@pytest.mark.slow
 def test_data_without_all_labels_are_refused(train, digits, tmp_path):
     source = load("digits")
 
-    def packed(folder: str, labels: tuple[str, ...], every: int) -> str:
+    def packed(folder, labels, every):
         """The digits with no label but for every so-many-th."""
         made = {
             split: Made(length=512, make=lambda row, of=of: (*of.make(row)[:2], of.make(row)[2] if row % every else -1))
@@ -83,11 +82,12 @@ def test_data_without_all_labels_are_refused(train, digits, tmp_path):
     bare = packed("bare", (), 1)
     classes = [*FLOW, "--prior.classes", "--train.images=512"]
     for path in (bare, f"[{digits}, {bare}]"):
-        done = train(f"--data.path={path}", *classes, "--run.path=run")
-        assert done.returncode == 2 and "the data set has no labels" in done.stderr, done.stderr
+        refused(train(f"--data.path={path}", *classes, "--run.path=run"), "the data set has no labels")
         assert not (tmp_path / "run").exists()
     done = train(f"--data.path={packed('some', source.labels, 64)}", *classes, "--run.path=some-run", ranks=2)
     assert done.returncode and "more samples of a round have no label" in done.stderr, done.stderr
-    done = train(f"--data.path={digits}", *SMALL, "--objective.imle=0", "--prior.classes", "--run.path=run")
-    assert done.returncode == 2 and "--prior.classes" in done.stderr
+    refused(
+        train(f"--data.path={digits}", *SMALL, "--objective.imle=0", "--prior.classes", "--run.path=run"),
+        "--prior.classes",
+    )
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,5 @@
 """Runs with a prior of codes, a flow or a mixture: from training in two stages to samples of both kinds."""
 
-import subprocess
 import sys
 
 import pytest
@@ -12,20 +11,21 @@ from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import INTERRUPTED
 from naign.model.naign import NAIGN
-from tests.conftest import SMALL, forked
+from tests.conftest import SMALL
 from tests.e2e.runs import reports
+from tests.programs import execute, refused, succeeded
+
+pytestmark = pytest.mark.slow
 
 CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.passes=2", "--prior.images=1024"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv", "spatial"])
 def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, network):
     size = "--model.code=2" if network == "spatial" else "--model.code=16"
     options = [f"--data.path={digits}", *SMALL, *CODES, f"--model.name={network}", size, "--prior.depth=1"]
     options += ["--prior.student=256", "--prior.autoguidance=1"]
-    done = train(*options, "--run.path=run", "--train.images=2048", "--checkpoint.rounds=4", "--checkpoint.keep=0")
-    assert done.returncode == 0, done.stderr
+    succeeded(train(*options, "--run.path=run", "--train.images=2048", "--checkpoint.rounds=4", "--checkpoint.keep=0"))
 
     lines = reports(tmp_path / "run")
     first = [line for line in lines if line["train/stage"] == 1]
@@ -51,36 +51,32 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     made = NAIGN.from_pretrained(tmp_path / "run").sample(6)
     again = NAIGN.from_pretrained(tmp_path / "run").sample(4)
     torch.testing.assert_close(made[:4], again)
-    assert naign("sample", "run", "--prior", "gmm", "--components", "3", "--to", "drawn.png").returncode == 0
-    done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", "mixed")
-    assert done.returncode == 0, done.stderr
+    succeeded(naign("sample", "run", "--prior", "gmm", "--components", "3", "--to", "drawn.png"))
+    succeeded(naign("export", "run", "--prior", "gmm", "--components", "3", "--to", "mixed"))
     mixed = NAIGN.from_pretrained(tmp_path / "mixed")
     trained = NAIGN.from_pretrained(tmp_path / "run").metadata["cpu_seconds"]
     assert mixed.metadata["prior"]["components"] == 3 and mixed.metadata["cpu_seconds"] > trained
     place = tmp_path / f"run/checkpoints/step-{last['step']:08d}"
     for to in (place, tmp_path / "run"):
-        done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", str(to))
-        assert done.returncode == 2 and "is a run or a checkpoint, or in one" in done.stderr
+        refused(
+            naign("export", "run", "--prior", "gmm", "--components", "3", "--to", str(to)),
+            "is a run or a checkpoint, or in one",
+        )
     torch.testing.assert_close(NAIGN.from_pretrained(tmp_path / "run").sample(4), again)
-    done = naign("export", "run", "--prior", "gmm", "--format", "onnx", "--to", "program")
-    assert done.returncode == 2 and "f alone" in done.stderr and not (tmp_path / "program").exists()
-    done = naign("evaluate", "mixed", "--samples", "300")
-    assert done.returncode == 0, done.stderr
-    done = naign("sample", "run", "--prior", "gmm", "--components", "500")
-    assert done.returncode == 2 and "fewer than 20 codes a component" in done.stderr
-    assert naign("export", "run", "--steps", "3", "--to", "finer").returncode == 0
+    refused(naign("export", "run", "--prior", "gmm", "--format", "onnx", "--to", "program"), "f alone")
+    assert not (tmp_path / "program").exists()
+    succeeded(naign("evaluate", "mixed", "--samples", "300"))
+    refused(naign("sample", "run", "--prior", "gmm", "--components", "500"), "fewer than 20 codes a component")
+    succeeded(naign("export", "run", "--steps", "3", "--to", "finer"))
     finer, taught = (NAIGN.from_pretrained(tmp_path / name).prior for name in ("finer", "run"))
     assert finer.config.steps == 3 and not finer.config.student
     ids = torch.arange(64)
     assert not torch.equal(finer.draw(0, 0, ids, "cpu"), taught.draw(0, 0, ids, "cpu"))
     for more, said in ((["0"], "prior.steps is 0"), (["3", "--prior", "gmm"], "are of a flow")):
-        done = naign("sample", "run", "--steps", *more)
-        assert done.returncode == 2 and said in done.stderr
-    done = naign("sample", "run", "--components", "3")
-    assert done.returncode == 2 and "--components is of a mixture" in done.stderr
+        refused(naign("sample", "run", "--steps", *more), said)
+    refused(naign("sample", "run", "--components", "3"), "--components is of a mixture")
 
 
-@pytest.mark.slow
 def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.components=3"]
     options += ["--train.images=2048"]
@@ -94,9 +90,8 @@ def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, n
         codes, prior = model.network.encode(images).detach(), model.prior
         apart = prior.weights @ prior.means - codes.mean(0)
         assert float((apart / codes.std(0).mean()).abs().max()) < 0.15, run
-    assert naign("evaluate", "run", "--samples", "300").returncode == 0
-    done = naign("sample", "run", "--steps", "3")
-    assert done.returncode == 2 and "flow of codes" in done.stderr
+    succeeded(naign("evaluate", "run", "--samples", "300"))
+    refused(naign("sample", "run", "--steps", "3"), "flow of codes")
     done = train(*options, "--prior.components=5000", "--run.path=large")
     assert done.returncode == 2 and "ask for fewer" in done.stderr.lower() and not (tmp_path / "large").exists()
 
@@ -115,38 +110,31 @@ pipeline.train.main()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_stop_within_the_fit_of_the_prior(train, digits, tmp_path, after):
     options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.components=3", "--train.images=512"]
     command = [sys.executable, "-c", STOP.format(after=after), *options, "--run.path=run"]
-    stopped = subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
+    stopped = execute(command, tmp_path)
     assert stopped.returncode == INTERRUPTED and "the same command goes on from here" in stopped.stdout, stopped.stderr
     for path in ("run", "whole"):
-        done = train(*options, f"--run.path={path}")
-        assert done.returncode == 0, done.stderr
+        succeeded(train(*options, f"--run.path={path}"))
     folders = (newest_checkpoint(tmp_path / path / "checkpoints") for path in ("run", "whole"))
     resumed, whole = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-@pytest.mark.slow
 def test_a_larger_budget_fits_the_prior_anew(train, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.components=3", "--run.path=run"]
-    assert train(*options, "--train.images=512").returncode == 0
-    done = train(*options, "--train.images=1024", "--resume=changed")
-    assert done.returncode == 0, done.stderr
+    succeeded(train(*options, "--train.images=512"))
+    succeeded(train(*options, "--train.images=1024", "--resume=changed"))
     lines = reports(tmp_path / "run")
     assert [line["train/stage"] for line in lines if line["images_seen"] > 512][-1] == 2
 
 
-@pytest.mark.slow
 def test_networks_without_a_code_are_refused(train, naign, digits, tmp_path):
     points = [option for option in SMALL if not option.startswith("--model.code")]
     points += [f"--data.path={digits}", "--model.name=mlp", "--train.images=256", "--run.path=run"]
-    done = train(*points, "--prior.name=flow")
-    assert done.returncode == 2 and "this network has no code" in done.stderr
+    refused(train(*points, "--prior.name=flow"), "this network has no code")
     assert not (tmp_path / "run").exists()
-    assert train(*points, "--latents.name=gaussian").returncode == 0
-    done = naign("export", "run", "--prior", "gmm", "--to", "none")
-    assert done.returncode == 2 and "has no code" in done.stderr
+    succeeded(train(*points, "--latents.name=gaussian"))
+    refused(naign("export", "run", "--prior", "gmm", "--to", "none"), "has no code")

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -15,10 +14,12 @@ from naign.checkpoint.bucket import newest_first
 from naign.checkpoint.writer import newest_checkpoint
 from naign.errors import BAD_INPUT, FAILED, PEER_LOST
 from naign.storage.store import open_store
-from tests.conftest import ROOT, SMALL, Program, forked, start
+from tests.conftest import ROOT, SMALL, start
 from tests.e2e.ranks import Job
 from tests.e2e.runs import reports, wait_for_rounds
-from tests.servers import S3Server
+from tests.programs import execute, succeeded
+
+pytestmark = pytest.mark.slow
 
 POISON = """
 import runpy
@@ -41,7 +42,7 @@ runpy.run_path({program!r}, run_name="__main__")
 """The main job, but for some losses of one rank, which become NaN."""
 
 
-def poisoned(folder: Path, steps: range | list[int], rank: int, *options: str, world: int = 1) -> list[str]:
+def poisoned(folder, steps, rank, *options, world=1):
     program = folder / "poisoned.py"
     program.write_text(POISON.format(program=str(ROOT / "pipeline/train.py"), steps=steps, rank=rank))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -50,16 +51,14 @@ def poisoned(folder: Path, steps: range | list[int], rank: int, *options: str, w
     return [*command, str(program), "--run.path=run", *SMALL, *options]
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=120, check=False)
+def run(command, folder):
+    return execute(command, folder)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=1024", "--train.ema=0.9"]
-    done = run(poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world), tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run(poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world), tmp_path))
     assert done.stderr.count("is not finite: skipped") == 3 and "round 0] warning: a step of round 0" in done.stderr
     last = reports(tmp_path / "run")[-1]
     assert last["train/skipped"] == 3 and 0 < last["loss/total"] < 2
@@ -68,7 +67,6 @@ def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp
         assert all(value.isfinite().all() for value in load_file(newest / f"{name}.safetensors").values())
 
 
-@pytest.mark.slow
 def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=4096", "--checkpoint.rounds=1"]
     alone = [sys.executable, *poisoned(tmp_path, range(18, 100), 0, *options)[4:]]  # a launcher has its own exit code
@@ -78,7 +76,6 @@ def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoin
     assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step-00000024"  # its last steps were skipped
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_disk_leaves_the_checkpoint_before(digits, tmp_path):
     disk = tmp_path / "disk"
@@ -100,10 +97,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(digits, tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.slow
-def test_a_bucket_that_is_taken_away_leaves_local_checkpoints_and_a_warning(
-    digits: str, s3: S3Server, bucket: str, tmp_path: Path
-) -> None:
+def test_a_bucket_that_is_taken_away_leaves_local_checkpoints_and_a_warning(digits, s3, bucket, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--train.images=25600", "--checkpoint.rounds=2"]
     with Job(tmp_path, 2, ("--run.path=run", f"--run.remote={bucket}/run", *options)) as job:
         job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
@@ -114,10 +108,7 @@ def test_a_bucket_that_is_taken_away_leaves_local_checkpoints_and_a_warning(
     assert newest and newest.name == "step-00000800"
 
 
-@pytest.mark.slow
-def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(
-    digits: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(digits, bucket, tmp_path, monkeypatch):
     for remote, said in ((f"{bucket}-none/run", "there is no bucket"), (f"{bucket}/run", "check the credentials")):
         job = start(tmp_path, "--run.path=run", f"--data.path={digits}", f"--run.remote={remote}", *SMALL)
         _, errors = job.communicate(timeout=60)
@@ -126,8 +117,7 @@ def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
 
 
-@pytest.mark.slow
-def test_a_run_that_was_lost_goes_on_from_the_bucket(train: Program, digits: str, bucket: str, tmp_path: Path) -> None:
+def test_a_run_that_was_lost_goes_on_from_the_bucket(train, digits, bucket, tmp_path):
     options = [f"--data.path={digits}", *SMALL, f"--run.remote={bucket}/run", "--checkpoint.rounds=2"]
     job = start(tmp_path, "--run.path=run", *options, "--train.images=200000")
     wait_for_rounds(job, tmp_path / "run", 7)
@@ -147,8 +137,7 @@ def test_a_run_that_was_lost_goes_on_from_the_bucket(train: Program, digits: str
     assert never.returncode != 0 and "already holds a run" in never.stderr
 
 
-@pytest.mark.slow
-def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits: str, bucket: str, tmp_path: Path) -> None:
+def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits, bucket, tmp_path):
     options = [f"--data.path={digits}", *SMALL, f"--run.remote={bucket}/run", "--checkpoint.rounds=2"]
     options += ["--train.images=200000"]
     with Job(tmp_path, 2, ("--run.path=first", *options)) as first:
@@ -162,14 +151,12 @@ def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits: str, bucket: s
     assert second.returncode == 75 and newest and newest_checkpoint(tmp_path / "second/checkpoints")
 
 
-@pytest.mark.slow
-def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(
-    train: Program, digits: str, bucket: str, tmp_path: Path
-) -> None:
+def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(train, digits, bucket, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--report.pictures=0"]
-    other = train(f"--run.remote={bucket}/run", "--run.path=other", *options, "--train.images=2560", "--train.lr=1e-4")
-    assert other.returncode == 0, other.stderr
-    assert train("--run.path=run", *options, "--train.images=2560").returncode == 0
+    succeeded(
+        train(f"--run.remote={bucket}/run", "--run.path=other", *options, "--train.images=2560", "--train.lr=1e-4")
+    )
+    succeeded(train("--run.path=run", *options, "--train.images=2560"))
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     for images in ("2560", "25600"):  # also where the one here is newer
         refused = train(f"--run.remote={bucket}/run", "--run.path=run", *options, f"--train.images={images}")
@@ -180,10 +167,7 @@ def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(
     assert len(open_store(f"{bucket}/run/checkpoints").folders()) == 1
 
 
-@pytest.mark.slow
-def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(
-    digits: str, s3: S3Server, bucket: str, tmp_path: Path
-) -> None:
+def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(digits, s3, bucket, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--train.images=25600", "--checkpoint.rounds=50", "--run.path=run"]
     options += [f"--run.remote={bucket}/run"]
     with Job(tmp_path, 2, tuple(options)) as job:
@@ -198,8 +182,7 @@ def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(
     assert list(newest_first(f"{bucket}/run")) == ["step-00000800"]
 
 
-@pytest.mark.slow
-def test_ranks_that_do_not_share_a_folder_are_refused(digits: str, tmp_path: Path) -> None:
+def test_ranks_that_do_not_share_a_folder_are_refused(digits, tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder / "run").mkdir(parents=True)
         (tmp_path / folder / "run/.lock").touch()

@@ -22,7 +22,7 @@ from naign.storage.store import open_store
 from tests.conftest import SMALL
 from tests.e2e.ranks import Job
 from tests.e2e.runs import losses, same, weights
-from tests.proxy import FaultProxy, Faults
+from tests.proxy import Faults
 
 KILLS = int(os.environ.get("NAIGN_KILLS", "5"))
 PHASES = ("take", "match", "fit", "write", "upload")
@@ -32,7 +32,7 @@ ROUNDS, STEPS = 6 * KILLS + 8, 8
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_kills_cost_time_and_nothing_else(digits: str, bucket: str, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_kills_cost_time_and_nothing_else(digits, bucket, proxy, tmp_path):
     draw = random.Random(1)
     options = [f"--data.path={digits}", *SMALL, f"--train.images={256 * ROUNDS}", "--checkpoint.rounds=2"]
     with Job(tmp_path, 2, ("--run.path=whole", *options)) as job:
@@ -99,7 +99,7 @@ def test_kills_cost_time_and_nothing_else(digits: str, bucket: str, proxy: Fault
     assert wanted == rounds
 
 
-def keys_of(data: str) -> list[str]:
+def keys_of(data):
     """Of all training images, in the order of their shards."""
     from naign.data.dataset import DataConfig
     from naign.data.mixing import DataSets

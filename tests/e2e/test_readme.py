@@ -13,13 +13,13 @@ from naign.cli.main import main
 from naign.data.scale import scaled
 from naign.model.naign import NAIGN
 from tests.conftest import ROOT
+from tests.programs import succeeded
 
 
 @pytest.mark.slow
 def test_the_steps_of_the_readme(naign, train, tmp_path):
     def run(*options):
-        done = naign(*options, real=options[0] == "evaluate")  # others start alike
-        assert done.returncode == 0, done.stderr
+        done = succeeded(naign(*options, real=options[0] == "evaluate"))  # others start alike
         return done.stdout
 
     assert "1438 train" in run("pack", "digits", "--to", "data/digits")
@@ -27,8 +27,7 @@ def test_the_steps_of_the_readme(naign, train, tmp_path):
     assert "sound" in run("verify", "data/digits")
 
     options = ["--config", str(ROOT / "configs/digits.yaml"), "--train.images=9000", "--train.threads=1"]
-    done = train(*options, launcher=True, real=True)
-    assert done.returncode == 0, done.stderr
+    succeeded(train(*options, launcher=True, real=True))
     folder = tmp_path / "runs/digits"
     written = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"} <= written
@@ -63,14 +62,12 @@ def test_the_steps_of_the_readme(naign, train, tmp_path):
 @pytest.mark.slow
 def test_points_train_and_evaluate(naign, train, tmp_path):
     def run(*options):
-        done = naign(*options)
-        assert done.returncode == 0, done.stderr
+        done = succeeded(naign(*options))
         return done.stdout
 
     run("pack", "toy2d:gaussians", "--to", "data/toy2d")
     config = str(ROOT / "configs/toy2d.yaml")
-    done = train("--config", config, "--train.images=30000", "--match.round=1024", "--train.threads=1")
-    assert done.returncode == 0, done.stderr
+    succeeded(train("--config", config, "--train.images=30000", "--match.round=1024", "--train.threads=1"))
     run("evaluate", "runs/toy2d", "--samples", "1000")
     metrics = json.loads((tmp_path / "runs/toy2d/evaluation/metrics.json").read_text())
     assert metrics["coverage"]["recall"] > 0.5

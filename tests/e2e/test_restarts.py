@@ -12,25 +12,26 @@ import pytest
 from tests.conftest import ROOT, SMALL, environment
 from tests.distributed.ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 RESUMED = "resuming from run/checkpoints/step-"
 
 
-def children(pid: int) -> list[int]:
+def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def torchrun(*options: str) -> list[str]:
+def torchrun(*options):
     return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "pipeline/train.py")]
 
 
-def until(met, launcher, log: Path) -> None:
+def until(met, launcher, log):
     end = time.monotonic() + 120
     while not met():
         assert launcher.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("rendezvous", ["static", "standalone"])
 def test_a_launcher_that_starts_the_ranks_again(rendezvous, digits, tmp_path):
@@ -54,7 +55,6 @@ def test_a_launcher_that_starts_the_ranks_again(rendezvous, digits, tmp_path):
     assert metrics.read_text().count("\n") == 80
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_job_that_loses_a_machine_goes_on_with_those_that_are_left(digits, tmp_path):
     meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "job"]

@@ -3,16 +3,18 @@
 import json
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
 from naign.checkpoint.writer import newest_checkpoint
 from naign.errors import INTERRUPTED
-from tests.conftest import SMALL, Program
+from tests.conftest import SMALL
 from tests.e2e.ranks import Job
 from tests.e2e.runs import losses, reports, same, weights
-from tests.proxy import FaultProxy, Faults
+from tests.programs import succeeded
+from tests.proxy import Faults
+
+pytestmark = pytest.mark.slow
 
 WITHIN = 15
 LONG = {
@@ -25,7 +27,7 @@ LONG = {
 """Settings under which a run spends most of its time in a phase."""
 
 
-def options(data: str, phase: str, rounds: int) -> list[str]:
+def options(data, phase, rounds):
     passes = next(int(option.split("=")[1]) for option in LONG[phase] if option.startswith("--train.passes"))
     return [
         *(f"--data.path={data}", *SMALL, *LONG[phase], f"--train.images={256 * rounds * passes}"),
@@ -33,7 +35,6 @@ def options(data: str, phase: str, rounds: int) -> list[str]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["match", "fit"])
 def test_a_stop_within_a_round_goes_on_bit_for_bit(phase, digits, tmp_path):
     more = options(digits, phase, 6)
@@ -57,10 +58,9 @@ def test_a_stop_within_a_round_goes_on_bit_for_bit(phase, digits, tmp_path):
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
-@pytest.mark.slow
-def test_a_stop_while_the_store_does_not_answer(naign: Program, bucket: str, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_stop_while_the_store_does_not_answer(naign, bucket, proxy, tmp_path):
     data = f"{bucket}/digits"
-    assert naign("pack", "digits", "--to", data, "--shards", "4").returncode == 0
+    succeeded(naign("pack", "digits", "--to", data, "--shards", "4"))
     proxy.faults = Faults(latency=1000, only=".tar")
     with Job(tmp_path, 2, ("--run.path=run", *options(data, "take", 8))) as job:
         job.wait_for(lambda: "take" in job.phases(1))
@@ -70,11 +70,8 @@ def test_a_stop_while_the_store_does_not_answer(naign: Program, bucket: str, pro
         assert time.monotonic() - sent < WITHIN
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("phase", "asked"), [("write", 0), ("upload", 1)])
-def test_a_stop_while_a_checkpoint_is_written_or_sent(
-    phase: str, asked: int, digits: str, bucket: str, proxy: FaultProxy, tmp_path: Path
-) -> None:
+def test_a_stop_while_a_checkpoint_is_written_or_sent(phase, asked, digits, bucket, proxy, tmp_path):
     more = options(digits, phase, 200)
     if phase == "upload":
         more.append(f"--run.remote={bucket}/run")

@@ -3,13 +3,13 @@
 import os
 import re
 import sqlite3
-import subprocess
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
 from tests.e2e.runs import losses, reports
+from tests.programs import execute, succeeded
 
 ROW = re.compile(r"^\| (`.*?`) \| .* \| (.*?) \|$", re.MULTILINE)
 """Names and conditions of a row of the table."""
@@ -87,8 +87,7 @@ def test_trackers_of_a_run(site, digits, tmp_path):
         env = forked(PYTHONPATH=os.pathsep.join([PYTHONPATH, str(site)]), **more)
         env["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
         command = direct_command(f"--data.path={digits}", f"--run.path={name}", *SMALL, *EVERYTHING, *options)
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        done = succeeded(execute(command, tmp_path, env=env))
         assert "Traceback" not in done.stderr
         return done.stderr
 

@@ -7,7 +7,7 @@ import functools
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -30,16 +30,16 @@ pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def quickly(monkeypatch):
     monkeypatch.setattr(module, "TELLING", 5.0)
     monkeypatch.setattr(module, "SOON", 0.5)
 
 
-def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+def in_loop(test):
     """A test that is a coroutine, as a function."""
 
     @functools.wraps(test)
-    def run(*given: Any, **named: Any) -> None:
+    def run(*given, **named):
         asyncio.run(test(*given, **named))
 
     return run
@@ -48,12 +48,12 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 class Meeting:
     """Hosts of one job in one loop."""
 
-    def __init__(self, count: int = 3) -> None:
+    def __init__(self, count=3):
         self.count = count
         self.port = free_port()
-        self.tasks: dict[int, asyncio.Task[Any]] = {}
+        self.tasks = {}
 
-    def host(self, index: int, **changed: Any) -> Hosts:
+    def host(self, index, **changed):
         given = {"start": "a", "hosts": self.count, "within": 20.0, "ranks": 1, "generation": 0, "since": 0, **changed}
         place = Place(
             orchestrator="test",
@@ -67,7 +67,7 @@ class Meeting:
         made.since = given["since"]
         return made
 
-    def come(self, index: int, **changed: Any) -> None:
+    def come(self, index, **changed):
         self.tasks[index] = asyncio.create_task(self._meet(self.host(index, **changed)))
 
     async def _meet(self, host: Hosts) -> Any:
@@ -104,7 +104,7 @@ class Meeting:
         finally:
             writer.close()
 
-    def greet(self, **changed: Any) -> Any:
+    def greet(self, **changed):
         return self.connection(dataclasses.replace(HELLO, hosts=self.count, **changed).line())
 
 
@@ -203,7 +203,7 @@ async def test_a_pod_of_another_start_is_turned_away(capsys):
     assert "another start of this job (an earlier one)" in capsys.readouterr().err
 
 
-def hello(**said: Any) -> bytes:
+def hello(**said):
     return json.dumps(dataclasses.asdict(HELLO) | said).encode() + b"\n"
 
 
@@ -327,9 +327,9 @@ async def test_the_end_of_a_host_is_told_to_the_others():
     assert second.codes == third.codes == {0: BAD_INPUT} and not third.lost
 
 
-def linked() -> Links:
+def linked():
     """A host that is connected to another one."""
-    return Links(Answer(generation=1, since=1), "", {1: None})  # type: ignore[dict-item]
+    return Links(Answer(generation=1, since=1), "", {1: None})
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from naign.errors import INTERRUPTED
 from naign.storage.s3_client import forget_clients
 from tests.hosts.cluster import Cluster, Job, possible
 from tests.hosts.losses import kill_rank, prepared, recover, reported
+from tests.programs import succeeded
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(possible()), reason=possible() or "possible")]
 
@@ -26,11 +25,11 @@ LAST = f"step-{16 * ROUNDS:08d}"
 
 
 @pytest.fixture
-def objects() -> list[dict[str, Any]]:
+def objects():
     return prepared(2)
 
 
-def guarded() -> list[dict[str, Any]]:
+def guarded():
     """The manifest with a server that asks for keys."""
     objects = prepared(2)
     store = next(item for item in objects if item["kind"] == "Deployment")["spec"]["template"]["spec"]["containers"][0]
@@ -41,7 +40,7 @@ def guarded() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, objects: list[dict[str, Any]]) -> Iterator[Cluster]:
+def cluster(tmp_path, objects):
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.getuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o055)  # pods are other users
@@ -50,7 +49,7 @@ def cluster(tmp_path: Path, objects: list[dict[str, Any]]) -> Iterator[Cluster]:
         yield made
 
 
-def started(cluster: Cluster) -> Job:
+def started(cluster):
     """The Job, with its two pods."""
     job = Job(cluster, "naign")
     for index in range(2):
@@ -58,11 +57,11 @@ def started(cluster: Cluster) -> Job:
     return job
 
 
-def rounds(job: Job) -> int:
+def rounds(job):
     return len(reported(job.pods.get(0)))
 
 
-def complete(cluster: Cluster) -> bool:
+def complete(cluster):
     """Whether the bucket holds the last checkpoint, whole, as its own server says."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{cluster.pods[0].address}:8333")
@@ -74,7 +73,7 @@ def complete(cluster: Cluster) -> bool:
     return name == LAST and is_complete(found)
 
 
-def lose_pods(cluster: Cluster, hosts: int, losses: list[tuple[int, str]], rates: dict[int, str] | None = None) -> None:
+def lose_pods(cluster, hosts, losses, rates=None):
     """Run the Job to its end while it loses pods (index, how), each of which is replaced, and no other one."""
     cluster.objects = prepared(hosts, rounds=ROUNDS)
     cluster.secrets = {"naign-s3": {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}}
@@ -107,15 +106,16 @@ def test_a_job_loses_pods_and_ends_as_if_nothing_had_happened(cluster, naign):
     (cluster.folder / "run.yaml").write_text(cluster.find("ConfigMap", "naign")["data"]["run.yaml"])
     place = cluster.folder / "undisturbed"
     options = (f"--data.path={place}-data", "--data.source=digits", f"--run.path={place}", "--run.remote=")
-    done = naign(
-        "launch",
-        "--processes=2",
-        "--config",
-        str(cluster.folder / "run.yaml"),
-        *options,
-        real=True,
+    succeeded(
+        naign(
+            "launch",
+            "--processes=2",
+            "--config",
+            str(cluster.folder / "run.yaml"),
+            *options,
+            real=True,
+        )
     )
-    assert done.returncode == 0, done.stderr
     ours = load_file(cluster.folder / f"found/{LAST}/model.safetensors")
     theirs = load_file(place / f"checkpoints/{LAST}/model.safetensors")
     for name, value in ours.items():
@@ -132,7 +132,7 @@ def test_a_rank_that_always_dies_fails_the_job_within_its_limit(cluster):
     job = started(cluster)
     stays = job.pods[0]
 
-    def failed() -> bool:
+    def failed():
         if 1 in job.pods:
             kill_rank(job.pods[1])
         return bool(job.failed)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -24,15 +23,16 @@ from naign.process import SIGNALS, on_signals
 from tests.conftest import PYTHONPATH, ROOT, SMALL, environment
 from tests.hosts.cluster import possible
 from tests.hosts.waiting import until
+from tests.programs import execute, succeeded
 from tests.servers import free_port
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start(tmp_path):
     """Start it in an empty folder; none is left behind."""
-    started: list[subprocess.Popen[str]] = []
+    started = []
 
-    def run(*options: str, program: tuple[str, ...] = ("-m", "naign.cli"), **more: str) -> subprocess.Popen[str]:
+    def run(*options, program=("-m", "naign.cli"), **more):
         command, named = [sys.executable, *program, "launch", *options], environment(**more)
         own = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         started.append(subprocess.Popen(command, cwd=tmp_path, env=named, **own))
@@ -45,7 +45,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 @pytest.fixture(autouse=True)
-def hangups() -> Iterator[None]:
+def hangups():
     """SIGHUP is not ignored, whatever has started the tests."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -53,7 +53,7 @@ def hangups() -> Iterator[None]:
 
 
 @pytest.fixture
-def handlers() -> Iterator[None]:
+def handlers():
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -88,7 +88,7 @@ def test_messages_begin_with_the_command_as_typed(command, handlers, capsys, mon
 
 
 @pytest.fixture
-def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+def unanswered(monkeypatch):
     """A bucket out of reach."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -113,7 +113,7 @@ def test_a_pod_that_is_replaced_after_the_run_was_done_ends(
 ):
     """Host 0 completed and never comes again: its folder, which all hosts share, tells."""
     options = [f"--data.path={digits}", *SMALL, "--train.images=512", f"--run.path={tmp_path}/run"]
-    assert train(*options).returncode == 0
+    succeeded(train(*options))
     for name, value in {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost", "JOB_COMPLETION_INDEX": "1"}.items():
         monkeypatch.setenv(name, value)
     assert launch.main(["--wait=1", *options]) == 0
@@ -147,7 +147,7 @@ def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_starte
     assert job.returncode == INTERRUPTED and "stopped on request" in errors and "Traceback" not in errors
 
 
-def training(start: Callable[..., subprocess.Popen[str]], folder: Path, *options: str) -> subprocess.Popen[str]:
+def training(start, folder, *options):
     """A long run in `folder` that has trained for some rounds."""
     metrics = folder / "run/metrics.jsonl"
     job = start(*options, *SMALL, "--train.images=307200", "--run.path=run")
@@ -193,7 +193,7 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint(digits, tmp_path):
         os.execve(sys.executable, [*command, *options], environment())
     os.set_blocking(terminal, False)
 
-    def trains() -> bool:
+    def trains():
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 1 << 16)  # else it is full, and the program waits
         return metrics.exists() and metrics.read_text().count("\n") > 5
@@ -257,7 +257,7 @@ if "LOCAL_RANK" in os.environ:
 """sitecustomize.py: rank 1 stays in its imports, so that rank 0 waits to connect; each leaves its process id."""
 
 
-def is_over(process: psutil.Process) -> bool:
+def is_over(process):
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -288,14 +288,7 @@ def test_ranks_end_with_a_launcher_that_is_killed_while_they_import_and_connect(
 def test_a_rank_whose_launcher_is_gone_already_ends_at_once():
     program = [sys.executable, str(ROOT / "pipeline/train.py")]
     named = environment(NAIGN_LAUNCHER="1", ACCELERATE_MIXED_PRECISION="no")
-    done = subprocess.run(
-        program,
-        env=named,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = execute(program, env=named, timeout=60)
     assert (done.returncode, done.stderr) == (INTERRUPTED, "")
 
 

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
-from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -19,26 +17,27 @@ from naign.cluster.render import render_k8s
 from naign.errors import BAD_INPUT, INTERRUPTED, PEER_LOST, InputError
 from tests.conftest import ROOT
 from tests.hosts.manifest_checks import problems
+from tests.programs import execute, succeeded
 
 VERSIONS = ("1.29", "1.35", kubernetes_validate.latest_version())
 FILES = ("job", "pack-job", "evaluate-job", "tensorboard", "jobset", "trainjob")
 
 
-def load(text: str) -> list[dict[str, Any]]:
+def load(text):
     return [item for item in yaml.safe_load_all(text) if item]
 
 
-def read(name: str) -> list[dict[str, Any]]:
+def read(name):
     return load((ROOT / f"k8s/{name}.yaml").read_text())
 
 
-def only(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+def only(objects, kind):
     """The one object of a kind."""
     (found,) = (item for item in objects if item["kind"] == kind)
     return found
 
 
-def native(item: dict[str, Any]) -> list[dict[str, Any]]:
+def native(item):
     """The object, or what a custom resource holds of objects that every cluster knows."""
     if item["kind"] == "JobSet":
         head = {"apiVersion": "batch/v1", "kind": "Job"}
@@ -49,7 +48,7 @@ def native(item: dict[str, Any]) -> list[dict[str, Any]]:
     return [item]
 
 
-def validate(objects: list[dict[str, Any]], versions: tuple[str, ...] = VERSIONS) -> None:
+def validate(objects, versions=VERSIONS):
     for item in objects:
         for inside in native(item):
             for version in versions:
@@ -65,7 +64,7 @@ def test_a_manifest_is_valid_and_means_what_it_should(name):
     assert problems(objects) == []
 
 
-def with_component(component: str, folder: Path) -> list[dict[str, Any]]:
+def with_component(component, folder):
     """What kustomize makes of a rendered training and a component. Another Job beside it stays as it is."""
     program = shutil.which("kustomize") or shutil.which("kubectl")
     if program is None:
@@ -78,8 +77,7 @@ def with_component(component: str, folder: Path) -> list[dict[str, Any]]:
     text = f"resources: [first.yaml, evaluate-job.yaml]\ncomponents: [../components/{component}]\n"
     (place / "kustomization.yaml").write_text(text)
     verb = "build" if program.endswith("kustomize") else "kustomize"
-    done = subprocess.run([program, verb, str(place)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(subprocess.run([program, verb, str(place)], capture_output=True, text=True, check=False))
     objects = load(done.stdout)
     (beside,) = read("evaluate-job")
     objects.remove(beside)
@@ -115,7 +113,7 @@ def test_the_monitor_component_opens_the_port_and_probes_it(tmp_path):
     assert json.loads(dashboard["data"]["naign.json"])["panels"]
 
 
-def rendered(**changed: Any) -> dict[str, dict[str, Any]]:
+def rendered(**changed):
     """The objects of a rendered job by kind and name."""
     job = Job(**{"data": "s3://bucket/d", "run": "s3://bucket/r", **changed})
     return {item["kind"] + item["metadata"]["name"]: item for item in load(render_k8s(job))}
@@ -236,13 +234,7 @@ def test_ci_names_the_packages_that_it_lacks_and_fails_where_one_cannot_be_insta
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
     for in_ci, code in (("true", 1), ("", 0)):
         environ = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CI": in_ci}
-        done = subprocess.run(
-            [tmp_path / ".ci/run"],
-            env=environ,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = execute([tmp_path / ".ci/run"], env=environ)
         assert done.returncode == code, done.stderr
         assert "apt-get cannot install prometheus: skipped in tests/hosts/test_metrics.py" in done.stdout
         assert "there is no package munge here: skipped in tests/hosts/test_slurm.py" in done.stdout

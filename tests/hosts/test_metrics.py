@@ -13,7 +13,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -32,7 +31,7 @@ DASHBOARD = ROOT / "k8s/components/monitor/dashboard.json"
 ROUND = {"data/megabytes": 1.5, "data/retries": 2, "loss/total": 0.25, "loss/imle": math.nan, "match/distance": 3.0}
 
 
-def get(port: int, page: str) -> tuple[int, str]:
+def get(port, page):
     try:
         with urllib.request.urlopen(f"http://localhost:{port}{page}", timeout=10) as answer:
             return answer.status, answer.read().decode()
@@ -43,7 +42,7 @@ def get(port: int, page: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-def page() -> Iterator[Metrics]:
+def page():
     served = Metrics(free_port(), 0)
     yield served
     served.shutdown()
@@ -51,7 +50,7 @@ def page() -> Iterator[Metrics]:
 
 
 @pytest.fixture
-def beaten(page: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Metrics, Heartbeat]:
+def beaten(page, tmp_path, monkeypatch):
     """A page, and what replaces its file; neither has done anything yet."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     page.watch(tmp_path / "heartbeat", generation=3)
@@ -79,7 +78,7 @@ def test_rounds_are_summed_and_values_are_the_newest(beaten):
         "# TYPE naign_rounds_total counter",
         "# TYPE naign_loss gauge",
     }
-    age = float(re.search(r"^naign_checkpoint_age_seconds (.*)$", text, re.M)[1])  # type: ignore[index]
+    age = float(re.search(r"^naign_checkpoint_age_seconds (.*)$", text, re.M)[1])
     assert 50 <= age < 60
     if promtool := shutil.which("promtool"):
         checked = subprocess.run(
@@ -132,7 +131,7 @@ def test_gpus_are_read_by_nvml(monkeypatch):
     class NVMLError(Exception):
         pass
 
-    def utilization(index: int) -> SimpleNamespace:
+    def utilization(index):
         if index:
             raise NVMLError  # in parts
         return SimpleNamespace(gpu=75)

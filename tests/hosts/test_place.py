@@ -1,7 +1,5 @@
 """Where a host stands in its job, by what orchestrators say, and the port where it meets the others."""
 
-from typing import Any
-
 import pytest
 
 from naign.cluster.place import PORT, Place, find_place, find_port
@@ -66,7 +64,7 @@ def test_the_place_is_what_the_orchestrator_says(environ, expected):
         ({"SLURM_PROCID": "0", "SLURM_NNODES": "2"}, {}, "this job has 2 nodes: start training with srun"),
     ],
 )
-def test_a_place_that_makes_no_sense_is_refused(environ: dict[str, str], changed: dict[str, Any], said: str):
+def test_a_place_that_makes_no_sense_is_refused(environ, changed, said):
     with pytest.raises(InputError, match=said):
         find_place(environ | changed)
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -93,10 +92,10 @@ Start = Callable[..., Ranks]
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
+def start(monkeypatch, tmp_path):
     """Start ranks that run a Python program each."""
 
-    def begin(*programs: str, within: float = 0.0) -> Ranks:
+    def begin(*programs, within=0.0):
         waiting = iter(programs)
         head = "import json, os, signal, sys, time\n"
         monkeypatch.setattr(module, "command_of", lambda _: [sys.executable, "-c", head + next(waiting)])
@@ -114,7 +113,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
     return begin
 
 
-def ended(ranks: Ranks, seconds: float = 30) -> tuple[int, str, bool]:
+def ended(ranks, seconds=30):
     end = time.monotonic() + seconds
     while ranks.running():
         assert time.monotonic() < end
@@ -122,7 +121,7 @@ def ended(ranks: Ranks, seconds: float = 30) -> tuple[int, str, bool]:
     return ranks.outcome()
 
 
-def ends(code: int) -> str:
+def ends(code):
     """A program that ends with a code when it is asked to."""
     return f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({code})); time.sleep(60)"
 

@@ -27,7 +27,7 @@ def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwh
     metrics = tmp_path / "run/metrics.jsonl"
     log = logs[0].read_text
 
-    def start(index: int) -> psutil.Popen:
+    def start(index):
         named = environment(NAIGN_HOSTS="2", NAIGN_HEAD="localhost", JOB_COMPLETION_INDEX=str(index), NAIGN_START="s")
         with logs[index].open("a") as output:
             command = [sys.executable, "-m", "naign.cli", "launch", *options]
@@ -39,10 +39,10 @@ def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwh
                 stdout=output,
             )
 
-    def staying() -> int:
+    def staying():
         return log().count("this host stays")
 
-    def rounds() -> int:
+    def rounds():
         if not metrics.exists():
             return 0
         return metrics.read_text().count("\n")

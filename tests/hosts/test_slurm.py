@@ -1,8 +1,6 @@
 """launch/slurm.sbatch: what is rendered of it; on a real Slurm of two nodes it is signalled, goes on, and ends."""
 
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -10,11 +8,12 @@ from naign.cluster.job import Job
 from naign.cluster.render import render_slurm
 from tests.conftest import ROOT, SMALL
 from tests.hosts.slurm import Slurm, possible
+from tests.programs import execute, succeeded
 
 real = pytest.mark.skipif(bool(possible()), reason=possible() or "possible")
 
 
-def with_programs(folder: Path, script: str, **programs: str) -> subprocess.CompletedProcess[str]:
+def with_programs(folder, script, **programs):
     """Run a batch script where Slurm's programs are shell scripts."""
     for name, text in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -25,20 +24,12 @@ def with_programs(folder: Path, script: str, **programs: str) -> subprocess.Comp
         "SLURM_JOB_ID": "7",
         "SLURM_RESTART_COUNT": "10",
     }
-    return subprocess.run(
-        ["bash", "-c", script],
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-    )
+    return execute(["bash", "-c", script], folder, env=environ)
 
 
-def options_of(script: str, folder: Path) -> list[str]:
+def options_of(script, folder):
     """What a script gives to `naign launch`."""
-    done = with_programs(folder, script, srun='printf "%s\\n" "$@"')
-    assert done.returncode == 0, done.stderr
+    done = succeeded(with_programs(folder, script, srun='printf "%s\\n" "$@"'))
     words = done.stderr.splitlines()
     return words[words.index("launch") + 1 :]
 
@@ -62,18 +53,17 @@ def test_no_other_user_can_own_the_folder_of_a_run_in_a_bucket(tmp_path):
 
 def test_a_host_that_is_lost_after_ten_planned_stops_does_not_end_the_job(tmp_path):
     srun = "echo >> starts; [ $(wc -l < starts) = 2 ] || exit 76"
-    done = with_programs(tmp_path, (ROOT / "launch/slurm.sbatch").read_text(), srun=srun)
-    assert done.returncode == 0, done.stdout
+    done = succeeded(with_programs(tmp_path, (ROOT / "launch/slurm.sbatch").read_text(), srun=srun))
     assert "ended with 76: all hosts start again" in done.stdout
 
 
 def test_hosts_meet_on_the_first_node_of_the_job(tmp_path):
     script = (ROOT / "launch/slurm.sbatch").read_text()
-    done = with_programs(tmp_path, script, scontrol="printf 'n3\\nn4\\n'", srun='echo "at $NAIGN_HEAD"')
-    assert done.returncode == 0 and "at n3\n" in done.stderr
+    done = succeeded(with_programs(tmp_path, script, scontrol="printf 'n3\\nn4\\n'", srun='echo "at $NAIGN_HEAD"'))
+    assert "at n3\n" in done.stderr
 
 
-def until(met, slurm: Slurm, place: Path, seconds: float = 120) -> None:
+def until(met, slurm, place, seconds=120):
     end = time.monotonic() + seconds
     while not met():
         files = [*sorted(place.glob("*.log")), *sorted(slurm.folder.glob("slurm*.log"))]
@@ -89,7 +79,7 @@ def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
     place.mkdir()
     metrics = place / "run/metrics.jsonl"
 
-    def rounds() -> int:
+    def rounds():
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
     with Slurm() as slurm:

@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from naign.config import Config, parse
+from naign.config import parse
 from naign.distributed.engine import Engine
 from naign.match import Match
 from naign.model.networks import build_network
@@ -50,14 +49,14 @@ class Watch(TorchDispatchMode):
     A value that was computed before the newest of two steps may be read: the device has it by then.
     """
 
-    def __init__(self, free_after: int = sys.maxsize) -> None:
+    def __init__(self, free_after=sys.maxsize):
         """After so many steps of AdamW, the last of a round, everything may be read."""
         super().__init__()
         self.launches, self.problems, self.free_after = Counter[str](), list[str](), free_after
         self.uploads = Counter[tuple[int, ...]]()  # by shape
         self._steps, self._born = 0, WeakIdKeyDictionary()  # steps of AdamW before each tensor was made
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.partition("::")[2]
         tensors = [value for value in tree_leaves((args, kwargs or {})) if isinstance(value, torch.Tensor)]
         if len({value.device for value in tensors if value.ndim}) > 1:
@@ -85,12 +84,12 @@ class Watch(TorchDispatchMode):
 class Card(Engine):
     """The engine of a GPU, with its autocast."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         with torch.autocast(pretend.NAME, dtype=torch.bfloat16):
             return super().forward(x)
 
 
-def round_of(config: Config, shape: tuple[int, ...], device: torch.device, engine: Engine) -> Any:
+def round_of(config, shape, device, engine):
     """A run, and the images and the match of its first round, of STEPS steps a pass, as `fit` takes them."""
     count = STEPS * config.train.batch
     config.match.round = count
@@ -100,7 +99,7 @@ def round_of(config: Config, shape: tuple[int, ...], device: torch.device, engin
     match = None
     if config.objective.needs_match:
         match = Match(ids=torch.arange(count) + 4096, distances=torch.zeros(count), values={})
-    run: Any = SimpleNamespace(
+    run = SimpleNamespace(
         config=config,
         accelerator=engine.accelerator,
         rank=0,
@@ -116,15 +115,15 @@ def round_of(config: Config, shape: tuple[int, ...], device: torch.device, engin
     return run, images, match
 
 
-def build(config: Config, shape: tuple[int, ...], device: torch.device) -> tuple[Any, Any]:
+def build(config, shape, device):
     """The recipe's network and its prior, as if it were fitted."""
     with device:
-        network: Any = build_network(config.model, shape)
-        prior: Any = build_prior(config.prior, shape, network, seed=0, labels=("a", "b", "c"))
+        network = build_network(config.model, shape)
+        prior = build_prior(config.prior, shape, network, seed=0, labels=("a", "b", "c"))
     return network, prior
 
 
-def steps(config: Config, shape: tuple[int, ...], device: torch.device) -> Watch:
+def steps(config, shape, device):
     """The steps of a round by `fit`."""
     AcceleratorState._reset_state(True)
     network, _ = build(config, shape, device)
@@ -143,7 +142,7 @@ def steps(config: Config, shape: tuple[int, ...], device: torch.device) -> Watch
     return watch
 
 
-def draws(config: Config, shape: tuple[int, ...], device: torch.device, *, phase: int = KEPT) -> Watch:
+def draws(config, shape, device, *, phase=KEPT):
     """A draw of the prior, of ids on the device."""
     _, prior = build(config, shape, device)
     prior._phase = phase
@@ -154,27 +153,27 @@ def draws(config: Config, shape: tuple[int, ...], device: torch.device, *, phase
     return watch
 
 
-def learns(config: Config, shape: tuple[int, ...], device: torch.device) -> Watch:
+def learns(config, shape, device):
     """Two steps of the flow's fit; what lies before the first is once a chunk."""
     _, prior = build(config, shape, device)
-    codes = torch.empty(4 * config.prior.batch, *prior.shape, device=device)  # type: ignore[attr-defined]
+    codes = torch.empty(4 * config.prior.batch, *prior.shape, device=device)
     fit_of = prior.fit(Codes.of(codes))
     with Watch():
         next(fit_of)
     with Watch() as watch:
         for _ in range(2):
             next(fit_of)
-    if set(watch.uploads) - {(config.prior.batch,)}:  # type: ignore[attr-defined]
+    if set(watch.uploads) - {(config.prior.batch,)}:
         watch.problems.append(f"uploads {dict(watch.uploads)}")
     return watch
 
 
-def settings(name: str, *options: str) -> Config:
+def settings(name, *options):
     """A recipe with options."""
     return parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options])
 
 
-def cases() -> Any:
+def cases():
     """Name, what is watched, settings and shape of an image."""
     for name, shape in RECIPES.items():
         yield name, steps, settings(name), shape
@@ -189,7 +188,7 @@ def cases() -> Any:
     yield "mixture draws", draws, settings("mnist", "--prior.classes"), (1, 28, 28)
 
 
-def main() -> None:
+def main():
     device = pretend.device()
     for name, watched, config, shape in cases():
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -1,6 +1,5 @@
 """Ranks that read a round wait for each other as long as rows arrive, and no longer; garbage is collected meanwhile."""
 
-import subprocess
 import sys
 from contextlib import nullcontext
 from threading import Barrier, Thread
@@ -12,7 +11,8 @@ import torch
 from naign.errors import InputError, Stopped
 from naign.training import loop
 from naign.training.trainer import Phases
-from tests.conftest import SMALL, forked
+from tests.conftest import SMALL
+from tests.programs import execute, succeeded
 
 LOOKS = 6
 
@@ -114,5 +114,4 @@ def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     )
     options = [f"--data.path={digits}", f"--run.path={tmp_path}/run", *SMALL, "--train.images=256"]
     command = [sys.executable, "-c", program, *options]
-    result = subprocess.run(command, env=forked(), capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
+    succeeded(execute(command))
