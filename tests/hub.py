@@ -14,7 +14,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import yaml
 
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0")
-Answer = tuple[int, dict[str, str], bytes]
 
 
 class Hub:

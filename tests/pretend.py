@@ -18,7 +18,7 @@ HIGH = (
 )
 """What it computes in float32."""
 
-_libraries: list[torch.library.Library] = []
+_libraries = []
 
 
 class _Backend(_DummyBackendModule):

@@ -62,7 +62,7 @@ class FaultProxy:
         self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.upstream = (host, port)
-        self.connections = set[socket.socket]()  # of clients
+        self.connections = set()  # of clients
         self._random = random.Random(seed)
         self._lock = threading.Lock()  # of what is random, and of counts
         self._until_reset = 0

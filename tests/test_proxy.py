@@ -1,7 +1,6 @@
 """What tests/proxy.py passes on and damages, as a plain boto3 client meets it; tests/storage has its other faults."""
 
 import random
-from collections.abc import Callable
 
 import pytest
 from botocore.exceptions import ClientError, ResponseStreamingError
@@ -9,8 +8,6 @@ from botocore.exceptions import ClientError, ResponseStreamingError
 from tests.proxy import FaultProxy, Faults
 
 BODY = random.Random(0).randbytes(3_000_000)
-Where = dict[str, str]  # an object's place, as boto3's arguments
-Put = Callable[[str, bytes], Where]
 
 
 def plain(s3, proxy):

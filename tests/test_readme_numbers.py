@@ -102,7 +102,7 @@ ROWS = {
     "CIFAR-10: flow in pixels, 39 evaluations": ("rivals_cifar10", FLOW),
 }
 """Of README's table, and where they come from."""
-SOURCES: dict[str, list[str]] = {
+SOURCES = {
     "took {} minutes": [f"{results('install')['cuda']['seconds'] / 60:.0f}"],
     "It takes {} GB on Linux": [installed("cuda")],
     "up to {} GB of memory": [f"{results('install')['memory']['evaluate'] / 1e9:.1f}"],

@@ -2,10 +2,8 @@
 
 import time
 from types import SimpleNamespace
-from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 
 from naign import errors
 from naign.distributed.ranks import part, together
@@ -64,7 +62,7 @@ def matched(setting, rank, world):
     return match_round(images, sample, config)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS = {
     "free": {},
     "reject_share": {"reject_share": 0.3},
     "one_to_one": {"assignment": "one_to_one"},
@@ -86,7 +84,7 @@ class Narrower(errors.Damaged):
     """A subclass that errors.py does not know."""
 
 
-RAISED: dict[str, tuple[Exception | None, Exception | None]] = {
+RAISED = {
     "one": (None, errors.Damaged("damaged")),
     "diverged": (errors.Diverged("diverged"), None),
     "stopped": (errors.Stopped(), None),
@@ -105,7 +103,7 @@ def raised(rank, world):
     found = {}
     for name, raising in RAISED.items():
         try:
-            with together(cast(Accelerator, SimpleNamespace(num_processes=world))):
+            with together(SimpleNamespace(num_processes=world)):
                 if (error := raising[rank]) is not None:
                     raise error
             found[name] = ("", "")

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -11,8 +10,6 @@ from naign.distributed.signals import StopPoll, StopRequest
 from naign.errors import Stopped
 from naign.match import Blocks, MatchConfig, index, match_round, nearest, pool, search
 from tests.match.problems import CASES, draw
-
-Share = Callable[[int, int, int], tuple[int, int]]
 
 
 def even(rows, rank, world):
@@ -29,7 +26,7 @@ def one_has_all(rows, rank, world):
     return 0, 0
 
 
-SHARES: tuple[Share, ...] = (even, uneven, one_has_all)
+SHARES = (even, uneven, one_has_all)
 """Which rows [first, last) a rank has: (rows, rank, world)."""
 
 
@@ -139,7 +136,7 @@ def stopped(rank, world):
     def match(fail):
         stop = StopRequest(within=600, world=world, timeout=60)
         poll = StopPoll(stop)
-        made = list[int]()
+        made = []
 
         def look():
             if poll():

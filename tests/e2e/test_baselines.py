@@ -39,12 +39,12 @@ def trained(digits, tmp_path_factory):
 def test_it_trains_with_falling_loss_and_samples_by_seed(naign, trained, tmp_path, name):
     found = losses(trained / name)
     assert len(found) == 16 and found[-1]["loss/total"] < found[0]["loss/total"] - 0.1
-    succeeded(naign("export", str(trained / name), "--to", "one"))
+    succeeded(naign(f"export {trained}/{name} --to one"))
     one = NAIGN.from_pretrained(tmp_path / "one")
     assert torch.equal(one.sample(6, seed=3), NAIGN.from_pretrained(trained / name).sample(6, seed=3))
     assert not torch.equal(one.sample(6, seed=3), one.sample(6, seed=4))
     torch.testing.assert_close(one.sample(6, seed=3)[:2], one.sample(2, seed=3))
-    succeeded(naign("sample", "one", "--n", "4", "--to", "a.png"))
+    succeeded(naign("sample one --n 4 --to a.png"))
 
 
 @BOTH
@@ -66,9 +66,9 @@ def test_two_ranks_learn_what_one_learns(train, digits, tmp_path, name):
 
 def test_decoded_latents_are_measured_as_samples_and_a_mixture_may_take_their_place(naign, trained, tmp_path):
     shutil.copytree(trained / "vae", tmp_path / "run")
-    succeeded(naign("export", "run", "--prior", "gmm", "--components", "3", "--to", "mixture"))
+    succeeded(naign("export run --prior gmm --components 3 --to mixture"))
     for name in ("run", "mixture"):
-        succeeded(naign("evaluate", name, "--samples", "300"))
+        succeeded(naign(f"evaluate {name} --samples 300"))
         found = json.loads((tmp_path / name / "evaluation/metrics.json").read_text())
         assert found["fd"]["latents"] > 0 and found["fd"]["latents_ratio"] > 1
         assert found["coverage"]["latents"].keys() == found["coverage"]["train"].keys() and found["restoration"]
@@ -87,7 +87,7 @@ def test_a_flow_takes_another_number_of_evaluations(naign, trained, tmp_path):
     assert not (tmp_path / "none").exists()
     succeeded(solve("--evaluations", "3", "--to", "three"))
     assert NAIGN.from_pretrained(tmp_path / "three").metadata["model"]["evaluations"] == 3
-    succeeded(naign("evaluate", "three", "--samples", "300"))
+    succeeded(naign("evaluate three --samples 300"))
     found = json.loads((tmp_path / "three/evaluation/metrics.json").read_text())
     assert found["fd"]["latents"] is None and found["restoration"] is found["density"] is None
     assert found["sampling"]["samples"] == 300 and any("repairs none" in note for note in found["notes"])

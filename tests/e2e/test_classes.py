@@ -39,31 +39,31 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     assert model.labels == tuple("0123456789")
     assert int(model.prior.class_counts.sum()) == 1024
 
-    succeeded(naign("sample", "run", "--label", "3", "--n", "4", "--to", "three.png"))
-    succeeded(naign("evaluate", "run", "--samples", "300"))
+    succeeded(naign("sample run --label 3 --n 4 --to three.png"))
+    succeeded(naign("evaluate run --samples 300"))
     metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
     asked = metrics["asked"]
     assert 0 <= asked["share"] <= 1
     assert (tmp_path / "run/evaluation/classes.png").exists()
     assert "of the class that they were drawn from" in (tmp_path / "run/evaluation/report.html").read_text()
-    succeeded(naign("push", "run", "user/digits", "--dry-run", "card"))
+    succeeded(naign("push run user/digits --dry-run card"))
     card = (tmp_path / "card/README.md").read_text()
     assert 'label="0"' in card and "asked for by class: 0, 1, 2" in card
     assert NAIGN.from_pretrained(tmp_path / "card").labels == model.labels
-    guided = naign("export", "run", "--guidance", "2", "--to", "guided")
+    guided = naign("export run --guidance 2 --to guided")
     assert guided.returncode == (0 if name == "flow" else 2), guided.stderr
     assert name == "flow" or "guidance can be chosen for a flow of codes" in guided.stderr
     if name == "flow":
         assert NAIGN.from_pretrained(tmp_path / "guided").prior.config.guidance == 2
-        succeeded(naign("sample", "guided", "--label", "7", "--n", "4"))
+        succeeded(naign("sample guided --label 7 --n 4"))
     renamed = replace(load("digits"), labels=tuple("abcdefghij"))
     pack(renamed, str(tmp_path / "renamed"), shards=4, progress=False)
     for more, problem in ((["--resume=changed"], "are not those of"), (["--run.path=new", "--model.init=run"], "")):
         done = train(*options, "--run.path=run", "--train.images=2304", f"--data.path={tmp_path / 'renamed'}", *more)
         assert (done.returncode == 2 and problem in done.stderr) if problem else done.returncode == 0, done.stderr
     assert int(NAIGN.from_pretrained(tmp_path / "new").prior.class_counts.sum()) == 1024
-    refused(naign("sample", "run", "--label", "ten"), "no class 'ten' among its 10 classes")
-    refused(naign("sample", "run", "--prior", "gmm", "--components", "3", "--label", "3"), "trained without classes")
+    refused(naign("sample run --label ten"), "no class 'ten' among its 10 classes")
+    refused(naign("sample run --prior gmm --components 3 --label 3"), "trained without classes")
 
 
 def test_data_without_all_labels_are_refused(train, digits, tmp_path):

@@ -51,30 +51,30 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     made = NAIGN.from_pretrained(tmp_path / "run").sample(6)
     again = NAIGN.from_pretrained(tmp_path / "run").sample(4)
     torch.testing.assert_close(made[:4], again)
-    succeeded(naign("sample", "run", "--prior", "gmm", "--components", "3", "--to", "drawn.png"))
-    succeeded(naign("export", "run", "--prior", "gmm", "--components", "3", "--to", "mixed"))
+    succeeded(naign("sample run --prior gmm --components 3 --to drawn.png"))
+    succeeded(naign("export run --prior gmm --components 3 --to mixed"))
     mixed = NAIGN.from_pretrained(tmp_path / "mixed")
     trained = NAIGN.from_pretrained(tmp_path / "run").metadata["cpu_seconds"]
     assert mixed.metadata["prior"]["components"] == 3 and mixed.metadata["cpu_seconds"] > trained
     place = tmp_path / f"run/checkpoints/step-{last['step']:08d}"
     for to in (place, tmp_path / "run"):
         refused(
-            naign("export", "run", "--prior", "gmm", "--components", "3", "--to", str(to)),
+            naign(f"export run --prior gmm --components 3 --to {to}"),
             "is a run or a checkpoint, or in one",
         )
     torch.testing.assert_close(NAIGN.from_pretrained(tmp_path / "run").sample(4), again)
-    refused(naign("export", "run", "--prior", "gmm", "--format", "onnx", "--to", "program"), "f alone")
+    refused(naign("export run --prior gmm --format onnx --to program"), "f alone")
     assert not (tmp_path / "program").exists()
-    succeeded(naign("evaluate", "mixed", "--samples", "300"))
-    refused(naign("sample", "run", "--prior", "gmm", "--components", "500"), "fewer than 20 codes a component")
-    succeeded(naign("export", "run", "--steps", "3", "--to", "finer"))
+    succeeded(naign("evaluate mixed --samples 300"))
+    refused(naign("sample run --prior gmm --components 500"), "fewer than 20 codes a component")
+    succeeded(naign("export run --steps 3 --to finer"))
     finer, taught = (NAIGN.from_pretrained(tmp_path / name).prior for name in ("finer", "run"))
     assert finer.config.steps == 3 and not finer.config.student
     ids = torch.arange(64)
     assert not torch.equal(finer.draw(0, 0, ids, "cpu"), taught.draw(0, 0, ids, "cpu"))
     for more, said in ((["0"], "prior.steps is 0"), (["3", "--prior", "gmm"], "are of a flow")):
         refused(naign("sample", "run", "--steps", *more), said)
-    refused(naign("sample", "run", "--components", "3"), "--components is of a mixture")
+    refused(naign("sample run --components 3"), "--components is of a mixture")
 
 
 def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, tmp_path):
@@ -90,8 +90,8 @@ def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, n
         codes, prior = model.network.encode(images).detach(), model.prior
         apart = prior.weights @ prior.means - codes.mean(0)
         assert float((apart / codes.std(0).mean()).abs().max()) < 0.15, run
-    succeeded(naign("evaluate", "run", "--samples", "300"))
-    refused(naign("sample", "run", "--steps", "3"), "flow of codes")
+    succeeded(naign("evaluate run --samples 300"))
+    refused(naign("sample run --steps 3"), "flow of codes")
     done = train(*options, "--prior.components=5000", "--run.path=large")
     assert done.returncode == 2 and "ask for fewer" in done.stderr.lower() and not (tmp_path / "large").exists()
 
@@ -137,4 +137,4 @@ def test_networks_without_a_code_are_refused(train, naign, digits, tmp_path):
     refused(train(*points, "--prior.name=flow"), "this network has no code")
     assert not (tmp_path / "run").exists()
     succeeded(train(*points, "--latents.name=gaussian"))
-    refused(naign("export", "run", "--prior", "gmm", "--to", "none"), "has no code")
+    refused(naign("export run --prior gmm --to none"), "has no code")

@@ -21,7 +21,7 @@ IMAGES = 1438  # training images of the digits
 
 def listed(folder):
     """(epoch, round, key) in the trace files of all ranks."""
-    found = Counter[tuple[int, int, str]]()
+    found = Counter()
     for file in folder.iterdir():
         for line in file.read_text().splitlines():
             epoch, round, key = line.split()
@@ -31,7 +31,7 @@ def listed(folder):
 
 def pack(naign, to, shards=4):
     """Pack the digits; what was said."""
-    done = succeeded(naign("pack", "digits", "--to", to, "--shards", str(shards)))
+    done = succeeded(naign(f"pack digits --to {to} --shards {shards}"))
     return done.stdout
 
 
@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on_with_two_ranks_and_sees_each_image_once(naign, tra
     data = f"{bucket}/deep/digits"
     assert "1438 train in 5 shards" in pack(naign, data, 5)
     assert "already there" in pack(naign, data, 5)
-    checked = succeeded(naign("verify", data))
+    checked = succeeded(naign(f"verify {data}"))
     assert "sound" in checked.stdout
 
     # 12 rounds of 256 are two epochs of 1,438 and a bit.
@@ -129,7 +129,7 @@ def test_mistakes_with_buckets_end_with_code_2(
     path = path.format(bucket=bucket)
     job = start(tmp_path, f"--data.path={path}", "--run.path=run", *SMALL)
     _, errors = job.communicate(timeout=60)
-    checked = naign("verify", path)
+    checked = naign(f"verify {path}")
     for code, said in ((job.returncode, errors), (checked.returncode, checked.stderr)):
         assert code == 2 and part in said and "Traceback" not in said, said
         assert "not-the-secret" not in said
@@ -141,9 +141,9 @@ def test_indexing_tars_of_others(naign, train, bucket, tmp_path):
     store = open_store(bucket)
     for file in sorted((tmp_path / "packed").glob("*.tar")):
         store.put(file.name.replace("test", "val"), file.read_bytes())
-    done = succeeded(naign("index", bucket, "--name", "mine"))
+    done = succeeded(naign(f"index {bucket} --name mine"))
     assert "mine 1x8x8, 1438 train in 4 shards, 359 test in 4 shards" in done.stdout
     assert Manifest.load(bucket).split("test").shards[0].name == "val-00000.tar"
-    succeeded(naign("verify", bucket))
-    assert naign("index", bucket).returncode == 2
+    succeeded(naign(f"verify {bucket}"))
+    assert naign(f"index {bucket}").returncode == 2
     succeeded(train(f"--data.path={bucket}", *SMALL, "--train.images=512", "--run.path=run"))

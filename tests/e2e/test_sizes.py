@@ -39,19 +39,19 @@ def test_pictures_of_many_sizes_are_trained_on_and_measured(train, naign, tmp_pa
     config, _ = recorded(model, str(tmp_path / "run"), str(tmp_path / "theirs"))
     resize = parse_resize(config)
     assert model.shape == (3, 16, 24) and (resize.height, resize.width) == (16, 24)
-    succeeded(naign("evaluate", "run", "--samples=50"))
+    succeeded(naign("evaluate run --samples=50"))
     succeeded(naign("restore", "run", *map(str, PHOTOS), "--to=out", "--damage=noise", "--size=model"))
     for photo in PHOTOS:
         assert np.asarray(Image.open(tmp_path / f"out/{photo.stem}.png")).shape == (16, 24, 3)
-    succeeded(naign("sample", "run", "--to=samples.png"))
+    succeeded(naign("sample run --to=samples.png"))
 
 
 def test_a_folder_is_packed_to_a_size_that_is_not_square(naign, tmp_path):
     for photo in PHOTOS:
         (tmp_path / photo.name).write_bytes(photo.read_bytes())
-    done = succeeded(naign("pack", "folder", "--root=.", "--size=20x32", "--to=packed"))
+    done = succeeded(naign("pack folder --root=. --size=20x32 --to=packed"))
     assert "3x20x32" in done.stdout
-    refused(naign("pack", "folder", "--root=.", "--size=20by32", "--to=packed"), "--size is '20by32'")
+    refused(naign("pack folder --root=. --size=20by32 --to=packed"), "--size is '20by32'")
 
 
 def test_a_bucket_that_may_only_be_read_is_indexed_and_trained_on(train, naign, s3, bucket, tmp_path, monkeypatch):
@@ -73,11 +73,11 @@ def test_a_bucket_that_may_only_be_read_is_indexed_and_trained_on(train, naign, 
         time.sleep(0.1)
     with pytest.raises(InputError, match="access denied"):
         store.put("mine", b"")
-    refused(naign("index", f"{bucket}/theirs"), "access denied", "--to")
-    succeeded(naign("index", f"{bucket}/theirs", "--to=index"))
+    refused(naign(f"index {bucket}/theirs"), "access denied", "--to")
+    succeeded(naign(f"index {bucket}/theirs --to=index"))
     options = [f"--data.path={bucket}/theirs", "--data.index=index", *SMALL, *SIZED, "--run.path=run"]
     for images in (256, 512):
         done = succeeded(train(*options, f"--train.images={images}", "--resume=changed"))
     assert "goes on with another train.images: 256 there" in done.stderr
-    succeeded(naign("verify", f"{bucket}/theirs", "--index=index"))
+    succeeded(naign(f"verify {bucket}/theirs --index=index"))
     assert sorted(store.list()) == ["00000.tar", "00001.tar"]

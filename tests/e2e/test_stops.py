@@ -60,7 +60,7 @@ def test_a_stop_within_a_round_goes_on_bit_for_bit(phase, digits, tmp_path):
 
 def test_a_stop_while_the_store_does_not_answer(naign, bucket, proxy, tmp_path):
     data = f"{bucket}/digits"
-    succeeded(naign("pack", "digits", "--to", data, "--shards", "4"))
+    succeeded(naign(f"pack digits --to {data} --shards 4"))
     proxy.faults = Faults(latency=1000, only=".tar")
     with Job(tmp_path, 2, ("--run.path=run", *options(data, "take", 8))) as job:
         job.wait_for(lambda: "take" in job.phases(1))

@@ -289,8 +289,8 @@ class Job:
         self.failures = 0
         self.failed = ""
         self.count = 0
-        self._counted = Counter[int]()  # failures by index, without ignored ones
-        self._all = Counter[int]()
+        self._counted = Counter()  # failures by index, without ignored ones
+        self._all = Counter()
         self._due = {}
 
     def create(self, index):

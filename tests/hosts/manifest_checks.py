@@ -3,14 +3,10 @@
 Manifests are ours, in k8s/ or from `naign render`, so what these checks find is a defect of the project.
 """
 
-from typing import Any
-
 import yaml
 
 from naign.config import check, from_dict
 from naign.errors import InputError
-
-Object = dict[str, Any]
 
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 """Kinds that the Pod Security level `restricted` allows."""

@@ -7,8 +7,6 @@ import functools
 import json
 import socket
 import time
-from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
@@ -70,7 +68,7 @@ class Meeting:
     def come(self, index, **changed):
         self.tasks[index] = asyncio.create_task(self._meet(self.host(index, **changed)))
 
-    async def _meet(self, host: Hosts) -> Any:
+    async def _meet(self, host):
         """What a host gets of its meeting, or the error of it."""
         async with host:
             try:
@@ -81,14 +79,14 @@ class Meeting:
             except PeerLost as error:
                 return error
 
-    async def found(self) -> list[Any]:
+    async def found(self):
         """What all hosts have got, in the order of their indices."""
         for task in self.tasks.values():
             await asyncio.wait_for(task, 30)
         return [self.tasks[index].result() for index in sorted(self.tasks)]
 
     @contextlib.asynccontextmanager
-    async def connection(self, line: bytes) -> AsyncIterator[asyncio.StreamReader]:
+    async def connection(self, line):
         """A connection to host 0, once that listens, on which a line is sent."""
         deadline = time.monotonic() + 10
         while True:
@@ -248,13 +246,13 @@ async def test_nothing_that_a_stranger_says_ends_a_meeting(words, capsys):
     ],
 )
 def test_nothing_that_another_program_answers_holds_a_host(answer, said):
-    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(_, writer):
         with contextlib.suppress(OSError):
             while True:
                 writer.write(answer)
                 await asyncio.sleep(0.3)
 
-    async def run() -> None:
+    async def run():
         meeting = Meeting(2)
         async with await asyncio.start_server(serve, "127.0.0.1", meeting.port):
             with pytest.raises((InputError, PeerLost), match=said):
@@ -400,7 +398,7 @@ def test_who_meets_again(code, again):
 def test_starts_that_end_early_are_not_tried_for_ever(seconds, tried, monkeypatch):
     """Also where ranks waited for each other in vain, because ports are blocked: for train.timeout and a minute."""
 
-    async def run() -> int:
+    async def run():
         meeting = Meeting(2)
         first, second = meeting.host(0), meeting.host(1)
         async with first, second:

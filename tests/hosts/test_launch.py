@@ -226,7 +226,7 @@ def test_a_host_that_is_lost_at_once_is_waited_for_and_signals_are_heeded(start,
         start="s",
     )
 
-    async def run() -> None:
+    async def run():
         for generation in (1, 2):
             links = await Hosts(place, port=port, ranks=1, within=60).meet()
             assert links.generation == generation and job.poll() is None

@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 import psutil
 import pytest
@@ -86,9 +84,6 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         find_engine("zero9")
     with pytest.raises(InputError, match="is neither a file"):
         find_engine("x" * 5000)
-
-
-Start = Callable[..., Ranks]
 
 
 @pytest.fixture
@@ -187,7 +182,7 @@ def test_what_ranks_have_started_is_killed_with_them(start, tmp_path):
 
 
 def test_ranks_of_several_hosts_find_each_other(monkeypatch, tmp_path):
-    seen = list[dict[str, Any]]()
+    seen = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, env: seen.append(env))
     place = Place(orchestrator="Kubernetes", index=1, hosts=3, head="a")
     Ranks(

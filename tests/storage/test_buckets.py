@@ -199,11 +199,6 @@ def test_a_run_is_mirrored_and_resumed_from_there(
     assert "metrics.jsonl" in open_store(f"{google}/run").list()
     succeeded(
         naign(
-            "sample",
-            f"{google}/run",
-            "--n",
-            "4",
-            "--to",
-            "samples.png",
+            f"sample {google}/run --n 4 --to samples.png",
         )
     )

@@ -7,16 +7,13 @@ import pickle
 import random
 import re
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import pytest
 
 from naign.errors import InputError, Unavailable
-from naign.storage.base import Store
 from naign.storage.s3_client import client, forget_clients
 from naign.storage.store import open_store
 from tests.proxy import Faults
@@ -111,9 +108,6 @@ def test_an_upload_that_fails_leaves_nothing_behind(s3, store, bucket):
     assert unfinished(s3, bucket) == []
 
 
-Params = dict[str, Any]
-
-
 @pytest.fixture
 def requests(bucket):
     """The names of the requests that this process makes from now on."""
@@ -179,9 +173,7 @@ def test_pickling(store):
 # --- what a user can put right
 
 
-Action = Callable[[Store], object]
-
-ACTIONS: dict[str, Action] = {
+ACTIONS = {
     "list": lambda store: store.list(),
     "size": lambda store: store.size("a"),
     "exists": lambda store: store.exists("a"),

@@ -33,7 +33,7 @@ from tests.conftest import ROOT
 
 NO_LAUNCH = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "alias", "device")
 STEPS = 3  # a pass: the norm of the first may be read once the third is on its way
-RECIPES: dict[str, tuple[int, ...]] = {
+RECIPES = {
     "toy2d": (2,),
     "mnist": (1, 28, 28),
     "mnist_ign": (1, 28, 28),
@@ -52,8 +52,8 @@ class Watch(TorchDispatchMode):
     def __init__(self, free_after=sys.maxsize):
         """After so many steps of AdamW, the last of a round, everything may be read."""
         super().__init__()
-        self.launches, self.problems, self.free_after = Counter[str](), list[str](), free_after
-        self.uploads = Counter[tuple[int, ...]]()  # by shape
+        self.launches, self.problems, self.free_after = Counter(), [], free_after
+        self.uploads = Counter()  # by shape
         self._steps, self._born = 0, WeakIdKeyDictionary()  # steps of AdamW before each tensor was made
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
