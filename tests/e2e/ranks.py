@@ -68,6 +68,12 @@ class Job:
                 names.add(task.read_text().strip())
         return {name.removeprefix("naign ") for name in names if name.startswith("naign ")}
 
+    def ends(self, *codes, within=60):
+        """All ranks end with these codes, or all with this one, within so many seconds."""
+        if len(codes) == 1:
+            codes *= self.world
+        assert self.ended(within) == [*codes], self.said()
+
     def ended(self, seconds=60):
         """The exit codes of all ranks, which must come within so many seconds."""
         end = time.monotonic() + seconds

@@ -17,6 +17,14 @@ def reports(run):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def rounds_of(run):
+    """How many reports there are, also while one is being written."""
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return 0
+    return file.read_text().count("\n")
+
+
 def losses(run, *more):
     """The losses of each round of stage 1, and what else begins with one of `more`."""
     found = []
@@ -40,6 +48,5 @@ def same(ours, theirs):
 
 def wait_for_rounds(job, run, count):
     """Wait until a training has reported so many rounds, or has ended."""
-    file = run / "metrics.jsonl"
-    while job.poll() is None and not (file.exists() and file.read_text().count("\n") >= count):
+    while job.poll() is None and rounds_of(run) < count:
         time.sleep(0.01)

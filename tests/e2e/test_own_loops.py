@@ -36,17 +36,20 @@ def test_a_plain_loop_is_resumed_by_one_and_by_two_ranks(digits, folders):
     run("plain_loop.py", 2, digits, folders / "state.pt", folders / "before", STOP)
     state = torch.load(folders / "state.pt")
     assert (state["epoch"], state["position"]) == (0, 90 * STOP)
-    before, whole = lines(folders / "before"), list(open_dataset(digits, batch=90, seed=3, flip=True))
+    before = lines(folders / "before")
+    keys_before = [line.split()[0] for line in before]
+    whole = []
+    for batch in open_dataset(digits, batch=90, seed=3, flip=True):
+        whole += batch.keys
     assert len(before) == 90 * STOP
     for ranks in (1, 2):
         shutil.copy(folders / "state.pt", folders / f"state-{ranks}.pt")
         run("plain_loop.py", ranks, digits, folders / f"state-{ranks}.pt", folders / str(ranks))
         assert torch.load(folders / f"state-{ranks}.pt") == {**state, "epoch": 1, "position": 0}
-        after = lines(folders / str(ranks))
-        keys = [line.split()[0] for line in before + after]
-        assert len(keys) == IMAGES and sorted(keys) == sorted(key for batch in whole for key in batch.keys)
+        keys = keys_before + [line.split()[0] for line in lines(folders / str(ranks))]
+        assert len(keys) == IMAGES and sorted(keys) == sorted(whole)
     # The images are those of one rank, mirrored alike.
-    assert {line.split()[0] for line in before} == {key for batch in whole[:STOP] for key in batch.keys}
+    assert set(keys_before) == set(whole[: 90 * STOP])
     assert sorted(lines(folders / "1")) == sorted(lines(folders / "2"))
 
 
