@@ -46,6 +46,12 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+def end(job, sent):
+    """Send a program a signal and wait for its end; what it said."""
+    job.send_signal(sent)
+    return job.communicate(timeout=60)[1]
+
+
 def wait_for_rounds(job, run, count):
     """Wait until a training has reported so many rounds, or has ended."""
     while job.poll() is None and rounds_of(run) < count:

@@ -11,26 +11,18 @@ from PIL import Image
 
 from naign.data.format.pages import Pager, table_name
 from naign.data.format.webdataset import scan
-from naign.errors import BAD_INPUT
 from naign.storage.store import open_store
-from tests.conftest import ROOT, SMALL, ended_as_bad_input, train_command
+from tests.conftest import ROOT, SMALL, direct_command, ended_as_bad_input
+from tests.data.numbered import add
 from tests.e2e.runs import reports
-from tests.programs import execute, succeeded
+from tests.programs import execute, refused, succeeded
 
 pytestmark = pytest.mark.slow
 
 
 def run_alone(folder, *options):
     """Without the launcher, which turns any exit code of its ranks into 1."""
-    command = [train_command()[0], str(ROOT / "pipeline/train.py"), "--run.path=run", *SMALL, *options]
-    return execute(command, folder, timeout=60)
-
-
-def refused(done, *parts):
-    assert done.returncode == BAD_INPUT, done.stderr
-    assert "Traceback" not in done.stderr
-    for part in parts:
-        assert part in done.stderr
+    return execute(direct_command("--run.path=run", *SMALL, *options), folder, timeout=60)
 
 
 def broken(digits, folder, damage):
@@ -48,10 +40,7 @@ def broken(digits, folder, damage):
     content = {"shape": picture.getvalue(), "undecodable": b"no picture"}[damage]
     with tarfile.open(shard, "w") as new:
         for path, data in members:
-            entry = tarfile.TarInfo(path)
-            data = content if path == name else data
-            entry.size = len(data)
-            new.addfile(entry, io.BytesIO(data))
+            add(new, path, content if path == name else data)
     # A tar that somebody wrote so, with an index that agrees: a change of size alone is found without decoding.
     index = json.loads((folder / "data/index.json").read_text())
     entry = next(entry for entry in index["splits"]["train"]["shards"] if entry["name"] == shard.name)
@@ -77,7 +66,6 @@ def test_damaged_data_names_the_shard(damage, parts, digits, tmp_path):
     ("options", "parts"),
     [
         (["--train.lrr=1"], ["--train.lr"]),
-        (["--config=nowhere.yaml"], ["no configuration file 'nowhere.yaml'"]),
         (["--data.path=nowhere"], ["nowhere", "naign pack"]),
         (["--data.path=noindex"], ["noindex", "index.json", "naign pack"]),
         (["--data.path={digits}", "--data.split=validation"], ["validation", "train", "test"]),
@@ -113,6 +101,10 @@ def test_a_run_of_another_configuration_is_not_mixed_with(digits, tmp_path):
     lines = reports(tmp_path / "run")
     assert [line["images_seen"] for line in lines] == [256, 512]
     assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= lines[0].keys()
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def held():
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    before = held()
     refused(run_alone(tmp_path, *options, "--train.lr=0.5"), "train.lr: 0.002 there, 0.5 now", "--run.path")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert held() == before

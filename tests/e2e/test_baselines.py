@@ -15,12 +15,19 @@ from tests.programs import execute, succeeded
 pytestmark = pytest.mark.slow
 
 SMALLER = [option for option in SMALL if "imle" not in option]
-VAE = [*SMALLER, "--model.name=vae", "--objective.name=vae", "--prior.name=code-normal"]
-FLOW = [option for option in SMALLER if "code" not in option] + ["--model.depth=1", "--latents.name=gaussian"]
-FLOW += ["--model.name=rectified_flow", "--objective.name=rectified_flow", "--train.lr=5e-3"]
-FLOW += ["--model.evaluations=2"]
-OPTIONS = {"vae": VAE, "rectified_flow": FLOW}
-BOTH = pytest.mark.parametrize("name", list(OPTIONS))
+OPTIONS = {
+    "vae": [*SMALLER, "--model.name=vae", "--objective.name=vae", "--prior.name=code-normal"],
+    "rectified_flow": [
+        *(option for option in SMALLER if "code" not in option),
+        "--model.name=rectified_flow",
+        "--model.depth=1",
+        "--model.evaluations=2",
+        "--objective.name=rectified_flow",
+        "--latents.name=gaussian",
+        "--train.lr=5e-3",
+    ],
+}
+BOTH = pytest.mark.parametrize("name", OPTIONS)
 SHORT = "--train.images=1024"  # 4 rounds
 
 
@@ -30,8 +37,7 @@ def trained(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("baselines")
     more = ["--train.images=4096", "--report.pictures=4", "--quality.rounds=8", f"--data.path={digits}"]
     for name, options in OPTIONS.items():
-        command = direct_command(f"--run.path={name}", *options, *more)
-        succeeded(execute(command, folder))
+        succeeded(execute(direct_command(f"--run.path={name}", *options, *more), folder))
     return folder
 
 
@@ -41,9 +47,10 @@ def test_it_trains_with_falling_loss_and_samples_by_seed(naign, trained, tmp_pat
     assert len(found) == 16 and found[-1]["loss/total"] < found[0]["loss/total"] - 0.1
     succeeded(naign(f"export {trained}/{name} --to one"))
     one = NAIGN.from_pretrained(tmp_path / "one")
-    assert torch.equal(one.sample(6, seed=3), NAIGN.from_pretrained(trained / name).sample(6, seed=3))
-    assert not torch.equal(one.sample(6, seed=3), one.sample(6, seed=4))
-    torch.testing.assert_close(one.sample(6, seed=3)[:2], one.sample(2, seed=3))
+    made = one.sample(6, seed=3)
+    assert torch.equal(made, NAIGN.from_pretrained(trained / name).sample(6, seed=3))
+    assert not torch.equal(made, one.sample(6, seed=4))
+    torch.testing.assert_close(made[:2], one.sample(2, seed=3))
     succeeded(naign("sample one --n 4 --to a.png"))
 
 
@@ -70,22 +77,23 @@ def test_decoded_latents_are_measured_as_samples_and_a_mixture_may_take_their_pl
     for name in ("run", "mixture"):
         succeeded(naign(f"evaluate {name} --samples 300"))
         found = json.loads((tmp_path / name / "evaluation/metrics.json").read_text())
+        coverage = found["coverage"]
+        sampling = found["sampling"]
         assert found["fd"]["latents"] > 0 and found["fd"]["latents_ratio"] > 1
-        assert found["coverage"]["latents"].keys() == found["coverage"]["train"].keys() and found["restoration"]
-        assert 0 < found["sampling"]["latents_cpu_seconds"] < found["sampling"]["cpu_seconds"]
+        assert coverage["latents"].keys() == coverage["train"].keys() and found["restoration"]
+        assert 0 < sampling["latents_cpu_seconds"] < sampling["cpu_seconds"]
         assert "z, decoded" in (tmp_path / name / "evaluation/report.html").read_text()
 
 
 def test_a_flow_takes_another_number_of_evaluations(naign, trained, tmp_path):
     shutil.copytree(trained / "rectified_flow", tmp_path / "run")
 
-    def solve(*given):
-        command = [sys.executable, "-m", "naign_baselines.solver", "run", *given]
-        return execute(command, tmp_path)
+    def solve(line):
+        return execute([sys.executable, "-m", "naign_baselines.solver", "run", *line.split()], tmp_path)
 
-    assert "model.evaluations is 0" in solve("--evaluations", "0", "--to", "none").stderr
+    assert "model.evaluations is 0" in solve("--evaluations 0 --to none").stderr
     assert not (tmp_path / "none").exists()
-    succeeded(solve("--evaluations", "3", "--to", "three"))
+    succeeded(solve("--evaluations 3 --to three"))
     assert NAIGN.from_pretrained(tmp_path / "three").metadata["model"]["evaluations"] == 3
     succeeded(naign("evaluate three --samples 300"))
     found = json.loads((tmp_path / "three/evaluation/metrics.json").read_text())

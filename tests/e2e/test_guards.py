@@ -8,16 +8,15 @@ import sys
 import time
 
 import pytest
-from safetensors.torch import load_file
 
 from naign.checkpoint.bucket import newest_first
 from naign.checkpoint.writer import newest_checkpoint
-from naign.errors import BAD_INPUT, FAILED, PEER_LOST
+from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from naign.storage.store import open_store
-from tests.conftest import ROOT, SMALL, start
+from tests.conftest import ROOT, SMALL, start, train_command
 from tests.e2e.ranks import Job
-from tests.e2e.runs import reports, wait_for_rounds
-from tests.programs import execute, succeeded
+from tests.e2e.runs import end, reports, rounds_of, wait_for_rounds, weights
+from tests.programs import execute, refused, succeeded
 
 pytestmark = pytest.mark.slow
 
@@ -45,34 +44,27 @@ runpy.run_path({program!r}, run_name="__main__")
 def poisoned(folder, steps, rank, *options, world=1):
     program = folder / "poisoned.py"
     program.write_text(POISON.format(program=str(ROOT / "pipeline/train.py"), steps=steps, rank=rank))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    command = [sys.executable]  # a launcher has its own exit code
     if world > 1:
-        command += ["--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+        command = train_command(ranks=world)[:-1]
     return [*command, str(program), "--run.path=run", *SMALL, *options]
-
-
-def run(command, folder):
-    return execute(command, folder)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=1024", "--train.ema=0.9"]
-    done = succeeded(run(poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world), tmp_path))
+    done = succeeded(execute(poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world), tmp_path))
     assert done.stderr.count("is not finite: skipped") == 3 and "round 0] warning: a step of round 0" in done.stderr
     last = reports(tmp_path / "run")[-1]
     assert last["train/skipped"] == 3 and 0 < last["loss/total"] < 2
-    newest = newest_checkpoint(tmp_path / "run/checkpoints")
     for name in ("model", "ema"):
-        assert all(value.isfinite().all() for value in load_file(newest / f"{name}.safetensors").values())
+        assert all(value.isfinite().all() for value in weights(tmp_path / "run", name).values())
 
 
 def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=4096", "--checkpoint.rounds=1"]
-    alone = [sys.executable, *poisoned(tmp_path, range(18, 100), 0, *options)[4:]]  # a launcher has its own exit code
-    done = run(alone, tmp_path)
-    assert done.returncode == BAD_INPUT
-    assert "10 steps in a row" in done.stderr and "step-00000024" in done.stderr and "train.lr" in done.stderr
+    done = execute(poisoned(tmp_path, range(18, 100), 0, *options), tmp_path)
+    refused(done, "10 steps in a row", "step-00000024", "train.lr")
     assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step-00000024"  # its last steps were skipped
 
 
@@ -97,17 +89,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(digits, tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_bucket_that_is_taken_away_leaves_local_checkpoints_and_a_warning(digits, s3, bucket, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=25600", "--checkpoint.rounds=2"]
-    with Job(tmp_path, 2, ("--run.path=run", f"--run.remote={bucket}/run", *options)) as job:
-        job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
-        s3.client().delete_bucket(Bucket=bucket.removeprefix("s3://"))
-        assert job.ended(120) == [PEER_LOST, PEER_LOST], job.said()
-        assert "stays local" in job.said() and "there is no bucket" in job.said()
-    newest = newest_checkpoint(tmp_path / "run/checkpoints")
-    assert newest and newest.name == "step-00000800"
-
-
 def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(digits, bucket, tmp_path, monkeypatch):
     for remote, said in ((f"{bucket}-none/run", "there is no bucket"), (f"{bucket}/run", "check the credentials")):
         job = start(tmp_path, "--run.path=run", f"--data.path={digits}", f"--run.remote={remote}", *SMALL)
@@ -117,68 +98,83 @@ def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(digits, bucket,
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
 
 
-def test_a_run_that_was_lost_goes_on_from_the_bucket(train, digits, bucket, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, f"--run.remote={bucket}/run", "--checkpoint.rounds=2"]
-    job = start(tmp_path, "--run.path=run", *options, "--train.images=200000")
-    wait_for_rounds(job, tmp_path / "run", 7)
-    job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=60)
-    newest = newest_checkpoint(tmp_path / "run/checkpoints")
-    assert job.returncode == 75 and newest
-    (tmp_path / "run").rename(tmp_path / "lost")
-    again = start(tmp_path, "--run.path=run", *options, "--train.images=200000")
-    wait_for_rounds(again, tmp_path / "run", 12)
-    again.send_signal(signal.SIGTERM)
-    again.communicate(timeout=60)
-    assert again.returncode == 75
-    rounds = [line["round"] for line in reports(tmp_path / "run")]
+def test_a_run_that_was_lost_goes_on_from_the_bucket(digits, bucket, tmp_path):
+    run = tmp_path / "run"
+    options = [
+        f"--data.path={digits}",
+        *SMALL,
+        "--run.path=run",
+        f"--run.remote={bucket}/run",
+        "--checkpoint.rounds=2",
+        "--train.images=200000",
+    ]
+    for count in (7, 12):
+        job = start(tmp_path, *options)
+        wait_for_rounds(job, run, count)
+        errors = end(job, signal.SIGTERM)
+        assert job.returncode == INTERRUPTED, errors
+        if count == 7:
+            assert newest_checkpoint(run / "checkpoints")
+            run.rename(tmp_path / "lost")
+    rounds = [line["round"] for line in reports(run)]
     assert rounds == list(range(len(rounds)))  # what was reported before was fetched, too
-    never = train("--run.path=other", *options, "--resume=never")
-    assert never.returncode != 0 and "already holds a run" in never.stderr
 
 
 def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits, bucket, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, f"--run.remote={bucket}/run", "--checkpoint.rounds=2"]
-    options += ["--train.images=200000"]
+    options = [
+        f"--data.path={digits}",
+        *SMALL,
+        f"--run.remote={bucket}/run",
+        "--checkpoint.rounds=2",
+        "--train.images=200000",
+    ]
     with Job(tmp_path, 2, ("--run.path=first", *options)) as first:
-        first.wait_for(lambda: (tmp_path / "first/metrics.jsonl").exists())
+        first.wait_for(lambda: rounds_of(tmp_path / "first"))
         second = start(tmp_path, "--run.path=second", *options)
-        assert first.ended(120) == [BAD_INPUT, BAD_INPUT], first.said()
+        first.ends(BAD_INPUT, within=120)
         assert "was taken over by a run that started later" in first.said()
-    newest = newest_checkpoint(tmp_path / "first/checkpoints")
-    second.send_signal(signal.SIGTERM)
-    second.communicate(timeout=60)
-    assert second.returncode == 75 and newest and newest_checkpoint(tmp_path / "second/checkpoints")
+    errors = end(second, signal.SIGTERM)
+    assert second.returncode == INTERRUPTED, errors
+    for run in ("first", "second"):
+        assert newest_checkpoint(tmp_path / run / "checkpoints")
 
 
 def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(train, digits, bucket, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--report.pictures=0"]
-    succeeded(
-        train(f"--run.remote={bucket}/run", "--run.path=other", *options, "--train.images=2560", "--train.lr=1e-4")
-    )
-    succeeded(train("--run.path=run", *options, "--train.images=2560"))
+    options = [f"--data.path={digits}", *SMALL, "--train.images=2560"]
+    remote = [*options, f"--run.remote={bucket}/run"]
+    succeeded(train(*remote, "--run.path=other", "--train.lr=1e-4"))
+    succeeded(train(*options, "--run.path=run"))
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     for images in ("2560", "25600"):  # also where the one here is newer
-        refused = train(f"--run.remote={bucket}/run", "--run.path=run", *options, f"--train.images={images}")
-        assert "holds a run of another configuration" in refused.stderr and "train.lr: 0.0001 there" in refused.stderr
-    anew = train(f"--run.remote={bucket}/run", "--run.path=anew", *options, "--resume=never")
-    assert "already holds a run" in anew.stderr and not (tmp_path / "anew/checkpoints").exists()
+        done = train(*remote, "--run.path=run", f"--train.images={images}")
+        refused(done, "holds a run of another configuration", "train.lr: 0.0001 there")
+    refused(train(*remote, "--run.path=anew", "--resume=never"), "already holds a run")
+    assert not (tmp_path / "anew/checkpoints").exists()
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == names
     assert len(open_store(f"{bucket}/run/checkpoints").folders()) == 1
 
 
 def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(digits, s3, bucket, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=25600", "--checkpoint.rounds=50", "--run.path=run"]
-    options += [f"--run.remote={bucket}/run"]
-    with Job(tmp_path, 2, tuple(options)) as job:
-        job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
-        s3.client().delete_bucket(Bucket=bucket.removeprefix("s3://"))
-        assert job.ended(120) == [PEER_LOST, PEER_LOST], job.said()
-        assert "stays local" in job.said()
+    name = bucket.removeprefix("s3://")
+    options = (
+        f"--data.path={digits}",
+        *SMALL,
+        "--train.images=25600",
+        "--checkpoint.rounds=50",
+        "--run.path=run",
+        f"--run.remote={bucket}/run",
+    )
+    with Job(tmp_path, 2, options) as job:
+        job.wait_for(lambda: rounds_of(tmp_path / "run"))
+        s3.client().delete_bucket(Bucket=name)
+        job.ends(PEER_LOST, within=120)
+        assert "stays local" in job.said() and "there is no bucket" in job.said()
         assert "done: the run lies in" not in job.said()
-    s3.client().create_bucket(Bucket=bucket.removeprefix("s3://"))
-    with Job(tmp_path, 2, tuple(options)) as job:
-        assert job.ended(120) == [0, 0] and "nothing left to do" in job.said(), job.said()
+    assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step-00000800"
+    s3.client().create_bucket(Bucket=name)
+    with Job(tmp_path, 2, options) as job:
+        job.ends(0, within=120)
+        assert "nothing left to do" in job.said()
     assert list(newest_first(f"{bucket}/run")) == ["step-00000800"]
 
 
@@ -189,5 +185,5 @@ def test_ranks_that_do_not_share_a_folder_are_refused(digits, tmp_path):
         (tmp_path / folder / "run/.claim").write_text("of an earlier run")
     options = (f"--data.path={digits}", *SMALL, "--run.path=run")
     with Job(tmp_path, 2, options, places=("one", "two")) as job:
-        assert job.ended(60) == [BAD_INPUT, BAD_INPUT]
+        job.ends(BAD_INPUT)
         assert "is not the same folder on every machine" in job.said()

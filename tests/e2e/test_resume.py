@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 from filelock import FileLock
@@ -13,7 +12,7 @@ from filelock import FileLock
 from naign.checkpoint.writer import newest_checkpoint
 from naign.errors import INTERRUPTED
 from tests.conftest import SMALL, environment, start, train_command
-from tests.e2e.runs import losses, same, wait_for_rounds, weights
+from tests.e2e.runs import end, losses, same, wait_for_rounds, weights
 from tests.programs import succeeded
 
 pytestmark = pytest.mark.slow
@@ -22,29 +21,24 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("varied", ["none", "flow"])
 def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
     options = [f"--data.path={digits}", *SMALL, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
-    options += (
-        ["--prior.name=flow", "--prior.width=32", "--prior.images=1024", "--prior.student=512"]
-        if varied == "flow"
-        else ["--prior.name=none"]
-    )
+    if varied == "flow":
+        options += ["--prior.name=flow", "--prior.width=32", "--prior.images=1024", "--prior.student=512"]
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     succeeded(train("--run.path=whole", *options))
 
-    for rounds, sent in ((6, signal.SIGTERM), (12, signal.SIGKILL)):
+    for rounds, sent, code in ((6, signal.SIGTERM, INTERRUPTED), (12, signal.SIGKILL, -signal.SIGKILL)):
         job = start(tmp_path, "--run.path=broken", *options)
-        wait_for_rounds(job, tmp_path / "broken", rounds)
-        job.send_signal(sent)
-        _, errors = job.communicate(timeout=60)
-        assert job.returncode == (INTERRUPTED if sent == signal.SIGTERM else -signal.SIGKILL), errors
-        assert len(losses(tmp_path / "broken")) < 20
+        wait_for_rounds(job, broken, rounds)
+        errors = end(job, sent)
+        assert job.returncode == code, errors
+        assert len(losses(broken)) < 20
 
     again = succeeded(train("--run.path=broken", *options))
     assert "resuming from" in again.stderr + again.stdout
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    assert (
-        newest_checkpoint(tmp_path / "broken/checkpoints").name
-        == newest_checkpoint(tmp_path / "whole/checkpoints").name
-    )
-    assert same(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
+    assert losses(broken) == losses(whole)
+    assert newest_checkpoint(broken / "checkpoints").name == newest_checkpoint(whole / "checkpoints").name
+    assert same(weights(broken), weights(whole))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
@@ -61,8 +55,7 @@ def test_other_optimizers_go_on_bit_for_bit(train, digits, tmp_path, optimizer):
 def test_the_death_of_the_launcher_stops_the_run_with_a_checkpoint(digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--train.images=200000", "--run.path=run"]
     launcher = subprocess.Popen(train_command(*options), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
-    while launcher.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
-        time.sleep(0.05)
+    wait_for_rounds(launcher, tmp_path / "run", 1)
     launcher.send_signal(signal.SIGTERM)
     launcher.wait(timeout=60)
     with FileLock(tmp_path / "run/.lock", timeout=60):  # free: the training process has left
@@ -91,7 +84,8 @@ def test_a_finished_run_and_never_resuming(train, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--train.images=512", "--run.path=run"]
     succeeded(train(*options))
     config = tmp_path / "run/config.yaml"
-    recorded, time = config.read_text(), config.stat().st_mtime_ns
+    recorded = config.read_text()
+    time = config.stat().st_mtime_ns
     again = succeeded(train(*options, "--report.pictures=3"))
     assert "nothing left to do" in again.stderr + again.stdout
     assert config.read_text() == recorded and config.stat().st_mtime_ns == time
