@@ -25,6 +25,16 @@ def succeeded(done):
     return done
 
 
+def ends(job, code, *said, timeout=200):
+    """A started program must end with this code, with these words and no traceback; what it said."""
+    errors = job.communicate(timeout=timeout)[1]
+    assert job.returncode == code, errors
+    assert "Traceback" not in errors
+    for part in said:
+        assert part in errors
+    return errors
+
+
 def refused(done, *said):
     """The program must have ended as bad input, with these words and no traceback."""
     assert done.returncode == BAD_INPUT, done.stdout + done.stderr

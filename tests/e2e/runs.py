@@ -25,6 +25,11 @@ def rounds_of(run):
     return file.read_text().count("\n")
 
 
+def column(run, name):
+    """One value of each report."""
+    return [line[name] for line in reports(run)]
+
+
 def losses(run, *more):
     """The losses of each round of stage 1, and what else begins with one of `more`."""
     found = []
@@ -44,12 +49,6 @@ def weights(run, name="model"):
 def same(ours, theirs):
     """Whether both have the same tensors, to the last bit."""
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
-def end(job, sent):
-    """Send a program a signal and wait for its end; what it said."""
-    job.send_signal(sent)
-    return job.communicate(timeout=60)[1]
 
 
 def wait_for_rounds(job, run, count):

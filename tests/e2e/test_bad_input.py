@@ -14,7 +14,7 @@ from naign.data.format.webdataset import scan
 from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, direct_command, ended_as_bad_input
 from tests.data.numbered import add
-from tests.e2e.runs import reports
+from tests.e2e.runs import column, reports
 from tests.programs import execute, refused, succeeded
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def test_a_run_of_another_configuration_is_not_mixed_with(digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=512"]
     succeeded(run_alone(tmp_path, *options))
     lines = reports(tmp_path / "run")
-    assert [line["images_seen"] for line in lines] == [256, 512]
+    assert column(tmp_path / "run", "images_seen") == [256, 512]
     assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= lines[0].keys()
 
     def held():

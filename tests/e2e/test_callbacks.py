@@ -11,7 +11,7 @@ import pytest
 from naign.errors import InputError
 from naign.training.callbacks import Callback, call, find_callbacks
 from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
-from tests.e2e.runs import reports
+from tests.e2e.runs import column
 from tests.programs import execute, succeeded
 
 BLOCK = re.compile(r"^```python\n# (my_package/copies.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -69,11 +69,11 @@ def test_callbacks_of_a_run(site, digits, tmp_path):
         ("given", [sys.executable, "-c", PROGRAM]),
     ):
         succeeded(run(name, command))
-    losses = [line["loss/total"] for line in reports(tmp_path / "plain")]
+    losses = column(tmp_path / "plain", "loss/total")
     for name in ("named", "given"):
         assert (tmp_path / name / "copied.txt").read_text() == "step-00000016\nstep-00000024\n"
-        assert [line["mine/rounds_left"] for line in reports(tmp_path / name)] == [2, 1, 0]
-        assert [line["loss/total"] for line in reports(tmp_path / name)] == losses
+        assert column(tmp_path / name, "mine/rounds_left") == [2, 1, 0]
+        assert column(tmp_path / name, "loss/total") == losses
 
     done = run("failing", direct_command("--train.callbacks=[copies, failing]"))
     assert done.returncode == 1

@@ -130,8 +130,8 @@ def test_a_larger_budget_fits_the_prior_anew(train, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, *MIXTURE, "--run.path=run"]
     succeeded(train(*options, "--train.images=512"))
     succeeded(train(*options, "--train.images=1024", "--resume=changed"))
-    lines = reports(tmp_path / "run")
-    assert [line["train/stage"] for line in lines if line["images_seen"] > 512][-1] == 2
+    last = reports(tmp_path / "run")[-1]
+    assert last["images_seen"] > 512 and last["train/stage"] == 2
 
 
 def test_networks_without_a_code_are_refused(train, naign, digits, tmp_path):

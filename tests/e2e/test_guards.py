@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,8 +14,8 @@ from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, start, train_command
 from tests.e2e.ranks import Job
-from tests.e2e.runs import end, reports, rounds_of, wait_for_rounds, weights
-from tests.programs import execute, refused, succeeded
+from tests.e2e.runs import column, reports, rounds_of, wait_for_rounds, weights
+from tests.programs import ends, execute, refused, succeeded
 
 pytestmark = pytest.mark.slow
 
@@ -81,9 +80,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(digits, tmp_path):
         while job.poll() is None and not list(checkpoints.glob("*/manifest.json")):
             time.sleep(0.01)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
-        _, errors = job.communicate(timeout=60)
-        assert job.returncode == FAILED and "train: failed: " in errors and "No space left" in errors, errors
-        assert newest_checkpoint(checkpoints) and "untouched" in errors
+        ends(job, FAILED, "train: failed: ", "No space left", "untouched")
+        assert newest_checkpoint(checkpoints)
         (disk / "filler").unlink()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -92,8 +90,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(digits, tmp_path):
 def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(digits, bucket, tmp_path, monkeypatch):
     for remote, said in ((f"{bucket}-none/run", "there is no bucket"), (f"{bucket}/run", "check the credentials")):
         job = start(tmp_path, "--run.path=run", f"--data.path={digits}", f"--run.remote={remote}", *SMALL)
-        _, errors = job.communicate(timeout=60)
-        assert job.returncode == BAD_INPUT and said in errors and "Traceback" not in errors, errors
+        ends(job, BAD_INPUT, said)
         assert not (tmp_path / "run").exists()
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
 
@@ -111,12 +108,12 @@ def test_a_run_that_was_lost_goes_on_from_the_bucket(digits, bucket, tmp_path):
     for count in (7, 12):
         job = start(tmp_path, *options)
         wait_for_rounds(job, run, count)
-        errors = end(job, signal.SIGTERM)
-        assert job.returncode == INTERRUPTED, errors
+        job.terminate()
+        ends(job, INTERRUPTED)
         if count == 7:
             assert newest_checkpoint(run / "checkpoints")
             run.rename(tmp_path / "lost")
-    rounds = [line["round"] for line in reports(run)]
+    rounds = column(run, "round")
     assert rounds == list(range(len(rounds)))  # what was reported before was fetched, too
 
 
@@ -133,8 +130,8 @@ def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits, bucket, tmp_pa
         second = start(tmp_path, "--run.path=second", *options)
         first.ends(BAD_INPUT, within=120)
         assert "was taken over by a run that started later" in first.said()
-    errors = end(second, signal.SIGTERM)
-    assert second.returncode == INTERRUPTED, errors
+    second.terminate()
+    ends(second, INTERRUPTED)
     for run in ("first", "second"):
         assert newest_checkpoint(tmp_path / run / "checkpoints")
 
@@ -144,13 +141,13 @@ def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(train, 
     remote = [*options, f"--run.remote={bucket}/run"]
     succeeded(train(*remote, "--run.path=other", "--train.lr=1e-4"))
     succeeded(train(*options, "--run.path=run"))
-    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    names = sorted(os.listdir(tmp_path / "run/checkpoints"))
     for images in ("2560", "25600"):  # also where the one here is newer
         done = train(*remote, "--run.path=run", f"--train.images={images}")
         refused(done, "holds a run of another configuration", "train.lr: 0.0001 there")
     refused(train(*remote, "--run.path=anew", "--resume=never"), "already holds a run")
     assert not (tmp_path / "anew/checkpoints").exists()
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == names
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == names
     assert len(open_store(f"{bucket}/run/checkpoints").folders()) == 1
 
 

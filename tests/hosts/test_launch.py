@@ -21,9 +21,10 @@ from naign.cluster.place import Place
 from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from naign.process import SIGNALS, on_signals
 from tests.conftest import PYTHONPATH, ROOT, SMALL, environment
+from tests.e2e.runs import rounds_of, wait_for_rounds
 from tests.hosts.cluster import possible
 from tests.hosts.waiting import until
-from tests.programs import execute, succeeded
+from tests.programs import ends, execute, succeeded
 from tests.servers import free_port
 
 
@@ -33,10 +34,16 @@ def start(tmp_path):
     started = []
 
     def run(*options, program=("-m", "naign.cli"), **more):
-        command, named = [sys.executable, *program, "launch", *options], environment(**more)
-        own = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=named, **own))
-        return started[-1]
+        process = subprocess.Popen(
+            [sys.executable, *program, "launch", *options],
+            cwd=tmp_path,
+            env=environment(**more),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
 
     yield run
     for process in started:
@@ -143,15 +150,13 @@ cli.main()
 @pytest.mark.slow
 def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_started_again(start):
     job = start("--processes=2", "--run.remote=s3://bucket/run", program=("-c", BUCKET))
-    errors = job.communicate(timeout=200)[1]
-    assert job.returncode == INTERRUPTED and "stopped on request" in errors and "Traceback" not in errors
+    ends(job, INTERRUPTED, "stopped on request")
 
 
 def training(start, folder, *options):
     """A long run in `folder` that has trained for some rounds."""
-    metrics = folder / "run/metrics.jsonl"
     job = start(*options, *SMALL, "--train.images=307200", "--run.path=run")
-    until(lambda: job.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 5))
+    wait_for_rounds(job, folder / "run", 6)
     assert job.poll() is None, job.communicate()[1]
     return job
 
@@ -176,15 +181,13 @@ def test_further_signals_change_nothing(ranks, first, start, digits, tmp_path):
     while job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
         job.send_signal(signal.SIGTERM)
-    errors = job.communicate()[1]
-    assert job.returncode == INTERRUPTED and f"{first}: stopped on request" in errors and "Traceback" not in errors
+    ends(job, INTERRUPTED, f"{first}: stopped on request")
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
 @pytest.mark.slow
 def test_a_terminal_that_is_closed_leaves_a_checkpoint(digits, tmp_path):
     """All processes get SIGHUP, and what they write to it fails from then on."""
-    metrics = tmp_path / "run/metrics.jsonl"
     options = [f"--data.path={digits}", *SMALL, "--train.images=307200", f"--run.path={tmp_path}/run"]
     process, terminal = pty.fork()
     if not process:
@@ -196,7 +199,7 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint(digits, tmp_path):
     def trains():
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 1 << 16)  # else it is full, and the program waits
-        return metrics.exists() and metrics.read_text().count("\n") > 5
+        return rounds_of(tmp_path / "run") > 5
 
     until(trains)
     os.close(terminal)
@@ -208,8 +211,7 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint(digits, tmp_path):
 @pytest.mark.slow
 def test_one_rank_under_an_engine_keeps_its_code(start):
     job = start("--processes=1", "--engine=single", "--data.path=nowhere", "--run.path=run")
-    errors = job.communicate(timeout=200)[1]
-    assert job.returncode == BAD_INPUT and "Traceback" not in errors
+    errors = ends(job, BAD_INPUT)
     assert "rank 0 of this host ended with code 2, bad configuration" in errors.splitlines()[-1]
 
 
@@ -234,9 +236,8 @@ def test_a_host_that_is_lost_at_once_is_waited_for_and_signals_are_heeded(start,
         await asyncio.sleep(1)
 
     asyncio.run(run())
-    job.send_signal(signal.SIGTERM)
-    errors = job.communicate(timeout=30)[1]
-    assert job.returncode == INTERRUPTED and errors.count("this host stays") >= 1, errors
+    job.terminate()
+    errors = ends(job, INTERRUPTED, "this host stays", timeout=30)
     assert "stopped on request" in errors.splitlines()[-1]
 
 
@@ -299,58 +300,45 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, digits, tmp_path):
-    """As the first process of a container where namespaces can be made: it ignores signals without handlers."""
-    command = (*PROGRAMS[name], *SMALL, f"--data.path={digits}", "--run.path=run", "--train.images=307200")
+@contextlib.contextmanager
+def contained(folder, *command):
+    """A program and its first process, as of a container where namespaces can be made."""
     unshared = not possible()
     if unshared:
         command = ("unshare", "--fork", "--pid", "--kill-child", *command)
-    named = environment(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=named,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = environment(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    process = subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
     try:
         first = outer = psutil.Process(process.pid)
         if unshared:
             until(lambda: bool(outer.children()))
             (first,) = outer.children()
-        status = Path(f"/proc/{first.pid}/status")
-        until(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1)
-        assert "libtorch" not in Path(f"/proc/{first.pid}/maps").read_text()
-        first.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=20)[1]
+        yield process, first
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == INTERRUPTED and "Traceback" not in errors, errors
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, digits, tmp_path):
+    """The first process of a container ignores signals without handlers."""
+    options = (*SMALL, f"--data.path={digits}", "--run.path=run", "--train.images=307200")
+    with contained(tmp_path, *PROGRAMS[name], *options) as (process, first):
+        status = Path(f"/proc/{first.pid}/status")
+        until(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1)
+        assert "libtorch" not in Path(f"/proc/{first.pid}/maps").read_text()
+        first.terminate()
+        errors = ends(process, INTERRUPTED, timeout=20)
     assert not list(tmp_path.rglob(".partial-*"))
     assert name == "training" or "stopped on request" in errors
 
 
 def test_a_signal_ends_a_pack_that_is_the_first_process_of_a_container(tmp_path):
-    command = [sys.executable, "-m", "naign.cli", "pack", "toy2d:spirals", "--to", "packed", "--shards", "1"]
-    if not possible():
-        command = ["unshare", "--fork", "--pid", "--kill-child", *command]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    words = ["-m", "naign.cli", "pack", "toy2d:spirals", "--to", "packed", "--shards", "1"]
+    with contained(tmp_path, sys.executable, *words) as (process, first):
         until(lambda: bool(list(tmp_path.rglob(".partial-*"))))
-        (psutil.Process(process.pid).children() or [process])[0].send_signal(signal.SIGTERM)
-        lines = process.communicate(timeout=20)[1]
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in lines
+        first.terminate()
+        ends(process, 128 + signal.SIGTERM, timeout=20)
     assert not list(tmp_path.rglob(".partial-*"))
 
 
@@ -361,5 +349,4 @@ def test_a_mistake_on_the_first_host_ends_all(start):
     first = start(port, "--engine=zero9", JOB_COMPLETION_INDEX="0", **named)
     second = start(port, JOB_COMPLETION_INDEX="1", **named)
     for host in (first, second):
-        errors = host.communicate(timeout=200)[1]
-        assert host.returncode == BAD_INPUT and "--engine zero9 is neither a file" in errors.splitlines()[-1]
+        assert "--engine zero9 is neither a file" in ends(host, BAD_INPUT).splitlines()[-1]

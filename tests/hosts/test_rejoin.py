@@ -9,6 +9,7 @@ import pytest
 
 from naign.errors import FAILED, INTERRUPTED
 from tests.conftest import SMALL, environment
+from tests.e2e.runs import rounds_of
 from tests.hosts.waiting import until
 from tests.servers import free_port
 
@@ -24,7 +25,6 @@ def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwh
         "--checkpoint.rounds=2",
     )
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    metrics = tmp_path / "run/metrics.jsonl"
     log = logs[0].read_text
 
     def start(index):
@@ -43,9 +43,7 @@ def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwh
         return log().count("this host stays")
 
     def rounds():
-        if not metrics.exists():
-            return 0
-        return metrics.read_text().count("\n")
+        return rounds_of(tmp_path / "run")
 
     first = start(0)
     second = start(1)
