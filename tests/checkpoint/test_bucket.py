@@ -38,8 +38,11 @@ def put(remote, step, *, done=True):
 def steps(remote):
     """Of those that hold a file; a server may take its time to forget a folder."""
     root = f"{remote}/checkpoints"
-    names = [name for name in open_store(root).folders() if name != "step-mine" and open_store(f"{root}/{name}").list()]
-    return [int(name.removeprefix("step-")) for name in names]
+    found = []
+    for name in open_store(root).folders():
+        if name != "step-mine" and open_store(f"{root}/{name}").list():
+            found.append(int(name.removeprefix("step-")))
+    return found
 
 
 def test_what_earlier_processes_left_is_pruned_too(bucket):

@@ -16,9 +16,11 @@ def write_checkpoint(
     with tempfile.TemporaryDirectory() as made:
         source = Path(made)
         fill(source)
-        names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
         writer = Writer(folder.parent.parent)
-        files = {name: partial(shutil.copyfile, source / name) for name in names}
+        files = {}
+        for path in source.rglob("*"):
+            if path.is_file():
+                files[path.relative_to(source).as_posix()] = partial(shutil.copyfile, path)
         writer.start(folder.name, lambda: None, files)
         assert writer.join()
 

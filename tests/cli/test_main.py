@@ -1,6 +1,7 @@
 """Commands write what they say, and never over what is there to be read."""
 
 import json
+import os
 import shlex
 from unittest.mock import Mock
 
@@ -58,8 +59,8 @@ def ended(monkeypatch, capsys):
 
 def test_repairs_keep_the_folders_they_were_found_in(model, pictures):
     cli.restore(model, (pictures / "a",), to=pictures / "out", damage="noise")
-    written = {str(path.relative_to(pictures / "out")) for path in (pictures / "out").rglob("*.png")}
-    assert written == {"deep/y.png", "noise/deep/y.png", "noise/x.png", "x.png"}
+    written = sorted(map(str, (pictures / "out").rglob("*.png")))
+    assert written == [f"{pictures}/out/{name}.png" for name in ("deep/y", "noise/deep/y", "noise/x", "x")]
 
 
 def test_nothing_is_overwritten(model, pictures):
@@ -104,7 +105,7 @@ def test_what_cannot_be_written_is_named_and_nothing_is_left(model, tmp_path, en
         code, said = ended("sample", model, "--n", "2", "--to", tmp_path / to)
         assert code == 2
         assert said.endswith(", or choose another\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model", "there.png"]
+    assert set(os.listdir(tmp_path)) == {"file", "model", "there.png"}
     cli.sample(model, n=2, to=tmp_path / f"{250 * 'x'}.png")
 
 
@@ -201,12 +202,6 @@ def test_a_setting_may_be_empty(ended):
     code, said = ended("train", "--data.index=", "--run.remote", "", "--train.lrr=1")
     assert code == 2
     assert "train.lrr" in said
-
-
-def test_a_run_that_no_job_can_have_is_named_by_its_option(ended):
-    code, said = ended("render", "slurm", "--data", "/data", "--run", "gs://bucket/x")
-    assert code == 2
-    assert "--run gs://bucket/x: write s3://" in said
 
 
 def test_a_full_disk_is_worth_another_try(model, tmp_path, monkeypatch, ended):

@@ -1,5 +1,6 @@
 """Pictures of any size, mode and state: repaired and mapped at their own size, or refused before any is written."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_one_picture_goes_to_the_file_and_format_that_is_named(colour, tmp_path)
     ):
         with pytest.raises(InputError, match="only one picture, without --damage, may go to a file"):
             cli.restore(colour, files, to=tmp_path / to, damage=damage)
-    assert {path.name for path in tmp_path.iterdir()} == {"x.png", "deep"}
+    assert set(os.listdir(tmp_path)) == {"x.png", "deep"}
 
 
 def test_a_jpeg_too_large_for_its_format_is_refused(colour, tmp_path, monkeypatch, capsys):
@@ -221,7 +222,7 @@ def test_a_bad_picture_is_refused_before_any_is_written(colour, tmp_path, monkey
     message = refused(monkeypatch, capsys, *command.split(), colour, "in")
     assert "in/b.png: " in message
     assert problem in message
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "b.png"]
+    assert set(os.listdir(tmp_path)) == {"in"} and set(os.listdir("in")) == {"a.png", "b.png"}
 
 
 def test_maps_lie_beside_their_pictures_and_are_passed_over_the_next_time(colour, tmp_path, capsys):

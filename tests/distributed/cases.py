@@ -16,7 +16,8 @@ from tests.match.problems import draw
 
 def share(rows, rank, world):
     """This rank's contiguous part and its first row."""
-    start, stop = len(rows) * rank // world, len(rows) * (rank + 1) // world
+    start = len(rows) * rank // world
+    stop = len(rows) * (rank + 1) // world
     return rows[start:stop], start
 
 
@@ -74,8 +75,10 @@ def match(rank, world):
     answers = {}
     for name, setting in SETTINGS.items():
         found = matched(setting, rank, world)
-        values = {key: value for key, value in found.values.items() if key.startswith("match/")}
-        values = {key: value for key, value in values.items() if key != "match/measured"}
+        values = {}
+        for key, value in found.values.items():
+            if key.startswith("match/") and key != "match/measured":
+                values[key] = value
         answers[name] = {"ids": found.ids, "distances": found.distances, "values": values}
     return answers
 

@@ -1,6 +1,7 @@
 """What ranks of tests/distributed/test_fsdp.py run."""
 
 import os
+from copy import deepcopy
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,16 @@ def train(engine, steps):
         engine.step()
 
 
+def hand_over(first, second):
+    """Restore one engine's state into another one."""
+    for name, kept in first.states():
+        shapes = second.state_shapes(name)
+        assert shapes.keys() == kept.keys()
+        for key, value in kept.items():
+            assert shapes[key] == tuple(value.shape)
+        second.restore(name, deepcopy(kept), first.steps)
+
+
 def state(engine):
     with torch.no_grad():
         found = {"code": engine._evaluate(engine.bare, "encode", torch.ones(2, 1, 8, 8))}
@@ -71,9 +82,7 @@ def trained(rank, world):
         train(engine, range(3))
     train(first, range(2))
     assert len({type(value).__name__ for value in first.bare.parameters()}) == 1
-    for name, kept in first.states():
-        assert second.state_shapes(name) == {key: tuple(value.shape) for key, value in kept.items()}
-        second.restore(name, {key: value.clone() for key, value in kept.items()}, first.steps)
+    hand_over(first, second)
     second.ema.load_state_dict(first.ema.state_dict())
     train(second, range(2, 3))
     return {"ddp": state(ddp), "whole": state(whole), "again": state(second)}

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from tests.conftest import forked
+from tests.programs import ends
 
 WORKER = """
 import importlib, os, sys
@@ -30,6 +31,16 @@ def free_port():
         return int(server.getsockname()[1])
 
 
+def started(command, world, *, begin=forked, **more):
+    """A process for each rank; `begin` makes its environment."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    ranks = []
+    for rank in range(world):
+        env = begin(**address, RANK=str(rank), LOCAL_RANK=str(rank), **more)
+        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    return ranks
+
+
 def on_ranks(
     case,  # module.function in tests/distributed, called with (rank, world)
     world,
@@ -40,16 +51,11 @@ def on_ranks(
 ):
     """What each rank returned, in their order, without the missing."""
     folder.mkdir(exist_ok=True)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, case, str(folder), str(timeout), str(sorted(missing))],
-            env=forked(**address, RANK=str(rank)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    errors = [worker.communicate(timeout=200)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world) if rank not in missing]
+    command = [sys.executable, "-c", WORKER, case, str(folder), str(timeout), str(sorted(missing))]
+    for worker in started(command, world):
+        ends(worker, 0)
+    found = []
+    for rank in range(world):
+        if rank not in missing:
+            found.append(torch.load(folder / f"rank{rank}.pt", weights_only=True))
+    return found

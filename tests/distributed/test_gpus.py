@@ -50,7 +50,6 @@ def machine(monkeypatch):
             r"too old \(found .* \(torch \S+ is for CUDA 13.0\): see nvidia-smi",
         ),
         ({"said": HIDDEN}, Unavailable, "No CUDA GPUs are available .* nvidia.com/gpu"),
-        ({"said": UNKNOWN}, Unavailable, "CUDA unknown error"),
         ({"count": 7}, Unavailable, "8 GPUs are needed on this host, torch can use 7: a GPU may have failed; else ask"),
     ],
 )
@@ -68,7 +67,6 @@ def test_gpus_that_are_missing(torch_says, kind, said, machine):
     [
         ({"said": NO_DRIVER}, BAD_INPUT),
         ({"said": UNKNOWN}, FAILED),
-        ({"count": 1}, FAILED),
     ],
 )
 def test_gpus_are_looked_at_before_the_bucket(
@@ -89,8 +87,14 @@ def test_gpus_are_looked_at_before_the_bucket(
 def test_a_node_that_lost_a_gpu_of_its_job_is_no_bad_input(machine, monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setattr(launch, "on_signals", lambda *_: None)
-    slurm = {"PROCID": "0", "NNODES": "1", "NTASKS": "1", "STEP_ID": "0", "GPUS_ON_NODE": "8"}
-    os.environ |= {f"SLURM_{name}": value for name, value in slurm.items()} | {"NAIGN_HEAD": "localhost"}
+    os.environ |= {
+        "SLURM_PROCID": "0",
+        "SLURM_NNODES": "1",
+        "SLURM_NTASKS": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_GPUS_ON_NODE": "8",
+        "NAIGN_HEAD": "localhost",
+    }
     machine(count=7)
     assert launch.main([]) == FAILED
     assert "8 GPUs are needed on this host, torch can use 7" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """A rank that loses another one says so in a line, with the code for it; one that fails by itself does not."""
 
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -11,7 +10,8 @@ import torch.distributed as dist
 from naign.distributed.ranks import is_peer_lost
 from naign.errors import PEER_LOST
 from tests.conftest import environment, forked
-from tests.distributed.ranks import free_port
+from tests.distributed.ranks import started
+from tests.programs import ends
 
 LOADING = """
 import os, signal, sys, time
@@ -52,21 +52,11 @@ with exit_on_input_error("train"), peers_missed():
     ],
 )
 def test_a_rank_that_is_lost_while_data_are_read_is_told_in_a_line(lost, wait):
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     begin = environment if wait == "store" else forked  # what torch itself logs is settled where it is imported
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", LOADING, str(lost), wait],
-            env=begin(**address, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true"),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert ranks[lost].returncode == -signal.SIGKILL, said[lost]
-    assert ranks[1 - lost].returncode == PEER_LOST, said[1 - lost]
-    (line,) = said[1 - lost].splitlines()
+    command = [sys.executable, "-c", LOADING, str(lost), wait]
+    ranks = started(command, 2, begin=begin, ACCELERATE_USE_CPU="true")
+    ends(ranks[lost], -signal.SIGKILL)
+    (line,) = ends(ranks[1 - lost], PEER_LOST).splitlines()
     assert line.startswith(f"train: rank {1 - lost} lost another rank, and ends (")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -12,9 +11,8 @@ import pytest
 
 from naign.distributed.watchdog import Post, Watchdog, describe
 from naign.errors import FAILED
-from tests.conftest import forked
-from tests.distributed.ranks import WORKER, free_port
-from tests.programs import execute
+from tests.distributed.ranks import WORKER, started
+from tests.programs import ends, execute
 
 PREPARED = """
 import ctypes, os, threading, time
@@ -33,16 +31,7 @@ def program(text):
 @contextmanager
 def two_ranks(case, folder):
     """Both ranks of a case of tests/distributed/watchdog_cases.py, which are killed in the end."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, f"watchdog_cases.{case}", str(folder), "60", "[]"],
-            env=forked(**address, RANK=str(rank)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    workers = started([sys.executable, "-c", WORKER, f"watchdog_cases.{case}", str(folder), "60", "[]"], 2)
     try:
         yield workers
     finally:
@@ -90,9 +79,8 @@ def test_the_store_goes_with_the_rank_that_holds_it(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_that_make_progress_part_without_a_word(tmp_path):
     with two_ranks("slow", tmp_path) as workers:
-        errors = [worker.communicate(timeout=30)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
-    assert errors == ["", ""]
+        for worker in workers:
+            assert ends(worker, 0, timeout=30) == ""
 
 
 def test_a_process_that_stalls_ends_itself():
@@ -149,7 +137,8 @@ def test_leaving_stops_the_threads():
         watchdog.beat()
         assert (watchdog.phase, watchdog.round) == ("take", 4)
         assert "watchdog" in {thread.name for thread in threading.enumerate()}
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("watchdog")]
+    for thread in threading.enumerate():
+        assert not thread.name.startswith("watchdog")
 
 
 TAKE = {"phase": "take", "round": 12, "order": 1}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,7 @@ def test_the_steps_of_the_readme(naign, train, tmp_path):
     options = ["--config", str(ROOT / "configs/digits.yaml"), "--train.images=9000", "--train.threads=1"]
     succeeded(train(*options, launcher=True, real=True))
     folder = tmp_path / "runs/digits"
-    written = {path.name for path in folder.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"} <= written
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"} <= set(os.listdir(folder))
 
     assert "report.html" in run("evaluate", "runs/digits", "--samples", "300")
     metrics = json.loads((folder / "evaluation/metrics.json").read_text())
@@ -47,9 +47,9 @@ def test_the_steps_of_the_readme(naign, train, tmp_path):
     run("restore", "runs/digits", "each", "--to", "repaired", "--damage", "noise")
     assert Image.open(tmp_path / "repaired" / images[0].name).size == (8, 8)
     rows = list(csv.DictReader(run("score", "runs/digits", "each").splitlines()))
-    assert [Path(row["file"]).name for row in rows] == [image.name for image in images]
     model = NAIGN.from_pretrained(folder)
     for row, image in zip(rows, images, strict=True):
+        assert Path(row["file"]).name == image.name
         pixels = torch.from_numpy(np.array(Image.open(image).convert("L")))
         energy = model.energy(scaled(pixels[None, None]))
         assert float(row["energy"]) == pytest.approx(float(energy), rel=1e-4)
@@ -81,8 +81,6 @@ def test_points_train_and_evaluate(naign, train, tmp_path):
         (["pack", "mnits", "--to", "x"], "choose one of mnist"),
         (["pack", "digits"], "--to"),
         (["evaluate", "nowhere"], "no run or model at 'nowhere'"),
-        (["sample", "nowhere", "--n", "0"], "--n is 0"),
-        (["verify", "nowhere"], "nowhere"),
         (["frobnicate"], "frobnicate"),
     ],
 )

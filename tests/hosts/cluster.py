@@ -39,8 +39,8 @@ def possible():
     return tried.stderr.strip()
 
 
-def run(*command):
-    succeeded(subprocess.run(command, check=False, capture_output=True, text=True))
+def run(line):
+    succeeded(subprocess.run(line.split(), check=False, capture_output=True, text=True))
 
 
 def inside(folder):
@@ -95,33 +95,13 @@ class Cluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         self.hosts.write_text("127.0.0.1 localhost\n")
-        run(
-            "ip",
-            "link",
-            "add",
-            self.tag,
-            "type",
-            "bridge",
-        )
+        run(f"ip link add {self.tag} type bridge")
         used = subprocess.run(["ip", "-o", "-4", "address"], capture_output=True, text=True, check=True).stdout
         first = os.getpid() % 250
         numbers = [*range(first, 250), *range(first)]
         self.network = next(f"10.77.{number}" for number in numbers if f" 10.77.{number}." not in used)
-        run(
-            "ip",
-            "address",
-            "add",
-            f"{self.network}.1/24",
-            "dev",
-            self.tag,
-        )
-        run(
-            "ip",
-            "link",
-            "set",
-            self.tag,
-            "up",
-        )
+        run(f"ip address add {self.network}.1/24 dev {self.tag}")
+        run(f"ip link set {self.tag} up")
         return self
 
     def __exit__(self, *_):
@@ -194,7 +174,7 @@ class Cluster:
             commands.append(f"ip netns exec {network} tc qdisc add dev eth0 {shape}")
             commands.append(f"tc qdisc add dev {outside} {shape}")
         for command in commands:
-            run(*command.split())
+            run(command)
         spec = template["spec"]
         container = spec["containers"][0]
         user = int(spec["securityContext"]["runAsUser"])
@@ -231,13 +211,13 @@ class Cluster:
         with log.open("wb") as output:
             process = subprocess.Popen(runtime, stdout=output, stderr=output, env=environment())
         pod = Pod(
-            name,
-            network,
-            outside,
-            address,
-            log,
-            process,
-            time.monotonic(),
+            name=name,
+            network=network,
+            link=outside,
+            address=address,
+            log=log,
+            process=process,
+            started=time.monotonic(),
         )
         self.pods.append(pod)
         self.tell(f"{name} starts on {address}")
@@ -344,13 +324,7 @@ class Job:
     def take_node(self, index):
         """A node vanishes with its pod, and is taken out of the cluster: that is ignored, and the pod replaced."""
         pod = self.pods.pop(index)
-        run(
-            "ip",
-            "link",
-            "set",
-            pod.link,
-            "down",
-        )
+        run(f"ip link set {pod.link} down")
         self.cluster.tell(f"the node of {pod.name} is gone")
         self._replace(index, pod, counts=False)
 

@@ -28,13 +28,7 @@ def mount(
     flags=0,
     data="",
 ):
-    if libc.mount(
-        source.encode(),
-        str(target).encode(),
-        kind.encode(),
-        flags,
-        data.encode(),
-    ):
+    if libc.mount(source.encode(), str(target).encode(), kind.encode(), flags, data.encode()):
         number = ctypes.get_errno()
         raise OSError(number, f"mount {source} on {target}: {os.strerror(number)}")
 
@@ -54,13 +48,7 @@ def main(spec):
     socket.sethostname(spec["hostname"])
     mount("none", "/", "none", MS_REC | MS_PRIVATE)
     root = Path(spec["root"])
-    mount(
-        "tmpfs",
-        root,
-        "tmpfs",
-        0,
-        "mode=755",
-    )
+    mount("tmpfs", root, "tmpfs", data="mode=755")
     for name in SYSTEM:
         place = Path("/", name)
         if place.is_symlink():

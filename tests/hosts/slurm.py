@@ -1,6 +1,7 @@
 """Slurm of two nodes on this machine: Debian's slurmctld, slurmd and munged, with a folder and ports of their own."""
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -70,26 +71,13 @@ class Slurm:
         key.chmod(0o400)
         kinds = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed", "key-file": "key"}
         files = [f"--{name}={self.folder}/munge.{end}" for name, end in kinds.items()]
-        self._start("munged", "--foreground", "--force", *files)
+        self._start("munged --foreground --force", *files)
         self._wait(lambda: (self.folder / "munge.socket").exists())
-        self._start(
-            "slurmctld",
-            "-D",
-            "-i",
-            "-f",
-            str(self.folder / "slurm.conf"),
-        )
+        self._start(f"slurmctld -D -i -f {self.folder}/slurm.conf")
         for node in ("node1", "node2"):
             (self.folder / f"spool-{node}").mkdir()
-            self._start(
-                "slurmd",
-                "-D",
-                "-N",
-                node,
-                "-f",
-                str(self.folder / "slurm.conf"),
-            )
-        self._wait(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 2")
+            self._start(f"slurmd -D -N {node} -f {self.folder}/slurm.conf")
+        self._wait(lambda: self.ask("sinfo -h -o '%T %D'").strip() == "idle 2")
         return self
 
     def __exit__(self, *_):
@@ -103,7 +91,8 @@ class Slurm:
                 daemon.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, *command):
+    def _start(self, line, *more):
+        command = [*line.split(), *more]
         with (self.folder / f"{command[0]}.out").open("ab") as log:
             self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
 
@@ -114,9 +103,8 @@ class Slurm:
             assert time.monotonic() < end, f"{logs} {[file.read_text() for file in self.folder.glob('*.out')]}"
             time.sleep(0.1)
 
-    def ask(self, *command):
-        done = execute(command, env=self.environment)
-        return done.stdout
+    def ask(self, line):
+        return execute(shlex.split(line), env=self.environment).stdout
 
     def submit(self, place, *options):
         """Queue launch/slurm.sbatch; the job's number."""
@@ -133,12 +121,6 @@ class Slurm:
 
     def state(self, job):
         """PENDING, RUNNING, COMPLETED, FAILED, ... and its exit code."""
-        shown = self.ask(
-            "scontrol",
-            "--oneliner",
-            "show",
-            "job",
-            job,
-        )
+        shown = self.ask(f"scontrol --oneliner show job {job}")
         found = dict(part.split("=", 1) for part in shown.split() if "=" in part)
         return f"{found.get('JobState', 'none')} {found.get('ExitCode', '')}"

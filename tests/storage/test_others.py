@@ -39,7 +39,7 @@ class Web(http.server.SimpleHTTPRequestHandler):
         elif not file.is_file() or not wanted or not self.ranges:
             super().do_GET()
         else:
-            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
             data = file.read_bytes()[first : last + 1]
             self.send_response(206)
             self.send_header("Content-Length", str(len(data)))

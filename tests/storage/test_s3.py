@@ -65,9 +65,8 @@ def test_a_stream_that_is_closed_early_ends_its_threads(store, monkeypatch):
     client().meta.events.register("before-call.s3", lambda **_: asking.add(threading.current_thread()))
     with closing(store.pieces("a")) as pieces:
         assert next(pieces) == DATA[:10_000]
-    fetching = [thread for thread in asking if thread.name == "fetch"]
-    assert fetching
-    for thread in fetching:
+    assert "fetch" in {thread.name for thread in asking}
+    for thread in asking - {threading.current_thread()}:
         thread.join(10)
         assert not thread.is_alive()
 
@@ -126,7 +125,8 @@ def test_one_file_is_asked_for_alone(
     requests.clear()
     assert store.exists("a")
     assert set(requests) == {"HeadObject"}
-    assert not any(store.exists(name) for name in ("b", "deeper", "a/b"))
+    for name in ("b", "deeper", "a/b"):
+        assert not store.exists(name)
     assert not open_store(f"{bucket}/nowhere").exists("a")
     assert "ListObjectsV2" not in requests
 
@@ -253,12 +253,12 @@ def test_a_server_that_redirects(s3, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         forget_clients()
-        messages = [refusal(s3, action, "s3://bucket/x") for action in ACTIONS]
+        for action in ACTIONS:
+            message = refusal(s3, action, "s3://bucket/x")
+            assert "the server redirects (301) to https://elsewhere/bucket" in message
+            assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message
+            assert "\n" not in message
         server.shutdown()
-    for message in messages:
-        assert "the server redirects (301) to https://elsewhere/bucket" in message
-        assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message
-        assert "\n" not in message
 
 
 def test_a_public_bucket_needs_no_account(
@@ -384,9 +384,10 @@ def test_writing_through_faults(
         proxy.faults = Faults(refusing=True)  # ends the uploads that are on their way
         proxy.faults = faults
 
-    restarts = [threading.Timer(seconds, restart) for seconds in (0.3, 0.6, 0.9)]
-    for timer in restarts:
-        timer.start()
+    restarts = []
+    for seconds in (0.3, 0.6, 0.9):
+        restarts.append(threading.Timer(seconds, restart))
+        restarts[-1].start()
     for name, data in written.items():
         store.put(name, data)
     for timer in restarts:

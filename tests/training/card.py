@@ -43,6 +43,10 @@ RECIPES = {
 HOST_READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 
 
+def tensors_in(tree):
+    return [value for value in tree_leaves(tree) if isinstance(value, torch.Tensor)]
+
+
 class Watch(TorchDispatchMode):
     """Counts operations, and notes what a real device would wait for.
 
@@ -52,13 +56,16 @@ class Watch(TorchDispatchMode):
     def __init__(self, free_after=sys.maxsize):
         """After so many steps of AdamW, the last of a round, everything may be read."""
         super().__init__()
-        self.launches, self.problems, self.free_after = Counter(), [], free_after
+        self.launches = Counter()
+        self.problems = []
+        self.free_after = free_after
         self.uploads = Counter()  # by shape
-        self._steps, self._born = 0, WeakIdKeyDictionary()  # steps of AdamW before each tensor was made
+        self._steps = 0  # of AdamW
+        self._born = WeakIdKeyDictionary()  # steps before each tensor was made
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.partition("::")[2]
-        tensors = [value for value in tree_leaves((args, kwargs or {})) if isinstance(value, torch.Tensor)]
+        tensors = tensors_in((args, kwargs or {}))
         if len({value.device for value in tensors if value.ndim}) > 1:
             self.problems.append(f"{name} of tensors on several devices")
         waits = name in HOST_READS and any(value.device.type != "cpu" for value in tensors)
@@ -71,7 +78,7 @@ class Watch(TorchDispatchMode):
         if not func.is_view and name not in NO_LAUNCH:
             self.launches[name] += 1
         self._steps += name == "_fused_adamw_"
-        made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        made = tensors_in(result)
         for value in made:
             self._born[value] = self._steps
         if name == "_to_copy" and tensors[0].device != made[0].device and self._steps < self.free_after:

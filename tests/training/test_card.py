@@ -44,7 +44,8 @@ def test_launches_of_a_fit_step(name, shape, most):
     config = parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options])
     network = build_network(config.model, shape)
     engine = build_engine(config, network, Accelerator(mixed_precision="bf16", cpu=True))
-    engine.ahead, engine.optimizer.defaults["fused"] = True, True
+    engine.ahead = True
+    engine.optimizer.defaults["fused"] = True
     for group in engine.optimizer.param_groups:
         group["fused"] = True
     device = torch.device("cpu")
