@@ -83,17 +83,6 @@ def test_inverts_one_byte(client, proxy, put):
     assert proxy.counts["flip"] == 4
 
 
-def test_disturbs_only_what_it_is_told_to(client, proxy, put):
-    good = put("good key", BODY)
-    bad = put("bad key", BODY)
-    proxy.faults = Faults(errors=1, only="/bad key")
-    assert client.get_object(**good)["Body"].read() == BODY
-    with pytest.raises(ClientError, match="SlowDown|InternalError"):
-        client.get_object(**bad)
-    assert proxy.counts["requests"] == 2
-    assert proxy.counts["error"] == 1
-
-
 def test_a_seed_repeats_itself(s3, put):
     where = put("key", BODY[:2000])
 

@@ -28,7 +28,6 @@ def found(monkeypatch, value, group, builtin):
     [
         (None, "NoneType, not a settings class and a function"),
         ((networks.ConvConfig,), "tuple, not a settings class and a function"),
-        ((networks.ConvConfig, len, len), "tuple, not a settings class and a function"),
         ((int, len), "tuple, not a settings class and a function"),
         ((networks.ConvConfig, 3), "tuple, not a settings class and a function"),
     ],

@@ -174,10 +174,6 @@ def test_a_model_that_cannot_be_built_here_is_not_called_damaged(run, monkeypatc
 
 def test_another_configuration_is_refused_even_without_config_yaml(run):
     config, _, _ = run
-    config.train.lr = 0.5
-    with pytest.raises(InputError, match="train.lr: 0.002 there, 0.5 now"):
-        claim(config)
-    config.train.lr = 2e-3
     config.model.width = 16
     with pytest.raises(InputError, match="model.width: 8 there, 16 now"):
         claim(config)
