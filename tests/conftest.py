@@ -153,6 +153,13 @@ SMALL = [
 ]
 """A network and rounds so small that a round takes a fraction of a second on the digits."""
 
+
+@pytest.fixture(scope="session")
+def small(digits: str) -> list[str]:
+    """SMALL, on the digits."""
+    return [f"--data.path={digits}", *SMALL]
+
+
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 

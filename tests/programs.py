@@ -1,9 +1,10 @@
 """Programs that are run to their end, and what they must have ended with."""
 
+import os
 import subprocess
 
 from naign.errors import BAD_INPUT
-from tests.conftest import forked
+from tests.conftest import PYTHONPATH, forked
 
 
 def execute(command, folder=None, *, env=None, timeout=300):
@@ -17,6 +18,17 @@ def execute(command, folder=None, *, env=None, timeout=300):
         timeout=timeout,
         check=False,
     )
+
+
+def install(folder, files):
+    """The package my_package with these files, as an installer leaves it; the path on which programs find it."""
+    files = {"my_package/__init__.py": "", **files}
+    files["my_package-1.dist-info/METADATA"] = "Metadata-Version: 2.1\nName: my_package\nVersion: 1\n"
+    for name, text in files.items():
+        file = folder / "site" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return f"{PYTHONPATH}{os.pathsep}{folder}/site"
 
 
 def succeeded(done):

@@ -20,6 +20,8 @@ HIDDEN = "No CUDA GPUs are available"
 def machine(monkeypatch):
     """Sets what torch answers: whether it is a CUDA build, its GPUs, what it says on the first use, bfloat16."""
 
+    monkeypatch.setattr(launch, "on_signals", lambda *_: None)  # they are this process's
+
     def answer(*, built=True, count=0, said="", bf16=True):
         def init():
             if said:
@@ -78,7 +80,6 @@ def test_gpus_are_looked_at_before_the_bucket(
 ):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     machine(**torch_says)
-    monkeypatch.setattr(launch, "on_signals", lambda *_: None)  # they are this process's
     assert launch.main(["--gpus=2", "--run.remote=s3://bucket/run"]) == code
     said = capsys.readouterr().err
     assert "--gpus 2: 2 GPUs are needed" in said and "bucket" not in said and len(said.splitlines()) == 1
@@ -86,7 +87,6 @@ def test_gpus_are_looked_at_before_the_bucket(
 
 def test_a_node_that_lost_a_gpu_of_its_job_is_no_bad_input(machine, monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(launch, "on_signals", lambda *_: None)
     os.environ |= {
         "SLURM_PROCID": "0",
         "SLURM_NNODES": "1",
@@ -102,7 +102,6 @@ def test_a_node_that_lost_a_gpu_of_its_job_is_no_bad_input(machine, monkeypatch,
 
 def test_more_ranks_than_gpus_are_refused(machine, monkeypatch, capsys):
     machine(count=2)
-    monkeypatch.setattr(launch, "on_signals", lambda *_: None)
     assert launch.main(["--processes=4", "--run.remote=s3://bucket/run"]) == FAILED
     assert "4 ranks on GPUs are to start here (on CPUs: --engine cpu): 4 GPUs are needed" in capsys.readouterr().err
     machine(built=False)

@@ -4,7 +4,6 @@ import signal
 import sys
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from naign.distributed.ranks import is_peer_lost
@@ -87,11 +86,9 @@ def nccl(kind, last):
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:2"), True),
         (nccl(REMOTE, BROKEN), True),
         (dist.DistBackendError(TIMEOUT), True),
-        (dist.DistBackendError("NCCL communicator was aborted on rank 0."), True),
         (nccl(SYSTEM, SHARED), False),
         (nccl(USAGE, "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"), False),
         (nccl(CUDA, RESET), False),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ConnectionResetError(104, RESET), False),  # not of a collective
     ],

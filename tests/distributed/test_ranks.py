@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from naign import errors
-from tests.conftest import SMALL
 from tests.distributed.ranks import on_ranks
 from tests.e2e.runs import reports
 from tests.programs import succeeded
@@ -25,8 +24,8 @@ def test_the_match_is_the_same_on_every_world_size_whatever_is_set(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_match_as_one_does_in_the_first_round_and_learn_as_well(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=2560", "--checkpoint.rounds=100"]
+def test_two_ranks_match_as_one_does_in_the_first_round_and_learn_as_well(train, small, tmp_path):
+    options = [*small, "--train.images=2560", "--checkpoint.rounds=100"]
     images = []
     for ranks in (1, 2):
         trace = tmp_path / f"trace{ranks}"

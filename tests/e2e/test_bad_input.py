@@ -85,9 +85,9 @@ def test_a_mistake_is_refused_and_leaves_nothing_behind(options, parts, digits, 
     assert not (tmp_path / "data").exists()
 
 
-def test_a_round_that_ranks_cannot_share_is_refused_on_every_rank(train, digits, tmp_path):
+def test_a_round_that_ranks_cannot_share_is_refused_on_every_rank(train, small, tmp_path):
     options = ["--match.round=255", "--train.batch=51", "--run.path=run"]
-    done = train(f"--data.path={digits}", *SMALL, *options, ranks=2)
+    done = train(*small, *options, ranks=2)
     assert done.returncode != 0
     assert "use 1, 3, 17, 51 ranks, or another train.batch" in done.stderr
     # The launcher says what its first rank to leave ended with, and returns 1 itself.

@@ -1,6 +1,5 @@
 """The callback of docs/training.md is called; one that fails is named, with its package."""
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -10,9 +9,9 @@ import pytest
 
 from naign.errors import InputError
 from naign.training.callbacks import Callback, call, find_callbacks
-from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
+from tests.conftest import ROOT, SMALL, direct_command, forked
 from tests.e2e.runs import column
-from tests.programs import execute, succeeded
+from tests.programs import execute, install, succeeded
 
 BLOCK = re.compile(r"^```python\n# (my_package/copies.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FAILING = """
@@ -42,26 +41,19 @@ train(parse(sys.argv[1:]), build_accelerator(), callbacks=[Copies()])
 
 @pytest.fixture
 def site(tmp_path):
-    """The package as an installer leaves it."""
+    """The path with the package of the page, and a callback that fails."""
     files = dict(BLOCK.findall((ROOT / "docs/training.md").read_text()))
-    files["my_package/__init__.py"] = ""
     files["my_package/failing.py"] = FAILING
     files["my_package-1.dist-info/entry_points.txt"] = POINTS
-    files["my_package-1.dist-info/METADATA"] = "Metadata-Version: 2.1\nName: my_package\nVersion: 1\n"
-    for name, text in files.items():
-        file = tmp_path / "site" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    return tmp_path / "site"
+    return install(tmp_path, files)
 
 
 @pytest.mark.slow
 def test_callbacks_of_a_run(site, digits, tmp_path):
     def run(name, command):
-        env = forked(PYTHONPATH=os.pathsep.join([PYTHONPATH, str(site)]))
         options = [f"--data.path={digits}", f"--run.path={name}", "--train.images=768", "--checkpoint.rounds=2"]
         command = [*command, *SMALL, *options]
-        return execute(command, tmp_path, env=env)
+        return execute(command, tmp_path, env=forked(PYTHONPATH=site))
 
     for name, command in (
         ("plain", direct_command()),

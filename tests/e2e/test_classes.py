@@ -66,7 +66,7 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     refused(done, "trained without classes")
 
 
-def test_data_without_all_labels_are_refused(train, digits, tmp_path):
+def test_data_without_all_labels_are_refused(train, digits, small, tmp_path):
     source = load("digits")
 
     def packed(folder, labels, every):
@@ -88,6 +88,6 @@ def test_data_without_all_labels_are_refused(train, digits, tmp_path):
     done = train(f"--data.path={packed('some', source.labels, 64)}", *classes, "--run.path=some-run", ranks=2)
     assert done.returncode
     assert "more samples of a round have no label" in done.stderr
-    options = [f"--data.path={digits}", *SMALL, "--objective.imle=0"]
+    options = [*small, "--objective.imle=0"]
     refused(train(*options, "--prior.classes", "--run.path=run"), "--prior.classes")
     assert not (tmp_path / "run").exists()

@@ -22,11 +22,10 @@ MIXTURE = ["--prior.name=gmm", "--prior.components=3"]
 
 
 @pytest.mark.parametrize(("network", "size"), [("conv", 16), ("spatial", 2)])
-def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, network, size):
+def test_from_training_to_samples_of_either_law(train, naign, small, tmp_path, network, size):
     run = tmp_path / "run"
     options = [
-        f"--data.path={digits}",
-        *SMALL,
+        *small,
         *CODES,
         f"--model.name={network}",
         f"--model.code={size}",
@@ -83,8 +82,8 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     refused(naign("sample run --steps 0"), "prior.steps is 0")
 
 
-def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, *MIXTURE, "--train.images=2048"]
+def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, small, tmp_path):
+    options = [*small, *MIXTURE, "--train.images=2048"]
     train_thrice(*options)
     found = {run: NAIGN.from_pretrained(tmp_path / run) for run in ("run", "ranks", "stopped")}
     prior = found["run"].prior
@@ -116,8 +115,8 @@ pipeline.train.main()
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_stop_within_the_fit_of_the_prior(train, digits, tmp_path, after):
-    options = [f"--data.path={digits}", *SMALL, *MIXTURE, "--train.images=512"]
+def test_a_stop_within_the_fit_of_the_prior(train, small, tmp_path, after):
+    options = [*small, *MIXTURE, "--train.images=512"]
     command = [sys.executable, "-c", STOP.format(after=after), *options, "--run.path=run"]
     stopped = execute(command, tmp_path)
     assert stopped.returncode == INTERRUPTED and "the same command goes on from here" in stopped.stdout, stopped.stderr
@@ -126,8 +125,8 @@ def test_a_stop_within_the_fit_of_the_prior(train, digits, tmp_path, after):
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
-def test_a_larger_budget_fits_the_prior_anew(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, *MIXTURE, "--run.path=run"]
+def test_a_larger_budget_fits_the_prior_anew(train, small, tmp_path):
+    options = [*small, *MIXTURE, "--run.path=run"]
     succeeded(train(*options, "--train.images=512"))
     succeeded(train(*options, "--train.images=1024", "--resume=changed"))
     last = reports(tmp_path / "run")[-1]

@@ -68,13 +68,13 @@ def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoin
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk")
-def test_a_full_disk_leaves_the_checkpoint_before(digits, tmp_path):
+def test_a_full_disk_leaves_the_checkpoint_before(small, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("no small disk can be mounted here")
     try:
-        options = [f"--data.path={digits}", *SMALL, "--train.images=200000", "--checkpoint.rounds=1"]
+        options = [*small, "--train.images=200000", "--checkpoint.rounds=1"]
         job = start(tmp_path, f"--run.path={disk}/run", *options, "--checkpoint.keep=1")
         checkpoints = disk / "run/checkpoints"
         while job.poll() is None and not list(checkpoints.glob("*/manifest.json")):
@@ -95,11 +95,10 @@ def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(digits, bucket,
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
 
 
-def test_a_run_that_was_lost_goes_on_from_the_bucket(digits, bucket, tmp_path):
+def test_a_run_that_was_lost_goes_on_from_the_bucket(small, bucket, tmp_path):
     run = tmp_path / "run"
     options = [
-        f"--data.path={digits}",
-        *SMALL,
+        *small,
         "--run.path=run",
         f"--run.remote={bucket}/run",
         "--checkpoint.rounds=2",
@@ -117,10 +116,9 @@ def test_a_run_that_was_lost_goes_on_from_the_bucket(digits, bucket, tmp_path):
     assert rounds == list(range(len(rounds)))  # what was reported before was fetched, too
 
 
-def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits, bucket, tmp_path):
+def test_of_two_runs_with_one_bucket_the_later_one_has_it(small, bucket, tmp_path):
     options = [
-        f"--data.path={digits}",
-        *SMALL,
+        *small,
         f"--run.remote={bucket}/run",
         "--checkpoint.rounds=2",
         "--train.images=200000",
@@ -136,8 +134,8 @@ def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits, bucket, tmp_pa
         assert newest_checkpoint(tmp_path / run / "checkpoints")
 
 
-def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(train, digits, bucket, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=2560"]
+def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(train, small, bucket, tmp_path):
+    options = [*small, "--train.images=2560"]
     remote = [*options, f"--run.remote={bucket}/run"]
     succeeded(train(*remote, "--run.path=other", "--train.lr=1e-4"))
     succeeded(train(*options, "--run.path=run"))
@@ -151,11 +149,10 @@ def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(train, 
     assert len(open_store(f"{bucket}/run/checkpoints").folders()) == 1
 
 
-def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(digits, s3, bucket, tmp_path):
+def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(small, s3, bucket, tmp_path):
     name = bucket.removeprefix("s3://")
     options = (
-        f"--data.path={digits}",
-        *SMALL,
+        *small,
         "--train.images=25600",
         "--checkpoint.rounds=50",
         "--run.path=run",
@@ -175,12 +172,12 @@ def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(di
     assert list(newest_first(f"{bucket}/run")) == ["step-00000800"]
 
 
-def test_ranks_that_do_not_share_a_folder_are_refused(digits, tmp_path):
+def test_ranks_that_do_not_share_a_folder_are_refused(small, tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder / "run").mkdir(parents=True)
         (tmp_path / folder / "run/.lock").touch()
         (tmp_path / folder / "run/.claim").write_text("of an earlier run")
-    options = (f"--data.path={digits}", *SMALL, "--run.path=run")
+    options = (*small, "--run.path=run")
     with Job(tmp_path, 2, options, places=("one", "two")) as job:
         job.ends(BAD_INPUT)
         assert "is not the same folder on every machine" in job.said()

@@ -19,7 +19,6 @@ from naign.data.format.manifest import Manifest
 from naign.data.mixing import DataSets
 from naign.data.order import Order, pieces
 from naign.storage.store import open_store
-from tests.conftest import SMALL
 from tests.e2e.ranks import Job
 from tests.e2e.runs import losses, rounds_of, same, weights
 from tests.proxy import Faults
@@ -32,10 +31,10 @@ ROUNDS, STEPS = 6 * KILLS + 8, 8
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_kills_cost_time_and_nothing_else(digits, bucket, proxy, tmp_path):
+def test_kills_cost_time_and_nothing_else(digits, small, bucket, proxy, tmp_path):
     draw = random.Random(1)
     run = tmp_path / "run"
-    options = [f"--data.path={digits}", *SMALL, f"--train.images={256 * ROUNDS}", "--checkpoint.rounds=2"]
+    options = [*small, f"--train.images={256 * ROUNDS}", "--checkpoint.rounds=2"]
     with Job(tmp_path, 2, ("--run.path=whole", *options)) as job:
         job.ends(0, within=300)
 

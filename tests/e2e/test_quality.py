@@ -36,8 +36,8 @@ def measured(run):
 
 
 @pytest.mark.slow
-def test_samples_of_noise_and_of_the_prior_are_measured_and_it_changes_nothing(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.components=3", "--train.images=1024"]
+def test_samples_of_noise_and_of_the_prior_are_measured_and_it_changes_nothing(train, small, tmp_path):
+    options = [*small, "--prior.name=gmm", "--prior.components=3", "--train.images=1024"]
     succeeded(train(*options, *EVERY, "--run.path=measured"))
     second, fourth, prior = measured(tmp_path / "measured")
     assert second.keys() == fourth.keys() > prior.keys() == {"fd", "recall", "precision", "idempotence"}
@@ -51,8 +51,8 @@ def test_samples_of_noise_and_of_the_prior_are_measured_and_it_changes_nothing(t
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_what_one_does(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, *EVERY, *STILL, "--train.images=512"]
+def test_two_ranks_measure_what_one_does(train, small, tmp_path):
+    options = [*small, *EVERY, *STILL, "--train.images=512"]
     for ranks in (1, 2):
         succeeded(train(*options, f"--run.path={ranks}", ranks=ranks))
     (one,) = measured(tmp_path / "1")
@@ -86,7 +86,7 @@ def test_features_that_are_not_finite_are_no_measurement_and_the_rest_is_json(di
 
 
 @pytest.mark.slow
-def test_it_goes_with_a_crop(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, *EVERY, "--data.crop=4", "--objective.damage=noise", "--run.path=run"]
+def test_it_goes_with_a_crop(train, small, tmp_path):
+    options = [*small, *EVERY, "--data.crop=4", "--objective.damage=noise", "--run.path=run"]
     succeeded(train(*options, "--train.images=512"))
     assert len(measured(tmp_path / "run")) == 1

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from naign.checkpoint.writer import newest_checkpoint
 from naign.errors import INTERRUPTED
-from tests.conftest import SMALL, environment, start, train_command
+from tests.conftest import environment, start, train_command
 from tests.e2e.runs import losses, same, wait_for_rounds, weights
 from tests.programs import ends, refused, succeeded
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("varied", ["none", "flow"])
-def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
+def test_an_ended_run_goes_on_bit_for_bit(train, small, tmp_path, varied):
+    options = [*small, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
     if varied == "flow":
         options += ["--prior.name=flow", "--prior.width=32", "--prior.images=1024", "--prior.student=512"]
     whole = tmp_path / "whole"
@@ -42,8 +42,8 @@ def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
-def test_other_optimizers_go_on_bit_for_bit(train, digits, tmp_path, optimizer):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=1024", f"--train.optimizer={optimizer}"]
+def test_other_optimizers_go_on_bit_for_bit(train, small, tmp_path, optimizer):
+    options = [*small, "--train.images=1024", f"--train.optimizer={optimizer}"]
     options += ["--checkpoint.rounds=2", "--checkpoint.keep=0"]
     succeeded(train("--run.path=whole", *options))
     shutil.copytree(tmp_path / "whole/checkpoints/step-00000016", tmp_path / "again/checkpoints/step-00000016")
@@ -52,8 +52,8 @@ def test_other_optimizers_go_on_bit_for_bit(train, digits, tmp_path, optimizer):
     assert same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
 
 
-def test_the_death_of_the_launcher_stops_the_run_with_a_checkpoint(digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=200000", "--run.path=run"]
+def test_the_death_of_the_launcher_stops_the_run_with_a_checkpoint(small, tmp_path):
+    options = [*small, "--train.images=200000", "--run.path=run"]
     launcher = subprocess.Popen(train_command(*options), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
     wait_for_rounds(launcher, tmp_path / "run", 1)
     launcher.terminate()
@@ -63,8 +63,8 @@ def test_the_death_of_the_launcher_stops_the_run_with_a_checkpoint(digits, tmp_p
     assert newest and json.loads((newest / "trainer.json").read_text())["round"] < 200
 
 
-def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one_before(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=2048", "--checkpoint.rounds=2", "--run.path=run"]
+def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one_before(train, small, tmp_path):
+    options = [*small, "--train.images=2048", "--checkpoint.rounds=2", "--run.path=run"]
     job = start(tmp_path, *options)
     checkpoints = tmp_path / "run/checkpoints"
     # Kill the moment the third checkpoint's folder appears: it is being written, its manifest cannot be there yet.
@@ -79,8 +79,8 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one
     assert sorted(os.listdir(checkpoints)) == ["step-00000048", "step-00000064"]
 
 
-def test_a_finished_run_and_never_resuming(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=512", "--run.path=run"]
+def test_a_finished_run_and_never_resuming(train, small, tmp_path):
+    options = [*small, "--train.images=512", "--run.path=run"]
     succeeded(train(*options))
     config = tmp_path / "run/config.yaml"
     recorded = config.read_text()

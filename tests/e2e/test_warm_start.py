@@ -7,7 +7,6 @@ from naign.checkpoint.bucket import upload
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
 from tests.checkpoint.written import write_checkpoint
-from tests.conftest import SMALL
 from tests.e2e.runs import losses, weights
 from tests.programs import refused, succeeded
 
@@ -16,8 +15,8 @@ pytestmark = pytest.mark.slow
 CODES = ["--prior.name=flow", "--prior.width=32", "--prior.passes=2", "--prior.batch=64", "--prior.images=512"]
 
 
-def test_it_begins_where_the_other_ended_and_need_not_have_it_to_resume(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, *CODES]
+def test_it_begins_where_the_other_ended_and_need_not_have_it_to_resume(train, small, tmp_path):
+    options = [*small, *CODES]
     succeeded(train("--run.path=one", *options, "--train.images=4096"))
     last = losses(tmp_path / "one")[7]["loss/reconstruction"]
     options += ["--run.path=two", "--model.init=one", "--train.images=1024", "--train.lr=1e-5", "--prior.steps=3"]
@@ -48,7 +47,7 @@ def test_it_begins_where_the_other_ended_and_need_not_have_it_to_resume(train, d
     torch.testing.assert_close(new, old, atol=1e-6, rtol=0)
 
 
-def test_what_it_cannot_begin_from_is_refused_before_anything_is_written(train, save_untrained, digits, tmp_path):
+def test_what_it_cannot_begin_from_is_refused_before_anything_is_written(train, save_untrained, small, tmp_path):
     torch.save({"encoder.0.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     save_untrained(tmp_path / "mlp", data=None, shape=(1, 8, 8), config=PointConfig(width=8))
     for place, said in (
@@ -56,19 +55,19 @@ def test_what_it_cannot_begin_from_is_refused_before_anything_is_written(train, 
         ("nothing", "nothing"),
         ("model.safetensors", "no readable safetensors file"),
     ):
-        done = train(f"--data.path={digits}", *SMALL, f"--model.init={place}", "--run.path=run")
+        done = train(*small, f"--model.init={place}", "--run.path=run")
         refused(done, said)
         assert not (tmp_path / "run").exists()
 
 
-def test_one_rank_fetches_one_file_of_a_run_in_a_bucket(train, save_untrained, digits, bucket, proxy, tmp_path):
+def test_one_rank_fetches_one_file_of_a_run_in_a_bucket(train, save_untrained, small, bucket, proxy, tmp_path):
     config = ConvConfig(width=8, code=16)
     model = NAIGN.from_pretrained(save_untrained(tmp_path / "model", data=None, shape=(1, 8, 8), config=config))
     checkpoint = tmp_path / "other/checkpoints/step-00000010"
     write_checkpoint(checkpoint, model.save_pretrained)
     upload(checkpoint, bucket, [file.name for file in checkpoint.iterdir()])
     proxy.requests.clear()
-    options = [f"--data.path={digits}", *SMALL, "--train.images=256", "--train.lr=1e-9", "--train.lr_end=1e-9"]
+    options = [*small, "--train.images=256", "--train.lr=1e-9", "--train.lr_end=1e-9"]
     done = succeeded(train(*options, f"--model.init={bucket}", "--run.path=run", ranks=2))
     assert "weights are from s3://" in done.stderr
     files = [path.rpartition("/")[2] for method, path in proxy.requests if method == "GET" and "/step-" in path]

@@ -112,14 +112,14 @@ def test_a_bucket_out_of_reach_ends_a_start_with_a_code_that_restarts(unanswered
 
 def test_a_pod_that_is_replaced_after_the_run_was_done_ends(
     train,
-    digits,
+    small,
     handlers,
     capsys,
     monkeypatch,
     tmp_path,
 ):
     """Host 0 completed and never comes again: its folder, which all hosts share, tells."""
-    options = [f"--data.path={digits}", *SMALL, "--train.images=512", f"--run.path={tmp_path}/run"]
+    options = [*small, "--train.images=512", f"--run.path={tmp_path}/run"]
     succeeded(train(*options))
     for name, value in {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost", "JOB_COMPLETION_INDEX": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -186,9 +186,9 @@ def test_further_signals_change_nothing(ranks, first, start, digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_closed_leaves_a_checkpoint(digits, tmp_path):
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(small, tmp_path):
     """All processes get SIGHUP, and what they write to it fails from then on."""
-    options = [f"--data.path={digits}", *SMALL, "--train.images=307200", f"--run.path={tmp_path}/run"]
+    options = [*small, "--train.images=307200", f"--run.path={tmp_path}/run"]
     process, terminal = pty.fork()
     if not process:
         os.chdir(ROOT)
@@ -266,10 +266,10 @@ def is_over(process):
 
 
 @pytest.mark.slow
-def test_ranks_end_with_a_launcher_that_is_killed_while_they_import_and_connect(start, digits, tmp_path):
+def test_ranks_end_with_a_launcher_that_is_killed_while_they_import_and_connect(start, small, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HELD)
     job = start(
-        *("--processes=2", f"--data.path={digits}", *SMALL, "--run.path=run"),
+        *("--processes=2", *small, "--run.path=run"),
         PYTHONPATH=f"{tmp_path}{os.pathsep}{PYTHONPATH}",
         HELD=str(tmp_path),
     )

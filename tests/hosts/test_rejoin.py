@@ -8,18 +8,17 @@ import psutil
 import pytest
 
 from naign.errors import FAILED, INTERRUPTED
-from tests.conftest import SMALL, environment
+from tests.conftest import environment
 from tests.e2e.runs import rounds_of
 from tests.hosts.waiting import until
 from tests.servers import free_port
 
 
 @pytest.mark.slow
-def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwhile(digits, tmp_path):
+def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwhile(small, tmp_path):
     options = (
         f"--port={free_port()}",
-        f"--data.path={digits}",
-        *SMALL,
+        *small,
         "--train.images=307200",
         "--run.path=run",
         "--checkpoint.rounds=2",

@@ -6,7 +6,7 @@ import pytest
 
 from naign.cluster.job import Job
 from naign.cluster.render import render_slurm
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT
 from tests.e2e.runs import rounds_of
 from tests.hosts.slurm import Slurm, possible
 from tests.programs import execute, succeeded
@@ -76,10 +76,10 @@ def until(met, slurm, place, seconds=120):
 
 @real
 @pytest.mark.slow
-def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
+def test_a_job_is_signalled_goes_on_and_ends(small, tmp_path):
     place = tmp_path / "submitted"
     place.mkdir()
-    options = [f"--data.path={digits}", *SMALL, "--train.images=30720", "--checkpoint.rounds=10", "--run.path=run"]
+    options = [*small, "--train.images=30720", "--checkpoint.rounds=10", "--run.path=run"]
     with Slurm() as slurm:
         job = slurm.submit(place, *options)
         until(lambda: rounds_of(place / "run") >= 15, slurm, place)
@@ -99,11 +99,11 @@ def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
 
 @real
 @pytest.mark.slow
-def test_a_mistake_ends_the_job(digits, tmp_path):
+def test_a_mistake_ends_the_job(small, tmp_path):
     place = tmp_path / "submitted"
     place.mkdir()
     with Slurm() as slurm:
-        job = slurm.submit(place, f"--data.path={digits}", *SMALL, "--train.batch=33", "--run.path=run")
+        job = slurm.submit(place, *small, "--train.batch=33", "--run.path=run")
         until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
         assert slurm.state(job) == "FAILED 2:0"
     assert "is not a multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()

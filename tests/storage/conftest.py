@@ -32,6 +32,12 @@ def impatient(monkeypatch):
     OtherStore.forget_client()
 
 
+@pytest.fixture
+def hasty(impatient, monkeypatch):
+    """Gives up almost at once."""
+    monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.3)
+
+
 class Signing(BaseHTTPRequestHandler):
     """Passes Google's XML requests on to SeaweedFS: they are S3's, but for the signature, which is added."""
 

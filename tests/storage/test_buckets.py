@@ -12,7 +12,6 @@ from naign.data.loader import read_split
 from naign.errors import InputError, Unavailable
 from naign.storage.others import OtherStore
 from naign.storage.store import open_store
-from tests.conftest import SMALL
 from tests.data.numbered import numbered
 from tests.programs import succeeded
 from tests.proxy import FaultProxy, Faults
@@ -188,11 +187,11 @@ def test_credentials_of_a_machine_that_has_none(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_is_mirrored_and_resumed_from_there(
     google,
-    digits,
+    small,
     train,
     naign,
 ):
-    options = [f"--data.path={digits}", *SMALL, f"--run.remote={google}/run", "--resume=changed"]
+    options = [*small, f"--run.remote={google}/run", "--resume=changed"]
     for run, images in (("one", 256), ("two", 512)):
         done = succeeded(train(*options, f"--run.path={run}", f"--train.images={images}"))
     assert "goes on with another train.images: 256 there" in done.stderr

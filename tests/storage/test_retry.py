@@ -73,8 +73,7 @@ def test_who_can_do_without_the_answer_waits_less_for_it_in_its_threads_too(cloc
         assert clock[0] < 7
 
 
-def test_a_server_that_throttles_from_the_first_request_is_a_loss(bucket, proxy, monkeypatch):
-    monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.3)
+def test_a_server_that_throttles_from_the_first_request_is_a_loss(bucket, proxy, hasty):
     proxy.faults = Faults(errors=1.0)
     with pytest.raises(StoreLost, match="given up after .* failed with (SlowDown|InternalError|50)"):
         open_store(f"{bucket}/a").list()

@@ -451,8 +451,7 @@ def test_processes_that_a_program_starts(
     assert digest(store) == expected
 
 
-def test_bodies_that_end_early_are_asked_for_after_a_pause(store, monkeypatch):
-    monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.3)
+def test_bodies_that_end_early_are_asked_for_after_a_pause(store, hasty, monkeypatch):
     store.put("a", bytes(1000))
     requests = []
     monkeypatch.setattr(type(store), "_range", lambda *given: requests.append(given) or iter(()))
