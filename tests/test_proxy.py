@@ -36,6 +36,10 @@ def put(s3, bucket):
     return put
 
 
+def read(client, where, **more):
+    return client.get_object(**where, **more)["Body"].read()
+
+
 def differences(received, body):
     """The bits that differ, of each byte that does."""
     assert len(received) == len(body)
@@ -45,9 +49,8 @@ def differences(received, body):
 
 def test_passes_everything_on(client, proxy, put):
     where = put("whole", BODY)
-    assert client.get_object(**where)["Body"].read() == BODY
-    part = client.get_object(**where, Range="bytes=1000-2000999")
-    assert part["Body"].read() == BODY[1000:2_001_000]
+    assert read(client, where) == BODY
+    assert read(client, where, Range="bytes=1000-2000999") == BODY[1000:2_001_000]
     assert client.head_object(**where)["ContentLength"] == len(BODY)
     missing = {**where, "Key": "missing"}
     with pytest.raises(ClientError, match="NoSuchKey"):
@@ -55,7 +58,7 @@ def test_passes_everything_on(client, proxy, put):
     with pytest.raises(ClientError, match="404"):
         client.head_object(**missing)
     client.put_object(**missing, Body=BODY)
-    assert client.get_object(**missing)["Body"].read() == BODY
+    assert read(client, missing) == BODY
     client.delete_object(**where)
     client.delete_object(**missing)
     assert client.list_objects_v2(Bucket=where["Bucket"])["KeyCount"] == 0
@@ -70,16 +73,14 @@ def test_inverts_one_byte(client, proxy, put):
     where = put("key", BODY)
     small = put("small", BODY[:999])
     proxy.faults = Faults(flip=1)
-    received = client.get_object(**where)["Body"].read()
-    assert differences(received, BODY) == [0xFF]
-    assert client.get_object(**small)["Body"].read() == BODY[:999]
+    assert differences(read(client, where), BODY) == [0xFF]
+    assert read(client, small) == BODY[:999]
     assert proxy.counts["flip"] == 1
 
     proxy.faults = Faults(flip_always="/small", only="nothing")
     for _ in range(3):
-        received = client.get_object(**small)["Body"].read()
-        assert differences(received, BODY[:999]) == [0xFF]
-    assert client.get_object(**where)["Body"].read() == BODY
+        assert differences(read(client, small), BODY[:999]) == [0xFF]
+    assert read(client, where) == BODY
     assert proxy.counts["flip"] == 4
 
 
@@ -93,7 +94,7 @@ def test_a_seed_repeats_itself(s3, put):
             proxy.faults = Faults(errors=0.3, flip=0.5, reset_every=(1000, 9000))
             for _ in range(20):
                 try:
-                    told.append(client.get_object(**where)["Body"].read())
+                    told.append(read(client, where))
                 except (ClientError, ResponseStreamingError) as error:
                     told.append(type(error).__name__)
         assert told.count("ResponseStreamingError") == proxy.counts["reset"] > 0

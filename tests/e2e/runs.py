@@ -25,6 +25,11 @@ def rounds_of(run):
     return file.read_text().count("\n")
 
 
+def metrics_of(run):
+    """What `naign evaluate` has measured."""
+    return json.loads((run / "evaluation/metrics.json").read_text())
+
+
 def column(run, name):
     """One value of each report."""
     return [line[name] for line in reports(run)]

@@ -1,6 +1,5 @@
 """The VAE and the rectified flow as the programs train, resume, export, sample and measure them."""
 
-import json
 import shutil
 import sys
 
@@ -9,7 +8,7 @@ import torch
 
 from naign.model.naign import NAIGN
 from tests.conftest import SMALL, direct_command
-from tests.e2e.runs import losses, same, weights
+from tests.e2e.runs import losses, metrics_of, same, weights
 from tests.programs import execute, succeeded
 
 pytestmark = pytest.mark.slow
@@ -76,7 +75,7 @@ def test_decoded_latents_are_measured_as_samples_and_a_mixture_may_take_their_pl
     succeeded(naign("export run --prior gmm --components 3 --to mixture"))
     for name in ("run", "mixture"):
         succeeded(naign(f"evaluate {name} --samples 300"))
-        found = json.loads((tmp_path / name / "evaluation/metrics.json").read_text())
+        found = metrics_of(tmp_path / name)
         coverage = found["coverage"]
         sampling = found["sampling"]
         assert found["fd"]["latents"] > 0 and found["fd"]["latents_ratio"] > 1
@@ -96,6 +95,6 @@ def test_a_flow_takes_another_number_of_evaluations(naign, trained, tmp_path):
     succeeded(solve("--evaluations 3 --to three"))
     assert NAIGN.from_pretrained(tmp_path / "three").metadata["model"]["evaluations"] == 3
     succeeded(naign("evaluate three --samples 300"))
-    found = json.loads((tmp_path / "three/evaluation/metrics.json").read_text())
+    found = metrics_of(tmp_path / "three")
     assert found["fd"]["latents"] is None and found["restoration"] is found["density"] is None
     assert found["sampling"]["samples"] == 300 and any("repairs none" in note for note in found["notes"])

@@ -1,6 +1,5 @@
 """Runs whose prior is conditioned on the labels of the data, from training to samples of a class."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from naign.data.sources.catalog import load
 from naign.data.sources.source import Made
 from naign.model.naign import NAIGN
 from tests.conftest import SMALL
-from tests.e2e.runs import same, weights
+from tests.e2e.runs import metrics_of, same, weights
 from tests.programs import refused, succeeded
 
 pytestmark = pytest.mark.slow
@@ -41,7 +40,7 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     succeeded(naign("sample run --label 3 --n 4 --to three.png"))
     succeeded(naign("evaluate run --samples 300"))
     made = tmp_path / "run/evaluation"
-    assert 0 <= json.loads((made / "metrics.json").read_text())["asked"]["share"] <= 1
+    assert 0 <= metrics_of(tmp_path / "run")["asked"]["share"] <= 1
     assert (made / "classes.png").exists()
     assert "of the class that they were drawn from" in (made / "report.html").read_text()
     succeeded(naign("push run user/digits --dry-run card"))

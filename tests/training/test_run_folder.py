@@ -211,7 +211,6 @@ STATE = "state/rank-00000-of-00001.safetensors"
     ("name", "content"),
     [
         (STATE, b"cos\nsystem\n(S'touch executed'\ntR."),
-        (STATE, b""),
         (STATE, save({"other": torch.zeros(0)})),
         ("trainer.json", b"{}"),
         ("trainer.json", json.dumps({"round": "x", "images_seen": 1, "step": 1, "seconds": 0}).encode()),
