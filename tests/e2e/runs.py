@@ -44,11 +44,16 @@ def losses(run, *more):
     return found
 
 
+def newest(run):
+    """The folder of the newest complete checkpoint."""
+    found = newest_checkpoint(run / "checkpoints")
+    assert found, "no complete checkpoint"
+    return found
+
+
 def weights(run, name="model"):
     """The tensors of the newest checkpoint's model file, or of another of its files."""
-    newest = newest_checkpoint(run / "checkpoints")
-    assert newest
-    return load_file(newest / f"{name}.safetensors")
+    return load_file(newest(run) / f"{name}.safetensors")
 
 
 def same(ours, theirs):

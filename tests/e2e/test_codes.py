@@ -6,13 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from naign.checkpoint.writer import newest_checkpoint
 from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import INTERRUPTED
 from naign.model.naign import NAIGN
 from tests.conftest import SMALL
-from tests.e2e.runs import reports, same, weights
+from tests.e2e.runs import newest, reports, same, weights
 from tests.programs import execute, refused, succeeded
 
 pytestmark = pytest.mark.slow
@@ -66,7 +65,7 @@ def test_from_training_to_samples_of_either_law(train, naign, small, tmp_path, n
     succeeded(naign("export run --prior gmm --components 3 --to mixed"))
     mixed = NAIGN.from_pretrained(tmp_path / "mixed").metadata
     assert mixed["prior"]["components"] == 3 and mixed["cpu_seconds"] > model.metadata["cpu_seconds"]
-    for to in (newest_checkpoint(run / "checkpoints"), run):
+    for to in (newest(run), run):
         done = naign(f"export run --prior gmm --components 3 --to {to}")
         refused(done, "is a run or a checkpoint, or in one")
     torch.testing.assert_close(NAIGN.from_pretrained(run).sample(4), four)

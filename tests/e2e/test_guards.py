@@ -14,7 +14,7 @@ from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, start, train_command
 from tests.e2e.ranks import Job
-from tests.e2e.runs import column, reports, rounds_of, wait_for_rounds, weights
+from tests.e2e.runs import column, newest, reports, rounds_of, wait_for_rounds, weights
 from tests.programs import ends, execute, refused, succeeded
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoin
     options = [f"--data.path={digits}", "--train.images=4096", "--checkpoint.rounds=1"]
     done = execute(poisoned(tmp_path, range(18, 100), 0, *options), tmp_path)
     refused(done, "10 steps in a row", "step-00000024", "train.lr")
-    assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step-00000024"  # its last steps were skipped
+    assert newest(tmp_path / "run").name == "step-00000024"  # its last steps were skipped
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk")
@@ -110,7 +110,7 @@ def test_a_run_that_was_lost_goes_on_from_the_bucket(small, bucket, tmp_path):
         job.terminate()
         ends(job, INTERRUPTED)
         if count == 7:
-            assert newest_checkpoint(run / "checkpoints")
+            assert newest(run)
             run.rename(tmp_path / "lost")
     rounds = column(run, "round")
     assert rounds == list(range(len(rounds)))  # what was reported before was fetched, too
@@ -131,7 +131,7 @@ def test_of_two_runs_with_one_bucket_the_later_one_has_it(small, bucket, tmp_pat
     second.terminate()
     ends(second, INTERRUPTED)
     for run in ("first", "second"):
-        assert newest_checkpoint(tmp_path / run / "checkpoints")
+        assert newest(tmp_path / run)
 
 
 def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(train, small, bucket, tmp_path):
@@ -164,7 +164,7 @@ def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(sm
         job.ends(PEER_LOST, within=120)
         assert "stays local" in job.said() and "there is no bucket" in job.said()
         assert "done: the run lies in" not in job.said()
-    assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step-00000800"
+    assert newest(tmp_path / "run").name == "step-00000800"
     s3.client().create_bucket(Bucket=name)
     with Job(tmp_path, 2, options) as job:
         job.ends(0, within=120)

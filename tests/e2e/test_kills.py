@@ -20,7 +20,7 @@ from naign.data.mixing import DataSets
 from naign.data.order import Order, pieces
 from naign.storage.store import open_store
 from tests.e2e.ranks import Job
-from tests.e2e.runs import losses, rounds_of, same, weights
+from tests.e2e.runs import losses, newest, rounds_of, same, weights
 from tests.proxy import Faults
 
 KILLS = int(os.environ.get("NAIGN_KILLS", "5"))
@@ -57,13 +57,13 @@ def test_kills_cost_time_and_nothing_else(digits, small, bucket, proxy, tmp_path
             assert -signal.SIGKILL in codes and 0 not in codes, job.said()
             resumed = re.search(r"resuming from \S*(step-\d+)", job.said())
             assert int(resumed[1][5:]) >= before if resumed else before == 0
-        newest = newest_checkpoint(run / "checkpoints")
-        before = int(newest.name[5:]) if newest else 0
+        whole = newest_checkpoint(run / "checkpoints")
+        before = int(whole.name[5:]) if whole else 0
         partial = [f.name for f in (run / "checkpoints").glob("step-*") if not is_complete(f)]
         who = "all ranks" if everyone else f"rank {rank}"
         log.append(
             f"{number + 1:2d}. {who} in {phase}: exit codes {codes}, it had begun from "
-            f"{resumed[1] if resumed else 'nothing'}; newest whole checkpoint {newest.name if newest else 'none'}"
+            f"{resumed[1] if resumed else 'nothing'}; newest whole checkpoint {whole.name if whole else 'none'}"
             f"{', not whole: ' + ', '.join(partial) if partial else ''}"
         )
     # The last time without anything local: from the bucket.
@@ -79,10 +79,10 @@ def test_kills_cost_time_and_nothing_else(digits, small, bucket, proxy, tmp_path
     found = losses(run)
     assert found == losses(tmp_path / "whole")[-len(found) :] and len(found) >= 8
     assert same(weights(run), weights(tmp_path / "whole"))
-    newest = newest_checkpoint(run / "checkpoints").name
-    assert newest == newest_checkpoint(tmp_path / "whole/checkpoints").name
-    assert newest in open_store(f"{bucket}/run/checkpoints").folders()
-    assert "manifest.json" in open_store(f"{bucket}/run/checkpoints/{newest}").list()
+    last = newest(run).name
+    assert last == newest(tmp_path / "whole").name
+    assert last in open_store(f"{bucket}/run/checkpoints").folders()
+    assert "manifest.json" in open_store(f"{bucket}/run/checkpoints/{last}").list()
 
     # The keys that were read are the plan's: of every round all, and none that is not of it.
     seen = set()

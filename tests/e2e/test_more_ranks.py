@@ -5,10 +5,9 @@ import shutil
 
 import pytest
 
-from naign.checkpoint.writer import newest_checkpoint
 from tests.conftest import SMALL
 from tests.e2e.ranks import Job
-from tests.e2e.runs import same, weights
+from tests.e2e.runs import newest, same, weights
 from tests.e2e.test_engines import engine, launch
 from tests.programs import succeeded
 
@@ -26,7 +25,7 @@ def test_three_ranks_resume_bit_for_bit(name, digits, tmp_path):
     shutil.copytree(first, tmp_path / "again/checkpoints" / first.name)
     done = succeeded(launch(engine(name, tmp_path), tmp_path, "--run.path=again", *options, ranks=3))
     assert "resuming from" in done.stderr + done.stdout
-    assert newest_checkpoint(tmp_path / "again/checkpoints").name == last.name
+    assert newest(tmp_path / "again").name == last.name
     assert same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
 
 
@@ -37,5 +36,4 @@ def test_processor_time_is_that_of_all_ranks_over_all_resumptions(digits, tmp_pa
         images = f"--train.images={256 * rounds}"
         with Job(tmp_path, ranks, (*options, images), program="tests/e2e/clocked.py") as job:
             assert job.ended(120) == [0] * ranks, job.said()
-        newest = newest_checkpoint(tmp_path / "run/checkpoints")
-        assert newest and json.loads((newest / "trainer.json").read_text())["cpu_seconds"] == spent
+        assert json.loads((newest(tmp_path / "run") / "trainer.json").read_text())["cpu_seconds"] == spent

@@ -9,10 +9,9 @@ import subprocess
 import pytest
 from filelock import FileLock
 
-from naign.checkpoint.writer import newest_checkpoint
 from naign.errors import INTERRUPTED
 from tests.conftest import environment, start, train_command
-from tests.e2e.runs import losses, same, wait_for_rounds, weights
+from tests.e2e.runs import losses, newest, same, wait_for_rounds, weights
 from tests.programs import ends, refused, succeeded
 
 pytestmark = pytest.mark.slow
@@ -37,7 +36,7 @@ def test_an_ended_run_goes_on_bit_for_bit(train, small, tmp_path, varied):
     again = succeeded(train("--run.path=broken", *options))
     assert "resuming from" in again.stderr + again.stdout
     assert losses(broken) == losses(whole)
-    assert newest_checkpoint(broken / "checkpoints").name == newest_checkpoint(whole / "checkpoints").name
+    assert newest(broken).name == newest(whole).name
     assert same(weights(broken), weights(whole))
 
 
@@ -59,8 +58,8 @@ def test_the_death_of_the_launcher_stops_the_run_with_a_checkpoint(small, tmp_pa
     launcher.terminate()
     launcher.wait(timeout=60)
     with FileLock(tmp_path / "run/.lock", timeout=60):  # free: the training process has left
-        newest = newest_checkpoint(tmp_path / "run/checkpoints")
-    assert newest and json.loads((newest / "trainer.json").read_text())["round"] < 200
+        last = newest(tmp_path / "run")
+    assert json.loads((last / "trainer.json").read_text())["round"] < 200
 
 
 def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one_before(train, small, tmp_path):

@@ -6,11 +6,10 @@ import time
 
 import pytest
 
-from naign.checkpoint.writer import newest_checkpoint
 from naign.errors import INTERRUPTED
 from tests.conftest import SMALL
 from tests.e2e.ranks import Job
-from tests.e2e.runs import losses, rounds_of, same, weights
+from tests.e2e.runs import losses, newest, rounds_of, same, weights
 from tests.programs import succeeded
 from tests.proxy import Faults
 
@@ -58,8 +57,7 @@ def test_a_stop_within_a_round_goes_on_bit_for_bit(phase, digits, tmp_path):
         with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
             job.wait_for(lambda: rounds_of(run) > rounds and phase in job.phases(asked))  # noqa: B023
             stop(job, asked, sent)
-        newest = newest_checkpoint(run / "checkpoints")
-        rounds = json.loads((newest / "trainer.json").read_text())["round"]
+        rounds = json.loads((newest(run) / "trainer.json").read_text())["round"]
         assert 0 < rounds < 6
     with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
         job.ends(0)
@@ -87,4 +85,4 @@ def test_a_stop_while_a_checkpoint_is_written_or_sent(phase, asked, digits, buck
             proxy.faults = Faults(latency=0.3)
         job.wait_for(lambda: phase in job.phases(asked))
         stop(job, asked, within=WITHIN + 5)
-    assert newest_checkpoint(tmp_path / "run/checkpoints")
+    assert newest(tmp_path / "run")

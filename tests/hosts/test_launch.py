@@ -14,14 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from naign.checkpoint.writer import newest_checkpoint
 from naign.cluster import launch
 from naign.cluster.hosts import Hosts
 from naign.cluster.place import Place
 from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from naign.process import SIGNALS, on_signals
 from tests.conftest import PYTHONPATH, ROOT, SMALL, environment
-from tests.e2e.runs import rounds_of, wait_for_rounds
+from tests.e2e.runs import newest, rounds_of, wait_for_rounds
 from tests.hosts.cluster import possible
 from tests.hosts.waiting import until
 from tests.programs import ends, execute, succeeded
@@ -204,8 +203,7 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint(small, tmp_path):
     until(trains)
     os.close(terminal)
     assert psutil.Process(process).wait(60) == INTERRUPTED
-    newest = newest_checkpoint(tmp_path / "run/checkpoints")
-    assert newest and newest.name != "step-00000000"
+    assert newest(tmp_path / "run").name != "step-00000000"
 
 
 @pytest.mark.slow

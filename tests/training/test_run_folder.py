@@ -53,6 +53,10 @@ def make(folder, digits, seed=0):
         return config, stream, engine
 
 
+def newest_of(config):
+    return newest_checkpoint(Path(config.run.path) / "checkpoints")
+
+
 def write(config, stream, engine, position=POSITION):
     writer = Writer(Path(config.run.path), keep=2)
     taken = snapshot(config, stream, engine, position, LATENTS, PRIOR)
@@ -104,7 +108,7 @@ def test_a_step_goes_on_where_copying_fails(run):
     assert engine.copied.wait(30)
     with pytest.raises(RuntimeError, match="could not be written .*AttributeError"):
         writer.join()
-    assert newest_checkpoint(Path(config.run.path) / "checkpoints").name == f"step-{POSITION.step:08d}"
+    assert newest_of(config).name == f"step-{POSITION.step:08d}"
 
 
 def resume(checkpoint, engine):
@@ -140,7 +144,7 @@ def test_what_is_saved_comes_back(run, digits):
 
 def test_state_that_another_world_size_left_is_passed_over(run):
     config, _, engine = run
-    newest = newest_checkpoint(Path(config.run.path) / "checkpoints")
+    newest = newest_of(config)
     shutil.copy(newest / STATE, newest / "state/rank-00001-of-00004.safetensors")
     assert resume(newest, engine) == POSITION
 
@@ -238,8 +242,8 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_a_device_that_fails_is_no_damage_of_the_checkpoint(fault, run, monkeypatch):
-    _, _, engine = run
-    checkpoint = newest_checkpoint(Path(run[0].run.path) / "checkpoints")
+    config, _, engine = run
+    checkpoint = newest_of(config)
 
     def fail(*_, **__):
         raise fault
@@ -262,11 +266,12 @@ def test_a_device_that_fails_is_no_damage_of_the_checkpoint(fault, run, monkeypa
 @pytest.mark.parametrize("name", [STATE, "model.safetensors", "ema.safetensors", "trainer.json"])
 def test_a_disk_that_fails_is_no_damage_of_the_checkpoint(name, run):
     config, _, engine = run
-    file = newest_checkpoint(Path(config.run.path) / "checkpoints") / name
+    checkpoint = newest_of(config)
+    file = checkpoint / name
     file.unlink()
     file.symlink_to(file)  # opening it fails, and not since it is missing
     with pytest.raises(OSError) as caught:
-        resume(Path(config.run.path) / "checkpoints/step-00000030", engine)
+        resume(checkpoint, engine)
     assert caught.value.errno == errno.ELOOP
 
 
