@@ -1,10 +1,12 @@
 """Programs that are run to their end, and what they must have ended with."""
 
+import importlib.util
 import os
 import subprocess
+from pathlib import Path
 
 from naign.errors import BAD_INPUT
-from tests.conftest import PYTHONPATH, forked
+from tests.conftest import PYTHONPATH, ROOT, forked
 
 
 def execute(command, folder=None, *, env=None, timeout=300):
@@ -18,6 +20,14 @@ def execute(command, folder=None, *, env=None, timeout=300):
         timeout=timeout,
         check=False,
     )
+
+
+def script(path):
+    """The module of a file in the checkout."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def install(folder, files):

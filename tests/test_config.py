@@ -126,7 +126,6 @@ def test_what_is_no_configuration_is_not_shown(written, text):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--train.lrr=1", "--train.lr"),
         ("--train.lr=fast", "could not convert"),
         ("--objective.name=gan", "choose one of naign, ign"),
         ("--objective.clamp=2", "--objective.clamp"),

@@ -1,6 +1,5 @@
 """The documentation builds, and names settings and files that exist."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -14,7 +13,7 @@ from naign.model.losses import OBJECTIVES
 from naign.model.networks import NETWORKS
 from naign.model.prior import PRIORS
 from tests.conftest import ROOT
-from tests.programs import succeeded
+from tests.programs import script, succeeded
 
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -52,11 +51,7 @@ def test_the_site_is_refused_with_a_broken_link_or_a_page_outside_nav(tmp_path):
 
 
 def test_the_settings_page_is_the_generated_one():
-    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "docs/settings.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("docs/settings.py")
     page = module.page()
     assert module.PAGE.read_text() == page, "run: make docs"
     for key in flatten(Config()):

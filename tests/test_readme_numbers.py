@@ -1,10 +1,8 @@
 """README is short, each of its numbers comes from benchmarks/results, and its pictures are what their scripts draw."""
 
-import importlib.util
 import json
 import math
 import re
-from pathlib import Path
 from statistics import fmean
 
 from PIL import Image
@@ -13,6 +11,7 @@ from naign.data.damage import KINDS
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT
+from tests.programs import script
 
 LINES = 160
 WORDS = 1600
@@ -183,15 +182,6 @@ def test_it_is_short():
     page = (ROOT / "README.md").read_text()
     assert len(page.splitlines()) <= LINES
     assert len(page.split()) <= WORDS
-
-
-def script(path):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_drawings_are_those_of_their_scripts():

@@ -11,7 +11,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-import torch
 from PIL import Image
 
 from naign import terminal
@@ -23,7 +22,6 @@ from naign.data.sources.catalog import load
 from naign.data.sources.source import Made
 from naign.distributed import host
 from naign.evaluate.measures import STAGES
-from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
 from naign.observe import doctor
 from tests.conftest import environment
@@ -74,18 +72,6 @@ def test_evaluate_prints_what_it_does(command, plane):
     assert f"report: {plane}/evaluation/report.html" in out
     for title in (*STAGES, "pictures and report"):
         assert f" s: {title}\n" in err
-
-
-def test_score_prints_a_table(command, images, tmp_path):
-    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
-    out, _ = command(f"score {images} {tmp_path}/a.png --times 2")
-    image = torch.full((1, 1, 8, 8), 90 / 127.5 - 1)
-    energy = float(NAIGN.from_pretrained(images).energy(image, times=2))
-    header, line = out.splitlines()
-    file, _, score = line.rpartition(",")
-    assert header == "file,energy"
-    assert file == f"{tmp_path}/a.png"
-    assert float(score) == pytest.approx(energy, rel=1e-4)
 
 
 def test_verify_prints_what_is_known_and_what_is_wrong(command, tmp_path):

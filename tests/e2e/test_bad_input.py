@@ -1,19 +1,13 @@
 """A user's mistake: exit code 2 within seconds, on every rank, with what to do and no traceback; nothing is written."""
 
 import io
-import json
 import shutil
-import tarfile
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from naign.data.format.pages import Pager, table_name
-from naign.data.format.webdataset import scan
-from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, direct_command, ended_as_bad_input
-from tests.data.numbered import add
+from tests.data.numbered import rewrite
 from tests.e2e.runs import column, reports
 from tests.programs import execute, refused, succeeded
 
@@ -26,31 +20,25 @@ def run_alone(folder, *options):
 
 
 def broken(digits, folder, damage):
-    """A copy of the digits with one thing wrong in one shard."""
-    shutil.copytree(digits, folder / "data")
+    """A copy of the digits with one thing wrong in one shard: written so, with an index that agrees, or truncated."""
+    data = str(shutil.copytree(digits, folder / "data"))
     shard = folder / "data/train-00001.tar"
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:100_000])
-        return str(folder / "data")
-    with tarfile.open(shard) as old:
-        members = [(member.name, old.extractfile(member).read()) for member in old.getmembers()]
-    name, _ = next(entry for entry in members if entry[0].endswith(".png"))
-    picture = io.BytesIO()
-    Image.fromarray(np.zeros((9, 9), np.uint8)).save(picture, "PNG")
-    content = {"shape": picture.getvalue(), "undecodable": b"no picture"}[damage]
-    with tarfile.open(shard, "w") as new:
-        for path, data in members:
-            add(new, path, content if path == name else data)
-    # A tar that somebody wrote so, with an index that agrees: a change of size alone is found without decoding.
-    index = json.loads((folder / "data/index.json").read_text())
-    entry = next(entry for entry in index["splits"]["train"]["shards"] if entry["name"] == shard.name)
-    pager = Pager()
-    assert len(list(scan(open_store(str(folder / "data")), shard.name, pager))) == entry["samples"]
-    found, table = pager.shard(shard.name)
-    (folder / "data" / table_name(shard.name)).write_bytes(table)
-    entry |= {"bytes": found.bytes, "pages": found.pages}
-    (folder / "data/index.json").write_text(json.dumps(index))
-    return str(folder / "data")
+        return data
+    content = b"no picture"
+    if damage == "shape":
+        picture = io.BytesIO()
+        Image.new("L", (9, 9)).save(picture, "PNG")
+        content = picture.getvalue()
+
+    def change(members):
+        label, (name, _), *others = members
+        assert name.endswith(".png")
+        yield from (label, (name, content), *others)
+
+    rewrite(data, shard.name, change)
+    return data
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,8 @@ def test_paths_that_are_no_store(tmp_path):
     for path in ("", " ", "a\0b"):
         with pytest.raises(InputError, match="is no path"):
             open_store(path)
-    for path in ("s3://", "other://host/folder"):
-        with pytest.raises(InputError, match=path):
-            open_store(path)
+    with pytest.raises(InputError, match="s3://"):
+        open_store("s3://")
     with pytest.raises(InputError, match="give a folder"):
         open_store(str(tmp_path / "file")).put("a", b"")
     assert open_store("~nobody-of-that-name/x").list() == []

@@ -203,12 +203,9 @@ def main():
                 watch = watched(config, shape, device)
                 lines = watch.problems or ["sound"]
             except Exception as error:  # as a fake tensor's value is asked for
-                if "-v" in sys.argv:
-                    raise
-                watch, lines = Watch(), [f"{type(error).__name__}: {error}".splitlines()[0]]
+                watch = Watch()
+                lines = [f"{type(error).__name__}: {error}".splitlines()[0]]
         print(f"{name}: {sum(watch.launches.values())} launches: {'; '.join(lines)}")
-        if "-v" in sys.argv:
-            print(watch.launches.most_common(30))
 
 
 if __name__ == "__main__":
