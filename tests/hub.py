@@ -79,7 +79,12 @@ class Hub:
         if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", path):
             return self._commit(found[1], body)
         if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/main)?", path):
-            about = {"id": found[1], "private": found[1] in self.private, "tags": [], "siblings": []}
+            about = {
+                "id": found[1],
+                "private": found[1] in self.private,
+                "tags": [],
+                "siblings": [],
+            }
             return _said(about | {"sha": self._version(found[1])})
         return _said({"error": f"this hub does not know {method} {path}"}, 404)
 

@@ -137,7 +137,13 @@ def test_the_first_hour_with_a_gpu_can_be_tried_without_one(start, tmp_path, ben
 def test_a_part_that_fails_is_a_line_and_an_exit_code(tmp_path, benchmarks):
     from gpu import Settings, main
 
-    settings = Settings(to=tmp_path / "gpu", device="cpu", small=True, parts=("random",), minutes=1e-9)
+    settings = Settings(
+        to=tmp_path / "gpu",
+        device="cpu",
+        small=True,
+        parts=("random",),
+        minutes=1e-9,
+    )
     assert main(settings) == 1
     assert "| random | not begun |" in (tmp_path / "gpu.md").read_text()
 

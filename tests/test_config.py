@@ -187,7 +187,10 @@ def test_a_setting_of_an_earlier_version_names_what_there_is_now(written, text, 
 
 def test_only_settings_that_touch_the_computation_count_as_different():
     other = Config()
-    other.report.pictures, other.run.path, other.data.workers, other.train.threads = 7, "elsewhere", 3, 1
+    other.report.pictures = 7
+    other.run.path = "elsewhere"
+    other.data.workers = 3
+    other.train.threads = 1
     assert differences(Config(), other) == []
     other.train.lr = 0.5
     assert differences(Config(), other) == ["train.lr: 0.002 there, 0.5 now"]

@@ -19,7 +19,12 @@ SOUND = {
     "columns": ["once"],
     "rows": {"ours": {"config": DIGITS, "options": ["--train.lr=1e-3"]}},
 }
-SEARCH = {"base": DIGITS, "images": [1024], "keep": 0.5, "trials": {"as it is": []}}
+SEARCH = {
+    "base": DIGITS,
+    "images": [1024],
+    "keep": 0.5,
+    "trials": {"as it is": []},
+}
 
 
 @pytest.fixture

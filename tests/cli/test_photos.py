@@ -86,7 +86,14 @@ def x(tmp_path):
     return tmp_path / "x.png"
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 90), (40, 25)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 1),
+        (5, 90),
+        (40, 25),
+    ],
+)
 def test_the_repair_is_that_of_the_model_at_the_picture_s_size(colour, tmp_path, size):
     given = picture(*size)
     given.save(tmp_path / "x.png")

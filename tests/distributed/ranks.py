@@ -51,7 +51,15 @@ def on_ranks(
 ):
     """What each rank returned, in their order, without the missing."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", WORKER, case, str(folder), str(timeout), str(sorted(missing))]
+    command = [
+        sys.executable,
+        "-c",
+        WORKER,
+        case,
+        str(folder),
+        str(timeout),
+        str(sorted(missing)),
+    ]
     for worker in started(command, world):
         ends(worker, 0)
     found = []

@@ -39,7 +39,11 @@ def answers(rank, world):
         for turn, share in enumerate(SHARES):
             first, last = share(len(candidates), rank, world)
             part = candidates[first:last]
-            blocks = Blocks(rows=last - first, make=lambda a, b, part=part: part[a:b], size=(64, 1000)[turn % 2])
+            blocks = Blocks(
+                rows=last - first,
+                make=lambda a, b, part=part: part[a:b],
+                size=(64, 1000)[turn % 2],
+            )
             method = ("flat", "bounded")[(number + turn) % 2]
             result = search(
                 queries[low:high],

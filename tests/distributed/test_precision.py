@@ -12,7 +12,12 @@ from naign.distributed import connect, zero
 
 
 @pytest.mark.parametrize(
-    ("able", "expected"), [({"amx_bf16": True}, "bf16"), ({"avx2": True, "amx_bf16": False}, "fp32"), ({}, "fp32")]
+    ("able", "expected"),
+    [
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx2": True, "amx_bf16": False}, "fp32"),
+        ({}, "fp32"),
+    ],
 )
 def test_processors_that_multiply_bf16_are_known(monkeypatch, able, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)

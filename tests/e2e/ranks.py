@@ -24,9 +24,17 @@ class Job:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __enter__(self):
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.world)}
+        address = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(self.world),
+        }
         for rank in range(self.world):
-            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.world)}
+            numbers = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(self.world),
+            }
             with self.log(rank).open("wb") as log:
                 self.processes.append(
                     subprocess.Popen(

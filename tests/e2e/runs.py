@@ -58,7 +58,9 @@ def weights(run, name="model"):
 
 def same(ours, theirs):
     """Whether both have the same tensors, to the last bit."""
-    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    if ours.keys() != theirs.keys():
+        return False
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def wait_for_rounds(job, run, count):

@@ -43,7 +43,11 @@ def broken(digits, folder, damage):
 
 @pytest.mark.parametrize(
     ("damage", "parts"),
-    [("truncated", ["index.json says"]), ("shape", ["9", "digit-"]), ("undecodable", ["digit-"])],
+    [
+        ("truncated", ["index.json says"]),
+        ("shape", ["9", "digit-"]),
+        ("undecodable", ["digit-"]),
+    ],
 )
 def test_damaged_data_names_the_shard(damage, parts, digits, tmp_path):
     data = broken(digits, tmp_path, damage)

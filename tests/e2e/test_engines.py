@@ -65,7 +65,8 @@ def launched(digits, tmp_path):
 
     def launched(name, run, *more, ranks=2):
         file = engine(name, tmp_path)
-        done = succeeded(launch(file, tmp_path, *options(digits, run), *more, ranks=ranks))
+        done = launch(file, tmp_path, *options(digits, run), *more, ranks=ranks)
+        succeeded(done)
         return done.stdout + done.stderr
 
     return launched
@@ -91,7 +92,18 @@ def plain(digits, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("name", ["fsdp", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fsdp",
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero2_offload",
+        "zero3",
+        "zero3_offload",
+    ],
+)
 def test_engines_train_as_ddp_does_and_resume_bit_for_bit_and_export(name, plain, launched, tmp_path):
     launched(name, "whole")
     whole = tmp_path / "whole"
@@ -148,7 +160,16 @@ def test_a_prior_of_codes_learns_the_same_with_every_engine(launched, tmp_path):
     assert same(weights(tmp_path / "again-cpu"), weights(tmp_path / "cpu"))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("fsdp", 2), ("zero2", 2), ("zero3", 2), ("zero1", 4), ("single", 1)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("fsdp", 2),
+        ("zero2", 2),
+        ("zero3", 2),
+        ("zero1", 4),
+        ("single", 1),
+    ],
+)
 def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, launched, tmp_path):
     from_round(plain, tmp_path / "run", 2)
     launched(name, "run", ranks=ranks)

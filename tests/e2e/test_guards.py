@@ -52,7 +52,8 @@ def poisoned(folder, steps, rank, *options, world=1):
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=1024", "--train.ema=0.9"]
-    done = succeeded(execute(poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world), tmp_path))
+    command = poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world)
+    done = succeeded(execute(command, tmp_path))
     assert done.stderr.count("is not finite: skipped") == 3 and "round 0] warning: a step of round 0" in done.stderr
     last = reports(tmp_path / "run")[-1]
     assert last["train/skipped"] == 3 and 0 < last["loss/total"] < 2
@@ -62,8 +63,8 @@ def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp
 
 def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=4096", "--checkpoint.rounds=1"]
-    done = execute(poisoned(tmp_path, range(18, 100), 0, *options), tmp_path)
-    refused(done, "10 steps in a row", "step-00000024", "train.lr")
+    command = poisoned(tmp_path, range(18, 100), 0, *options)
+    refused(execute(command, tmp_path), "10 steps in a row", "step-00000024", "train.lr")
     assert newest(tmp_path / "run").name == "step-00000024"  # its last steps were skipped
 
 
@@ -71,7 +72,8 @@ def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoin
 def test_a_full_disk_leaves_the_checkpoint_before(small, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
+    mount = f"mount -t tmpfs -o size=1m tmpfs {disk}".split()
+    if subprocess.run(mount, check=False).returncode:
         pytest.skip("no small disk can be mounted here")
     try:
         options = [*small, "--train.images=200000", "--checkpoint.rounds=1"]

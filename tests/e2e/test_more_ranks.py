@@ -20,10 +20,12 @@ OPTIONS = [*SMALL, "--match.round=384", "--train.batch=48", "--train.images=1536
 @pytest.mark.parametrize("name", ["cpu", "zero2"])
 def test_three_ranks_resume_bit_for_bit(name, digits, tmp_path):
     options = [f"--data.path={digits}", *OPTIONS, "--checkpoint.rounds=1", "--checkpoint.keep=0"]
-    succeeded(launch(engine(name, tmp_path), tmp_path, "--run.path=whole", *options, ranks=3))
+    file = engine(name, tmp_path)
+    succeeded(launch(file, tmp_path, "--run.path=whole", *options, ranks=3))
     first, *_, last = sorted((tmp_path / "whole/checkpoints").glob("step-*"))
     shutil.copytree(first, tmp_path / "again/checkpoints" / first.name)
-    done = succeeded(launch(engine(name, tmp_path), tmp_path, "--run.path=again", *options, ranks=3))
+    done = launch(file, tmp_path, "--run.path=again", *options, ranks=3)
+    succeeded(done)
     assert "resuming from" in done.stderr + done.stdout
     assert newest(tmp_path / "again").name == last.name
     assert same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
@@ -32,7 +34,10 @@ def test_three_ranks_resume_bit_for_bit(name, digits, tmp_path):
 def test_processor_time_is_that_of_all_ranks_over_all_resumptions(digits, tmp_path):
     options = [*SMALL, f"--data.path={digits}", "--run.path=run", "--resume=changed", "--checkpoint.rounds=2"]
     # The clock is read after each round and for each checkpoint: of rounds 2 and 3, then of 4 and 5.
-    for ranks, rounds, spent in ((2, 3, 5 * (1 + 2)), (1, 5, 5 * (1 + 2) + 4 * 1)):
+    for ranks, rounds, spent in (
+        (2, 3, 5 * (1 + 2)),
+        (1, 5, 5 * (1 + 2) + 4 * 1),
+    ):
         images = f"--train.images={256 * rounds}"
         with Job(tmp_path, ranks, (*options, images), program="tests/e2e/clocked.py") as job:
             assert job.ended(120) == [0] * ranks, job.said()

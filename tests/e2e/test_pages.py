@@ -92,7 +92,13 @@ def enlarged(name, size, channels, labels):
         return Made(length=length, make=make)
 
     splits = {"train": split(digits.splits["train"], 320), "test": split(digits.splits["test"], 80)}
-    return replace(digits, name=name, shape=(channels, size, size), labels=labels, splits=splits)
+    return replace(
+        digits,
+        name=name,
+        shape=(channels, size, size),
+        labels=labels,
+        splits=splits,
+    )
 
 
 @pytest.fixture(scope="module")

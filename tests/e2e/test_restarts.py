@@ -53,7 +53,15 @@ class Torchrun:
     def start(self):
         env = environment(ACCELERATE_USE_CPU="true")
         with (self.folder / "log").open("a") as log:
-            self.started.append(subprocess.Popen(self.command, cwd=self.folder, env=env, stdout=log, stderr=log))
+            self.started.append(
+                subprocess.Popen(
+                    self.command,
+                    cwd=self.folder,
+                    env=env,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
         return self.started[-1]
 
     def said(self):

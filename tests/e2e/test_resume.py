@@ -26,7 +26,10 @@ def test_an_ended_run_goes_on_bit_for_bit(train, small, tmp_path, varied):
     broken = tmp_path / "broken"
     succeeded(train("--run.path=whole", *options))
 
-    for rounds, sent, code in ((6, signal.SIGTERM, INTERRUPTED), (12, signal.SIGKILL, -signal.SIGKILL)):
+    for rounds, sent, code in (
+        (6, signal.SIGTERM, INTERRUPTED),
+        (12, signal.SIGKILL, -signal.SIGKILL),
+    ):
         job = start(tmp_path, "--run.path=broken", *options)
         wait_for_rounds(job, broken, rounds)
         job.send_signal(sent)

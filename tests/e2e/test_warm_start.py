@@ -62,7 +62,8 @@ def test_what_it_cannot_begin_from_is_refused_before_anything_is_written(train, 
 
 def test_one_rank_fetches_one_file_of_a_run_in_a_bucket(train, save_untrained, small, bucket, proxy, tmp_path):
     config = ConvConfig(width=8, code=16)
-    model = NAIGN.from_pretrained(save_untrained(tmp_path / "model", data=None, shape=(1, 8, 8), config=config))
+    made = save_untrained(tmp_path / "model", data=None, shape=(1, 8, 8), config=config)
+    model = NAIGN.from_pretrained(made)
     checkpoint = tmp_path / "other/checkpoints/step-00000010"
     write_checkpoint(checkpoint, model.save_pretrained)
     upload(checkpoint, bucket, [file.name for file in checkpoint.iterdir()])

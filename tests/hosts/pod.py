@@ -28,7 +28,13 @@ def mount(
     flags=0,
     data="",
 ):
-    if libc.mount(source.encode(), str(target).encode(), kind.encode(), flags, data.encode()):
+    if libc.mount(
+        source.encode(),
+        str(target).encode(),
+        kind.encode(),
+        flags,
+        data.encode(),
+    ):
         number = ctypes.get_errno()
         raise OSError(number, f"mount {source} on {target}: {os.strerror(number)}")
 

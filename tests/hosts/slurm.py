@@ -47,8 +47,10 @@ def possible():
     """Why there can be no Slurm here, or ''."""
     if os.name != "posix" or os.geteuid() != 0:
         return "only root can start Slurm"
-    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name)]
-    return f"no {', '.join(missing)} here (Debian: slurm-wlm, munge)" if missing else ""
+    for name in ("slurmctld", "slurmd", "munged", "sbatch"):
+        if not shutil.which(name):
+            return f"no {name} here (Debian: slurm-wlm, munge)"
+    return ""
 
 
 class Slurm:

@@ -14,6 +14,7 @@ from naign.storage.s3_client import forget_clients
 from tests.e2e.runs import same, weights
 from tests.hosts.cluster import Cluster, Job, possible
 from tests.hosts.losses import kill_rank, prepared, recover, reported
+from tests.hosts.test_manifests import only
 from tests.programs import succeeded
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(possible()), reason=possible() or "possible")]
@@ -32,9 +33,12 @@ def objects():
 def guarded():
     """The manifest with a server that asks for keys."""
     objects = prepared(2)
-    store = next(item for item in objects if item["kind"] == "Deployment")["spec"]["template"]["spec"]["containers"][0]
-    keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
-    store["env"] += [{"name": name, "value": value} for name, value in keys.items()]
+    deployment = only(objects, "Deployment")
+    (store,) = deployment["spec"]["template"]["spec"]["containers"]
+    store["env"] += [
+        {"name": "AWS_ACCESS_KEY_ID", "value": "somebody"},
+        {"name": "AWS_SECRET_ACCESS_KEY", "value": SECRET},
+    ]
     store["readinessProbe"]["httpGet"]["path"] = "/healthz"  # who probes has none
     return objects
 

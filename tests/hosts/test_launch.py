@@ -305,7 +305,13 @@ def contained(folder, *command):
     if unshared:
         command = ("unshare", "--fork", "--pid", "--kill-child", *command)
     env = environment(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    process = subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         first = outer = psutil.Process(process.pid)
         if unshared:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 
 import kubernetes_validate
 import pytest
@@ -77,7 +76,7 @@ def with_component(component, folder):
     text = f"resources: [first.yaml, evaluate-job.yaml]\ncomponents: [../components/{component}]\n"
     (place / "kustomization.yaml").write_text(text)
     verb = "build" if program.endswith("kustomize") else "kustomize"
-    done = succeeded(subprocess.run([program, verb, str(place)], capture_output=True, text=True, check=False))
+    done = succeeded(execute([program, verb, str(place)], env=os.environ))
     objects = load(done.stdout)
     (beside,) = read("evaluate-job")
     objects.remove(beside)
@@ -179,7 +178,17 @@ def test_the_grace_period_follows_stop_within(text, within, tmp_path):
 
 def test_runs_that_differ_have_names_that_differ():
     assert name_after("s3://bucket/runs/seed-1") == "seed-1" and name_after("runs/first/") == "first"
-    odd = ["2024-06-01", "2024-06-02", "训练", "训练二", "seed_1", "Seed-1", "a" * 50 + "1", "a" * 50 + "2", "\udcff"]
+    odd = [
+        "2024-06-01",
+        "2024-06-02",
+        "训练",
+        "训练二",
+        "seed_1",
+        "Seed-1",
+        "a" * 50 + "1",
+        "a" * 50 + "2",
+        "\udcff",
+    ]
     names = {"seed-1"}
     for last in odd:
         name = name_after(f"s3://bucket/{last}")

@@ -28,7 +28,13 @@ from tests.hosts.waiting import until
 from tests.servers import free_port
 
 DASHBOARD = ROOT / "k8s/components/monitor/dashboard.json"
-ROUND = {"data/megabytes": 1.5, "data/retries": 2, "loss/total": 0.25, "loss/imle": math.nan, "match/distance": 3.0}
+ROUND = {
+    "data/megabytes": 1.5,
+    "data/retries": 2,
+    "loss/total": 0.25,
+    "loss/imle": math.nan,
+    "match/distance": 3.0,
+}
 
 
 def get(port, page):

@@ -27,7 +27,12 @@ def store(place):
 
 def test_there_and_back(store, place):
     assert store.list() == store.folders() == []
-    for name, data in {"b": b"12345", "a": b"1", "ä b+c%20?#.tar": b"odd", "empty": b""}.items():
+    for name, data in {
+        "b": b"12345",
+        "a": b"1",
+        "ä b+c%20?#.tar": b"odd",
+        "empty": b"",
+    }.items():
         store.put(name, data)
     before = store.version("a")
     store.put("a", b"123")

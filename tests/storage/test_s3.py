@@ -275,7 +275,8 @@ def test_a_public_bucket_needs_no_account(
         "Action": ["s3:GetObject", "s3:ListBucket"],
         "Resource": [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"],
     }
-    s3.client().put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [everyone]}))
+    policy = {"Version": "2012-10-17", "Statement": [everyone]}
+    s3.client().put_bucket_policy(Bucket=name, Policy=json.dumps(policy))
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(variable)
     forget_clients()

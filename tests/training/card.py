@@ -126,7 +126,13 @@ def build(config, shape, device):
     """The recipe's network and its prior, as if it were fitted."""
     with device:
         network = build_network(config.model, shape)
-        prior = build_prior(config.prior, shape, network, seed=0, labels=("a", "b", "c"))
+        prior = build_prior(
+            config.prior,
+            shape,
+            network,
+            seed=0,
+            labels=("a", "b", "c"),
+        )
     return network, prior
 
 
@@ -135,7 +141,8 @@ def steps(config, shape, device):
     AcceleratorState._reset_state(True)
     network, _ = build(config, shape, device)
     accelerator = Accelerator(cpu=True, device_placement=False)
-    engine = Card(accelerator, network, replace(config.train, accumulate=1, ema=0.9, compile=False), ahead=True)
+    settings = replace(config.train, accumulate=1, ema=0.9, compile=False)
+    engine = Card(accelerator, network, settings, ahead=True)
     run, images, match = round_of(config, shape, device, engine)
     count = STEPS * config.train.passes
     with Watch(count) as watch:

@@ -93,7 +93,15 @@ def test_stray_variables_of_accelerate_are_ignored_and_a_world_of_no_number_is_n
         del os.environ[name]
 
 
-@pytest.mark.parametrize("given", [{}, {"ranks": 4}, {"stage": 3}, {"stage": 2, "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"ranks": 4},
+        {"stage": 3},
+        {"stage": 2, "precision": "bf16"},
+    ],
+)
 def test_what_an_engine_can_do(given):
     check_engine(parse(OPTIONS), accelerator(**given))
 

@@ -92,7 +92,12 @@ def test_all_ranks_leave_together_where_one_fails_or_is_stopped(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("phase", "remedy"), [("fit", "train.accumulate"), ("match", "match.block"), ("report", "smaller network")]
+    ("phase", "remedy"),
+    [
+        ("fit", "train.accumulate"),
+        ("match", "match.block"),
+        ("report", "smaller network"),
+    ],
 )
 def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
     phases = Phases(

@@ -57,8 +57,14 @@ def theirs(monkeypatch):
 def make(optimizer, *, ahead=None, **settings):
     AcceleratorState._reset_state(True)
     torch.manual_seed(0)
-    inner = nn.Flatten(), nn.Linear(128, 9), nn.Linear(9, 128), nn.Unflatten(1, (8, 4, 4))
-    network = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), *inner, nn.ConvTranspose2d(8, 1, 4, 2, 1))
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 4, 2, 1),
+        nn.Flatten(),
+        nn.Linear(128, 9),
+        nn.Linear(9, 128),
+        nn.Unflatten(1, (8, 4, 4)),
+        nn.ConvTranspose2d(8, 1, 4, 2, 1),
+    )
     train = TrainConfig(optimizer=optimizer, lr=1e-2, batch=4, **settings)
     return Engine(Accelerator(cpu=True), network, train, ahead=ahead)
 
@@ -128,7 +134,12 @@ def test_an_optimizer_is_tried_once(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("narrow", "unexpected keyword"), ("nothing", "it returns a NoneType"), ("failing", "no such"), ("bare", "map")],
+    [
+        ("narrow", "unexpected keyword"),
+        ("nothing", "it returns a NoneType"),
+        ("failing", "no such"),
+        ("bare", "map"),
+    ],
 )
 def test_an_optimizer_that_cannot_be_built_is_refused(name, problem):
     with pytest.raises(InputError, match=f"'{name}' cannot be built: .*{problem}.*: fix its package"):

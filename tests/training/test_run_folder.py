@@ -2,7 +2,6 @@
 
 import errno
 import importlib.metadata
-import json
 import runpy
 import shutil
 from copy import deepcopy
@@ -217,7 +216,7 @@ STATE = "state/rank-00000-of-00001.safetensors"
         (STATE, b"cos\nsystem\n(S'touch executed'\ntR."),
         (STATE, save({"other": torch.zeros(0)})),
         ("trainer.json", b"{}"),
-        ("trainer.json", json.dumps({"round": "x", "images_seen": 1, "step": 1, "seconds": 0}).encode()),
+        ("trainer.json", b'{"round": "x", "images_seen": 1, "step": 1, "seconds": 0}'),
         ("model.safetensors", b"no model"),
         ("ema.safetensors", b"no model"),
     ],

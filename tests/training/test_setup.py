@@ -46,7 +46,12 @@ def test_a_network_with_blend_begins_from_one_without_and_the_reverse(before, af
 
 
 @pytest.mark.parametrize(
-    ("name", "threads", "warned"), [("folder64", 2, True), ("folder64", 64, False), ("mnist", 1, False)]
+    ("name", "threads", "warned"),
+    [
+        ("folder64", 2, True),
+        ("folder64", 64, False),
+        ("mnist", 1, False),
+    ],
 )
 def test_a_recipe_for_gpus_is_warned_of_on_cpus(name, threads, warned, caplog, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -59,7 +64,14 @@ def test_a_recipe_for_gpus_is_warned_of_on_cpus(name, threads, warned, caplog, m
     assert ("hours on 2 threads: use a GPU, or" in caplog.text) == warned
 
 
-@pytest.mark.parametrize(("options", "codes"), [([], 1438), (["--data.flip"], 5000), (["--prior.images=99"], 99)])
+@pytest.mark.parametrize(
+    ("options", "codes"),
+    [
+        ([], 1438),
+        (["--data.flip"], 5000),
+        (["--prior.images=99"], 99),
+    ],
+)
 def test_no_image_is_encoded_twice_unless_its_code_differs(options, codes, small):
     config = parse([*small, "--prior.name=gmm", "--prior.images=5000", *options])
     with open_stream(config, ALONE) as stream:
