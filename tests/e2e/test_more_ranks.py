@@ -40,5 +40,5 @@ def test_processor_time_is_that_of_all_ranks_over_all_resumptions(digits, tmp_pa
     ):
         images = f"--train.images={256 * rounds}"
         with Job(tmp_path, ranks, (*options, images), program="tests/e2e/clocked.py") as job:
-            assert job.ended(120) == [0] * ranks, job.said()
+            job.ends(0, within=120)
         assert json.loads((newest(tmp_path / "run") / "trainer.json").read_text())["cpu_seconds"] == spent

@@ -202,8 +202,4 @@ def test_a_run_is_mirrored_and_resumed_from_there(
     assert "goes on with another train.images: 256 there" in done.stderr
     assert len(open_store(f"{google}/run/checkpoints").folders()) == 2
     assert "metrics.jsonl" in open_store(f"{google}/run").list()
-    succeeded(
-        naign(
-            f"sample {google}/run --n 4 --to samples.png",
-        )
-    )
+    succeeded(naign(f"sample {google}/run --n 4 --to samples.png"))
