@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,13 @@ SMALL = [
 ]
 """A network and rounds so small that a round takes a fraction of a second on the digits."""
 
+
+@pytest.fixture(scope="session")
+def small(digits: str) -> list[str]:
+    """SMALL, on the digits."""
+    return [f"--data.path={digits}", *SMALL]
+
+
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -225,10 +233,12 @@ def train_thrice(train: Program, tmp_path: Path) -> Callable[..., None]:
 
 @pytest.fixture
 def naign(tmp_path: Path) -> Program:
-    """Run the command line program in an empty folder."""
+    """Run the command line program in an empty folder; its words are given as a line, or one by one."""
 
-    def run(*options: str, real: bool = False, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "naign.cli", *options]
+    def run(*words: str, real: bool = False, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        if len(words) == 1:
+            words = tuple(shlex.split(words[0]))
+        command = [sys.executable, "-m", "naign.cli", *words]
         env = environment() if real else forked()
         return subprocess.run(
             command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False

@@ -10,13 +10,10 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any, Self
 
 import yaml
 
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0")
-Answer = tuple[int, dict[str, str], bytes]
 
 
 class Hub:
@@ -27,13 +24,13 @@ class Hub:
     `requests` what was asked for, as "METHOD /path". With `broken` every request is answered by that status.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home):
         self.token = "hf_a-token-that-nothing-may-print"
-        self.models: dict[str, dict[str, bytes]] = {}
-        self.private: set[str] = set()
-        self.requests: list[str] = []
+        self.models = {}
+        self.private = set()
+        self.requests = []
         self.broken = 0
-        self._objects: dict[str, bytes] = {}  # of git LFS, by SHA-256
+        self._objects = {}  # of git LFS, by SHA-256
         hub = self
 
         class Handler(_Handler):
@@ -50,16 +47,16 @@ class Hub:
         }
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
-    def answer(self, method: str, path: str, body: bytes, known: bool) -> Answer:
+    def answer(self, method, path, body, known):
         """Status, headers and body; `known`: the request bears the token."""
         self.requests.append(f"{method} {path}")
         if self.broken:
@@ -82,11 +79,16 @@ class Hub:
         if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", path):
             return self._commit(found[1], body)
         if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/main)?", path):
-            about = {"id": found[1], "private": found[1] in self.private, "tags": [], "siblings": []}
+            about = {
+                "id": found[1],
+                "private": found[1] in self.private,
+                "tags": [],
+                "siblings": [],
+            }
             return _said(about | {"sha": self._version(found[1])})
         return _said({"error": f"this hub does not know {method} {path}"}, 404)
 
-    def _create(self, wanted: dict[str, Any]) -> Answer:
+    def _create(self, wanted):
         name = f"{wanted['organization']}/{wanted['name']}"
         address = {"url": f"{self.endpoint}/{name}"}
         if name in self.models:
@@ -96,13 +98,13 @@ class Hub:
             self.private.add(name)
         return _said(address)
 
-    def _batch(self, objects: list[dict[str, Any]]) -> Answer:
+    def _batch(self, objects):
         """Where git LFS may send these objects."""
         for one in objects:
             one["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}
         return _said({"transfer": "basic", "objects": objects})
 
-    def _commit(self, name: str, body: bytes) -> Answer:
+    def _commit(self, name, body):
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -116,7 +118,7 @@ class Hub:
         where = f"{self.endpoint}/{name}/commit/{commit}"
         return _said({"success": True, "commitOid": commit, "commitUrl": where, "hookOutput": ""})
 
-    def _resolve(self, name: str, file: str, known: bool) -> Answer:
+    def _resolve(self, name, file, known):
         if name not in self.models or (name in self.private and not known):
             return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
         commit = {"X-Repo-Commit": self._version(name)}
@@ -125,11 +127,11 @@ class Hub:
             return 404, commit | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b""
         return 200, commit | {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'}, content
 
-    def _version(self, name: str) -> str:
+    def _version(self, name):
         return hashlib.sha1(repr(sorted(self.models[name].items())).encode()).hexdigest()
 
 
-def _preupload(files: list[dict[str, Any]]) -> Answer:
+def _preupload(files):
     """Whether each file is kept by git LFS or sent within the commit."""
     for file in files:
         large = file["path"].endswith((".safetensors", ".png"))
@@ -138,14 +140,14 @@ def _preupload(files: list[dict[str, Any]]) -> Answer:
     return _said({"files": files})
 
 
-def _validate(card: str) -> Answer:
+def _validate(card):
     front = yaml.safe_load(card.split("---\n")[1])
     if front.get("license", LICENSES[0]) in LICENSES:
         return _said({"errors": [], "warnings": []})
     return _said({"errors": [{"message": f'"license" must be one of {LICENSES}'}], "warnings": []}, 400)
 
 
-def _said(content: dict[str, Any], status: int = 200) -> Answer:
+def _said(content, status=200):
     return status, {"Content-Type": "application/json"}, json.dumps(content).encode()
 
 
@@ -153,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
     state: Hub
     protocol_version = "HTTP/1.1"
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         known = self.headers.get("Authorization") == f"Bearer {self.state.token}"
         status, headers, content = self.state.answer(self.command, self.path.partition("?")[0], body, known)
@@ -166,5 +168,5 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_PUT = do_POST
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         pass

@@ -3,9 +3,6 @@
 torch registers one such device a process, and for good: use it in a process of its own.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -21,15 +18,15 @@ HIGH = (
 )
 """What it computes in float32."""
 
-_libraries: list[torch.library.Library] = []
+_libraries = []
 
 
-class _Backend(_DummyBackendModule):  # type: ignore[misc]
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+class _Backend(_DummyBackendModule):
+    def get_amp_supported_dtype(self):
         return [torch.bfloat16, torch.float16]
 
 
-def device() -> torch.device:
+def device():
     """The device; `torch.autocast(NAME, dtype=torch.bfloat16)` is its autocast."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
     rest = torch.library.Library("_", "IMPL")
@@ -44,12 +41,12 @@ def device() -> torch.device:
     return torch.device(NAME, 0)
 
 
-def _cast(op: Any, dtype: torch.dtype) -> Callable[..., Any]:
-    def convert(value: Any) -> Any:
+def _cast(op, dtype):
+    def convert(value):
         floating = isinstance(value, torch.Tensor) and value.is_floating_point() and value.device.type == NAME
         return value.to(dtype) if floating else value
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
             return op(*tree_map(convert, args), **tree_map(convert, kwargs))
 

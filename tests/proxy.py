@@ -9,9 +9,8 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
 from urllib.parse import unquote
 
 from tests.servers import free_port
@@ -57,33 +56,33 @@ class FaultProxy:
     shows there.
     """
 
-    def __init__(self, host: str, port: int, *, seed: int = 0) -> None:
-        self.counts: Counter[str] = Counter()
-        self.requests: list[tuple[str, str]] = []
+    def __init__(self, host, port, *, seed=0):
+        self.counts = Counter()
+        self.requests = []
         self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.upstream = (host, port)
-        self.connections = set[socket.socket]()  # of clients
+        self.connections = set()  # of clients
         self._random = random.Random(seed)
         self._lock = threading.Lock()  # of what is random, and of counts
         self._until_reset = 0
         self._unflipped = 0  # bodies since the last flip
-        self._server: Server | None = None
+        self._server = None
         self.faults = Faults()
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.close()
 
     @property
-    def faults(self) -> Faults:
+    def faults(self):
         """What goes wrong from now on."""
         return self._faults
 
     @faults.setter
-    def faults(self, faults: Faults) -> None:
+    def faults(self, faults):
         with self._lock:
             self._faults = faults
             if faults.reset_every:
@@ -95,7 +94,7 @@ class FaultProxy:
             self._server.proxy = self
             threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def close(self) -> None:
+    def close(self):
         """Listen no more, and end all connections."""
         if self._server is not None:
             self._server.shutdown()
@@ -104,26 +103,26 @@ class FaultProxy:
         for connection in list(self.connections):
             end(connection)
 
-    def count(self, what: str, number: int = 1) -> None:
+    def count(self, what, number=1):
         with self._lock:
             self.counts[what] += number
 
-    def chance(self, probability: float) -> bool:
+    def chance(self, probability):
         with self._lock:
             return probability > 0 and self._random.random() < probability
 
-    def choose_error(self) -> tuple[int, str]:
+    def choose_error(self):
         with self._lock:
             return self._random.choice(list(ERRORS.items()))
 
-    def faults_of(self, path: str) -> Faults:
+    def faults_of(self, path):
         """What may go wrong with a request that begins now."""
         faults = self._faults
         if faults.only in path:
             return faults
         return Faults(flip_always=faults.flip_always)
 
-    def plan(self, faults: Faults, length: int, path: str, is_object: bool) -> tuple[int, int]:
+    def plan(self, faults, length, path, is_object):
         """After how many bytes of its body an answer stalls, and which byte is inverted; -1: none."""
         stall_at = -1
         flip_at = -1
@@ -138,7 +137,7 @@ class FaultProxy:
                 self._unflipped = 0
         return stall_at, flip_at
 
-    def bytes_until_reset(self, faults: Faults, wanted: int) -> int:
+    def bytes_until_reset(self, faults, wanted):
         """How many of the bytes wanted may be passed on before the connection is reset."""
         if faults.reset_every is None:
             return wanted
@@ -153,14 +152,14 @@ class FaultProxy:
 class Server(ThreadingHTTPServer):
     proxy: FaultProxy
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def process_request(self, request, client_address):
         if self.proxy.chance(self.proxy.faults.refuse):
             self.proxy.count("refuse")
             reset(request)
         else:
             super().process_request(request, client_address)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request, client_address):
         pass
 
 
@@ -170,15 +169,15 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
 
-    def setup(self) -> None:
+    def setup(self):
         super().setup()
         self.server.proxy.connections.add(self.connection)
 
-    def finish(self) -> None:
+    def finish(self):
         self.server.proxy.connections.discard(self.connection)
         super().finish()
 
-    def exchange(self) -> None:
+    def exchange(self):
         """Pass a request and its answer on, or answer with an error in the server's place."""
         proxy = self.server.proxy
         path = unquote(self.path.partition("?")[0])
@@ -206,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = exchange
 
-    def refuse(self, faults: Faults) -> None:
+    def refuse(self, faults):
         status, code = self.server.proxy.choose_error()
         time.sleep(faults.latency)
         self.server.proxy.count("error")
@@ -218,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body.encode())
 
-    def pass_on(self, answer: HTTPResponse, faults: Faults, path: str) -> None:
+    def pass_on(self, answer, faults, path):
         """Pass an answer on, with its faults."""
         proxy = self.server.proxy
         whole = b""
@@ -256,22 +255,22 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.recv(1)  # until the client goes
                 raise ConnectionResetError
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         pass
 
 
-def reset(connection: socket.socket) -> None:
+def reset(connection):
     """Close a connection with RST: the other side gets ECONNRESET, not an end of file."""
     with contextlib.suppress(OSError):  # closed already
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(connection.detach())
 
 
-def end(connection: socket.socket) -> None:
+def end(connection):
     """End a connection that a thread may be waiting for."""
     with contextlib.suppress(OSError):  # closed already
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def inverted(piece: bytes, at: int) -> bytes:
+def inverted(piece, at):
     return piece[:at] + bytes([piece[at] ^ 0xFF]) + piece[at + 1 :]

@@ -13,7 +13,6 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any, Self
 
 import boto3
 import botocore.session
@@ -29,7 +28,7 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 """Loaded here, since nothing may be loaded between fork and exec."""
 
 
-def free_port(*, beside: int = 0) -> int:
+def free_port(*, beside=0):
     """A port of loopback on which nothing listens, and nothing `beside` ports above it.
 
     Below the range that Linux (32768 up) and macOS (49152 up) use for outgoing connections, so that nothing takes it by
@@ -43,7 +42,7 @@ def free_port(*, beside: int = 0) -> int:
     raise RuntimeError("no free port between 11000 and 20000 on 127.0.0.1")
 
 
-def _is_free(port: int) -> bool:
+def _is_free(port):
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
@@ -64,24 +63,24 @@ class S3Server:
     port: int
     environment: dict[str, str]
 
-    def __init__(self, folder: str | Path, *, timeout: float = 60) -> None:
+    def __init__(self, folder, *, timeout=60):
         self.folder = Path(folder)
         self.log = self.folder / "weed.log"
         self.timeout = timeout  # seconds until the first object must have been written and read
         self._key = f"key{secrets.token_hex(8)}"
         self._secret = secrets.token_hex(20)
-        nobody: dict[str, Any] = {"profile": (None,) * 4, "config_file": (None, None, os.devnull, None)}
+        nobody = {"profile": (None,) * 4, "config_file": (None, None, os.devnull, None)}
         self._session = boto3.session.Session(botocore_session=botocore.session.Session(session_vars=nobody))
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         self.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.close()
 
-    def start(self) -> None:
+    def start(self):
         """Start the server and wait until it serves; RuntimeError with the end of its log if it does not."""
         deadline = time.monotonic() + self.timeout
         for _ in range(5):  # another process may take a port after it was found free: then weed ends at once
@@ -100,7 +99,7 @@ class S3Server:
             f"{self.endpoint}: no SeaweedFS in {self.timeout:g} s and 5 starts; {self.log} ends:\n{tail}"
         )
 
-    def client(self, *, endpoint: str = "", **options: Any) -> Any:
+    def client(self, *, endpoint="", **options):
         """A boto3 client for checks beside the code under test; `options` are botocore.config.Config's.
 
         endpoint: another address of the same server, such as a proxy before it
@@ -114,12 +113,12 @@ class S3Server:
             config=Config(proxies={}, **options),  # not through a proxy that HTTP_PROXY names
         )
 
-    def bucket(self, name: str) -> str:
+    def bucket(self, name):
         """Create a bucket (three characters or more, as in S3); returns "s3://name"."""
         self.client().create_bucket(Bucket=name)
         return f"s3://{name}"
 
-    def reader(self, name: str) -> dict[str, str]:
+    def reader(self, name):
         """The variables of an account that may GET what is in one bucket and LIST it, and nothing else."""
         key, secret = f"key{secrets.token_hex(8)}", secrets.token_hex(20)
         master, filer = (f"127.0.0.1:{port}.{port + GRPC}" for port in (self._ports["master"], self._ports["filer"]))
@@ -128,7 +127,7 @@ class S3Server:
         subprocess.run(command, input=f"s3.configure {account} -apply\n", text=True, capture_output=True, check=True)
         return {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
 
-    def close(self) -> None:
+    def close(self):
         """End the server for certain; its files stay. Nothing happens if it has ended already."""
         process = self._process
         if process is None:
@@ -145,9 +144,9 @@ class S3Server:
                 for path in Path("/tmp").glob(f"seaweedfs-*[!0-9]{number}.sock"):
                     path.unlink(missing_ok=True)
 
-    def _launch(self) -> None:
+    def _launch(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._ports: dict[str, int] = {}
+        self._ports = {}
         for service in SERVICES:
             while (port := free_port(beside=GRPC)) in self._ports.values():
                 pass
@@ -185,7 +184,7 @@ class S3Server:
                 preexec_fn=_die_with_parent,
             )
 
-    def _wait(self, deadline: float) -> bool:
+    def _wait(self, deadline):
         """Whether a bucket could be made, written and read before the deadline; False as soon as the process ends."""
         assert self._process is not None
         client = self.client(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=5)
@@ -194,7 +193,7 @@ class S3Server:
             try:
                 client.create_bucket(Bucket=where["Bucket"])
                 client.put_object(**where, Body=b"ready")
-                served: bytes = client.get_object(**where)["Body"].read()
+                served = client.get_object(**where)["Body"].read()
                 client.delete_object(**where)
                 client.delete_bucket(Bucket=where["Bucket"])
                 return served == b"ready"
@@ -203,7 +202,7 @@ class S3Server:
         return False
 
 
-def _weed() -> str:
+def _weed():
     """The program: beside this Python, or else on the path."""
     beside = Path(sysconfig.get_path("scripts")) / "weed"
     found = str(beside) if beside.exists() else shutil.which("weed")
@@ -212,7 +211,7 @@ def _weed() -> str:
     return found
 
 
-def _die_with_parent() -> None:
+def _die_with_parent():
     """In the child before it becomes weed: a test process that is killed leaves no server behind."""
     if _libc is not None:
         _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,14 +1,12 @@
 """Streams over any store, for WebDataset's own reader."""
 
 import io
-from collections.abc import Generator
-from typing import Any, BinaryIO
 
 from naign.errors import require
 from naign.storage.store import locate
 
 
-def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
+def gopen(url, mode="rb", bufsize=8192):
     """A file as a stream, as for `webdataset.gopen_schemes["s3"] = gopen`; read ahead, never cut. Raises InputError."""
     require(("r" in mode, f"{url}: mode {mode!r}: streams are only read; write data sets with `naign pack`"))
     store, name = locate(url)
@@ -19,14 +17,14 @@ def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
 class _Stream(io.RawIOBase):
     """A raw stream over pieces that follow one another."""
 
-    def __init__(self, pieces: Generator[bytes]) -> None:
+    def __init__(self, pieces):
         self._pieces = pieces
         self._left = memoryview(b"")
 
-    def readable(self) -> bool:
+    def readable(self):
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer):
         """Fill the buffer as far as the present piece reaches; 0 at the end."""
         if not self._left:
             self._left = memoryview(next(self._pieces, b""))
@@ -35,6 +33,6 @@ class _Stream(io.RawIOBase):
         self._left = self._left[count:]
         return count
 
-    def close(self) -> None:
+    def close(self):
         self._pieces.close()
         super().close()

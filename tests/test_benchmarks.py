@@ -2,11 +2,8 @@
 
 import json
 import re
-import subprocess
 import sys
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -14,47 +11,41 @@ import yaml
 
 from naign.config import parse
 from naign.errors import InputError
-from naign.model.naign import NAIGN
-from naign.model.networks import ConvConfig, build_network
-from tests.conftest import ROOT, environment, forked
+from naign.model.networks import ConvConfig
+from tests.conftest import ROOT, environment
+from tests.programs import execute, succeeded
 
 
-def start(name: str, *options: str, cwd: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    script = str(ROOT / f"benchmarks/{name}.py")
-    return subprocess.run(
-        [sys.executable, script, *options],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def start(tmp_path):
+    """Starts a benchmark, a line of words."""
+
+    def start(line, env=None):
+        name, *options = line.split()
+        return execute([sys.executable, str(ROOT / f"benchmarks/{name}.py"), *options], tmp_path, env=env)
+
+    return start
 
 
-def run(name: str, *options: str, cwd: Path, env: dict[str, str]) -> Any:
+@pytest.fixture
+def run(start, tmp_path):
     """The numbers of a benchmark that writes to `made`, and prints what it writes."""
-    done = start(name, *options, "--to", "made", cwd=cwd, env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == (cwd / "made.md").read_text().strip()
-    return json.loads((cwd / "made.json").read_text())
+
+    def run(line, env=None):
+        done = succeeded(start(f"{line} --to made", env))
+        assert done.stdout.strip() == (tmp_path / "made.md").read_text().strip()
+        return json.loads((tmp_path / "made.json").read_text())
+
+    return run
 
 
 @pytest.mark.slow
-def test_match_compares_with_faiss(digits: str, tmp_path: Path) -> None:
+def test_match_compares_with_faiss(run, save_untrained, digits, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/digits").symlink_to(digits)
-    config = ConvConfig(width=8, code=16)
-    metadata = {
-        "model": asdict(config),
-        "shape": [1, 8, 8],
-        "latents": {"name": "smooth", "grid": 4},
-        "prior": {"name": "none"},
-    }
-    model = NAIGN(build_network(config, (1, 8, 8)), metadata)
-    model.save_pretrained(tmp_path / "runs/digits")
-    options = ["--dims", "64", "--kinds", "untrained", "--queries", "240", "--candidates", "480"]
-    options += ["--checked", "100", "--repeats", "1"]
-    found = run("match", *options, cwd=tmp_path, env=forked())
+    save_untrained(tmp_path / "runs/digits", data=None, shape=(1, 8, 8), config=ConvConfig(width=8, code=16))
+    problems = "--dims 64 --kinds untrained --queries 240 --candidates 480"
+    found = run(f"match {problems} --checked 100 --repeats 1")
     (problem,) = found["problems"].values()
     assert problem["queries"] == 240
     assert problem["candidates"] == 480
@@ -62,7 +53,7 @@ def test_match_compares_with_faiss(digits: str, tmp_path: Path) -> None:
     assert problem["methods"]["auto"]["wrong"] == 0
 
 
-def test_right_answers_are_those_of_float64(benchmarks: None) -> None:
+def test_right_answers_are_those_of_float64(benchmarks):
     from match import right_answers
 
     generator = torch.Generator().manual_seed(0)
@@ -77,17 +68,16 @@ def test_right_answers_are_those_of_float64(benchmarks: None) -> None:
 
 
 @pytest.mark.slow
-def test_neighbours_compares_with_faiss(digits: str, tmp_path: Path) -> None:
-    options = ["--data", digits, "--queries", "2000", "--candidates", "20000"]
-    options += ["--window", "4", "8", "--threads", "1"]
-    found = run("neighbours", *options, cwd=tmp_path, env=environment())
+def test_neighbours_compares_with_faiss(run, digits):
+    problem = f"--data {digits} --queries 2000 --candidates 20000 --window 4 8"
+    found = run(f"neighbours {problem} --threads 1", environment())
     assert found["methods"]["ours"]["recall"] == 1
     assert found["methods"]["hnsw"]["effort"] >= 16
 
 
 @pytest.mark.slow
-def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
-    found = run("budget", "--configs", "folder64", "folder256", cwd=tmp_path, env=environment())
+def test_recipes_fit_the_memory_that_they_ask_for(run):
+    found = run("budget --configs folder64 folder256", environment())
     for name, most in (("folder64", 8), ("folder256", 12)):
         recipe = (ROOT / f"configs/{name}.yaml").read_text()
         assert f"a GPU with {most} GB" in recipe
@@ -98,9 +88,8 @@ def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> None:
-    options = ["--quick", "--sets", "grey28", "--peers", "absent", "--scratch", "scratch"]
-    found = run("data", *options, cwd=tmp_path, env=forked())
+def test_data_measures_readers_of_a_folder_and_of_a_server(run):
+    found = run("data --quick --sets grey28 --peers absent --scratch scratch")
     measured = found["sets"]["grey28"]
     assert measured["images"] == 6000
     for row in measured["rows"]:
@@ -110,8 +99,8 @@ def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> No
             assert row["seconds"] > 0
 
 
-def test_scale_predicts_what_the_page_says(tmp_path: Path) -> None:
-    costs = run("scale", cwd=tmp_path, env=forked())["costs"]
+def test_scale_predicts_what_the_page_says(run):
+    costs = run("scale")["costs"]
     assert len(costs) == 9
     page = (ROOT / "docs/scale.md").read_text()
     for gpus, seconds in ((8, "2.73"), (512, "19"), (4096, "135")):
@@ -120,7 +109,7 @@ def test_scale_predicts_what_the_page_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
+def test_every_row_and_trial_is_a_configuration(file):
     said = yaml.safe_load(file.read_text())
     common = said.get("common", [])
     commands = []
@@ -135,26 +124,32 @@ def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_hour_with_a_gpu_can_be_tried_without_one(tmp_path: Path, benchmarks: None) -> None:
+def test_the_first_hour_with_a_gpu_can_be_tried_without_one(start, tmp_path, benchmarks):
     from gpu import Part
 
-    done = start("gpu", "--device=cpu", "--small", "--to=gpu", cwd=tmp_path, env=forked())
+    done = start("gpu --device=cpu --small --to=gpu")
     lines = json.loads((tmp_path / "gpu.json").read_text())["lines"]
     assert {line["part"] for line in lines} == {*get_args(Part)}
     assert [line for line in lines if not line["holds"]] == [], done.stderr
     assert done.returncode == 0
 
 
-def test_a_part_that_fails_is_a_line_and_an_exit_code(tmp_path: Path, benchmarks: None) -> None:
+def test_a_part_that_fails_is_a_line_and_an_exit_code(tmp_path, benchmarks):
     from gpu import Settings, main
 
-    settings = Settings(to=tmp_path / "gpu", device="cpu", small=True, parts=("random",), minutes=1e-9)
+    settings = Settings(
+        to=tmp_path / "gpu",
+        device="cpu",
+        small=True,
+        parts=("random",),
+        minutes=1e-9,
+    )
     assert main(settings) == 1
     assert "| random | not begun |" in (tmp_path / "gpu.md").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_first_hour_with_a_gpu_needs_one(tmp_path: Path, benchmarks: None) -> None:
+def test_the_first_hour_with_a_gpu_needs_one(tmp_path, benchmarks):
     from gpu import Settings, main
 
     with pytest.raises(InputError, match="no CUDA device"):
@@ -162,7 +157,7 @@ def test_the_first_hour_with_a_gpu_needs_one(tmp_path: Path, benchmarks: None) -
     assert not (tmp_path / "other.md").exists()
 
 
-def test_the_head_of_the_script_for_gpus_names_every_part(benchmarks: None) -> None:
+def test_the_head_of_the_script_for_gpus_names_every_part(benchmarks):
     import gpu
 
     named = re.findall(r"^    (\w+) {2,}", gpu.__doc__, re.MULTILINE)

@@ -1,17 +1,16 @@
 """The package that CONTRIBUTING.md shows is one: what it adds is packed, trained with, resumed and evaluated."""
 
-import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, SMALL, direct_command, environment
+from tests.e2e.runs import losses, metrics_of
+from tests.programs import execute
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCK = re.compile(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -31,7 +30,7 @@ EXPECTED = (
 
 
 @pytest.fixture
-def package(tmp_path: Path) -> Path:
+def package(tmp_path):
     """The package as an installer leaves it: its modules, and its metadata with the entry points."""
     files = dict(BLOCK.findall(TEXT))
     project = tomllib.loads(files.pop("pyproject.toml"))["project"]
@@ -51,41 +50,35 @@ def package(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(package: Path, tmp_path: Path) -> None:
+def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(package, tmp_path):
     with_package = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "pipeline"), str(package)]))
 
-    def run(*command: str, code: int = 0, env: dict[str, str] = with_package) -> str:
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(*command, code=0, env=with_package):
+        done = execute(command, tmp_path, env=env)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
-    naign = (sys.executable, "-m", "naign.cli")
+    def naign(line, *more):
+        return run(sys.executable, "-m", "naign.cli", *line.split(), *more)
+
     shown = TEXT.partition("\nnaign train ")[2].partition("naign evaluate")[0]
     options = [option for option in shlex.split(shown) if option != "\n"]
     options += [option for option in SMALL if not option.startswith(("--model", "--prior", "--objective"))]
     options += ["--prior.images=512"]
-    run(*naign, "pack", "inverted", "--to", "data/inverted")
-    run(*naign, "train", *options, "--train.images=512")
+    naign("pack inverted --to data/inverted")
+    naign("train", *options, "--train.images=512")
     # A resumed run reads what the first one recorded of the package's settings.
     refused = run(*direct_command(*options, "--objective.delta=0.3", "--prior.directions=7"), code=2)
     assert "objective.delta: 0.2 there, 0.3 now" in refused
     assert "prior.directions: 6 there, 7 now" in refused
     text = run(*direct_command(*options, "--train.images=768", "--resume=changed"))
     assert "resuming from" in text
-    lines = [json.loads(line) for line in (tmp_path / "runs/inverted/metrics.jsonl").read_text().splitlines()]
-    rounds = [line for line in lines if line["train/stage"] == 1]
+    rounds = losses(tmp_path / "runs/inverted")
     assert len(rounds) == 3
     assert {"loss/total", "loss/reconstruction", "loss/imle"} <= rounds[-1].keys()
     assert run(sys.executable, "-c", LOAD).strip() == EXPECTED
-    run(*naign, "evaluate", "runs/inverted", "--encoder", "coarse", "--samples", "100")
-    metrics = json.loads((tmp_path / "runs/inverted/evaluation/metrics.json").read_text())
+    naign("evaluate runs/inverted --encoder coarse --samples 100")
+    metrics = metrics_of(tmp_path / "runs/inverted")
     assert metrics["encoder"] == "pixels"
     assert metrics["second"]["encoder"] == "coarse"
     assert metrics["images_seen"] == 768

@@ -1,12 +1,10 @@
 """The documentation builds, and names settings and files that exist."""
 
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +13,14 @@ from naign.model.losses import OBJECTIVES
 from naign.model.networks import NETWORKS
 from naign.model.prior import PRIORS
 from tests.conftest import ROOT
+from tests.programs import script, succeeded
 
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 CHOICES = {"model": NETWORKS, "objective": OBJECTIVES, "prior": PRIORS}
 
 
-def build(project: Path) -> subprocess.CompletedProcess[str]:
+def build(project):
     """Build the site of a copy of docs/, in a folder of its own."""
     ignored = shutil.ignore_patterns("data", "runs")
     shutil.copytree(ROOT / "docs", project / "docs", dirs_exist_ok=True, ignore=ignored)
@@ -32,9 +31,8 @@ def build(project: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_site_builds(tmp_path: Path) -> None:
-    built = build(tmp_path)
-    assert built.returncode == 0, built.stderr
+def test_the_site_builds(tmp_path):
+    succeeded(build(tmp_path))
     site = tmp_path / "build/site"
     assert (site / "benchmarks/results/points.png").exists()
     assert 'src="../benchmarks/results/points.png"' in (site / "imle/index.html").read_text()
@@ -42,7 +40,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert json.loads((site / "search.json").read_text())["items"]
 
 
-def test_the_site_is_refused_with_a_broken_link_or_a_page_outside_nav(tmp_path: Path) -> None:
+def test_the_site_is_refused_with_a_broken_link_or_a_page_outside_nav(tmp_path):
     (tmp_path / "docs").mkdir()
     links = "[a](absent.md) [b](../benchmarks/absent.py) [c](data.md#absent)\n"
     (tmp_path / "docs/new.md").write_text(links)
@@ -52,12 +50,8 @@ def test_the_site_is_refused_with_a_broken_link_or_a_page_outside_nav(tmp_path: 
         assert problem in built.stderr
 
 
-def test_the_settings_page_is_the_generated_one() -> None:
-    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "docs/settings.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_the_settings_page_is_the_generated_one():
+    module = script("docs/settings.py")
     page = module.page()
     assert module.PAGE.read_text() == page, "run: make docs"
     for key in flatten(Config()):
@@ -65,13 +59,13 @@ def test_the_settings_page_is_the_generated_one() -> None:
 
 
 @pytest.mark.parametrize("name", TOP)
-def test_links_at_the_top_lead_somewhere(name: str) -> None:
+def test_links_at_the_top_lead_somewhere(name):
     for link in re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text()):
         assert "://" in link or (ROOT / link).exists(), link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_settings_and_files_of_a_page_exist(page: Path) -> None:
+def test_settings_and_files_of_a_page_exist(page):
     text = page.read_text()
     known = set(flatten(Config()))
     for section, choices in CHOICES.items():

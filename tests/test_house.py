@@ -2,8 +2,6 @@
 
 import ast
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +14,7 @@ SOURCES = sorted(file for folder in ("pipeline", "benchmarks") for file in (ROOT
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_files_and_functions_are_short(file: Path) -> None:
+def test_files_and_functions_are_short(file):
     text = file.read_text()
     long = [
         f"{node.name} has {lines} lines"
@@ -29,13 +27,13 @@ def test_files_and_functions_are_short(file: Path) -> None:
     assert not long
 
 
-def drawn(tree: str) -> Iterator[str]:
+def drawn(tree):
     """The path of each file and folder that begins a line of the tree; folders end with "/" and indentation nests."""
-    above: list[tuple[int, str]] = []
+    above = []
     for line in tree.splitlines():
         plain = re.sub("[│├└─]", " ", line)
         indent = len(plain) - len(plain.lstrip())
-        names = re.match(r"(?:[\w.*-]+(?:/|\.\w+)(?: |$))*", plain.lstrip())[0].split()  # type: ignore[index]
+        names = re.match(r"(?:[\w.*-]+(?:/|\.\w+)(?: |$))*", plain.lstrip())[0].split()
         above = [(width, folder) for width, folder in above if width < indent]
         for name in names:
             yield "".join(folder for _, folder in above) + name
@@ -43,7 +41,7 @@ def drawn(tree: str) -> Iterator[str]:
             above.append((indent, names[0]))
 
 
-def test_a_tree_names_every_room_and_only_what_exists() -> None:
+def test_a_tree_names_every_room_and_only_what_exists():
     blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "docs/internals.md").read_text(), re.M | re.S)
     (tree,) = (block for block in blocks if re.search(r"^\W*pipeline/", block, re.M))
     names = list(drawn(tree))

@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
-def test_tests_that_pages_name_exist() -> None:
+def test_tests_that_pages_name_exist():
     count = 0
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for file, name in NAMED.findall(page.read_text()):

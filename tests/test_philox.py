@@ -1,7 +1,6 @@
 """Philox against the published vectors; normals against their distribution."""
 
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from typing import ClassVar
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from naign import philox
 from tests.conftest import PYTHONPATH, environment
+from tests.programs import execute, succeeded
 
 # Random123's kat_vectors for philox4x32-10: counter, key, output.
 KNOWN_ANSWERS = [
@@ -89,8 +89,7 @@ for seed in (0, 1, -1, 2**62 + 3):
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernel_draws_the_same_words():
     env = environment(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([PYTHONPATH, *sys.path]))
-    done = subprocess.run([sys.executable, "-c", WORDS], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    succeeded(execute([sys.executable, "-c", WORDS], env=env))
 
 
 def test_a_draw_is_one_operation_wherever_it_is_made():

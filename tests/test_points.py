@@ -35,7 +35,14 @@ def drawn(name):
     return torch.from_numpy(points), labels
 
 
-@pytest.mark.parametrize(("name", "parts"), [("gaussians", 8), ("spirals", 2), ("ring", 1)])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("gaussians", 8),
+        ("spirals", 2),
+        ("ring", 1),
+    ],
+)
 def test_the_data_itself_covers_every_part_and_lies_near(truths, name, parts):
     points, _ = drawn(name)
     found = truths[name]().judge(Known(points, lambda x: x + 5 + x.square()))

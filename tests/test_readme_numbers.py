@@ -1,14 +1,9 @@
 """README is short, each of its numbers comes from benchmarks/results, and its pictures are what their scripts draw."""
 
-import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
-from types import ModuleType
-from typing import Any
 
 from PIL import Image
 
@@ -16,6 +11,7 @@ from naign.data.damage import KINDS
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT
+from tests.programs import script
 
 LINES = 160
 WORDS = 1600
@@ -30,11 +26,11 @@ LONGER = "Fashion-MNIST, the flow four times as long, guidance 2, 40 steps"
 WITHOUT = ("rivals_cifar10", "the same without guidance and student, 15 evaluations")
 
 
-def results(name: str) -> Any:
+def results(name):
     return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
 
-def mean(table: str, row: str, key: str) -> float:
+def mean(table, row, key):
     """Of all runs of a row of a table; `key` is a path with dots."""
     values = []
     for run in results(table)[row]:
@@ -44,7 +40,7 @@ def mean(table: str, row: str, key: str) -> float:
     return fmean(values)
 
 
-def row(table: str, name: str) -> list[str]:
+def row(table, name):
     """The cells of README's table, from a row of a table of results."""
     cells = [f"{mean(table, name, 'cpu_seconds'):,.0f}", f"{mean(table, name, 'fd.once_ratio'):.1f}"]
     if results(table)[name][0]["restoration"]:  # None: it does not repair
@@ -53,7 +49,7 @@ def row(table: str, name: str) -> list[str]:
     return [*cells, f"{mean(table, name, 'sampling.cpu_seconds'):,.1f}"]
 
 
-def speed_of_match(choose: Callable[..., float]) -> float:
+def speed_of_match(choose):
     """How many times as fast as faiss.knn, of the problem that `choose` picks."""
     ratios = []
     for problem in results("match")["problems"].values():
@@ -62,7 +58,7 @@ def speed_of_match(choose: Callable[..., float]) -> float:
     return choose(ratios)
 
 
-def speed_of_reading(choose: Callable[..., float]) -> float:
+def speed_of_reading(choose):
     """How many times as fast as WebDataset from a folder, of the data set that `choose` picks, rounded down."""
     ratios = []
     for data in results("data")["sets"].values():
@@ -71,25 +67,25 @@ def speed_of_reading(choose: Callable[..., float]) -> float:
     return math.floor(10 * choose(ratios)) / 10
 
 
-def checked() -> int:
+def checked():
     """How many answers of `auto` were compared; none was wrong."""
     problems = results("match")["problems"].values()
     assert not any(problem["methods"]["auto"]["wrong"] for problem in problems)
     return sum(problem["checked"] for problem in problems)
 
 
-def logged(pattern: str) -> str:
+def logged(pattern):
     """What the group of the pattern matches in the log of experiments, which holds what no table does."""
     match = re.search(pattern, " ".join((ROOT / "benchmarks/results/experiments.md").read_text().split()))
     assert match, pattern
     return match[1]
 
 
-def kills() -> int:
+def kills():
     return len(re.findall(r"^ *\d+\. ", (ROOT / "benchmarks/results/kills.txt").read_text(), re.M))
 
 
-def installed(torch: str) -> str:
+def installed(torch):
     return f"{results('install')[torch]['bytes'] / 1e9:.1f}"
 
 
@@ -105,7 +101,7 @@ ROWS = {
     "CIFAR-10: flow in pixels, 39 evaluations": ("rivals_cifar10", FLOW),
 }
 """Of README's table, and where they come from."""
-SOURCES: dict[str, list[str]] = {
+SOURCES = {
     "took {} minutes": [f"{results('install')['cuda']['seconds'] / 60:.0f}"],
     "It takes {} GB on Linux": [installed("cuda")],
     "up to {} GB of memory": [f"{results('install')['memory']['evaluate'] / 1e9:.1f}"],
@@ -153,7 +149,7 @@ for title, place in ROWS.items():
     SOURCES[f"| {title} | {{}} | {{}} | {repairs} | {{}} |"] = row(*place)
 
 
-def unsourced(page: str) -> tuple[list[str], list[str]]:
+def unsourced(page):
     """(phrases of SOURCES that are not on the page once, numbers that no phrase accounts for), code aside."""
     page = re.sub(r"^```.*?^```|<!--.*?-->", " ", page, flags=re.M | re.S)
     page = re.sub(r"\]\([^)]*\)", "]", " ".join(page.split()))
@@ -170,11 +166,11 @@ def unsourced(page: str) -> tuple[list[str], list[str]]:
     return absent, re.findall(r"\S*\d\S*", page)
 
 
-def test_every_number_has_a_source() -> None:
+def test_every_number_has_a_source():
     assert unsourced((ROOT / "README.md").read_text()) == ([], [])
 
 
-def test_a_number_without_a_source_is_found() -> None:
+def test_a_number_without_a_source_is_found():
     page = (ROOT / "README.md").read_text()
     assert unsourced(page + "\nIt is 3.7 times as fast.\n") == ([], ["3.7"])
     absent, left = unsourced(page.replace("after 20 kills", "after 30 kills"))
@@ -182,22 +178,13 @@ def test_a_number_without_a_source_is_found() -> None:
     assert left == ["30"]
 
 
-def test_it_is_short() -> None:
+def test_it_is_short():
     page = (ROOT / "README.md").read_text()
     assert len(page.splitlines()) <= LINES
     assert len(page.split()) <= WORDS
 
 
-def script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_drawings_are_those_of_their_scripts() -> None:
+def test_the_drawings_are_those_of_their_scripts():
     diagrams = script("docs/diagrams.py")
     drawn = {name: draw() for name, draw in diagrams.DRAWINGS.items()}
     drawn["cost"] = script("benchmarks/cost.py").picture()
@@ -208,7 +195,7 @@ def test_the_drawings_are_those_of_their_scripts() -> None:
     assert list(diagrams.ROOMS) == names
 
 
-def test_the_picture_at_the_top_shows_two_runs_and_a_drawing(tmp_path: Path) -> None:
+def test_the_picture_at_the_top_shows_two_runs_and_a_drawing(tmp_path):
     config = ConvConfig(width=8, code=16)
     model = {"model": {"name": "conv", "width": 8, "code": 16}, "shape": [1, 28, 28]}
     model |= {"latents": {"name": "smooth"}, "prior": {"name": "none"}}

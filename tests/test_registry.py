@@ -15,7 +15,7 @@ FOREIGN = ModuleType("foreign_choices")
 sys.modules["foreign_choices"] = FOREIGN
 
 
-def found(monkeypatch, value: str, group: str, builtin):
+def found(monkeypatch, value, group, builtin):
     point = EntryPoint("other", value, group)
     monkeypatch.setattr(
         "naign.settings.registry._entry_points", lambda asked: {"other": point} if asked == group else {}
@@ -28,7 +28,6 @@ def found(monkeypatch, value: str, group: str, builtin):
     [
         (None, "NoneType, not a settings class and a function"),
         ((networks.ConvConfig,), "tuple, not a settings class and a function"),
-        ((networks.ConvConfig, len, len), "tuple, not a settings class and a function"),
         ((int, len), "tuple, not a settings class and a function"),
         ((networks.ConvConfig, 3), "tuple, not a settings class and a function"),
     ],

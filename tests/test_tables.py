@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -20,38 +19,55 @@ SOUND = {
     "columns": ["once"],
     "rows": {"ours": {"config": DIGITS, "options": ["--train.lr=1e-3"]}},
 }
-SEARCH = {"base": DIGITS, "images": [1024], "keep": 0.5, "trials": {"as it is": []}}
+SEARCH = {
+    "base": DIGITS,
+    "images": [1024],
+    "keep": 0.5,
+    "trials": {"as it is": []},
+}
 
 
 @pytest.fixture
-def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def forked_programs(monkeypatch):
     """What is trained and evaluated inherits this environment."""
     for name, value in forked().items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
-def table() -> ModuleType:
+def table():
     import table
 
     return table
 
 
 @pytest.fixture
-def search() -> ModuleType:
+def search():
     import search
 
     return search
 
 
 @pytest.fixture
-def trained() -> ModuleType:
+def trained():
     import trained
 
     return trained
 
 
-def cells(text: str) -> list[list[str]]:
+@pytest.fixture
+def plan(table, tmp_path):
+    """Writes the file of a table; the settings with which it is made."""
+
+    def plan(said):
+        file = tmp_path / "table.yaml"
+        file.write_text(json.dumps(said))
+        return table.Settings(file=file, to=tmp_path / "made", runs=tmp_path / "runs")
+
+    return plan
+
+
+def cells(text):
     """The rows of a table in Markdown, below its titles."""
     found = []
     for line in text.splitlines():
@@ -72,11 +88,9 @@ def cells(text: str) -> list[list[str]]:
         ({"comon": ["--seed=3"]}, "comon"),
     ],
 )
-def test_a_table_that_cannot_be_made_is_refused(table, tmp_path, change, said):
-    file = tmp_path / "table.yaml"
-    file.write_text(json.dumps(SOUND))
-    assert table.Plan.read(file).seeds == [0, 1]
-    file.write_text(json.dumps(SOUND | change))
+def test_a_table_that_cannot_be_made_is_refused(table, plan, change, said):
+    assert table.Plan.read(plan(SOUND).file).seeds == [0, 1]
+    file = plan(SOUND | change).file
     with pytest.raises(InputError, match=f"is not a table.*{said}"):
         table.Plan.read(file)
 
@@ -120,11 +134,10 @@ def test_a_run_is_named_after_what_it_computes(trained, tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--help"], ["--train.batch=0.5"], ["--match.ratio=-1"]])
-def test_an_option_that_is_invalid_is_named_with_its_row(table, tmp_path, options):
-    file = tmp_path / "table.yaml"
-    file.write_text(json.dumps(SOUND | {"common": options}))
+def test_an_option_that_is_invalid_is_named_with_its_row(table, plan, options):
+    settings = plan(SOUND | {"common": options})
     with pytest.raises(InputError, match=r"table.yaml: row 'ours'"):
-        table.main(table.Settings(file=file, to=tmp_path / "made", runs=tmp_path / "runs"))
+        table.main(settings)
 
 
 def test_runs_that_are_a_file_are_named(trained, tmp_path):
@@ -142,11 +155,9 @@ def test_a_run_whose_numbers_are_damaged_is_named(trained, tmp_path, text):
         task.measure()
 
 
-def test_numbers_outlive_the_run_they_came_from(table, trained, tmp_path, capsys):
-    file = tmp_path / "table.yaml"
+def test_numbers_outlive_the_run_they_came_from(table, plan, trained, tmp_path, capsys):
     made = tmp_path / "made.json"
-    file.write_text(json.dumps(SOUND))
-    settings = table.Settings(file=file, to=tmp_path / "made", runs=tmp_path / "runs")
+    settings = plan(SOUND)
     records = []
     for seed, ratio in ((0, 2), (1, 4), (2, 60)):
         task = trained.Task.of(settings.runs, DIGITS, ["--train.lr=1e-3"], seed)
@@ -162,7 +173,7 @@ def test_numbers_outlive_the_run_they_came_from(table, trained, tmp_path, capsys
     table.main(settings)
     assert "| ours (1 seed) | 2.0 |" in capsys.readouterr().out
 
-    file.write_text(json.dumps(SOUND | {"common": ["--train.clip=0.7"]}))
+    plan(SOUND | {"common": ["--train.clip=0.7"]})
     table.main(settings)
     assert "'ours', seed 0: its numbers are of other settings" in capsys.readouterr().err
 
@@ -182,19 +193,20 @@ def test_numbers_outlive_the_run_they_came_from(table, trained, tmp_path, capsys
         ("{}", "made.json/x", "made.json"),
     ],
 )
-def test_a_table_is_not_written_over_something_else(table, tmp_path, monkeypatch, there, to, said):
-    monkeypatch.chdir(tmp_path)
-    Path("table.yaml").write_text(json.dumps(SOUND))
-    Path("made.json").write_text(there)
+def test_a_table_is_not_written_over_something_else(table, plan, tmp_path, there, to, said):
+    made = tmp_path / "made.json"
+    made.write_text(there)
+    settings = plan(SOUND)
+    settings.to = tmp_path / to
     with pytest.raises(InputError, match=said):
-        table.main(table.Settings(file=Path("table.yaml"), to=Path(to), runs=Path("runs")))
-    assert Path("made.json").read_text() == there
-    assert not Path("runs").exists()
+        table.main(settings)
+    assert made.read_text() == there
+    assert not settings.runs.exists()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_programs")
-def test_table_of_a_run_a_model_made_of_it_and_one_that_diverges(table, digits, tmp_path, capfd):
+def test_table_of_a_run_a_model_made_of_it_and_one_that_diverges(table, plan, digits, tmp_path, capfd):
     wild = ["--objective.distance=l2", "--train.lr=1e18", "--train.clip=1e18", "--train.warmup=0"]
     said = {
         "title": "A table",
@@ -214,10 +226,7 @@ def test_table_of_a_run_a_model_made_of_it_and_one_that_diverges(table, digits, 
         "answers": ["input"],
         "packed": {"data/absent": ["nothing"]},
     }
-    file = tmp_path / "table.yaml"
-    file.write_text(json.dumps(said))
-    settings = table.Settings(file=file, to=tmp_path / "made", runs=tmp_path / "runs")
-
+    settings = plan(said)
     table.main(settings)
     told = capfd.readouterr()
     assert "data/absent cannot be packed" in told.err
@@ -255,7 +264,7 @@ def test_search_keeps_the_best_and_goes_on(search, digits, tmp_path, capsys):
     file.write_text(json.dumps(said))
     runs = tmp_path / "runs"
 
-    def of_rung(rung: int) -> str:
+    def of_rung(rung):
         search.main(search.Settings(file=file, to=tmp_path / "found", rung=rung, runs=runs))
         return capsys.readouterr().out
 

@@ -27,7 +27,7 @@ from naign.storage.store import open_store
 from tests.checkpoint.written import start_model
 
 
-def put(remote: str, step: int, *, done: bool = True) -> None:
+def put(remote, step, *, done=True):
     root = f"{remote}/checkpoints/step-{step:08d}"
     open_store(root).put("trainer.json", json.dumps({"round": step, "done": 0}).encode())
     open_store(f"{root}/state").put("rank-00000-of-00001.safetensors", b"state")
@@ -35,11 +35,14 @@ def put(remote: str, step: int, *, done: bool = True) -> None:
         open_store(root).put(MANIFEST, b"{}")
 
 
-def steps(remote: str) -> list[int]:
+def steps(remote):
     """Of those that hold a file; a server may take its time to forget a folder."""
     root = f"{remote}/checkpoints"
-    names = [name for name in open_store(root).folders() if name != "step-mine" and open_store(f"{root}/{name}").list()]
-    return [int(name.removeprefix("step-")) for name in names]
+    found = []
+    for name in open_store(root).folders():
+        if name != "step-mine" and open_store(f"{root}/{name}").list():
+            found.append(int(name.removeprefix("step-")))
+    return found
 
 
 def test_what_earlier_processes_left_is_pruned_too(bucket):
@@ -147,7 +150,7 @@ def test_the_round_of_a_checkpoint_costs_one_request_a_file(bucket, monkeypatch)
     open_store(folder).put(MANIFEST, json.dumps({"files": entries}).encode())
     asked = []
 
-    def note(**_: object) -> None:
+    def note(**_):
         asked.append(threading.current_thread())
         time.sleep(0.05)  # no thread is done before the others begin
 

@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,24 +9,26 @@ from naign.checkpoint.writer import Writer
 
 
 def write_checkpoint(
-    folder: Path,  # .../checkpoints/step-00001234
-    fill: Callable[[Path], object],  # writes the files into the folder it is given
-) -> None:
+    folder,  # .../checkpoints/step-00001234
+    fill,  # writes the files into the folder it is given
+):
     """Write a complete checkpoint by a Writer of one rank."""
     with tempfile.TemporaryDirectory() as made:
         source = Path(made)
         fill(source)
-        names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
         writer = Writer(folder.parent.parent)
-        files = {name: partial(shutil.copyfile, source / name) for name in names}
+        files = {}
+        for path in source.rglob("*"):
+            if path.is_file():
+                files[path.relative_to(source).as_posix()] = partial(shutil.copyfile, path)
         writer.start(folder.name, lambda: None, files)
         assert writer.join()
 
 
-def start_model(writer: Writer, name: str) -> None:
+def start_model(writer, name):
     """Start to write a checkpoint of one small file."""
 
-    def write(file: Path) -> None:
+    def write(file):
         file.write_bytes(b"m")
 
     writer.start(name, lambda: None, {"model.bin": write})

@@ -4,7 +4,6 @@ import io
 import os
 import pty
 import shlex
-import subprocess
 import sys
 import tarfile
 import termios
@@ -12,7 +11,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-import torch
 from PIL import Image
 
 from naign import terminal
@@ -24,26 +22,28 @@ from naign.data.sources.catalog import load
 from naign.data.sources.source import Made
 from naign.distributed import host
 from naign.evaluate.measures import STAGES
-from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
 from naign.observe import doctor
 from tests.conftest import environment
 from tests.data.numbered import add
+from tests.programs import execute
 
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    """Runs the program here; returns its exit code and all that it wrote to stdout and stderr."""
+    """Runs the program here, a line of words; it must end with this code. Returns its stdout and stderr."""
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["naign", *map(str, arguments)])
+    def run(line, code=0):
+        monkeypatch.setattr(sys, "argv", ["naign", *line.split()])
         capfd.readouterr()
-        code = 0
+        ended = 0
         try:
             main()
         except SystemExit as error:
-            code = error.code or 0
-        return code, *capfd.readouterr()
+            ended = error.code or 0
+        out, err = capfd.readouterr()
+        assert ended == code, err
+        return out, err
 
     return run
 
@@ -68,24 +68,10 @@ def plane(tmp_path, save_untrained):
 
 
 def test_evaluate_prints_what_it_does(command, plane):
-    code, out, err = command("evaluate", plane, "--samples", "50")
-    assert code == 0
+    out, err = command(f"evaluate {plane} --samples 50")
     assert f"report: {plane}/evaluation/report.html" in out
     for title in (*STAGES, "pictures and report"):
         assert f" s: {title}\n" in err
-
-
-def test_score_prints_a_table(command, images, tmp_path):
-    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
-    code, out, _ = command("score", images, tmp_path / "a.png", "--times", "2")
-    assert code == 0
-    image = torch.full((1, 1, 8, 8), 90 / 127.5 - 1)
-    energy = float(NAIGN.from_pretrained(images).energy(image, times=2))
-    header, line = out.splitlines()
-    file, _, score = line.rpartition(",")
-    assert header == "file,energy"
-    assert file == f"{tmp_path}/a.png"
-    assert float(score) == pytest.approx(energy, rel=1e-4)
 
 
 def test_verify_prints_what_is_known_and_what_is_wrong(command, tmp_path):
@@ -96,41 +82,35 @@ def test_verify_prints_what_is_known_and_what_is_wrong(command, tmp_path):
         add(tar, "a.png", picture.getvalue())
         add(tar, "b.png", picture.getvalue()[:40])
     index(str(tmp_path), keep_broken=True, progress=False)
-    code, out, _ = command("verify", tmp_path)
-    assert code == 0
+    out, _ = command(f"verify {tmp_path}")
     assert "sound, 2 samples in 1 shards" in out
     assert "of them 1 are known to be broken: train.tar b" in out
     with shard.open("r+b") as file:
         file.seek(512)
         file.write(b"\xff")
-    code, _, err = command("verify", tmp_path)
-    assert code == 2
+    _, err = command(f"verify {tmp_path}", code=2)
     assert "key a: the .png cannot be decoded" in err
 
 
 def test_doctor_prints_findings(command, monkeypatch):
     monkeypatch.setattr(doctor, "CHECKS", (doctor.faiss, doctor.disk))  # others take seconds
-    code, out, _ = command("doctor")
-    assert code == 0
+    out, _ = command("doctor")
     assert "disk here: " in out
     assert out.endswith("ready\n")
     monkeypatch.setattr(host, "faiss_builds", lambda: ["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"])
-    code, _, err = command("doctor")
-    assert code == 2
+    _, err = command("doctor", code=2)
     assert "this machine is not ready" in err
 
 
 def test_the_version_and_what_train_takes_beside_settings(command):
-    assert command("--version") == (0, f"naign {find_version()}\n", "")
-    code, out, _ = command("train", "--help")
-    assert code == 0
+    assert command("--version") == (f"naign {find_version()}\n", "")
+    out, _ = command("train --help")
     for option in ("--config FILE", "--engine FILE", "--processes N", "--seed"):
         assert option in out
 
 
 def test_a_completion_script_holds_all_commands(command):
-    code, script, _ = command("--tyro-print-completion", "fish")
-    assert code == 0
+    script, _ = command("--tyro-print-completion fish")
     assert "--samples" in script
     for name in COMMANDS:
         assert f"'{name}': {{" in script
@@ -208,20 +188,12 @@ def test_a_call_without_steps_shows_how_long_it_takes(monkeypatch):
     [
         ("score mnist a.png > /dev/full", 1),
         ("score mnist a.png >&- 2>&-", 0),
-        ("train --help > /dev/full", 1),
         ("launch --help >&-", 0),
     ],
 )
 def test_output_that_cannot_be_written_ends_in_a_sentence(words, code, tmp_path):
     Image.new("L", (28, 28)).save(tmp_path / "a.png")
     program = f"{shlex.quote(sys.executable)} -m naign.cli {words}"
-    done = subprocess.run(
-        ["bash", "-c", program],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = execute(["bash", "-c", program], tmp_path, env=environment())
     assert done.returncode == code
     assert done.stderr == "naign: failed: the output: No space left on device\n" * code

@@ -13,7 +13,7 @@ from tests.neighbours.planted import audit, small_blocks
 FOLDER = "NAIGN_TEST_AUDIT"  # variable: the folder with data/ and model/
 
 
-def audits(rank: int, world: int) -> list[str]:
+def audits(rank, world):
     """Both audits, in pixels and in features; their files are in the folder of that world size."""
     folder = Path(os.environ[FOLDER])
     with pytest.MonkeyPatch.context() as patch:

@@ -2,28 +2,26 @@
 
 import time
 from types import SimpleNamespace
-from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 from naign import errors
 from naign.distributed.ranks import part, together
 from naign.match import assign
-from naign.match.matcher import Match, MatchConfig, match_round
+from naign.match.matcher import MatchConfig, match_round
 from naign.model.networks import ConvConfig, build_network
 from naign.model.prior import LatentsConfig, build_latents
 from tests.match.problems import draw
 
 
-def share(rows: Tensor, rank: int, world: int) -> tuple[Tensor, int]:
+def share(rows, rank, world):
     """This rank's contiguous part and its first row."""
-    start, stop = len(rows) * rank // world, len(rows) * (rank + 1) // world
+    start = len(rows) * rank // world
+    stop = len(rows) * (rank + 1) // world
     return rows[start:stop], start
 
 
-def parted(rank: int, world: int) -> tuple[float, float]:
+def parted(rank, world):
     """When a rank comes and when it leaves, by the machine's clock; the last comes a second later."""
     time.sleep(rank == world - 1)
     came = time.monotonic()
@@ -31,7 +29,7 @@ def parted(rank: int, world: int) -> tuple[float, float]:
     return came, time.monotonic()
 
 
-def parted_without_one(rank: int, world: int) -> float:
+def parted_without_one(rank, world):
     """Seconds that a rank waits for the others, of whom the last does not come."""
     began = time.monotonic()
     if rank < world - 1:
@@ -39,14 +37,14 @@ def parted_without_one(rank: int, world: int) -> float:
     return time.monotonic() - began
 
 
-def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
+def matched(setting, rank, world):
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
     latents = build_latents(LatentsConfig(name="halves"), (1, 8, 8))
 
     @torch.inference_mode()
-    def sample(ids: Tensor) -> Tensor:
+    def sample(ids):
         return network(latents.draw(1, 2, ids, "cpu"))
 
     assign.NEIGHBOURS = 2  # so few that images ask again
@@ -65,20 +63,22 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     return match_round(images, sample, config)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS = {
     "free": {},
     "reject_share": {"reject_share": 0.3},
     "one_to_one": {"assignment": "one_to_one"},
 }
 
 
-def match(rank: int, world: int) -> dict[str, dict[str, Any]]:
+def match(rank, world):
     """What must not depend on the world size: ids, distances, and all that is reported but what it cost."""
     answers = {}
     for name, setting in SETTINGS.items():
         found = matched(setting, rank, world)
-        values = {key: value for key, value in found.values.items() if key.startswith("match/")}
-        values = {key: value for key, value in values.items() if key != "match/measured"}
+        values = {}
+        for key, value in found.values.items():
+            if key.startswith("match/") and key != "match/measured":
+                values[key] = value
         answers[name] = {"ids": found.ids, "distances": found.distances, "values": values}
     return answers
 
@@ -87,7 +87,7 @@ class Narrower(errors.Damaged):
     """A subclass that errors.py does not know."""
 
 
-RAISED: dict[str, tuple[Exception | None, Exception | None]] = {
+RAISED = {
     "one": (None, errors.Damaged("damaged")),
     "diverged": (errors.Diverged("diverged"), None),
     "stopped": (errors.Stopped(), None),
@@ -101,12 +101,12 @@ RAISED: dict[str, tuple[Exception | None, Exception | None]] = {
 """What rank 0 and rank 1 raise inside `together`."""
 
 
-def raised(rank: int, world: int) -> dict[str, tuple[str, str]]:
+def raised(rank, world):
     """Name and message of what this rank got in each case."""
     found = {}
     for name, raising in RAISED.items():
         try:
-            with together(cast(Accelerator, SimpleNamespace(num_processes=world))):
+            with together(SimpleNamespace(num_processes=world)):
                 if (error := raising[rank]) is not None:
                     raise error
             found[name] = ("", "")

@@ -1,6 +1,7 @@
 """What ranks of tests/distributed/test_fsdp.py run."""
 
 import os
+from copy import deepcopy
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from naign.distributed.engine import Engine
 from naign.model.networks import ConvConfig, build_network
 
 
-def make(kind: type[Engine]) -> Engine:
+def make(kind):
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     torch.manual_seed(0)
@@ -30,7 +31,7 @@ def make(kind: type[Engine]) -> Engine:
     )
 
 
-def train(engine: Engine, steps: range) -> None:
+def train(engine, steps):
     rank = engine.accelerator.process_index
     for step in steps:
         for turn in range(2):
@@ -47,7 +48,17 @@ def train(engine: Engine, steps: range) -> None:
         engine.step()
 
 
-def state(engine: Engine) -> dict[str, torch.Tensor]:
+def hand_over(first, second):
+    """Restore one engine's state into another one."""
+    for name, kept in first.states():
+        shapes = second.state_shapes(name)
+        assert shapes.keys() == kept.keys()
+        for key, value in kept.items():
+            assert shapes[key] == tuple(value.shape)
+        second.restore(name, deepcopy(kept), first.steps)
+
+
+def state(engine):
     with torch.no_grad():
         found = {"code": engine._evaluate(engine.bare, "encode", torch.ones(2, 1, 8, 8))}
     found["sample"] = engine.sample(torch.ones(2, 1, 8, 8))
@@ -59,7 +70,7 @@ def state(engine: Engine) -> dict[str, torch.Tensor]:
     return found
 
 
-def trained(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
+def trained(rank, world):
     """The state after three steps of DDP, of FSDP2 with a unit for each module, and of FSDP2 restored after two."""
     os.environ["LOCAL_RANK"] = str(rank)
     fsdp.UNIT = 1
@@ -71,9 +82,7 @@ def trained(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
         train(engine, range(3))
     train(first, range(2))
     assert len({type(value).__name__ for value in first.bare.parameters()}) == 1
-    for name, kept in first.states():
-        assert second.state_shapes(name) == {key: tuple(value.shape) for key, value in kept.items()}
-        second.restore(name, {key: value.clone() for key, value in kept.items()}, first.steps)
+    hand_over(first, second)
     second.ema.load_state_dict(first.ema.state_dict())
     train(second, range(2, 3))
     return {"ddp": state(ddp), "whole": state(whole), "again": state(second)}

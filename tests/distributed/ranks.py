@@ -3,12 +3,11 @@
 import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from tests.conftest import forked
+from tests.programs import ends
 
 WORKER = """
 import importlib, os, sys
@@ -26,32 +25,45 @@ os._exit(0)
 """
 
 
-def free_port() -> int:
+def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
 
 
+def started(command, world, *, begin=forked, **more):
+    """A process for each rank; `begin` makes its environment."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    ranks = []
+    for rank in range(world):
+        env = begin(**address, RANK=str(rank), LOCAL_RANK=str(rank), **more)
+        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    return ranks
+
+
 def on_ranks(
-    case: str,  # module.function in tests/distributed, called with (rank, world)
-    world: int,
-    folder: Path,  # for what they return
+    case,  # module.function in tests/distributed, called with (rank, world)
+    world,
+    folder,  # for what they return
     *,
-    timeout: float = 120,  # seconds of the process group
-    missing: frozenset[int] | set[int] = frozenset(),  # ranks that return nothing
-) -> list[Any]:
+    timeout=120,  # seconds of the process group
+    missing=frozenset(),  # ranks that return nothing
+):
     """What each rank returned, in their order, without the missing."""
     folder.mkdir(exist_ok=True)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, case, str(folder), str(timeout), str(sorted(missing))],
-            env=forked(**address, RANK=str(rank)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
+    command = [
+        sys.executable,
+        "-c",
+        WORKER,
+        case,
+        str(folder),
+        str(timeout),
+        str(sorted(missing)),
     ]
-    errors = [worker.communicate(timeout=200)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world) if rank not in missing]
+    for worker in started(command, world):
+        ends(worker, 0)
+    found = []
+    for rank in range(world):
+        if rank not in missing:
+            found.append(torch.load(folder / f"rank{rank}.pt", weights_only=True))
+    return found

@@ -3,39 +3,34 @@
 import os
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from naign.distributed.signals import StopPoll, StopRequest
 from naign.errors import Stopped
 from naign.match import Blocks, MatchConfig, index, match_round, nearest, pool, search
 from tests.match.problems import CASES, draw
 
-Share = Callable[[int, int, int], tuple[int, int]]
 
-
-def even(rows: int, rank: int, world: int) -> tuple[int, int]:
+def even(rows, rank, world):
     return rows * rank // world, rows * (rank + 1) // world
 
 
-def uneven(rows: int, rank: int, world: int) -> tuple[int, int]:
+def uneven(rows, rank, world):
     return rows * rank**2 // world**2, rows * (rank + 1) ** 2 // world**2
 
 
-def one_has_all(rows: int, rank: int, world: int) -> tuple[int, int]:
+def one_has_all(rows, rank, world):
     if rank == world - 1:
         return 0, rows
     return 0, 0
 
 
-SHARES: tuple[Share, ...] = (even, uneven, one_has_all)
+SHARES = (even, uneven, one_has_all)
 """Which rows [first, last) a rank has: (rows, rank, world)."""
 
 
-def answers(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def answers(rank, world):
     """This rank's query rows, distances and ids of every problem, shared out every way and by both methods."""
     index.SEEDS = 8
     found = {}
@@ -44,7 +39,11 @@ def answers(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         for turn, share in enumerate(SHARES):
             first, last = share(len(candidates), rank, world)
             part = candidates[first:last]
-            blocks = Blocks(rows=last - first, make=lambda a, b, part=part: part[a:b], size=(64, 1000)[turn % 2])
+            blocks = Blocks(
+                rows=last - first,
+                make=lambda a, b, part=part: part[a:b],
+                size=(64, 1000)[turn % 2],
+            )
             method = ("flat", "bounded")[(number + turn) % 2]
             result = search(
                 queries[low:high],
@@ -57,7 +56,7 @@ def answers(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     return found
 
 
-def refused(rank: int, world: int) -> dict[str, str]:
+def refused(rank, world):
     """What each rank is told when the last one is wrong."""
     last = rank == world - 1
     queries, candidates = draw(0, 5, 3), draw(1, 8, 3)
@@ -66,18 +65,18 @@ def refused(rank: int, world: int) -> dict[str, str]:
     nan[2, 1] = torch.nan
     infinite = candidates.clone()
     infinite[7, 0] = torch.inf
-    made: list[int] = []
+    made = []
 
-    def failing(low: int, high: int) -> Tensor:
+    def failing(low, high):
         made.append(low)
         if last and low:
             raise OSError("the disk is gone")
         return draw(2, high - low, 3)
 
-    def blocks(size: int) -> Blocks:
+    def blocks(size):
         return Blocks(rows=8, make=failing, size=size)
 
-    wrong: dict[str, dict[str, Any]] = {
+    wrong = {
         "nan": {"queries": nan},
         "infinity": {"candidates": infinite},
         "dims": {"queries": queries[:, :2], "candidates": candidates[:, :2]},
@@ -98,10 +97,10 @@ def refused(rank: int, world: int) -> dict[str, str]:
     return told | {"afterwards": str(len(distances)), "made in lock-step": str(len(made))}
 
 
-def left(rank: int, world: int, silent: float) -> dict[str, Any]:
+def left(rank, world, silent):
     """The last rank leaves in the middle of a search, without a word, after so many seconds."""
 
-    def make(low: int, high: int) -> Tensor:
+    def make(low, high):
         if rank == world - 1 and low:
             time.sleep(silent)
             os._exit(0)
@@ -110,16 +109,16 @@ def left(rank: int, world: int, silent: float) -> dict[str, Any]:
     return told_of(lambda: search(draw(0, 5, 3), Blocks(rows=8, make=make, size=4), 8 * rank))
 
 
-def lost(rank: int, world: int) -> dict[str, Any]:
+def lost(rank, world):
     return left(rank, world, 0)
 
 
-def silent(rank: int, world: int) -> dict[str, Any]:
+def silent(rank, world):
     """For longer than the group's timeout."""
     return left(rank, world, 12)
 
 
-def told_of(attempt: Callable[[], object]) -> dict[str, Any]:
+def told_of(attempt):
     start = time.perf_counter()
     told = "nothing"
     try:
@@ -133,21 +132,21 @@ ASKED = 30
 """Block after which one rank is asked to stop."""
 
 
-def stopped(rank: int, world: int) -> dict[str, Any]:
+def stopped(rank, world):
     """Blocks made by this rank until a match ends, of 200 in all: one rank is asked to stop, or fails to sample."""
     pool.HELD_ROWS = 8  # so that a search makes many parts of the pool, each of four blocks
     samples = 2 * (200 * world - 1)  # the last rank has fewer blocks
 
-    def match(fail: bool) -> tuple[str, int]:
+    def match(fail):
         stop = StopRequest(within=600, world=world, timeout=60)
         poll = StopPoll(stop)
-        made = list[int]()
+        made = []
 
-        def look() -> None:
+        def look():
             if poll():
                 raise Stopped
 
-        def sample(ids: Tensor) -> Tensor:
+        def sample(ids):
             time.sleep(0.02)
             made.append(len(ids))
             if rank == world - 1 and len(made) == ASKED:

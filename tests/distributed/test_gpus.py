@@ -20,8 +20,10 @@ HIDDEN = "No CUDA GPUs are available"
 def machine(monkeypatch):
     """Sets what torch answers: whether it is a CUDA build, its GPUs, what it says on the first use, bfloat16."""
 
-    def answer(*, built: bool = True, count: int = 0, said: str = "", bf16: bool = True) -> None:
-        def init() -> None:
+    monkeypatch.setattr(launch, "on_signals", lambda *_: None)  # they are this process's
+
+    def answer(*, built=True, count=0, said="", bf16=True):
+        def init():
             if said:
                 raise RuntimeError(said)
 
@@ -50,7 +52,6 @@ def machine(monkeypatch):
             r"too old \(found .* \(torch \S+ is for CUDA 13.0\): see nvidia-smi",
         ),
         ({"said": HIDDEN}, Unavailable, "No CUDA GPUs are available .* nvidia.com/gpu"),
-        ({"said": UNKNOWN}, Unavailable, "CUDA unknown error"),
         ({"count": 7}, Unavailable, "8 GPUs are needed on this host, torch can use 7: a GPU may have failed; else ask"),
     ],
 )
@@ -68,7 +69,6 @@ def test_gpus_that_are_missing(torch_says, kind, said, machine):
     [
         ({"said": NO_DRIVER}, BAD_INPUT),
         ({"said": UNKNOWN}, FAILED),
-        ({"count": 1}, FAILED),
     ],
 )
 def test_gpus_are_looked_at_before_the_bucket(
@@ -80,7 +80,6 @@ def test_gpus_are_looked_at_before_the_bucket(
 ):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     machine(**torch_says)
-    monkeypatch.setattr(launch, "on_signals", lambda *_: None)  # they are this process's
     assert launch.main(["--gpus=2", "--run.remote=s3://bucket/run"]) == code
     said = capsys.readouterr().err
     assert "--gpus 2: 2 GPUs are needed" in said and "bucket" not in said and len(said.splitlines()) == 1
@@ -88,9 +87,14 @@ def test_gpus_are_looked_at_before_the_bucket(
 
 def test_a_node_that_lost_a_gpu_of_its_job_is_no_bad_input(machine, monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(launch, "on_signals", lambda *_: None)
-    slurm = {"PROCID": "0", "NNODES": "1", "NTASKS": "1", "STEP_ID": "0", "GPUS_ON_NODE": "8"}
-    os.environ |= {f"SLURM_{name}": value for name, value in slurm.items()} | {"NAIGN_HEAD": "localhost"}
+    os.environ |= {
+        "SLURM_PROCID": "0",
+        "SLURM_NNODES": "1",
+        "SLURM_NTASKS": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_GPUS_ON_NODE": "8",
+        "NAIGN_HEAD": "localhost",
+    }
     machine(count=7)
     assert launch.main([]) == FAILED
     assert "8 GPUs are needed on this host, torch can use 7" in capsys.readouterr().err
@@ -98,7 +102,6 @@ def test_a_node_that_lost_a_gpu_of_its_job_is_no_bad_input(machine, monkeypatch,
 
 def test_more_ranks_than_gpus_are_refused(machine, monkeypatch, capsys):
     machine(count=2)
-    monkeypatch.setattr(launch, "on_signals", lambda *_: None)
     assert launch.main(["--processes=4", "--run.remote=s3://bucket/run"]) == FAILED
     assert "4 ranks on GPUs are to start here (on CPUs: --engine cpu): 4 GPUs are needed" in capsys.readouterr().err
     machine(built=False)

@@ -12,7 +12,12 @@ from naign.distributed import connect, zero
 
 
 @pytest.mark.parametrize(
-    ("able", "expected"), [({"amx_bf16": True}, "bf16"), ({"avx2": True, "amx_bf16": False}, "fp32"), ({}, "fp32")]
+    ("able", "expected"),
+    [
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx2": True, "amx_bf16": False}, "fp32"),
+        ({}, "fp32"),
+    ],
 )
 def test_processors_that_multiply_bf16_are_known(monkeypatch, able, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
@@ -41,7 +46,7 @@ def test_deepspeeds_own_adamw_is_asked_for_only_where_it_can_be_compiled(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(shutil, "which", lambda _: compiler)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
-    config: dict[str, object] = {}
+    config = {}
     plugin = SimpleNamespace(deepspeed_config=config)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
     zero._configure(accelerator, micro=4, accumulate=1, clip=1.0)

@@ -8,6 +8,8 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.search_cases import ASKED
 from tests.match.problems import CASES, oracle
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def expected():
@@ -20,21 +22,19 @@ def alone(tmp_path_factory):
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_the_answer_is_the_oracles_on_every_world_size(world, expected, alone, tmp_path):
     parts = [alone]
     if world > 1:
         parts = on_ranks("search_cases.answers", world, tmp_path)
     for name, (_, distances, ids) in alone.items():
-        rows, found, found_ids = (torch.cat([part[name][i] for part in parts]) for i in range(3))
+        rows, found, found_ids = map(torch.cat, zip(*(part[name] for part in parts), strict=True))
         right = expected[name.split(", ")[0]]
         assert rows.tolist() == list(range(len(rows)))
         assert found_ids[:, : len(right[0])].tolist() == right, f"{name} on {world} ranks"
         assert torch.equal(found, distances) and torch.equal(found_ids, ids), f"{name} on {world} ranks"
 
 
-@pytest.mark.slow
 def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
     parts = on_ranks("search_cases.refused", 3, tmp_path)
     expected = {
@@ -57,21 +57,20 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
     assert parts[2] == expected | {"failing in blocks of 4": gone, "failing in blocks of 1": gone}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_stop_asked_of_one_rank_ends_the_match_on_all_within_a_few_blocks(world, tmp_path):
     parts = on_ranks("search_cases.stopped", world, tmp_path)
     most = ASKED + int(POLL_SECONDS / 0.02)  # a block takes 0.02 seconds at least, and ranks agree every POLL_SECONDS
     name, made = parts[0]["stopped"]
     assert name == "Stopped" and ASKED <= made <= most
-    assert all(part["stopped"] == (name, made) for part in parts)  # in lock-step
-    # A rank that cannot sample takes the others along at the end of the part that it was making.
-    failed = [part["failed"] for part in parts]
-    assert [name for name, _ in failed] == ["RuntimeError"] * (world - 1) + ["OSError"]
-    assert all(ASKED <= made <= ASKED + 4 for _, made in failed)
+    for rank, part in enumerate(parts):
+        assert part["stopped"] == (name, made)  # in lock-step
+        # A rank that cannot sample takes the others along at the end of the part that it was making.
+        error, until = part["failed"]
+        assert error == ("OSError" if rank == world - 1 else "RuntimeError")
+        assert ASKED <= until <= ASKED + 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["lost", "silent"])
 def test_a_rank_that_dies_or_falls_silent_fails_the_others_in_time(how, tmp_path):
     first, second = on_ranks(

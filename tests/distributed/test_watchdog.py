@@ -2,20 +2,17 @@
 
 import json
 import re
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from naign.distributed.watchdog import Post, Seen, Watchdog, describe
+from naign.distributed.watchdog import Post, Watchdog, describe
 from naign.errors import FAILED
-from tests.conftest import forked
-from tests.distributed.ranks import WORKER, free_port
+from tests.distributed.ranks import WORKER, started
+from tests.programs import ends, execute
 
 PREPARED = """
 import ctypes, os, threading, time
@@ -26,31 +23,15 @@ def hang():
 """
 
 
-def program(text: str) -> subprocess.CompletedProcess[str]:
+def program(text):
     """Run a program after PREPARED to its end."""
-    return subprocess.run(
-        [sys.executable, "-c", PREPARED + text],
-        env=forked(),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    return execute([sys.executable, "-c", PREPARED + text], timeout=30)
 
 
 @contextmanager
-def two_ranks(case: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def two_ranks(case, folder):
     """Both ranks of a case of tests/distributed/watchdog_cases.py, which are killed in the end."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, f"watchdog_cases.{case}", str(folder), "60", "[]"],
-            env=forked(**address, RANK=str(rank)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    workers = started([sys.executable, "-c", WORKER, f"watchdog_cases.{case}", str(folder), "60", "[]"], 2)
     try:
         yield workers
     finally:
@@ -59,7 +40,7 @@ def two_ranks(case: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
             worker.communicate()
 
 
-def verdict(worker: subprocess.Popen[str]) -> list[str]:
+def verdict(worker):
     """The lines that a rank says before it ends itself."""
     errors = worker.communicate(timeout=30)[1]
     assert worker.returncode == FAILED, errors
@@ -98,9 +79,8 @@ def test_the_store_goes_with_the_rank_that_holds_it(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_that_make_progress_part_without_a_word(tmp_path):
     with two_ranks("slow", tmp_path) as workers:
-        errors = [worker.communicate(timeout=30)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
-    assert errors == ["", ""]
+        for worker in workers:
+            assert ends(worker, 0, timeout=30) == ""
 
 
 def test_a_process_that_stalls_ends_itself():
@@ -157,7 +137,8 @@ def test_leaving_stops_the_threads():
         watchdog.beat()
         assert (watchdog.phase, watchdog.round) == ("take", 4)
         assert "watchdog" in {thread.name for thread in threading.enumerate()}
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("watchdog")]
+    for thread in threading.enumerate():
+        assert not thread.name.startswith("watchdog")
 
 
 TAKE = {"phase": "take", "round": 12, "order": 1}
@@ -166,18 +147,18 @@ FIT = {"phase": "fit", "round": 12, "order": 3}
 
 
 def post(
-    place: dict[str, object],
+    place,
     *,
-    beats: int = 5,
-    idle: float = 600,
-    ago: float = 2,
-    unchanged: float = 0,
-) -> Seen:
+    beats=5,
+    idle=600,
+    ago=2,
+    unchanged=0,
+):
     first = time.monotonic() - ago
     return Post(**place, beats=beats, idle=idle, host="xyz"), first, first + unchanged
 
 
-def told(posts: dict[int, Seen], *, world: int = 3, lost: str = "") -> list[str]:
+def told(posts, *, world=3, lost=""):
     """The lines of what rank 0 says."""
     mine = post(MATCH)[0]
     return describe(0, world, mine, posts, silence=17, lost=lost).split("\n  ")

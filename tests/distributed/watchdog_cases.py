@@ -10,7 +10,7 @@ import torch.distributed as dist
 from naign.distributed.watchdog import Watchdog
 
 
-def begin(rank: int, world: int, timeout: float) -> Watchdog:
+def begin(rank, world, timeout):
     """A watchdog in "take" of round 12, once all ranks are there and have posted it."""
     watchdog = Watchdog(rank=rank, world=world, timeout=timeout, every=0.2)
     watchdog.__enter__()
@@ -20,7 +20,7 @@ def begin(rank: int, world: int, timeout: float) -> Watchdog:
     return watchdog
 
 
-def late(rank: int, world: int) -> None:
+def late(rank, world):
     watchdog = begin(rank, world, 60 if rank else 2)
     if rank:
         time.sleep(60)
@@ -28,7 +28,7 @@ def late(rank: int, world: int) -> None:
     dist.all_reduce(torch.ones(1))
 
 
-def frozen(rank: int, world: int) -> None:
+def frozen(rank, world):
     """As a host that vanished: no connection is closed."""
     watchdog = begin(rank, world, 3)
     watchdog.enter("match", 12)
@@ -38,7 +38,7 @@ def frozen(rank: int, world: int) -> None:
     dist.all_reduce(torch.ones(1))
 
 
-def holder_killed(rank: int, world: int) -> None:
+def holder_killed(rank, world):
     watchdog = begin(rank, world, 2)
     if rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -46,7 +46,7 @@ def holder_killed(rank: int, world: int) -> None:
     time.sleep(60)
 
 
-def slow(rank: int, world: int) -> None:
+def slow(rank, world):
     """Both make progress and part in good order."""
     with Watchdog(rank=rank, world=world, timeout=1, every=0.2) as watchdog:
         for round in range(3):

@@ -13,7 +13,7 @@ from accelerate.data_loader import DataLoaderShard
 from naign import open_dataset
 
 
-def main(data: str, state: Path, keys: Path, stop: int = 0) -> None:
+def main(data, state, keys, stop=0):
     accelerator = Accelerator(cpu=True)
     dataset = open_dataset(data, batch=90, seed=3)
     loader = DataLoaderShard(dataset, accelerator.device, batch_size=None, use_stateful_dataloader=True)

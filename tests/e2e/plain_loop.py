@@ -13,7 +13,7 @@ from torch import nn
 from naign import open_dataset
 
 
-def main(data: str, state: Path, keys: Path, stop: int = 0) -> None:
+def main(data, state, keys, stop=0):
     dist.init_process_group("gloo")
     dataset = open_dataset(data, batch=90, seed=3, flip=True)
     if state.exists():

@@ -4,10 +4,8 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 from tests.conftest import ROOT, forked
 from tests.distributed.ranks import free_port
@@ -25,10 +23,18 @@ class Job:
     program: str = "pipeline/train.py"
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def __enter__(self) -> Self:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.world)}
+    def __enter__(self):
+        address = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(self.world),
+        }
         for rank in range(self.world):
-            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.world)}
+            numbers = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(self.world),
+            }
             with self.log(rank).open("wb") as log:
                 self.processes.append(
                     subprocess.Popen(
@@ -41,28 +47,28 @@ class Job:
                 )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         for process in self.processes:
             process.kill()
             process.wait()
 
-    def log(self, rank: int) -> Path:
+    def log(self, rank):
         return self.folder / f"rank-{rank}.log"
 
-    def said(self, rank: int = 0) -> str:
+    def said(self, rank=0):
         return self.log(rank).read_text(errors="replace")
 
     @property
-    def running(self) -> bool:
+    def running(self):
         return all(process.poll() is None for process in self.processes)
 
-    def wait_for(self, happened: Callable[[], bool], seconds: float = 60) -> None:
+    def wait_for(self, happened, seconds=60):
         end = time.monotonic() + seconds
         while not happened():
             assert self.running and time.monotonic() < end, "\n".join(map(self.said, range(self.world)))
             time.sleep(0.005)
 
-    def phases(self, rank: int = 0) -> set[str]:
+    def phases(self, rank=0):
         """What the threads of a rank say that they are doing: take, match, fit, report, checkpoint; write, upload."""
         names = set()
         for task in Path(f"/proc/{self.processes[rank].pid}/task").glob("*/comm"):
@@ -70,7 +76,13 @@ class Job:
                 names.add(task.read_text().strip())
         return {name.removeprefix("naign ") for name in names if name.startswith("naign ")}
 
-    def ended(self, seconds: float = 60) -> list[int]:
+    def ends(self, *codes, within=60):
+        """All ranks end with these codes, or all with this one, within so many seconds."""
+        if len(codes) == 1:
+            codes *= self.world
+        assert self.ended(within) == [*codes], self.said()
+
+    def ended(self, seconds=60):
         """The exit codes of all ranks, which must come within so many seconds."""
         end = time.monotonic() + seconds
         return [process.wait(timeout=max(0.01, end - time.monotonic())) for process in self.processes]

@@ -1,83 +1,63 @@
 """A user's mistake: exit code 2 within seconds, on every rank, with what to do and no traceback; nothing is written."""
 
 import io
-import json
 import shutil
-import subprocess
-import tarfile
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from naign.data.format.pages import Pager, table_name
-from naign.data.format.webdataset import scan
-from naign.errors import BAD_INPUT
-from naign.storage.store import open_store
-from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command
-from tests.e2e.runs import reports
+from tests.conftest import ROOT, SMALL, direct_command, ended_as_bad_input
+from tests.data.numbered import rewrite
+from tests.e2e.runs import column, reports
+from tests.programs import execute, refused, succeeded
+
+pytestmark = pytest.mark.slow
 
 
 def run_alone(folder, *options):
     """Without the launcher, which turns any exit code of its ranks into 1."""
-    command = [train_command()[0], str(ROOT / "pipeline/train.py"), "--run.path=run", *SMALL, *options]
-    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=60, check=False)
-
-
-def refused(done, *parts):
-    assert done.returncode == BAD_INPUT, done.stderr
-    assert "Traceback" not in done.stderr
-    for part in parts:
-        assert part in done.stderr
+    return execute(direct_command("--run.path=run", *SMALL, *options), folder, timeout=60)
 
 
 def broken(digits, folder, damage):
-    """A copy of the digits with one thing wrong in one shard."""
-    shutil.copytree(digits, folder / "data")
+    """A copy of the digits with one thing wrong in one shard: written so, with an index that agrees, or truncated."""
+    data = str(shutil.copytree(digits, folder / "data"))
     shard = folder / "data/train-00001.tar"
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:100_000])
-        return str(folder / "data")
-    with tarfile.open(shard) as old:
-        members = [(member.name, old.extractfile(member).read()) for member in old.getmembers()]
-    name, _ = next(entry for entry in members if entry[0].endswith(".png"))
-    picture = io.BytesIO()
-    Image.fromarray(np.zeros((9, 9), np.uint8)).save(picture, "PNG")
-    content = {"shape": picture.getvalue(), "undecodable": b"no picture"}[damage]
-    with tarfile.open(shard, "w") as new:
-        for path, data in members:
-            entry = tarfile.TarInfo(path)
-            data = content if path == name else data
-            entry.size = len(data)
-            new.addfile(entry, io.BytesIO(data))
-    # A tar that somebody wrote so, with an index that agrees: a change of size alone is found without decoding.
-    index = json.loads((folder / "data/index.json").read_text())
-    entry = next(entry for entry in index["splits"]["train"]["shards"] if entry["name"] == shard.name)
-    pager = Pager()
-    assert len(list(scan(open_store(str(folder / "data")), shard.name, pager))) == entry["samples"]
-    found, table = pager.shard(shard.name)
-    (folder / "data" / table_name(shard.name)).write_bytes(table)
-    entry |= {"bytes": found.bytes, "pages": found.pages}
-    (folder / "data/index.json").write_text(json.dumps(index))
-    return str(folder / "data")
+        return data
+    content = b"no picture"
+    if damage == "shape":
+        picture = io.BytesIO()
+        Image.new("L", (9, 9)).save(picture, "PNG")
+        content = picture.getvalue()
+
+    def change(members):
+        label, (name, _), *others = members
+        assert name.endswith(".png")
+        yield from (label, (name, content), *others)
+
+    rewrite(data, shard.name, change)
+    return data
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "parts"),
-    [("truncated", ["index.json says"]), ("shape", ["9", "digit-"]), ("undecodable", ["digit-"])],
+    [
+        ("truncated", ["index.json says"]),
+        ("shape", ["9", "digit-"]),
+        ("undecodable", ["digit-"]),
+    ],
 )
 def test_damaged_data_names_the_shard(damage, parts, digits, tmp_path):
     data = broken(digits, tmp_path, damage)
     refused(run_alone(tmp_path, f"--data.path={data}", "--match.round=1408"), "train-00001.tar", *parts)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
         (["--train.lrr=1"], ["--train.lr"]),
-        (["--config=nowhere.yaml"], ["no configuration file 'nowhere.yaml'"]),
         (["--data.path=nowhere"], ["nowhere", "naign pack"]),
         (["--data.path=noindex"], ["noindex", "index.json", "naign pack"]),
         (["--data.path={digits}", "--data.split=validation"], ["validation", "train", "test"]),
@@ -97,10 +77,9 @@ def test_a_mistake_is_refused_and_leaves_nothing_behind(options, parts, digits, 
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.slow
-def test_a_round_that_ranks_cannot_share_is_refused_on_every_rank(train, digits, tmp_path):
+def test_a_round_that_ranks_cannot_share_is_refused_on_every_rank(train, small, tmp_path):
     options = ["--match.round=255", "--train.batch=51", "--run.path=run"]
-    done = train(f"--data.path={digits}", *SMALL, *options, ranks=2)
+    done = train(*small, *options, ranks=2)
     assert done.returncode != 0
     assert "use 1, 3, 17, 51 ranks, or another train.batch" in done.stderr
     # The launcher says what its first rank to leave ended with, and returns 1 itself.
@@ -108,13 +87,16 @@ def test_a_round_that_ranks_cannot_share_is_refused_on_every_rank(train, digits,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_a_run_of_another_configuration_is_not_mixed_with(digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=512"]
-    assert run_alone(tmp_path, *options).returncode == 0
+    succeeded(run_alone(tmp_path, *options))
     lines = reports(tmp_path / "run")
-    assert [line["images_seen"] for line in lines] == [256, 512]
+    assert column(tmp_path / "run", "images_seen") == [256, 512]
     assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= lines[0].keys()
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def held():
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    before = held()
     refused(run_alone(tmp_path, *options, "--train.lr=0.5"), "train.lr: 0.002 there, 0.5 now", "--run.path")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert held() == before

@@ -1,104 +1,100 @@
 """The VAE and the rectified flow as the programs train, resume, export, sample and measure them."""
 
-import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from naign.model.naign import NAIGN
-from tests.conftest import SMALL, direct_command, forked
-from tests.e2e.runs import losses, same, weights
+from tests.conftest import SMALL, direct_command
+from tests.e2e.runs import losses, metrics_of, same, weights
+from tests.programs import execute, succeeded
+
+pytestmark = pytest.mark.slow
 
 SMALLER = [option for option in SMALL if "imle" not in option]
-VAE = [*SMALLER, "--model.name=vae", "--objective.name=vae", "--prior.name=code-normal"]
-FLOW = [option for option in SMALLER if "code" not in option] + ["--model.depth=1", "--latents.name=gaussian"]
-FLOW += ["--model.name=rectified_flow", "--objective.name=rectified_flow", "--train.lr=5e-3"]
-FLOW += ["--model.evaluations=2"]
-OPTIONS = {"vae": VAE, "rectified_flow": FLOW}
-BOTH = pytest.mark.parametrize("name", list(OPTIONS))
+OPTIONS = {
+    "vae": [*SMALLER, "--model.name=vae", "--objective.name=vae", "--prior.name=code-normal"],
+    "rectified_flow": [
+        *(option for option in SMALLER if "code" not in option),
+        "--model.name=rectified_flow",
+        "--model.depth=1",
+        "--model.evaluations=2",
+        "--objective.name=rectified_flow",
+        "--latents.name=gaussian",
+        "--train.lr=5e-3",
+    ],
+}
+BOTH = pytest.mark.parametrize("name", OPTIONS)
 SHORT = "--train.images=1024"  # 4 rounds
 
 
 @pytest.fixture(scope="module")
-def trained(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(digits, tmp_path_factory):
     """A folder with a run of 16 rounds of each."""
     folder = tmp_path_factory.mktemp("baselines")
     more = ["--train.images=4096", "--report.pictures=4", "--quality.rounds=8", f"--data.path={digits}"]
     for name, options in OPTIONS.items():
-        command = direct_command(f"--run.path={name}", *options, *more)
-        done = subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        succeeded(execute(direct_command(f"--run.path={name}", *options, *more), folder))
     return folder
 
 
-@pytest.mark.slow
 @BOTH
 def test_it_trains_with_falling_loss_and_samples_by_seed(naign, trained, tmp_path, name):
     found = losses(trained / name)
     assert len(found) == 16 and found[-1]["loss/total"] < found[0]["loss/total"] - 0.1
-    assert naign("export", str(trained / name), "--to", "one").returncode == 0
+    succeeded(naign(f"export {trained}/{name} --to one"))
     one = NAIGN.from_pretrained(tmp_path / "one")
-    assert torch.equal(one.sample(6, seed=3), NAIGN.from_pretrained(trained / name).sample(6, seed=3))
-    assert not torch.equal(one.sample(6, seed=3), one.sample(6, seed=4))
-    torch.testing.assert_close(one.sample(6, seed=3)[:2], one.sample(2, seed=3))
-    assert naign("sample", "one", "--n", "4", "--to", "a.png").returncode == 0
+    made = one.sample(6, seed=3)
+    assert torch.equal(made, NAIGN.from_pretrained(trained / name).sample(6, seed=3))
+    assert not torch.equal(made, one.sample(6, seed=4))
+    torch.testing.assert_close(made[:2], one.sample(2, seed=3))
+    succeeded(naign("sample one --n 4 --to a.png"))
 
 
-@pytest.mark.slow
 @BOTH
 def test_it_resumes_bit_for_bit(train, digits, tmp_path, name):
     options = [f"--data.path={digits}", *OPTIONS[name], "--train.warmup=0", "--train.lr=1e-3", "--train.lr_end=1e-3"]
-    assert train(*options, "--run.path=whole", SHORT).returncode == 0
-    assert train(*options, "--run.path=parts", "--train.images=512").returncode == 0
-    done = train(*options, "--run.path=parts", SHORT, "--resume=changed")
-    assert done.returncode == 0, done.stderr
+    succeeded(train(*options, "--run.path=whole", SHORT))
+    succeeded(train(*options, "--run.path=parts", "--train.images=512"))
+    succeeded(train(*options, "--run.path=parts", SHORT, "--resume=changed"))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-@pytest.mark.slow
 @BOTH
 def test_two_ranks_learn_what_one_learns(train, digits, tmp_path, name):
     for ranks in (1, 2):
-        done = train(f"--data.path={digits}", *OPTIONS[name], SHORT, f"--run.path=ranks-{ranks}", ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        succeeded(train(f"--data.path={digits}", *OPTIONS[name], SHORT, f"--run.path=ranks-{ranks}", ranks=ranks))
     for two, one in zip(losses(tmp_path / "ranks-2"), losses(tmp_path / "ranks-1"), strict=True):
         assert two["loss/total"] == pytest.approx(one["loss/total"], rel=0.1, abs=0.02)
 
 
-@pytest.mark.slow
 def test_decoded_latents_are_measured_as_samples_and_a_mixture_may_take_their_place(naign, trained, tmp_path):
     shutil.copytree(trained / "vae", tmp_path / "run")
-    done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", "mixture")
-    assert done.returncode == 0, done.stderr
+    succeeded(naign("export run --prior gmm --components 3 --to mixture"))
     for name in ("run", "mixture"):
-        done = naign("evaluate", name, "--samples", "300")
-        assert done.returncode == 0, done.stderr
-        found = json.loads((tmp_path / name / "evaluation/metrics.json").read_text())
+        succeeded(naign(f"evaluate {name} --samples 300"))
+        found = metrics_of(tmp_path / name)
+        coverage = found["coverage"]
+        sampling = found["sampling"]
         assert found["fd"]["latents"] > 0 and found["fd"]["latents_ratio"] > 1
-        assert found["coverage"]["latents"].keys() == found["coverage"]["train"].keys() and found["restoration"]
-        assert 0 < found["sampling"]["latents_cpu_seconds"] < found["sampling"]["cpu_seconds"]
+        assert coverage["latents"].keys() == coverage["train"].keys() and found["restoration"]
+        assert 0 < sampling["latents_cpu_seconds"] < sampling["cpu_seconds"]
         assert "z, decoded" in (tmp_path / name / "evaluation/report.html").read_text()
 
 
-@pytest.mark.slow
 def test_a_flow_takes_another_number_of_evaluations(naign, trained, tmp_path):
     shutil.copytree(trained / "rectified_flow", tmp_path / "run")
 
-    def solve(*given: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "naign_baselines.solver", "run", *given]
-        return subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
+    def solve(line):
+        return execute([sys.executable, "-m", "naign_baselines.solver", "run", *line.split()], tmp_path)
 
-    assert "model.evaluations is 0" in solve("--evaluations", "0", "--to", "none").stderr
+    assert "model.evaluations is 0" in solve("--evaluations 0 --to none").stderr
     assert not (tmp_path / "none").exists()
-    done = solve("--evaluations", "3", "--to", "three")
-    assert done.returncode == 0, done.stderr
+    succeeded(solve("--evaluations 3 --to three"))
     assert NAIGN.from_pretrained(tmp_path / "three").metadata["model"]["evaluations"] == 3
-    done = naign("evaluate", "three", "--samples", "300")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "three/evaluation/metrics.json").read_text())
+    succeeded(naign("evaluate three --samples 300"))
+    found = metrics_of(tmp_path / "three")
     assert found["fd"]["latents"] is None and found["restoration"] is found["density"] is None
     assert found["sampling"]["samples"] == 300 and any("repairs none" in note for note in found["notes"])

@@ -1,8 +1,6 @@
 """The callback of docs/training.md is called; one that fails is named, with its package."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +9,9 @@ import pytest
 
 from naign.errors import InputError
 from naign.training.callbacks import Callback, call, find_callbacks
-from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
-from tests.e2e.runs import reports
+from tests.conftest import ROOT, SMALL, direct_command, forked
+from tests.e2e.runs import column
+from tests.programs import execute, install, succeeded
 
 BLOCK = re.compile(r"^```python\n# (my_package/copies.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FAILING = """
@@ -42,39 +41,31 @@ train(parse(sys.argv[1:]), build_accelerator(), callbacks=[Copies()])
 
 @pytest.fixture
 def site(tmp_path):
-    """The package as an installer leaves it."""
+    """The path with the package of the page, and a callback that fails."""
     files = dict(BLOCK.findall((ROOT / "docs/training.md").read_text()))
-    files["my_package/__init__.py"] = ""
     files["my_package/failing.py"] = FAILING
     files["my_package-1.dist-info/entry_points.txt"] = POINTS
-    files["my_package-1.dist-info/METADATA"] = "Metadata-Version: 2.1\nName: my_package\nVersion: 1\n"
-    for name, text in files.items():
-        file = tmp_path / "site" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    return tmp_path / "site"
+    return install(tmp_path, files)
 
 
 @pytest.mark.slow
 def test_callbacks_of_a_run(site, digits, tmp_path):
     def run(name, command):
-        env = forked(PYTHONPATH=os.pathsep.join([PYTHONPATH, str(site)]))
         options = [f"--data.path={digits}", f"--run.path={name}", "--train.images=768", "--checkpoint.rounds=2"]
         command = [*command, *SMALL, *options]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+        return execute(command, tmp_path, env=forked(PYTHONPATH=site))
 
     for name, command in (
         ("plain", direct_command()),
         ("named", direct_command("--train.callbacks=[copies]")),
         ("given", [sys.executable, "-c", PROGRAM]),
     ):
-        done = run(name, command)
-        assert done.returncode == 0, done.stderr
-    losses = [line["loss/total"] for line in reports(tmp_path / "plain")]
+        succeeded(run(name, command))
+    losses = column(tmp_path / "plain", "loss/total")
     for name in ("named", "given"):
         assert (tmp_path / name / "copied.txt").read_text() == "step-00000016\nstep-00000024\n"
-        assert [line["mine/rounds_left"] for line in reports(tmp_path / name)] == [2, 1, 0]
-        assert [line["loss/total"] for line in reports(tmp_path / name)] == losses
+        assert column(tmp_path / name, "mine/rounds_left") == [2, 1, 0]
+        assert column(tmp_path / name, "loss/total") == losses
 
     done = run("failing", direct_command("--train.callbacks=[copies, failing]"))
     assert done.returncode == 1

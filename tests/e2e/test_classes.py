@@ -1,18 +1,19 @@
 """Runs whose prior is conditioned on the labels of the data, from training to samples of a class."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from naign.checkpoint.writer import newest_checkpoint
 from naign.data.format.writer import pack
 from naign.data.sources.catalog import load
 from naign.data.sources.source import Made
 from naign.model.naign import NAIGN
 from tests.conftest import SMALL
+from tests.e2e.runs import metrics_of, same, weights
+from tests.programs import refused, succeeded
+
+pytestmark = pytest.mark.slow
 
 BASE = [*SMALL, "--objective.imle=0", "--objective.denoising=1", "--prior.images=1024"]
 FLOW = [*BASE, "--prior.name=flow", "--prior.width=32", "--prior.depth=1", "--prior.batch=64", "--prior.passes=2"]
@@ -22,72 +23,70 @@ PRIORS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", list(PRIORS))
 def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, tmp_path, name):
     options = [f"--data.path={digits}", *PRIORS[name], "--train.images=2048", "--report.pictures=8"]
     train_thrice(*options)
-    files = {run: newest_checkpoint(tmp_path / run / "checkpoints") for run in ("run", "ranks", "stopped")}
-    whole, ranks, stopped = (load_file(folder / "model.safetensors") for folder in files.values())
-    assert all(torch.equal(value, stopped[key]) for key, value in whole.items())
-    for key in ("prior.class_counts", *(["prior.owners"] if name == "gmm" else [])):
-        assert torch.equal(whole[key], ranks[key]), key
+    whole = weights(tmp_path / "run")
+    ranks = weights(tmp_path / "ranks")
+    assert same(whole, weights(tmp_path / "stopped"))
+    assert torch.equal(whole["prior.class_counts"], ranks["prior.class_counts"])
+    assert name == "flow" or torch.equal(whole["prior.owners"], ranks["prior.owners"])
     assert list((tmp_path / "run/samples").glob("classes-*.png"))
     model = NAIGN.from_pretrained(tmp_path / "run")
     assert model.labels == tuple("0123456789")
     assert int(model.prior.class_counts.sum()) == 1024
 
-    assert naign("sample", "run", "--label", "3", "--n", "4", "--to", "three.png").returncode == 0
-    assert naign("evaluate", "run", "--samples", "300").returncode == 0
-    metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
-    asked = metrics["asked"]
-    assert 0 <= asked["share"] <= 1
-    assert (tmp_path / "run/evaluation/classes.png").exists()
-    assert "of the class that they were drawn from" in (tmp_path / "run/evaluation/report.html").read_text()
-    assert naign("push", "run", "user/digits", "--dry-run", "card").returncode == 0
+    succeeded(naign("sample run --label 3 --n 4 --to three.png"))
+    succeeded(naign("evaluate run --samples 300"))
+    made = tmp_path / "run/evaluation"
+    assert 0 <= metrics_of(tmp_path / "run")["asked"]["share"] <= 1
+    assert (made / "classes.png").exists()
+    assert "of the class that they were drawn from" in (made / "report.html").read_text()
+    succeeded(naign("push run user/digits --dry-run card"))
     card = (tmp_path / "card/README.md").read_text()
     assert 'label="0"' in card and "asked for by class: 0, 1, 2" in card
     assert NAIGN.from_pretrained(tmp_path / "card").labels == model.labels
-    guided = naign("export", "run", "--guidance", "2", "--to", "guided")
-    assert guided.returncode == (0 if name == "flow" else 2), guided.stderr
-    assert name == "flow" or "guidance can be chosen for a flow of codes" in guided.stderr
-    if name == "flow":
+    guided = naign("export run --guidance 2 --to guided")
+    if name == "gmm":
+        refused(guided, "guidance can be chosen for a flow of codes")
+    else:
+        succeeded(guided)
         assert NAIGN.from_pretrained(tmp_path / "guided").prior.config.guidance == 2
-        assert naign("sample", "guided", "--label", "7", "--n", "4").returncode == 0
+        succeeded(naign("sample guided --label 7 --n 4"))
     renamed = replace(load("digits"), labels=tuple("abcdefghij"))
     pack(renamed, str(tmp_path / "renamed"), shards=4, progress=False)
-    for more, problem in ((["--resume=changed"], "are not those of"), (["--run.path=new", "--model.init=run"], "")):
-        done = train(*options, "--run.path=run", "--train.images=2304", f"--data.path={tmp_path / 'renamed'}", *more)
-        assert (done.returncode == 2 and problem in done.stderr) if problem else done.returncode == 0, done.stderr
+    options += ["--train.images=2304", f"--data.path={tmp_path}/renamed"]
+    refused(train(*options, "--run.path=run", "--resume=changed"), "are not those of")
+    succeeded(train(*options, "--run.path=new", "--model.init=run"))
     assert int(NAIGN.from_pretrained(tmp_path / "new").prior.class_counts.sum()) == 1024
-    done = naign("sample", "run", "--label", "ten")
-    assert done.returncode == 2 and "no class 'ten' among its 10 classes" in done.stderr
-    done = naign("sample", "run", "--prior", "gmm", "--components", "3", "--label", "3")
-    assert done.returncode == 2 and "trained without classes" in done.stderr
+    refused(naign("sample run --label ten"), "no class 'ten' among its 10 classes")
+    done = naign("sample run --prior gmm --components 3 --label 3")
+    refused(done, "trained without classes")
 
 
-@pytest.mark.slow
-def test_data_without_all_labels_are_refused(train, digits, tmp_path):
+def test_data_without_all_labels_are_refused(train, digits, small, tmp_path):
     source = load("digits")
 
-    def packed(folder: str, labels: tuple[str, ...], every: int) -> str:
+    def packed(folder, labels, every):
         """The digits with no label but for every so-many-th."""
-        made = {
-            split: Made(length=512, make=lambda row, of=of: (*of.make(row)[:2], of.make(row)[2] if row % every else -1))
-            for split, of in source.splits.items()
-            if split == "train"
-        }
-        pack(replace(source, labels=labels, splits=made), str(tmp_path / folder), shards=4, progress=False)
+
+        def make(row):
+            key, image, label = source.splits["train"].make(row)
+            return key, image, label if row % every else -1
+
+        splits = {"train": Made(length=512, make=make)}
+        pack(replace(source, labels=labels, splits=splits), str(tmp_path / folder), shards=4, progress=False)
         return str(tmp_path / folder)
 
     bare = packed("bare", (), 1)
     classes = [*FLOW, "--prior.classes", "--train.images=512"]
     for path in (bare, f"[{digits}, {bare}]"):
-        done = train(f"--data.path={path}", *classes, "--run.path=run")
-        assert done.returncode == 2 and "the data set has no labels" in done.stderr, done.stderr
+        refused(train(f"--data.path={path}", *classes, "--run.path=run"), "the data set has no labels")
         assert not (tmp_path / "run").exists()
     done = train(f"--data.path={packed('some', source.labels, 64)}", *classes, "--run.path=some-run", ranks=2)
-    assert done.returncode and "more samples of a round have no label" in done.stderr, done.stderr
-    done = train(f"--data.path={digits}", *SMALL, "--objective.imle=0", "--prior.classes", "--run.path=run")
-    assert done.returncode == 2 and "--prior.classes" in done.stderr
+    assert done.returncode
+    assert "more samples of a round have no label" in done.stderr
+    options = [*small, "--objective.imle=0"]
+    refused(train(*options, "--prior.classes", "--run.path=run"), "--prior.classes")
     assert not (tmp_path / "run").exists()

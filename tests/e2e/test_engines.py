@@ -2,26 +2,24 @@
 
 import json
 import shutil
-import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from naign.checkpoint.writer import newest_checkpoint
 from naign.cli import main as cli
 from naign.model.naign import NAIGN
-from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command
+from tests.conftest import ROOT, SMALL, ended_as_bad_input, train_command
 from tests.e2e.runs import losses, reports, same, weights
+from tests.programs import execute, succeeded
+
+pytestmark = pytest.mark.slow
 
 ROUNDS, STEPS = 4, 8
 """Of a run, and a round."""
 
 
-def engine(name: str, folder: Path, **changes: Any) -> str:
+def engine(name, folder, **changes):
     """A launcher configuration of two ranks. `zero3` cuts every parameter up, which by default only large ones are."""
     config = yaml.safe_load((ROOT / f"launch/{name}.yaml").read_text()) | {"num_processes": 2}
     if name.startswith("zero3"):
@@ -29,9 +27,8 @@ def engine(name: str, folder: Path, **changes: Any) -> str:
         if name.endswith("offload"):
             settings |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
         file = folder / f"{name}.json"
-        file.write_text(
-            json.dumps({"zero_optimization": settings, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"})
-        )
+        deepspeed = {"zero_optimization": settings, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"}
+        file.write_text(json.dumps(deepspeed))
         config["deepspeed_config"] = {"deepspeed_config_file": str(file), "zero3_init_flag": False}
         del config["mixed_precision"]
     if "deepspeed_config" in config:
@@ -43,61 +40,95 @@ def engine(name: str, folder: Path, **changes: Any) -> str:
     return str(file)
 
 
-def launch(file: str, folder: Path, *options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def launch(file, folder, *options, ranks=2):
     command = train_command(*options)
     at = command.index("--quiet") + 1
     command[at:at] = ["--config_file", file, "--num_processes", str(ranks), "--main_process_port", "0"]
-    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=480, check=False)
+    return execute(command, folder)
 
 
-def options(digits: str, run: str) -> list[str]:
+def options(digits, run):
     return [
-        *(f"--data.path={digits}", f"--run.path={run}", *SMALL, f"--train.images={256 * ROUNDS}", "--train.ema=0.9"),
-        *("--checkpoint.rounds=1", "--checkpoint.keep=0"),
+        f"--data.path={digits}",
+        f"--run.path={run}",
+        *SMALL,
+        f"--train.images={256 * ROUNDS}",
+        "--train.ema=0.9",
+        "--checkpoint.rounds=1",
+        "--checkpoint.keep=0",
     ]
 
 
-def from_round(run: Path, other: Path, rounds: int) -> None:
+@pytest.fixture
+def launched(digits, tmp_path):
+    """Trains under an engine to the end, and returns what was said."""
+
+    def launched(name, run, *more, ranks=2):
+        file = engine(name, tmp_path)
+        done = launch(file, tmp_path, *options(digits, run), *more, ranks=ranks)
+        succeeded(done)
+        return done.stdout + done.stderr
+
+    return launched
+
+
+def assert_alike(run, other, rel=1e-4):
+    """Every round of both runs has the same losses and matches, but for rounding."""
+    for ours, theirs in zip(losses(run, "match/dist"), losses(other, "match/dist"), strict=True):
+        assert ours == pytest.approx(theirs, rel=rel)
+
+
+def from_round(run, other, rounds):
     """`other` begins with the checkpoint of `run` after so many rounds."""
     step = f"checkpoints/step-{rounds * STEPS:08d}"
     shutil.copytree(run / step, other / step)
 
 
 @pytest.fixture(scope="module")
-def plain(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(digits, tmp_path_factory):
     """A run of DDP on two ranks, all checkpoints kept."""
     folder = tmp_path_factory.mktemp("plain")
-    done = launch(engine("cpu", folder), folder, *options(digits, "run"))
-    assert done.returncode == 0, done.stderr
+    succeeded(launch(engine("cpu", folder), folder, *options(digits, "run")))
     return folder / "run"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_engines_train_as_ddp_does_and_resume_bit_for_bit_and_export(name, plain, digits, tmp_path):
-    file = engine(name, tmp_path)
-    whole = launch(file, tmp_path, *options(digits, "whole"))
-    assert whole.returncode == 0, whole.stderr
-    for ours, theirs in zip(losses(tmp_path / "whole", "match/dist"), losses(plain, "match/dist"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fsdp",
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero2_offload",
+        "zero3",
+        "zero3_offload",
+    ],
+)
+def test_engines_train_as_ddp_does_and_resume_bit_for_bit_and_export(name, plain, launched, tmp_path):
+    launched(name, "whole")
+    whole = tmp_path / "whole"
+    again = tmp_path / "again"
+    assert_alike(whole, plain)
 
     # Its own checkpoint: the same to the last bit.
-    from_round(tmp_path / "whole", tmp_path / "again", 2)
-    again = launch(file, tmp_path, *options(digits, "again"))
-    assert again.returncode == 0 and "resuming from" in again.stdout + again.stderr, again.stderr
-    assert losses(tmp_path / "again", "match/dist") == losses(tmp_path / "whole", "match/dist")[2:]
+    from_round(whole, again, 2)
+    assert "resuming from" in launched(name, "again")
+    assert losses(again, "match/dist") == losses(whole, "match/dist")[2:]
     for kind in ("model", "ema"):
-        assert same(weights(tmp_path / "again", kind), weights(tmp_path / "whole", kind))
+        assert same(weights(again, kind), weights(whole, kind))
 
     # What it wrote is a model like any other.
-    cli.export(str(tmp_path / "whole"), to=tmp_path / "model")
+    cli.export(str(whole), to=tmp_path / "model")
     model = NAIGN.from_pretrained(tmp_path / "model")
-    assert same(model.network.state_dict(), weights(tmp_path / "whole", "ema"))
+    assert same(model.network.state_dict(), weights(whole, "ema"))
     assert torch.isfinite(model.sample(4)).all()
 
 
-CODES = ["--prior.name=flow", "--prior.width=32", "--prior.passes=4", "--prior.batch=64"]
-CODES += [
+CODES = [
+    "--prior.name=flow",
+    "--prior.width=32",
+    "--prior.passes=4",
+    "--prior.batch=64",
     "--prior.images=512",
     "--prior.student=256",
     "--prior.classes",
@@ -106,18 +137,16 @@ CODES += [
 ]
 
 
-def prior_losses(run: Path) -> list[float]:
+def prior_losses(run):
     """Of f, and in the end of the flow's student."""
     f = [line["loss/total"] for line in losses(run)]
     return [*f, reports(run)[-1]["prior/student"]]
 
 
-@pytest.mark.slow
-def test_a_prior_of_codes_learns_the_same_with_every_engine(digits, tmp_path):
+def test_a_prior_of_codes_learns_the_same_with_every_engine(launched, tmp_path):
     runs = {}
     for name in ("cpu", "fsdp", "zero2", "zero3"):
-        done = launch(engine(name, tmp_path), tmp_path, *options(digits, name), *CODES)
-        assert done.returncode == 0, done.stderr
+        launched(name, name, *CODES)
         runs[name] = prior_losses(tmp_path / name)
     for name in ("fsdp", "zero2", "zero3"):
         assert runs[name] == pytest.approx(runs["cpu"], rel=1e-3)
@@ -125,60 +154,49 @@ def test_a_prior_of_codes_learns_the_same_with_every_engine(digits, tmp_path):
     # Its own checkpoint, and one rank's: the same to the last bit, and nearly.
     for name, ranks in (("cpu", 2), ("single", 1)):
         from_round(tmp_path / "cpu", tmp_path / f"again-{name}", 1)
-        done = launch(engine(name, tmp_path), tmp_path, *options(digits, f"again-{name}"), *CODES, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-        found = prior_losses(tmp_path / f"again-{name}")
-        assert found == (runs["cpu"][1:] if ranks == 2 else pytest.approx(runs["cpu"][1:], rel=2e-2))
-    again, whole = (newest_checkpoint(tmp_path / run / "checkpoints") for run in ("again-cpu", "cpu"))
-    assert again and whole and again.name == whole.name
-    assert same(load_file(again / "model.safetensors"), load_file(whole / "model.safetensors"))
+        launched(name, f"again-{name}", *CODES, ranks=ranks)
+    assert prior_losses(tmp_path / "again-cpu") == runs["cpu"][1:]
+    assert prior_losses(tmp_path / "again-single") == pytest.approx(runs["cpu"][1:], rel=2e-2)
+    assert same(weights(tmp_path / "again-cpu"), weights(tmp_path / "cpu"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "ranks"), [("fsdp", 2), ("zero2", 2), ("zero3", 2), ("zero1", 4), ("single", 1)])
-def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, digits, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("fsdp", 2),
+        ("zero2", 2),
+        ("zero3", 2),
+        ("zero1", 4),
+        ("single", 1),
+    ],
+)
+def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, launched, tmp_path):
     from_round(plain, tmp_path / "run", 2)
-    done = launch(engine(name, tmp_path), tmp_path, *options(digits, "run"), ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    found, expected = losses(tmp_path / "run", "match/dist"), losses(plain, "match/dist")[2:]
-    for ours, theirs in zip(found, expected, strict=True):  # the images of a step are the same on every world size
+    launched(name, "run", ranks=ranks)
+    # The images of a step are the same on every world size.
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(plain)[2:], strict=True):
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu", "fsdp", "zero2"])
-def test_micro_batches_and_bfloat16(name, plain, digits, tmp_path):
-    file = engine(name, tmp_path)
-    done = launch(file, tmp_path, *options(digits, "parts"), "--train.accumulate=2")
-    assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(losses(tmp_path / "parts", "match/dist"), losses(plain, "match/dist"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    assert "8 images x 2 micro-batches x 2 ranks" in done.stdout + done.stderr
+def test_micro_batches_and_bfloat16(name, plain, launched, tmp_path):
+    said = launched(name, "parts", "--train.accumulate=2")
+    assert_alike(tmp_path / "parts", plain)
+    assert "8 images x 2 micro-batches x 2 ranks" in said
 
-    done = launch(file, tmp_path, *options(digits, "half"), "--train.precision=bf16")
-    assert done.returncode == 0, done.stderr
-    ours, theirs = (
-        losses(tmp_path / "half", "match/dist")[-1]["loss/total"],
-        losses(plain, "match/dist")[-1]["loss/total"],
-    )
+    launched(name, "half", "--train.precision=bf16")
+    ours = losses(tmp_path / "half")[-1]["loss/total"]
+    theirs = losses(plain)[-1]["loss/total"]
     assert ours != theirs and ours == pytest.approx(theirs, rel=0.02)
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "half").values())
 
 
-@pytest.mark.slow
-def test_recomputed_networks_train_alike(digits, tmp_path):
-    file = engine("cpu", tmp_path)
-    more = ["--train.recompute", "--model.depth=1"]
-    for run, extra in (("deep", ["--model.depth=1"]), ("other", more)):
-        done = launch(file, tmp_path, *options(digits, run), *extra)
-        assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(
-        losses(tmp_path / "other", "match/dist"), losses(tmp_path / "deep", "match/dist"), strict=True
-    ):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+def test_recomputed_networks_train_alike(launched, tmp_path):
+    launched("cpu", "deep", "--model.depth=1")
+    launched("cpu", "other", "--model.depth=1", "--train.recompute")
+    assert_alike(tmp_path / "other", tmp_path / "deep", rel=1e-3)
 
 
-@pytest.mark.slow
 def test_what_an_engine_cannot_do_is_refused_at_the_start(digits, tmp_path):
     """All of it is in tests/training/test_engines.py."""
     done = launch(engine("zero2", tmp_path, gradient_clipping=5.0), tmp_path, *options(digits, "run"), ranks=1)
@@ -186,21 +204,24 @@ def test_what_an_engine_cannot_do_is_refused_at_the_start(digits, tmp_path):
     assert ended_as_bad_input(done.stderr) and not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
-def test_a_compiled_network_trains_alike(plain, digits, tmp_path):
-    file = engine("cpu", tmp_path)
-    done = launch(file, tmp_path, *options(digits, "run"), "--train.compile")
-    assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(losses(tmp_path / "run", "match/dist"), losses(plain, "match/dist"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+def test_a_compiled_network_trains_alike(plain, launched, tmp_path):
+    launched("cpu", "run", "--train.compile")
+    assert_alike(tmp_path / "run", plain)
     assert weights(tmp_path / "run").keys() == weights(plain).keys()
 
 
-@pytest.mark.slow
 def test_ranks_of_fsdp_agree_after_pictures_and_a_checkpoint(digits, tmp_path):
     """A network without encode and decode keeps its gathered weights after a forward, and rank 0 alone writes them."""
-    small = [*SMALL, f"--data.path={digits}", "--run.path=run", "--model.name=spatial", "--model.blend"]
-    checked = ["--train.images=768", "--report.pictures=1", "--checkpoint.rounds=1", "--train.timeout=20"]
-    done = launch(engine("fsdp", tmp_path), tmp_path, *small, *checked)
-    assert done.returncode == 0, done.stderr
+    options = [
+        *SMALL,
+        f"--data.path={digits}",
+        "--run.path=run",
+        "--model.name=spatial",
+        "--model.blend",
+        "--train.images=768",
+        "--report.pictures=1",
+        "--checkpoint.rounds=1",
+        "--train.timeout=20",
+    ]
+    succeeded(launch(engine("fsdp", tmp_path), tmp_path, *options))

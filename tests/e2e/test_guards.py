@@ -2,23 +2,22 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from naign.checkpoint.bucket import newest_first
 from naign.checkpoint.writer import newest_checkpoint
-from naign.errors import BAD_INPUT, FAILED, PEER_LOST
+from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from naign.storage.store import open_store
-from tests.conftest import ROOT, SMALL, Program, forked, start
+from tests.conftest import ROOT, SMALL, start, train_command
 from tests.e2e.ranks import Job
-from tests.e2e.runs import reports, wait_for_rounds
-from tests.servers import S3Server
+from tests.e2e.runs import column, newest, reports, rounds_of, wait_for_rounds, weights
+from tests.programs import ends, execute, refused, succeeded
+
+pytestmark = pytest.mark.slow
 
 POISON = """
 import runpy
@@ -41,170 +40,146 @@ runpy.run_path({program!r}, run_name="__main__")
 """The main job, but for some losses of one rank, which become NaN."""
 
 
-def poisoned(folder: Path, steps: range | list[int], rank: int, *options: str, world: int = 1) -> list[str]:
+def poisoned(folder, steps, rank, *options, world=1):
     program = folder / "poisoned.py"
     program.write_text(POISON.format(program=str(ROOT / "pipeline/train.py"), steps=steps, rank=rank))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    command = [sys.executable]  # a launcher has its own exit code
     if world > 1:
-        command += ["--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+        command = train_command(ranks=world)[:-1]
     return [*command, str(program), "--run.path=run", *SMALL, *options]
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=1024", "--train.ema=0.9"]
-    done = run(poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world), tmp_path)
-    assert done.returncode == 0, done.stderr
+    command = poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world)
+    done = succeeded(execute(command, tmp_path))
     assert done.stderr.count("is not finite: skipped") == 3 and "round 0] warning: a step of round 0" in done.stderr
     last = reports(tmp_path / "run")[-1]
     assert last["train/skipped"] == 3 and 0 < last["loss/total"] < 2
-    newest = newest_checkpoint(tmp_path / "run/checkpoints")
     for name in ("model", "ema"):
-        assert all(value.isfinite().all() for value in load_file(newest / f"{name}.safetensors").values())
+        assert all(value.isfinite().all() for value in weights(tmp_path / "run", name).values())
 
 
-@pytest.mark.slow
 def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=4096", "--checkpoint.rounds=1"]
-    alone = [sys.executable, *poisoned(tmp_path, range(18, 100), 0, *options)[4:]]  # a launcher has its own exit code
-    done = run(alone, tmp_path)
-    assert done.returncode == BAD_INPUT
-    assert "10 steps in a row" in done.stderr and "step-00000024" in done.stderr and "train.lr" in done.stderr
-    assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step-00000024"  # its last steps were skipped
+    command = poisoned(tmp_path, range(18, 100), 0, *options)
+    refused(execute(command, tmp_path), "10 steps in a row", "step-00000024", "train.lr")
+    assert newest(tmp_path / "run").name == "step-00000024"  # its last steps were skipped
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk")
-def test_a_full_disk_leaves_the_checkpoint_before(digits, tmp_path):
+def test_a_full_disk_leaves_the_checkpoint_before(small, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
+    mount = f"mount -t tmpfs -o size=1m tmpfs {disk}".split()
+    if subprocess.run(mount, check=False).returncode:
         pytest.skip("no small disk can be mounted here")
     try:
-        options = [f"--data.path={digits}", *SMALL, "--train.images=200000", "--checkpoint.rounds=1"]
+        options = [*small, "--train.images=200000", "--checkpoint.rounds=1"]
         job = start(tmp_path, f"--run.path={disk}/run", *options, "--checkpoint.keep=1")
         checkpoints = disk / "run/checkpoints"
         while job.poll() is None and not list(checkpoints.glob("*/manifest.json")):
             time.sleep(0.01)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
-        _, errors = job.communicate(timeout=60)
-        assert job.returncode == FAILED and "train: failed: " in errors and "No space left" in errors, errors
-        assert newest_checkpoint(checkpoints) and "untouched" in errors
+        ends(job, FAILED, "train: failed: ", "No space left", "untouched")
+        assert newest_checkpoint(checkpoints)
         (disk / "filler").unlink()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.slow
-def test_a_bucket_that_is_taken_away_leaves_local_checkpoints_and_a_warning(
-    digits: str, s3: S3Server, bucket: str, tmp_path: Path
-) -> None:
-    options = [f"--data.path={digits}", *SMALL, "--train.images=25600", "--checkpoint.rounds=2"]
-    with Job(tmp_path, 2, ("--run.path=run", f"--run.remote={bucket}/run", *options)) as job:
-        job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
-        s3.client().delete_bucket(Bucket=bucket.removeprefix("s3://"))
-        assert job.ended(120) == [PEER_LOST, PEER_LOST], job.said()
-        assert "stays local" in job.said() and "there is no bucket" in job.said()
-    newest = newest_checkpoint(tmp_path / "run/checkpoints")
-    assert newest and newest.name == "step-00000800"
-
-
-@pytest.mark.slow
-def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(
-    digits: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(digits, bucket, tmp_path, monkeypatch):
     for remote, said in ((f"{bucket}-none/run", "there is no bucket"), (f"{bucket}/run", "check the credentials")):
         job = start(tmp_path, "--run.path=run", f"--data.path={digits}", f"--run.remote={remote}", *SMALL)
-        _, errors = job.communicate(timeout=60)
-        assert job.returncode == BAD_INPUT and said in errors and "Traceback" not in errors, errors
+        ends(job, BAD_INPUT, said)
         assert not (tmp_path / "run").exists()
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
 
 
-@pytest.mark.slow
-def test_a_run_that_was_lost_goes_on_from_the_bucket(train: Program, digits: str, bucket: str, tmp_path: Path) -> None:
-    options = [f"--data.path={digits}", *SMALL, f"--run.remote={bucket}/run", "--checkpoint.rounds=2"]
-    job = start(tmp_path, "--run.path=run", *options, "--train.images=200000")
-    wait_for_rounds(job, tmp_path / "run", 7)
-    job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=60)
-    newest = newest_checkpoint(tmp_path / "run/checkpoints")
-    assert job.returncode == 75 and newest
-    (tmp_path / "run").rename(tmp_path / "lost")
-    again = start(tmp_path, "--run.path=run", *options, "--train.images=200000")
-    wait_for_rounds(again, tmp_path / "run", 12)
-    again.send_signal(signal.SIGTERM)
-    again.communicate(timeout=60)
-    assert again.returncode == 75
-    rounds = [line["round"] for line in reports(tmp_path / "run")]
+def test_a_run_that_was_lost_goes_on_from_the_bucket(small, bucket, tmp_path):
+    run = tmp_path / "run"
+    options = [
+        *small,
+        "--run.path=run",
+        f"--run.remote={bucket}/run",
+        "--checkpoint.rounds=2",
+        "--train.images=200000",
+    ]
+    for count in (7, 12):
+        job = start(tmp_path, *options)
+        wait_for_rounds(job, run, count)
+        job.terminate()
+        ends(job, INTERRUPTED)
+        if count == 7:
+            assert newest(run)
+            run.rename(tmp_path / "lost")
+    rounds = column(run, "round")
     assert rounds == list(range(len(rounds)))  # what was reported before was fetched, too
-    never = train("--run.path=other", *options, "--resume=never")
-    assert never.returncode != 0 and "already holds a run" in never.stderr
 
 
-@pytest.mark.slow
-def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits: str, bucket: str, tmp_path: Path) -> None:
-    options = [f"--data.path={digits}", *SMALL, f"--run.remote={bucket}/run", "--checkpoint.rounds=2"]
-    options += ["--train.images=200000"]
+def test_of_two_runs_with_one_bucket_the_later_one_has_it(small, bucket, tmp_path):
+    options = [
+        *small,
+        f"--run.remote={bucket}/run",
+        "--checkpoint.rounds=2",
+        "--train.images=200000",
+    ]
     with Job(tmp_path, 2, ("--run.path=first", *options)) as first:
-        first.wait_for(lambda: (tmp_path / "first/metrics.jsonl").exists())
+        first.wait_for(lambda: rounds_of(tmp_path / "first"))
         second = start(tmp_path, "--run.path=second", *options)
-        assert first.ended(120) == [BAD_INPUT, BAD_INPUT], first.said()
+        first.ends(BAD_INPUT, within=120)
         assert "was taken over by a run that started later" in first.said()
-    newest = newest_checkpoint(tmp_path / "first/checkpoints")
-    second.send_signal(signal.SIGTERM)
-    second.communicate(timeout=60)
-    assert second.returncode == 75 and newest and newest_checkpoint(tmp_path / "second/checkpoints")
+    second.terminate()
+    ends(second, INTERRUPTED)
+    for run in ("first", "second"):
+        assert newest(tmp_path / run)
 
 
-@pytest.mark.slow
-def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(
-    train: Program, digits: str, bucket: str, tmp_path: Path
-) -> None:
-    options = [f"--data.path={digits}", *SMALL, "--report.pictures=0"]
-    other = train(f"--run.remote={bucket}/run", "--run.path=other", *options, "--train.images=2560", "--train.lr=1e-4")
-    assert other.returncode == 0, other.stderr
-    assert train("--run.path=run", *options, "--train.images=2560").returncode == 0
-    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(train, small, bucket, tmp_path):
+    options = [*small, "--train.images=2560"]
+    remote = [*options, f"--run.remote={bucket}/run"]
+    succeeded(train(*remote, "--run.path=other", "--train.lr=1e-4"))
+    succeeded(train(*options, "--run.path=run"))
+    names = sorted(os.listdir(tmp_path / "run/checkpoints"))
     for images in ("2560", "25600"):  # also where the one here is newer
-        refused = train(f"--run.remote={bucket}/run", "--run.path=run", *options, f"--train.images={images}")
-        assert "holds a run of another configuration" in refused.stderr and "train.lr: 0.0001 there" in refused.stderr
-    anew = train(f"--run.remote={bucket}/run", "--run.path=anew", *options, "--resume=never")
-    assert "already holds a run" in anew.stderr and not (tmp_path / "anew/checkpoints").exists()
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == names
+        done = train(*remote, "--run.path=run", f"--train.images={images}")
+        refused(done, "holds a run of another configuration", "train.lr: 0.0001 there")
+    refused(train(*remote, "--run.path=anew", "--resume=never"), "already holds a run")
+    assert not (tmp_path / "anew/checkpoints").exists()
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == names
     assert len(open_store(f"{bucket}/run/checkpoints").folders()) == 1
 
 
-@pytest.mark.slow
-def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(
-    digits: str, s3: S3Server, bucket: str, tmp_path: Path
-) -> None:
-    options = [f"--data.path={digits}", *SMALL, "--train.images=25600", "--checkpoint.rounds=50", "--run.path=run"]
-    options += [f"--run.remote={bucket}/run"]
-    with Job(tmp_path, 2, tuple(options)) as job:
-        job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
-        s3.client().delete_bucket(Bucket=bucket.removeprefix("s3://"))
-        assert job.ended(120) == [PEER_LOST, PEER_LOST], job.said()
-        assert "stays local" in job.said()
+def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(small, s3, bucket, tmp_path):
+    name = bucket.removeprefix("s3://")
+    options = (
+        *small,
+        "--train.images=25600",
+        "--checkpoint.rounds=50",
+        "--run.path=run",
+        f"--run.remote={bucket}/run",
+    )
+    with Job(tmp_path, 2, options) as job:
+        job.wait_for(lambda: rounds_of(tmp_path / "run"))
+        s3.client().delete_bucket(Bucket=name)
+        job.ends(PEER_LOST, within=120)
+        assert "stays local" in job.said() and "there is no bucket" in job.said()
         assert "done: the run lies in" not in job.said()
-    s3.client().create_bucket(Bucket=bucket.removeprefix("s3://"))
-    with Job(tmp_path, 2, tuple(options)) as job:
-        assert job.ended(120) == [0, 0] and "nothing left to do" in job.said(), job.said()
+    assert newest(tmp_path / "run").name == "step-00000800"
+    s3.client().create_bucket(Bucket=name)
+    with Job(tmp_path, 2, options) as job:
+        job.ends(0, within=120)
+        assert "nothing left to do" in job.said()
     assert list(newest_first(f"{bucket}/run")) == ["step-00000800"]
 
 
-@pytest.mark.slow
-def test_ranks_that_do_not_share_a_folder_are_refused(digits: str, tmp_path: Path) -> None:
+def test_ranks_that_do_not_share_a_folder_are_refused(small, tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder / "run").mkdir(parents=True)
         (tmp_path / folder / "run/.lock").touch()
         (tmp_path / folder / "run/.claim").write_text("of an earlier run")
-    options = (f"--data.path={digits}", *SMALL, "--run.path=run")
+    options = (*small, "--run.path=run")
     with Job(tmp_path, 2, options, places=("one", "two")) as job:
-        assert job.ended(60) == [BAD_INPUT, BAD_INPUT]
+        job.ends(BAD_INPUT)
         assert "is not the same folder on every machine" in job.said()

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from naign.data.sources.catalog import load
 from naign.data.sources.source import Made
 from tests.conftest import forked
 from tests.pages import NEEDS, PAGES, ROOT, blocks, commands, settings
+from tests.programs import execute, succeeded
 
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -92,7 +92,13 @@ def enlarged(name, size, channels, labels):
         return Made(length=length, make=make)
 
     splits = {"train": split(digits.splits["train"], 320), "test": split(digits.splits["test"], 80)}
-    return replace(digits, name=name, shape=(channels, size, size), labels=labels, splits=splits)
+    return replace(
+        digits,
+        name=name,
+        shape=(channels, size, size),
+        labels=labels,
+        splits=splits,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +144,7 @@ def run_block(text, folder):
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", "-eo", "pipefail", "-c", text]
     env = forked(PATH=path)
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    succeeded(execute(command, folder, env=env, timeout=600))
 
 
 def given():

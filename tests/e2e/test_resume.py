@@ -5,102 +5,89 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 from filelock import FileLock
 
-from naign.checkpoint.writer import newest_checkpoint
 from naign.errors import INTERRUPTED
-from tests.conftest import SMALL, environment, start, train_command
-from tests.e2e.runs import losses, same, wait_for_rounds, weights
+from tests.conftest import environment, start, train_command
+from tests.e2e.runs import losses, newest, same, wait_for_rounds, weights
+from tests.programs import ends, refused, succeeded
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("varied", ["none", "flow"])
-def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
-    options += (
-        ["--prior.name=flow", "--prior.width=32", "--prior.images=1024", "--prior.student=512"]
-        if varied == "flow"
-        else ["--prior.name=none"]
-    )
-    whole = train("--run.path=whole", *options)
-    assert whole.returncode == 0, whole.stderr
+def test_an_ended_run_goes_on_bit_for_bit(train, small, tmp_path, varied):
+    options = [*small, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
+    if varied == "flow":
+        options += ["--prior.name=flow", "--prior.width=32", "--prior.images=1024", "--prior.student=512"]
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    succeeded(train("--run.path=whole", *options))
 
-    for rounds, sent in ((6, signal.SIGTERM), (12, signal.SIGKILL)):
+    for rounds, sent, code in (
+        (6, signal.SIGTERM, INTERRUPTED),
+        (12, signal.SIGKILL, -signal.SIGKILL),
+    ):
         job = start(tmp_path, "--run.path=broken", *options)
-        wait_for_rounds(job, tmp_path / "broken", rounds)
+        wait_for_rounds(job, broken, rounds)
         job.send_signal(sent)
-        _, errors = job.communicate(timeout=60)
-        assert job.returncode == (INTERRUPTED if sent == signal.SIGTERM else -signal.SIGKILL), errors
-        assert len(losses(tmp_path / "broken")) < 20
+        ends(job, code)
+        assert len(losses(broken)) < 20
 
-    again = train("--run.path=broken", *options)
-    assert again.returncode == 0, again.stderr
+    again = succeeded(train("--run.path=broken", *options))
     assert "resuming from" in again.stderr + again.stdout
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    assert (
-        newest_checkpoint(tmp_path / "broken/checkpoints").name
-        == newest_checkpoint(tmp_path / "whole/checkpoints").name
-    )
-    assert same(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
+    assert losses(broken) == losses(whole)
+    assert newest(broken).name == newest(whole).name
+    assert same(weights(broken), weights(whole))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
-def test_other_optimizers_go_on_bit_for_bit(train, digits, tmp_path, optimizer):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=1024", f"--train.optimizer={optimizer}"]
+def test_other_optimizers_go_on_bit_for_bit(train, small, tmp_path, optimizer):
+    options = [*small, "--train.images=1024", f"--train.optimizer={optimizer}"]
     options += ["--checkpoint.rounds=2", "--checkpoint.keep=0"]
-    done = train("--run.path=whole", *options)
-    assert done.returncode == 0, done.stderr
+    succeeded(train("--run.path=whole", *options))
     shutil.copytree(tmp_path / "whole/checkpoints/step-00000016", tmp_path / "again/checkpoints/step-00000016")
-    done = train("--run.path=again", *options)
-    assert done.returncode == 0, done.stderr
+    succeeded(train("--run.path=again", *options))
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")[2:]
     assert same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
 
 
-@pytest.mark.slow
-def test_the_death_of_the_launcher_stops_the_run_with_a_checkpoint(digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=200000", "--run.path=run"]
+def test_the_death_of_the_launcher_stops_the_run_with_a_checkpoint(small, tmp_path):
+    options = [*small, "--train.images=200000", "--run.path=run"]
     launcher = subprocess.Popen(train_command(*options), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
-    while launcher.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
+    wait_for_rounds(launcher, tmp_path / "run", 1)
+    launcher.terminate()
     launcher.wait(timeout=60)
     with FileLock(tmp_path / "run/.lock", timeout=60):  # free: the training process has left
-        newest = newest_checkpoint(tmp_path / "run/checkpoints")
-    assert newest and json.loads((newest / "trainer.json").read_text())["round"] < 200
+        last = newest(tmp_path / "run")
+    assert json.loads((last / "trainer.json").read_text())["round"] < 200
 
 
-@pytest.mark.slow
-def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one_before(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=2048", "--checkpoint.rounds=2", "--run.path=run"]
+def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one_before(train, small, tmp_path):
+    options = [*small, "--train.images=2048", "--checkpoint.rounds=2", "--run.path=run"]
     job = start(tmp_path, *options)
     checkpoints = tmp_path / "run/checkpoints"
     # Kill the moment the third checkpoint's folder appears: it is being written, its manifest cannot be there yet.
     while job.poll() is None and len(list(checkpoints.glob("step-*"))) < 3:
         pass
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    assert job.returncode == -signal.SIGKILL
+    job.kill()
+    ends(job, -signal.SIGKILL)
     assert not (checkpoints / "step-00000048/manifest.json").exists()
-    done = train(*options)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(train(*options))
     assert "resuming from run/checkpoints/step-00000032" in done.stderr + done.stdout
     assert len(losses(tmp_path / "run")) == 8
     assert sorted(os.listdir(checkpoints)) == ["step-00000048", "step-00000064"]
 
 
-@pytest.mark.slow
-def test_a_finished_run_and_never_resuming(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--train.images=512", "--run.path=run"]
-    assert train(*options).returncode == 0
+def test_a_finished_run_and_never_resuming(train, small, tmp_path):
+    options = [*small, "--train.images=512", "--run.path=run"]
+    succeeded(train(*options))
     config = tmp_path / "run/config.yaml"
-    recorded, time = config.read_text(), config.stat().st_mtime_ns
-    again = train(*options, "--report.pictures=3")
-    assert again.returncode == 0 and "nothing left to do" in again.stderr + again.stdout
+    recorded = config.read_text()
+    time = config.stat().st_mtime_ns
+    again = succeeded(train(*options, "--report.pictures=3"))
+    assert "nothing left to do" in again.stderr + again.stdout
     assert config.read_text() == recorded and config.stat().st_mtime_ns == time
-    never = train(*options, "--resume=never")
-    assert never.returncode != 0 and "already holds a run" in never.stderr
+    refused(train(*options, "--resume=never"), "already holds a run")

@@ -17,11 +17,13 @@ from naign.storage.s3_client import forget_clients
 from naign.storage.store import open_store
 from tests.conftest import SMALL
 from tests.data.test_resize import PHOTOS, write
+from tests.programs import refused, succeeded
+
+pytestmark = pytest.mark.slow
 
 SIZED = ["--data.size=16x24", "--data.flip"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv", "spatial"])
 def test_pictures_of_many_sizes_are_trained_on_and_measured(train, naign, tmp_path, network):
     for number in range(3):
@@ -29,39 +31,29 @@ def test_pictures_of_many_sizes_are_trained_on_and_measured(train, naign, tmp_pa
     write(tmp_path / "theirs", "val-00000.tar", range(150, 170))
     index(str(tmp_path / "theirs"), progress=False)
     options = ["--data.path=theirs", *SMALL, *SIZED, f"--model.name={network}", "--run.path=run"]
-    done = train(*options, "--train.images=512", ranks=2)
-    assert done.returncode == 0, done.stderr
-    done = train(*options, "--train.images=1024", "--data.size=24x16", "--resume=changed")
-    assert done.returncode == 2 and "data.size" in done.stderr
-    done = train(*options, "--train.images=1024", "--resume=changed")
-    assert done.returncode == 0, done.stderr
+    succeeded(train(*options, "--train.images=512", ranks=2))
+    refused(train(*options, "--train.images=1024", "--data.size=24x16", "--resume=changed"), "data.size")
+    succeeded(train(*options, "--train.images=1024", "--resume=changed"))
 
     model = NAIGN.from_pretrained(tmp_path / "run")
     config, _ = recorded(model, str(tmp_path / "run"), str(tmp_path / "theirs"))
     resize = parse_resize(config)
     assert model.shape == (3, 16, 24) and (resize.height, resize.width) == (16, 24)
-    done = naign("evaluate", "run", "--samples=50")
-    assert done.returncode == 0, done.stderr
-    done = naign("restore", "run", *map(str, PHOTOS), "--to=out", "--damage=noise", "--size=model")
-    assert done.returncode == 0, done.stderr
+    succeeded(naign("evaluate run --samples=50"))
+    succeeded(naign("restore", "run", *map(str, PHOTOS), "--to=out", "--damage=noise", "--size=model"))
     for photo in PHOTOS:
         assert np.asarray(Image.open(tmp_path / f"out/{photo.stem}.png")).shape == (16, 24, 3)
-    done = naign("sample", "run", "--to=samples.png")
-    assert done.returncode == 0, done.stderr
+    succeeded(naign("sample run --to=samples.png"))
 
 
-@pytest.mark.slow
 def test_a_folder_is_packed_to_a_size_that_is_not_square(naign, tmp_path):
     for photo in PHOTOS:
         (tmp_path / photo.name).write_bytes(photo.read_bytes())
-    done = naign("pack", "folder", "--root=.", "--size=20x32", "--to=packed")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(naign("pack folder --root=. --size=20x32 --to=packed"))
     assert "3x20x32" in done.stdout
-    done = naign("pack", "folder", "--root=.", "--size=20by32", "--to=packed")
-    assert done.returncode == 2 and "--size is '20by32'" in done.stderr
+    refused(naign("pack folder --root=. --size=20by32 --to=packed"), "--size is '20by32'")
 
 
-@pytest.mark.slow
 def test_a_bucket_that_may_only_be_read_is_indexed_and_trained_on(train, naign, s3, bucket, tmp_path, monkeypatch):
     write(tmp_path / "theirs", "00000.tar", range(60))
     write(tmp_path / "theirs", "00001.tar", range(60, 120))
@@ -81,14 +73,11 @@ def test_a_bucket_that_may_only_be_read_is_indexed_and_trained_on(train, naign, 
         time.sleep(0.1)
     with pytest.raises(InputError, match="access denied"):
         store.put("mine", b"")
-    done = naign("index", f"{bucket}/theirs")
-    assert done.returncode == 2 and "access denied" in done.stderr and "--to" in done.stderr
-    done = naign("index", f"{bucket}/theirs", "--to=index")
-    assert done.returncode == 0, done.stderr
+    refused(naign(f"index {bucket}/theirs"), "access denied", "--to")
+    succeeded(naign(f"index {bucket}/theirs --to=index"))
     options = [f"--data.path={bucket}/theirs", "--data.index=index", *SMALL, *SIZED, "--run.path=run"]
     for images in (256, 512):
-        done = train(*options, f"--train.images={images}", "--resume=changed")
-        assert done.returncode == 0, done.stderr
+        done = succeeded(train(*options, f"--train.images={images}", "--resume=changed"))
     assert "goes on with another train.images: 256 there" in done.stderr
-    assert naign("verify", f"{bucket}/theirs", "--index=index").returncode == 0
+    succeeded(naign(f"verify {bucket}/theirs --index=index"))
     assert sorted(store.list()) == ["00000.tar", "00001.tar"]

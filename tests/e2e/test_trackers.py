@@ -1,15 +1,14 @@
 """Real trackings of a real run: one that hangs costs nothing, MLflow's is resumed, and docs/tracking.md says it all."""
 
-import os
 import re
 import sqlite3
-import subprocess
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
+from tests.conftest import ROOT, SMALL, direct_command, forked
 from tests.e2e.runs import losses, reports
+from tests.programs import execute, install, succeeded
 
 ROW = re.compile(r"^\| (`.*?`) \| .* \| (.*?) \|$", re.MULTILINE)
 """Names and conditions of a row of the table."""
@@ -55,7 +54,6 @@ class Hanging(Lines):
 lines = my_package.trackers:Lines
 hanging = my_package.trackers:Hanging
 """,
-    "my_package-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: my_package\nVersion: 1\n",
 }
 
 EVERYTHING = [
@@ -73,22 +71,17 @@ EVERYTHING = [
 
 @pytest.fixture
 def site(tmp_path):
-    """A package with a tracker as docs/tracking.md registers it, and one that hangs, as an installer leaves them."""
-    for name, text in PACKAGE.items():
-        file = tmp_path / "site" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    return tmp_path / "site"
+    """The path with a tracker as docs/tracking.md registers it, and one that hangs."""
+    return install(tmp_path, PACKAGE)
 
 
 @pytest.mark.slow
 def test_trackers_of_a_run(site, digits, tmp_path):
     def run(name, *options, **more):
-        env = forked(PYTHONPATH=os.pathsep.join([PYTHONPATH, str(site)]), **more)
+        env = forked(PYTHONPATH=site, **more)
         env["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
         command = direct_command(f"--data.path={digits}", f"--run.path={name}", *SMALL, *EVERYTHING, *options)
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        done = succeeded(execute(command, tmp_path, env=env))
         assert "Traceback" not in done.stderr
         return done.stderr
 

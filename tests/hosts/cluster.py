@@ -15,19 +15,19 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
 from tests.conftest import ROOT, environment
+from tests.programs import succeeded
 
 _numbers = itertools.count()
 
 
-def possible() -> str:
+def possible():
     """Why hosts cannot be made here, or ''."""
     if os.name != "posix" or not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "only root can make network namespaces"
@@ -39,12 +39,11 @@ def possible() -> str:
     return tried.stderr.strip()
 
 
-def run(*command: str) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+def run(line):
+    succeeded(subprocess.run(line.split(), check=False, capture_output=True, text=True))
 
 
-def inside(folder: str) -> bool:
+def inside(folder):
     """Whether an image would have to be given this folder: /usr is there."""
     return not folder.startswith("/usr/") and not (folder != str(ROOT) and Path(folder).is_relative_to(ROOT))
 
@@ -62,15 +61,15 @@ class Pod:
     started: float
 
     @property
-    def code(self) -> int | None:
+    def code(self):
         """As the runtime reports it: 128 and the signal for one that was killed."""
         code = self.process.poll()
         return code if code is None or code >= 0 else 128 - code
 
-    def output(self) -> str:
+    def output(self):
         return self.log.read_text(errors="replace")
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
+    def kill(self, number=signal.SIGKILL):
         """Send its first process a signal from outside, as a runtime does."""
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
@@ -92,40 +91,20 @@ class Cluster:
     """The first three numbers of its addresses: some that nobody uses, not even what a killed test left."""
     tag: str = field(default_factory=lambda: f"n{os.getpid() % 10**5}{next(_numbers)}")
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         self.hosts.write_text("127.0.0.1 localhost\n")
-        run(
-            "ip",
-            "link",
-            "add",
-            self.tag,
-            "type",
-            "bridge",
-        )
+        run(f"ip link add {self.tag} type bridge")
         used = subprocess.run(["ip", "-o", "-4", "address"], capture_output=True, text=True, check=True).stdout
         first = os.getpid() % 250
         numbers = [*range(first, 250), *range(first)]
         self.network = next(f"10.77.{number}" for number in numbers if f" 10.77.{number}." not in used)
-        run(
-            "ip",
-            "address",
-            "add",
-            f"{self.network}.1/24",
-            "dev",
-            self.tag,
-        )
-        run(
-            "ip",
-            "link",
-            "set",
-            self.tag,
-            "up",
-        )
+        run(f"ip address add {self.network}.1/24 dev {self.tag}")
+        run(f"ip link set {self.tag} up")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         for pod in self.pods:
             pod.kill()
             pod.process.kill()
@@ -134,22 +113,22 @@ class Cluster:
         subprocess.run(["ip", "link", "delete", self.tag], capture_output=True, check=False)
 
     @property
-    def hosts(self) -> Path:
+    def hosts(self):
         """What every pod sees as /etc/hosts: the names of pods and services."""
         return self.folder / "hosts"
 
-    def tell(self, text: str) -> None:
+    def tell(self, text):
         self.events.append(f"{time.monotonic() - self.begun:7.1f} s  {text}")
 
-    def find(self, kind: str, name: str) -> dict[str, Any]:
+    def find(self, kind, name):
         return next(item for item in self.objects if item["kind"] == kind and item["metadata"]["name"] == name)
 
-    def names(self, name: str, address: str) -> None:
+    def names(self, name, address):
         """Let a name mean an address, and nothing else; what pods have open sees it, too."""
         lines = [line for line in self.hosts.read_text().splitlines() if line.split()[1] != name]
         self.hosts.write_text("\n".join([*lines, f"{address} {name}"]) + "\n")
 
-    def serve(self, name: str) -> Pod:
+    def serve(self, name):
         """Run a Deployment's pod, and name it as its Service does once it is ready."""
         template = self.find("Deployment", name)["spec"]["template"]
         container = template["spec"]["containers"][0]
@@ -169,14 +148,14 @@ class Cluster:
 
     def start(
         self,
-        name: str,
-        template: dict[str, Any],
+        name,
+        template,
         *,
-        hostname: str = "",
-        env: dict[str, str] | None = None,  # what the controller adds
-        labels: dict[str, str] | None = None,
-        rate: str = "",  # of its link, as tc takes it
-    ) -> Pod:
+        hostname="",
+        env=None,  # what the controller adds
+        labels=None,
+        rate="",  # of its link, as tc takes it
+    ):
         """Run a pod's first container."""
         number = len(self.pods) + 2
         address = f"{self.network}.{number}"
@@ -195,7 +174,7 @@ class Cluster:
             commands.append(f"ip netns exec {network} tc qdisc add dev eth0 {shape}")
             commands.append(f"tc qdisc add dev {outside} {shape}")
         for command in commands:
-            run(*command.split())
+            run(command)
         spec = template["spec"]
         container = spec["containers"][0]
         user = int(spec["securityContext"]["runAsUser"])
@@ -232,19 +211,19 @@ class Cluster:
         with log.open("wb") as output:
             process = subprocess.Popen(runtime, stdout=output, stderr=output, env=environment())
         pod = Pod(
-            name,
-            network,
-            outside,
-            address,
-            log,
-            process,
-            time.monotonic(),
+            name=name,
+            network=network,
+            link=outside,
+            address=address,
+            log=log,
+            process=process,
+            started=time.monotonic(),
         )
         self.pods.append(pod)
         self.tell(f"{name} starts on {address}")
         return pod
 
-    def _environment(self, container: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
+    def _environment(self, container, labels):
         """As a container would get it, with PATH and PYTHONPATH as the image has them."""
         variables = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT / "pipeline")}
         for source in container.get("envFrom", []):
@@ -272,29 +251,29 @@ class Job:
 
     def __init__(
         self,
-        cluster: Cluster,
-        name: str,
+        cluster,
+        name,
         *,
-        uid: str = "uid-1",
-        rates: dict[int, str] | None = None,
-        backoff: float = 2.0,  # seconds; a real controller's are 10
-    ) -> None:
+        uid="uid-1",
+        rates=None,
+        backoff=2.0,  # seconds; a real controller's are 10
+    ):
         self.cluster = cluster
         self.uid = uid
         self.rates = rates or {}
         self.backoff = backoff
         self.object = cluster.find("Job", name)
         self.size = self.object["spec"]["completions"]
-        self.pods: dict[int, Pod] = {}
-        self.done: set[int] = set()
+        self.pods = {}
+        self.done = set()
         self.failures = 0
         self.failed = ""
         self.count = 0
-        self._counted = Counter[int]()  # failures by index, without ignored ones
-        self._all = Counter[int]()
-        self._due: dict[int, float] = {}
+        self._counted = Counter()  # failures by index, without ignored ones
+        self._all = Counter()
+        self._due = {}
 
-    def create(self, index: int) -> Pod:
+    def create(self, index):
         """A new pod for an index."""
         template = self.object["spec"]["template"]
         name = self.object["metadata"]["name"]
@@ -311,7 +290,7 @@ class Job:
         self.pods[index] = pod
         return pod
 
-    def step(self) -> bool:
+    def step(self):
         """Look at the pods and do what the policy says; whether the Job is over."""
         for index, due in list(self._due.items()):
             if time.monotonic() >= due:
@@ -334,7 +313,7 @@ class Job:
                 pod.kill(signal.SIGTERM)
         return bool(self.failed) or len(self.done) == self.size
 
-    def _replace(self, index: int, pod: Pod, *, counts: bool) -> None:
+    def _replace(self, index, pod, *, counts):
         self.failures += counts
         self._counted[index] += counts
         self._all[index] += 1
@@ -342,27 +321,21 @@ class Job:
             self.failed = f"{pod.name}: {pod.output()[-1000:]}"
         self._due[index] = time.monotonic() + self.backoff * 2 ** (self._all[index] - 1)
 
-    def take_node(self, index: int) -> None:
+    def take_node(self, index):
         """A node vanishes with its pod, and is taken out of the cluster: that is ignored, and the pod replaced."""
         pod = self.pods.pop(index)
-        run(
-            "ip",
-            "link",
-            "set",
-            pod.link,
-            "down",
-        )
+        run(f"ip link set {pod.link} down")
         self.cluster.tell(f"the node of {pod.name} is gone")
         self._replace(index, pod, counts=False)
 
-    def judge(self, code: int) -> str:
+    def judge(self, code):
         """The action of the first rule that an exit code meets."""
         for rule in self.object["spec"]["podFailurePolicy"]["rules"]:
             if code in rule.get("onExitCodes", {}).get("values", []):
                 return str(rule["action"])
         return "Count"
 
-    def until(self, happened: Callable[[], object], seconds: float) -> None:
+    def until(self, happened, seconds):
         """Go on until `happened()`."""
         end = time.monotonic() + seconds
         while not happened():
@@ -373,5 +346,5 @@ class Job:
             time.sleep(0.1)
 
 
-def manifest(name: str) -> list[dict[str, Any]]:
+def manifest(name):
     return [item for item in yaml.safe_load_all((ROOT / "k8s" / name).read_text()) if item]

@@ -6,18 +6,17 @@ import operator
 import signal
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import yaml
 
-from tests.hosts.cluster import Job, Pod, manifest
+from tests.hosts.cluster import manifest
 
 KINDS = ("delete", "rank", "launcher", "node")
 """The pod is deleted; SIGKILL for its rank, as when memory is out; SIGKILL for all of it; its node vanishes."""
 
 
-def prepared(hosts: int, *, rounds: int = 24, **train: Any) -> list[dict[str, Any]]:
+def prepared(hosts, *, rounds=24, **train):
     """The manifest for so many pods, with a smaller budget."""
     objects = manifest("job.yaml")
     for item in objects:
@@ -34,9 +33,9 @@ def prepared(hosts: int, *, rounds: int = 24, **train: Any) -> list[dict[str, An
     return objects
 
 
-def reported(pod: Pod | None) -> list[dict[str, float]]:
+def reported(pod):
     """The rounds that host 0 has reported, by its own files."""
-    found: list[dict[str, float]] = []
+    found = []
     if pod is None:
         return found
     metrics = pod.log.parent / "volumes/run/digits/metrics.jsonl"
@@ -62,7 +61,7 @@ class Recovery:
     """the next round is reported"""
 
 
-def kill_rank(pod: Pod) -> None:
+def kill_rank(pod):
     """SIGKILL for the pod's rank, if that runs."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(pod.process.pid).children(recursive=True):
@@ -70,7 +69,7 @@ def kill_rank(pod: Pod) -> None:
                 process.kill()
 
 
-def lose(job: Job, index: int, kind: str) -> None:
+def lose(job, index, kind):
     pod = job.pods[index]
     job.cluster.tell(f"{kind}: {pod.name}")
     if kind == "node":
@@ -81,12 +80,12 @@ def lose(job: Job, index: int, kind: str) -> None:
         pod.kill(signal.SIGTERM if kind == "delete" else signal.SIGKILL)
 
 
-def recover(job: Job, index: int, kind: str, within: float) -> Recovery:
+def recover(job, index, kind, within):
     """Lose a pod and wait until the Job trains again; AssertionError where another pod ends, or it takes too long."""
     lost = job.pods[index]
     others = [pod for pod in job.pods.values() if pod is not lost]
 
-    def stays() -> list[int]:
+    def stays():
         return [pod.output().count("this host stays") for pod in others]
 
     stayed = stays()
@@ -94,9 +93,9 @@ def recover(job: Job, index: int, kind: str, within: float) -> Recovery:
     if index:
         met = job.pods[0].output().count("all hosts are here")
     begun = time.monotonic()
-    seconds: list[float] = []
+    seconds = []
 
-    def reached(condition: Any) -> None:
+    def reached(condition):
         job.until(condition, within + begun - time.monotonic())
         seconds.append(time.monotonic() - begun)
         for pod in others:

@@ -3,29 +3,24 @@
 Manifests are ours, in k8s/ or from `naign render`, so what these checks find is a defect of the project.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import yaml
 
 from naign.config import check, from_dict
 from naign.errors import InputError
 
-Object = dict[str, Any]
-
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 """Kinds that the Pod Security level `restricted` allows."""
 
 
-def problems(objects: list[Object]) -> list[str]:
+def problems(objects):
     """A sentence for each thing that is wrong in the objects of one `kubectl apply`; [] if all is well."""
-    found: list[str] = []
+    found = []
     for item in objects:
         found += _of(item, objects)
     return found
 
 
-def templates(item: Object) -> list[tuple[str, Object]]:
+def templates(item):
     """The pod templates in an object, each with a name for messages."""
     name = f"{item['kind']} {item['metadata']['name']}"
     if item["kind"] in ("Job", "Deployment"):
@@ -36,7 +31,7 @@ def templates(item: Object) -> list[tuple[str, Object]]:
     return []
 
 
-def _of(item: Object, objects: list[Object]) -> Iterator[str]:
+def _of(item, objects):
     kind = item["kind"]
     name = f"{kind} {item['metadata']['name']}"
     if kind == "Service":
@@ -59,7 +54,7 @@ def _of(item: Object, objects: list[Object]) -> Iterator[str]:
         yield from _of_pod(title, template["spec"], objects)
 
 
-def _reaches(name: str, selector: Object, ports: list[Object], objects: list[Object]) -> Iterator[str]:
+def _reaches(name, selector, ports, objects):
     """What is wrong with an object `name` that selects pods and names ports of theirs."""
     selected = []
     for other in objects:
@@ -79,7 +74,7 @@ def _reaches(name: str, selector: Object, ports: list[Object], objects: list[Obj
                 yield f"{name}: no container has the port {target}"
 
 
-def _of_job(name: str, item: Object, objects: list[Object]) -> Iterator[str]:
+def _of_job(name, item, objects):
     spec = item["spec"]
     if spec.get("completionMode") != "Indexed":
         return
@@ -106,7 +101,7 @@ def _of_job(name: str, item: Object, objects: list[Object]) -> Iterator[str]:
         yield f"{name}: terminationGracePeriodSeconds leaves no time beyond stop.within"
 
 
-def _of_pod(name: str, pod: Object, objects: list[Object]) -> Iterator[str]:
+def _of_pod(name, pod, objects):
     for key in ("hostNetwork", "hostPID", "hostIPC"):
         if pod.get(key):
             yield f"{name}: {key}"
@@ -137,7 +132,7 @@ def _of_pod(name: str, pod: Object, objects: list[Object]) -> Iterator[str]:
                 yield from _config_map(what, source["configMapRef"], objects)
 
 
-def _config_map(what: str, wanted: Object, objects: list[Object]) -> Iterator[str]:
+def _config_map(what, wanted, objects):
     if wanted.get("optional"):
         return
     found = [item for item in objects if item["kind"] == "ConfigMap" and item["metadata"]["name"] == wanted["name"]]

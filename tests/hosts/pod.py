@@ -13,7 +13,6 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18  # linux/mount.h
 libc = ctypes.CDLL(None, use_errno=True)
@@ -23,12 +22,12 @@ ETC = ("passwd", "group", "ld.so.cache", "ld.so.conf", "nsswitch.conf", "localti
 
 
 def mount(
-    source: str,
-    target: Path | str,
-    kind: str,
-    flags: int = 0,
-    data: str = "",
-) -> None:
+    source,
+    target,
+    kind,
+    flags=0,
+    data="",
+):
     if libc.mount(
         source.encode(),
         str(target).encode(),
@@ -40,7 +39,7 @@ def mount(
         raise OSError(number, f"mount {source} on {target}: {os.strerror(number)}")
 
 
-def bind(source: Path | str, target: Path, *, read_only: bool = False) -> None:
+def bind(source, target, *, read_only=False):
     if Path(source).is_dir():
         target.mkdir(parents=True, exist_ok=True)
     else:
@@ -51,17 +50,11 @@ def bind(source: Path | str, target: Path, *, read_only: bool = False) -> None:
         mount("none", target, "none", MS_BIND | MS_REMOUNT | MS_RDONLY)
 
 
-def main(spec: dict[str, Any]) -> None:
+def main(spec):
     socket.sethostname(spec["hostname"])
     mount("none", "/", "none", MS_REC | MS_PRIVATE)
     root = Path(spec["root"])
-    mount(
-        "tmpfs",
-        root,
-        "tmpfs",
-        0,
-        "mode=755",
-    )
+    mount("tmpfs", root, "tmpfs", data="mode=755")
     for name in SYSTEM:
         place = Path("/", name)
         if place.is_symlink():

@@ -7,8 +7,6 @@ import functools
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
 
 import pytest
 
@@ -18,28 +16,21 @@ from naign.cluster.place import MOST, Place
 from naign.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
 from tests.servers import free_port
 
-HELLO = Hello(
-    "a",
-    1,
-    3,
-    1,
-    0,
-    "m",
-)
+HELLO = Hello("a", 1, 3, 1, 0, "m")
 pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def quickly(monkeypatch):
     monkeypatch.setattr(module, "TELLING", 5.0)
     monkeypatch.setattr(module, "SOON", 0.5)
 
 
-def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+def in_loop(test):
     """A test that is a coroutine, as a function."""
 
     @functools.wraps(test)
-    def run(*given: Any, **named: Any) -> None:
+    def run(*given, **named):
         asyncio.run(test(*given, **named))
 
     return run
@@ -48,29 +39,28 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 class Meeting:
     """Hosts of one job in one loop."""
 
-    def __init__(self, count: int = 3) -> None:
+    def __init__(self, count=3):
         self.count = count
         self.port = free_port()
-        self.tasks: dict[int, asyncio.Task[Any]] = {}
+        self.tasks = {}
 
-    def host(self, index: int, **changed: Any) -> Hosts:
-        given = {"start": "a", "hosts": self.count, "within": 20.0, "ranks": 1, "generation": 0, "since": 0, **changed}
+    def host(self, index, **changed):
         place = Place(
             orchestrator="test",
             index=index,
-            hosts=given["hosts"],
+            hosts=changed.get("hosts", self.count),
             head="localhost",
-            start=given["start"],
+            start=changed.get("start", "a"),
         )
-        made = Hosts(place, port=self.port, ranks=given["ranks"], within=given["within"])
-        made.generation = made._newest = given["generation"]
-        made.since = given["since"]
+        made = Hosts(place, port=self.port, ranks=changed.get("ranks", 1), within=changed.get("within", 20.0))
+        made.generation = made._newest = changed.get("generation", 0)
+        made.since = changed.get("since", 0)
         return made
 
-    def come(self, index: int, **changed: Any) -> None:
+    def come(self, index, **changed):
         self.tasks[index] = asyncio.create_task(self._meet(self.host(index, **changed)))
 
-    async def _meet(self, host: Hosts) -> Any:
+    async def _meet(self, host):
         """What a host gets of its meeting, or the error of it."""
         async with host:
             try:
@@ -81,14 +71,20 @@ class Meeting:
             except PeerLost as error:
                 return error
 
-    async def found(self) -> list[Any]:
+    async def found(self):
         """What all hosts have got, in the order of their indices."""
         for task in self.tasks.values():
             await asyncio.wait_for(task, 30)
         return [self.tasks[index].result() for index in sorted(self.tasks)]
 
+    async def met(self):
+        """All hosts, each of which has met the others."""
+        found = await self.found()
+        assert {type(links) for links in found} == {Links}
+        return found
+
     @contextlib.asynccontextmanager
-    async def connection(self, line: bytes) -> AsyncIterator[asyncio.StreamReader]:
+    async def connection(self, line):
         """A connection to host 0, once that listens, on which a line is sent."""
         deadline = time.monotonic() + 10
         while True:
@@ -104,7 +100,7 @@ class Meeting:
         finally:
             writer.close()
 
-    def greet(self, **changed: Any) -> Any:
+    def greet(self, **changed):
         return self.connection(dataclasses.replace(HELLO, hosts=self.count, **changed).line())
 
 
@@ -115,9 +111,10 @@ async def test_hosts_meet_in_any_order(order):
     for index in order:
         meeting.come(index)
         await asyncio.sleep(0.1)
-    found = await meeting.found()
-    assert {links.address in ("127.0.0.1", "::1") for links in found} == {True}
-    assert len({links.port for links in found}) == 1
+    found = await meeting.met()
+    for links in found:
+        assert links.address in ("127.0.0.1", "::1")
+        assert links.port == found[0].port
 
 
 @pytest.mark.parametrize(
@@ -134,18 +131,17 @@ async def test_each_meeting_is_one_more_than_any_host_has_seen(past, met):
     meeting = Meeting()
     for index, (generation, since) in enumerate(past):
         meeting.come(index, generation=generation, since=since)
-    assert [(links.generation, links.since) for links in await meeting.found()] == [met] * 3
+    for links in await meeting.met():
+        assert (links.generation, links.since) == met
 
 
 @in_loop
 async def test_the_same_hosts_meet_again_on_another_port_for_their_ranks():
     meeting = Meeting(2)
-    first, second = meeting.host(0), meeting.host(1)
-    async with first, second:
+    async with meeting.host(0) as first, meeting.host(1) as second:
         for generation in (1, 2):
-            found = await asyncio.gather(first.meet(), second.meet())
-            assert [links.generation for links in found] == [generation] * 2
-            for links in found:
+            for links in await asyncio.gather(first.meet(), second.meet()):
+                assert links.generation == generation
                 links.close()
 
 
@@ -159,7 +155,7 @@ async def test_a_host_that_comes_again_replaces_itself():
     await asyncio.sleep(0.3)
     assert not meeting.tasks[0].done()
     meeting.come(1)
-    assert all(isinstance(links, Links) for links in await meeting.found())
+    await meeting.met()
 
 
 @in_loop
@@ -199,11 +195,11 @@ async def test_a_pod_of_another_start_is_turned_away(capsys):
     meeting.come(1, start="an earlier one", within=1)
     assert isinstance(await meeting.tasks[1], PeerLost)
     meeting.come(1)
-    assert all(isinstance(links, Links) for links in await meeting.found())
+    await meeting.met()
     assert "another start of this job (an earlier one)" in capsys.readouterr().err
 
 
-def hello(**said: Any) -> bytes:
+def hello(**said):
     return json.dumps(dataclasses.asdict(HELLO) | said).encode() + b"\n"
 
 
@@ -231,8 +227,8 @@ async def test_nothing_that_a_stranger_says_ends_a_meeting(words, capsys):
             with contextlib.suppress(ConnectionError):
                 await asyncio.wait_for(reader.read(), 10)
         meeting.come(1)
-        assert all(isinstance(links, Links) for links in await meeting.found())
-    assert all(line.isprintable() for line in capsys.readouterr().err.split("\n"))
+        await meeting.met()
+    assert capsys.readouterr().err.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize(
@@ -248,13 +244,13 @@ async def test_nothing_that_a_stranger_says_ends_a_meeting(words, capsys):
     ],
 )
 def test_nothing_that_another_program_answers_holds_a_host(answer, said):
-    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(_, writer):
         with contextlib.suppress(OSError):
             while True:
                 writer.write(answer)
                 await asyncio.sleep(0.3)
 
-    async def run() -> None:
+    async def run():
         meeting = Meeting(2)
         async with await asyncio.start_server(serve, "127.0.0.1", meeting.port):
             with pytest.raises((InputError, PeerLost), match=said):
@@ -291,7 +287,8 @@ async def test_who_comes_to_a_first_host_that_ends_learns_why():
         begun = time.monotonic()
         await first.tell(InputError("no GPUs"))
         assert time.monotonic() - begun < module.TELLING
-        assert [str(error) for error in await meeting.found()] == ["host 0: no GPUs"] * 2
+        for error in await meeting.found():
+            assert str(error) == "host 0: no GPUs"
         for _, writer in strangers:
             writer.close()
 
@@ -327,9 +324,9 @@ async def test_the_end_of_a_host_is_told_to_the_others():
     assert second.codes == third.codes == {0: BAD_INPUT} and not third.lost
 
 
-def linked() -> Links:
+def linked():
     """A host that is connected to another one."""
-    return Links(Answer(generation=1, since=1), "", {1: None})  # type: ignore[dict-item]
+    return Links(Answer(generation=1, since=1), "", {1: None})
 
 
 @pytest.mark.parametrize(
@@ -400,10 +397,9 @@ def test_who_meets_again(code, again):
 def test_starts_that_end_early_are_not_tried_for_ever(seconds, tried, monkeypatch):
     """Also where ranks waited for each other in vain, because ports are blocked: for train.timeout and a minute."""
 
-    async def run() -> int:
+    async def run():
         meeting = Meeting(2)
-        first, second = meeting.host(0), meeting.host(1)
-        async with first, second:
+        async with meeting.host(0) as first, meeting.host(1) as second:
             for number in range(LIMIT + 3):
                 try:
                     found = await asyncio.gather(first.meet(), second.meet())
@@ -423,4 +419,5 @@ async def test_the_interface_towards_the_others():
     meeting = Meeting(2)
     meeting.come(0)
     meeting.come(1)
-    assert [links.interface() for links in await meeting.found()] == ["lo", "lo"]
+    for links in await meeting.met():
+        assert links.interface() == "lo"

@@ -9,34 +9,40 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from naign.checkpoint.writer import newest_checkpoint
 from naign.cluster import launch
 from naign.cluster.hosts import Hosts
 from naign.cluster.place import Place
 from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from naign.process import SIGNALS, on_signals
 from tests.conftest import PYTHONPATH, ROOT, SMALL, environment
+from tests.e2e.runs import newest, rounds_of, wait_for_rounds
 from tests.hosts.cluster import possible
 from tests.hosts.waiting import until
+from tests.programs import ends, execute, succeeded
 from tests.servers import free_port
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start(tmp_path):
     """Start it in an empty folder; none is left behind."""
-    started: list[subprocess.Popen[str]] = []
+    started = []
 
-    def run(*options: str, program: tuple[str, ...] = ("-m", "naign.cli"), **more: str) -> subprocess.Popen[str]:
-        command, named = [sys.executable, *program, "launch", *options], environment(**more)
-        own = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=named, **own))
-        return started[-1]
+    def run(*options, program=("-m", "naign.cli"), **more):
+        process = subprocess.Popen(
+            [sys.executable, *program, "launch", *options],
+            cwd=tmp_path,
+            env=environment(**more),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
 
     yield run
     for process in started:
@@ -45,7 +51,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 @pytest.fixture(autouse=True)
-def hangups() -> Iterator[None]:
+def hangups():
     """SIGHUP is not ignored, whatever has started the tests."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -53,7 +59,7 @@ def hangups() -> Iterator[None]:
 
 
 @pytest.fixture
-def handlers() -> Iterator[None]:
+def handlers():
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -88,7 +94,7 @@ def test_messages_begin_with_the_command_as_typed(command, handlers, capsys, mon
 
 
 @pytest.fixture
-def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+def unanswered(monkeypatch):
     """A bucket out of reach."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -105,15 +111,15 @@ def test_a_bucket_out_of_reach_ends_a_start_with_a_code_that_restarts(unanswered
 
 def test_a_pod_that_is_replaced_after_the_run_was_done_ends(
     train,
-    digits,
+    small,
     handlers,
     capsys,
     monkeypatch,
     tmp_path,
 ):
     """Host 0 completed and never comes again: its folder, which all hosts share, tells."""
-    options = [f"--data.path={digits}", *SMALL, "--train.images=512", f"--run.path={tmp_path}/run"]
-    assert train(*options).returncode == 0
+    options = [*small, "--train.images=512", f"--run.path={tmp_path}/run"]
+    succeeded(train(*options))
     for name, value in {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost", "JOB_COMPLETION_INDEX": "1"}.items():
         monkeypatch.setenv(name, value)
     assert launch.main(["--wait=1", *options]) == 0
@@ -143,15 +149,13 @@ cli.main()
 @pytest.mark.slow
 def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_started_again(start):
     job = start("--processes=2", "--run.remote=s3://bucket/run", program=("-c", BUCKET))
-    errors = job.communicate(timeout=200)[1]
-    assert job.returncode == INTERRUPTED and "stopped on request" in errors and "Traceback" not in errors
+    ends(job, INTERRUPTED, "stopped on request")
 
 
-def training(start: Callable[..., subprocess.Popen[str]], folder: Path, *options: str) -> subprocess.Popen[str]:
+def training(start, folder, *options):
     """A long run in `folder` that has trained for some rounds."""
-    metrics = folder / "run/metrics.jsonl"
     job = start(*options, *SMALL, "--train.images=307200", "--run.path=run")
-    until(lambda: job.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 5))
+    wait_for_rounds(job, folder / "run", 6)
     assert job.poll() is None, job.communicate()[1]
     return job
 
@@ -176,16 +180,14 @@ def test_further_signals_change_nothing(ranks, first, start, digits, tmp_path):
     while job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
         job.send_signal(signal.SIGTERM)
-    errors = job.communicate()[1]
-    assert job.returncode == INTERRUPTED and f"{first}: stopped on request" in errors and "Traceback" not in errors
+    ends(job, INTERRUPTED, f"{first}: stopped on request")
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_closed_leaves_a_checkpoint(digits, tmp_path):
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(small, tmp_path):
     """All processes get SIGHUP, and what they write to it fails from then on."""
-    metrics = tmp_path / "run/metrics.jsonl"
-    options = [f"--data.path={digits}", *SMALL, "--train.images=307200", f"--run.path={tmp_path}/run"]
+    options = [*small, "--train.images=307200", f"--run.path={tmp_path}/run"]
     process, terminal = pty.fork()
     if not process:
         os.chdir(ROOT)
@@ -193,23 +195,21 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint(digits, tmp_path):
         os.execve(sys.executable, [*command, *options], environment())
     os.set_blocking(terminal, False)
 
-    def trains() -> bool:
+    def trains():
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 1 << 16)  # else it is full, and the program waits
-        return metrics.exists() and metrics.read_text().count("\n") > 5
+        return rounds_of(tmp_path / "run") > 5
 
     until(trains)
     os.close(terminal)
     assert psutil.Process(process).wait(60) == INTERRUPTED
-    newest = newest_checkpoint(tmp_path / "run/checkpoints")
-    assert newest and newest.name != "step-00000000"
+    assert newest(tmp_path / "run").name != "step-00000000"
 
 
 @pytest.mark.slow
 def test_one_rank_under_an_engine_keeps_its_code(start):
     job = start("--processes=1", "--engine=single", "--data.path=nowhere", "--run.path=run")
-    errors = job.communicate(timeout=200)[1]
-    assert job.returncode == BAD_INPUT and "Traceback" not in errors
+    errors = ends(job, BAD_INPUT)
     assert "rank 0 of this host ended with code 2, bad configuration" in errors.splitlines()[-1]
 
 
@@ -226,7 +226,7 @@ def test_a_host_that_is_lost_at_once_is_waited_for_and_signals_are_heeded(start,
         start="s",
     )
 
-    async def run() -> None:
+    async def run():
         for generation in (1, 2):
             links = await Hosts(place, port=port, ranks=1, within=60).meet()
             assert links.generation == generation and job.poll() is None
@@ -234,9 +234,8 @@ def test_a_host_that_is_lost_at_once_is_waited_for_and_signals_are_heeded(start,
         await asyncio.sleep(1)
 
     asyncio.run(run())
-    job.send_signal(signal.SIGTERM)
-    errors = job.communicate(timeout=30)[1]
-    assert job.returncode == INTERRUPTED and errors.count("this host stays") >= 1, errors
+    job.terminate()
+    errors = ends(job, INTERRUPTED, "this host stays", timeout=30)
     assert "stopped on request" in errors.splitlines()[-1]
 
 
@@ -257,7 +256,7 @@ if "LOCAL_RANK" in os.environ:
 """sitecustomize.py: rank 1 stays in its imports, so that rank 0 waits to connect; each leaves its process id."""
 
 
-def is_over(process: psutil.Process) -> bool:
+def is_over(process):
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -265,10 +264,10 @@ def is_over(process: psutil.Process) -> bool:
 
 
 @pytest.mark.slow
-def test_ranks_end_with_a_launcher_that_is_killed_while_they_import_and_connect(start, digits, tmp_path):
+def test_ranks_end_with_a_launcher_that_is_killed_while_they_import_and_connect(start, small, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HELD)
     job = start(
-        *("--processes=2", f"--data.path={digits}", *SMALL, "--run.path=run"),
+        *("--processes=2", *small, "--run.path=run"),
         PYTHONPATH=f"{tmp_path}{os.pathsep}{PYTHONPATH}",
         HELD=str(tmp_path),
     )
@@ -288,14 +287,7 @@ def test_ranks_end_with_a_launcher_that_is_killed_while_they_import_and_connect(
 def test_a_rank_whose_launcher_is_gone_already_ends_at_once():
     program = [sys.executable, str(ROOT / "pipeline/train.py")]
     named = environment(NAIGN_LAUNCHER="1", ACCELERATE_MIXED_PRECISION="no")
-    done = subprocess.run(
-        program,
-        env=named,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = execute(program, env=named, timeout=60)
     assert (done.returncode, done.stderr) == (INTERRUPTED, "")
 
 
@@ -306,18 +298,17 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, digits, tmp_path):
-    """As the first process of a container where namespaces can be made: it ignores signals without handlers."""
-    command = (*PROGRAMS[name], *SMALL, f"--data.path={digits}", "--run.path=run", "--train.images=307200")
+@contextlib.contextmanager
+def contained(folder, *command):
+    """A program and its first process, as of a container where namespaces can be made."""
     unshared = not possible()
     if unshared:
         command = ("unshare", "--fork", "--pid", "--kill-child", *command)
-    named = environment(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    env = environment(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     process = subprocess.Popen(
         command,
-        cwd=tmp_path,
-        env=named,
+        cwd=folder,
+        env=env,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -326,38 +317,32 @@ def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, digits, tm
         if unshared:
             until(lambda: bool(outer.children()))
             (first,) = outer.children()
-        status = Path(f"/proc/{first.pid}/status")
-        until(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1)
-        assert "libtorch" not in Path(f"/proc/{first.pid}/maps").read_text()
-        first.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=20)[1]
+        yield process, first
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == INTERRUPTED and "Traceback" not in errors, errors
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, digits, tmp_path):
+    """The first process of a container ignores signals without handlers."""
+    options = (*SMALL, f"--data.path={digits}", "--run.path=run", "--train.images=307200")
+    with contained(tmp_path, *PROGRAMS[name], *options) as (process, first):
+        status = Path(f"/proc/{first.pid}/status")
+        until(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1)
+        assert "libtorch" not in Path(f"/proc/{first.pid}/maps").read_text()
+        first.terminate()
+        errors = ends(process, INTERRUPTED, timeout=20)
     assert not list(tmp_path.rglob(".partial-*"))
     assert name == "training" or "stopped on request" in errors
 
 
 def test_a_signal_ends_a_pack_that_is_the_first_process_of_a_container(tmp_path):
-    command = [sys.executable, "-m", "naign.cli", "pack", "toy2d:spirals", "--to", "packed", "--shards", "1"]
-    if not possible():
-        command = ["unshare", "--fork", "--pid", "--kill-child", *command]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    words = ["-m", "naign.cli", "pack", "toy2d:spirals", "--to", "packed", "--shards", "1"]
+    with contained(tmp_path, sys.executable, *words) as (process, first):
         until(lambda: bool(list(tmp_path.rglob(".partial-*"))))
-        (psutil.Process(process.pid).children() or [process])[0].send_signal(signal.SIGTERM)
-        lines = process.communicate(timeout=20)[1]
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in lines
+        first.terminate()
+        ends(process, 128 + signal.SIGTERM, timeout=20)
     assert not list(tmp_path.rglob(".partial-*"))
 
 
@@ -368,5 +353,4 @@ def test_a_mistake_on_the_first_host_ends_all(start):
     first = start(port, "--engine=zero9", JOB_COMPLETION_INDEX="0", **named)
     second = start(port, JOB_COMPLETION_INDEX="1", **named)
     for host in (first, second):
-        errors = host.communicate(timeout=200)[1]
-        assert host.returncode == BAD_INPUT and "--engine zero9 is neither a file" in errors.splitlines()[-1]
+        assert "--engine zero9 is neither a file" in ends(host, BAD_INPUT).splitlines()[-1]

@@ -1,16 +1,14 @@
 """The manifests agree with each other: one run and one store."""
 
-from typing import Any
-
 import yaml
 
 from tests.hosts.manifest_checks import templates
 from tests.hosts.test_manifests import FILES, only, read
 
 
-def container(name: str, kind: str, number: int = 0) -> dict[str, Any]:
+def container(name, kind, number=0):
     """A container of the only object of that kind in a file."""
-    found: dict[str, Any] = only(read(name), kind)["spec"]["template"]["spec"]["containers"][number]
+    found = only(read(name), kind)["spec"]["template"]["spec"]["containers"][number]
     return found
 
 
@@ -25,12 +23,12 @@ def test_all_name_the_run_that_the_job_trains():
     assert evaluate[2] == fetch[2] == run["run"]["remote"]
 
 
-def train_job_patch() -> dict[str, Any]:
+def train_job_patch():
     """What trainjob.yaml sets of its pods beyond the runtime: a pod template."""
     (job,) = read("trainjob")
     (patch,) = job["spec"]["runtimePatches"]
     (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    template: dict[str, Any] = node["template"]["spec"]["template"]
+    template = node["template"]["spec"]["template"]
     return template
 
 

@@ -6,9 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -89,14 +86,11 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         find_engine("x" * 5000)
 
 
-Start = Callable[..., Ranks]
-
-
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
+def start(monkeypatch, tmp_path):
     """Start ranks that run a Python program each."""
 
-    def begin(*programs: str, within: float = 0.0) -> Ranks:
+    def begin(*programs, within=0.0):
         waiting = iter(programs)
         head = "import json, os, signal, sys, time\n"
         monkeypatch.setattr(module, "command_of", lambda _: [sys.executable, "-c", head + next(waiting)])
@@ -114,7 +108,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
     return begin
 
 
-def ended(ranks: Ranks, seconds: float = 30) -> tuple[int, str, bool]:
+def ended(ranks, seconds=30):
     end = time.monotonic() + seconds
     while ranks.running():
         assert time.monotonic() < end
@@ -122,7 +116,7 @@ def ended(ranks: Ranks, seconds: float = 30) -> tuple[int, str, bool]:
     return ranks.outcome()
 
 
-def ends(code: int) -> str:
+def ends(code):
     """A program that ends with a code when it is asked to."""
     return f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({code})); time.sleep(60)"
 
@@ -188,7 +182,7 @@ def test_what_ranks_have_started_is_killed_with_them(start, tmp_path):
 
 
 def test_ranks_of_several_hosts_find_each_other(monkeypatch, tmp_path):
-    seen = list[dict[str, Any]]()
+    seen = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, env: seen.append(env))
     place = Place(orchestrator="Kubernetes", index=1, hosts=3, head="a")
     Ranks(

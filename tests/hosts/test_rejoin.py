@@ -8,26 +8,25 @@ import psutil
 import pytest
 
 from naign.errors import FAILED, INTERRUPTED
-from tests.conftest import SMALL, environment
+from tests.conftest import environment
+from tests.e2e.runs import rounds_of
 from tests.hosts.waiting import until
 from tests.servers import free_port
 
 
 @pytest.mark.slow
-def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwhile(digits, tmp_path):
+def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwhile(small, tmp_path):
     options = (
         f"--port={free_port()}",
-        f"--data.path={digits}",
-        *SMALL,
+        *small,
         "--train.images=307200",
         "--run.path=run",
         "--checkpoint.rounds=2",
     )
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    metrics = tmp_path / "run/metrics.jsonl"
     log = logs[0].read_text
 
-    def start(index: int) -> psutil.Popen:
+    def start(index):
         named = environment(NAIGN_HOSTS="2", NAIGN_HEAD="localhost", JOB_COMPLETION_INDEX=str(index), NAIGN_START="s")
         with logs[index].open("a") as output:
             command = [sys.executable, "-m", "naign.cli", "launch", *options]
@@ -39,13 +38,11 @@ def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwh
                 stdout=output,
             )
 
-    def staying() -> int:
+    def staying():
         return log().count("this host stays")
 
-    def rounds() -> int:
-        if not metrics.exists():
-            return 0
-        return metrics.read_text().count("\n")
+    def rounds():
+        return rounds_of(tmp_path / "run")
 
     first = start(0)
     second = start(1)

@@ -1,20 +1,20 @@
 """launch/slurm.sbatch: what is rendered of it; on a real Slurm of two nodes it is signalled, goes on, and ends."""
 
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
 from naign.cluster.job import Job
 from naign.cluster.render import render_slurm
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT
+from tests.e2e.runs import rounds_of
 from tests.hosts.slurm import Slurm, possible
+from tests.programs import execute, succeeded
 
 real = pytest.mark.skipif(bool(possible()), reason=possible() or "possible")
 
 
-def with_programs(folder: Path, script: str, **programs: str) -> subprocess.CompletedProcess[str]:
+def with_programs(folder, script, **programs):
     """Run a batch script where Slurm's programs are shell scripts."""
     for name, text in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -25,20 +25,12 @@ def with_programs(folder: Path, script: str, **programs: str) -> subprocess.Comp
         "SLURM_JOB_ID": "7",
         "SLURM_RESTART_COUNT": "10",
     }
-    return subprocess.run(
-        ["bash", "-c", script],
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-    )
+    return execute(["bash", "-c", script], folder, env=environ)
 
 
-def options_of(script: str, folder: Path) -> list[str]:
+def options_of(script, folder):
     """What a script gives to `naign launch`."""
-    done = with_programs(folder, script, srun='printf "%s\\n" "$@"')
-    assert done.returncode == 0, done.stderr
+    done = succeeded(with_programs(folder, script, srun='printf "%s\\n" "$@"'))
     words = done.stderr.splitlines()
     return words[words.index("launch") + 1 :]
 
@@ -49,7 +41,8 @@ def test_a_script_is_rendered(tmp_path):
     assert lines[0] == "#!/bin/bash"
     for option in ("job-name=a", "nodes=4", "gpus-per-node=2", "mem=32G", "signal=USR1@120", "requeue"):
         name = option.partition("=")[0]
-        assert [line for line in lines if line.startswith(f"#SBATCH --{name}")] == [f"#SBATCH --{option}"]
+        assert f"#SBATCH --{option}" in lines
+        assert script.count(f"#SBATCH --{name}") == 1
     options = options_of(script, tmp_path)
     assert {"--data.path=/shared/my mnist", "--run.path=/shared/runs/a", "--run.remote="} <= set(options)
 
@@ -62,67 +55,55 @@ def test_no_other_user_can_own_the_folder_of_a_run_in_a_bucket(tmp_path):
 
 def test_a_host_that_is_lost_after_ten_planned_stops_does_not_end_the_job(tmp_path):
     srun = "echo >> starts; [ $(wc -l < starts) = 2 ] || exit 76"
-    done = with_programs(tmp_path, (ROOT / "launch/slurm.sbatch").read_text(), srun=srun)
-    assert done.returncode == 0, done.stdout
+    done = succeeded(with_programs(tmp_path, (ROOT / "launch/slurm.sbatch").read_text(), srun=srun))
     assert "ended with 76: all hosts start again" in done.stdout
 
 
 def test_hosts_meet_on_the_first_node_of_the_job(tmp_path):
     script = (ROOT / "launch/slurm.sbatch").read_text()
-    done = with_programs(tmp_path, script, scontrol="printf 'n3\\nn4\\n'", srun='echo "at $NAIGN_HEAD"')
-    assert done.returncode == 0 and "at n3\n" in done.stderr
+    done = succeeded(with_programs(tmp_path, script, scontrol="printf 'n3\\nn4\\n'", srun='echo "at $NAIGN_HEAD"'))
+    assert "at n3\n" in done.stderr
 
 
-def until(met, slurm: Slurm, place: Path, seconds: float = 120) -> None:
+def until(met, slurm, place, seconds=120):
     end = time.monotonic() + seconds
     while not met():
         files = [*sorted(place.glob("*.log")), *sorted(slurm.folder.glob("slurm*.log"))]
         logs = "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in files)
-        assert time.monotonic() < end, logs + slurm.ask("squeue") + slurm.ask("sinfo", "-R")
+        assert time.monotonic() < end, logs + slurm.ask("squeue") + slurm.ask("sinfo -R")
         time.sleep(0.2)
 
 
 @real
 @pytest.mark.slow
-def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
+def test_a_job_is_signalled_goes_on_and_ends(small, tmp_path):
     place = tmp_path / "submitted"
     place.mkdir()
-    metrics = place / "run/metrics.jsonl"
-
-    def rounds() -> int:
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
+    options = [*small, "--train.images=30720", "--checkpoint.rounds=10", "--run.path=run"]
     with Slurm() as slurm:
-        options = [f"--data.path={digits}", *SMALL, "--train.images=30720", "--checkpoint.rounds=10", "--run.path=run"]
         job = slurm.submit(place, *options)
-        until(lambda: rounds() >= 15, slurm, place)
+        until(lambda: rounds_of(place / "run") >= 15, slurm, place)
         assert "2 x cpu" in "".join(file.read_text() for file in place.glob("*-host*.log"))
-        slurm.ask("scancel", "--signal=USR1", job)  # as --signal=USR1@120 does before the time is over
+        slurm.ask(f"scancel --signal=USR1 {job}")  # as --signal=USR1@120 does before the time is over
         until(lambda: "queued again" in (place / f"naign-{job}.log").read_text(), slurm, place)
         # Slurm holds back what was queued again for its begin time, two minutes.
         until(lambda: slurm.state(job).startswith("PENDING"), slurm, place)
         time.sleep(5)  # a node refuses a job that was ended there in the same moments: "credential revoked"
-        slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        slurm.ask(f"scontrol update JobId={job} StartTime=now")
         until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
         assert slurm.state(job) == "COMPLETED 0:0"
-    assert rounds() == 120
+    assert rounds_of(place / "run") == 120
     said = (place / f"naign-{job}.log").read_text()
     assert "ended with 75: queued again" in said and f"start 1.0 of job {job}" in said
 
 
 @real
 @pytest.mark.slow
-def test_a_mistake_ends_the_job(digits, tmp_path):
+def test_a_mistake_ends_the_job(small, tmp_path):
     place = tmp_path / "submitted"
     place.mkdir()
     with Slurm() as slurm:
-        job = slurm.submit(
-            place,
-            f"--data.path={digits}",
-            *SMALL,
-            "--train.batch=33",
-            "--run.path=run",
-        )
+        job = slurm.submit(place, *small, "--train.batch=33", "--run.path=run")
         until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
         assert slurm.state(job) == "FAILED 2:0"
     assert "is not a multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()

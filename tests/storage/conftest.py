@@ -1,7 +1,6 @@
 """Stores for the tests of this folder: buckets of S3 and of Google's kind, found through the environment."""
 
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import quote, unquote
@@ -12,14 +11,12 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from naign.storage.base import Store
 from naign.storage.others import OtherStore
 from naign.storage.store import open_store
-from tests.servers import S3Server
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def impatient(monkeypatch):
     """Waits too short for a network, and short enough for tests; small parts; nothing is known of any server."""
     monkeypatch.setattr("naign.storage.s3.PART", 5 << 20)
     monkeypatch.setattr("naign.storage.others.PART", 5 << 20)
@@ -35,13 +32,19 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     OtherStore.forget_client()
 
 
+@pytest.fixture
+def hasty(impatient, monkeypatch):
+    """Gives up almost at once."""
+    monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.3)
+
+
 class Signing(BaseHTTPRequestHandler):
     """Passes Google's XML requests on to SeaweedFS: they are S3's, but for the signature, which is added."""
 
     protocol_version = "HTTP/1.1"
     server: Any
 
-    def answer(self) -> None:
+    def answer(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         passed = {key: value for key, value in self.headers.items() if key.lower() in ("range", "if-match")}
         path, _, query = self.path.partition("?")  # signed as S3 reads it: without %2F
@@ -74,18 +77,18 @@ class Signing(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         pass
 
 
 @pytest.fixture
 def google(
-    bucket: str,
-    s3: S3Server,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[str]:
+    bucket,
+    s3,
+    monkeypatch,
+):
     """A bucket of SeaweedFS as "gs://name"."""
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Signing)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Signing)
     server.upstream = s3.endpoint
     server.pool = urllib3.PoolManager(16)
     server.keys = Credentials(s3.environment["AWS_ACCESS_KEY_ID"], s3.environment["AWS_SECRET_ACCESS_KEY"])
@@ -97,13 +100,13 @@ def google(
 
 
 @pytest.fixture(params=["bucket", "google"])
-def place(request: pytest.FixtureRequest) -> str:
+def place(request):
     """A new bucket of each kind."""
-    address: str = request.getfixturevalue(request.param)
+    address = request.getfixturevalue(request.param)
     return address
 
 
 @pytest.fixture
-def store(bucket: str) -> Store:
+def store(bucket):
     """A folder of a new S3 bucket."""
     return open_store(f"{bucket}/some/where")

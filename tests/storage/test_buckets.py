@@ -3,7 +3,6 @@
 import os
 import random
 import re
-from pathlib import Path
 
 import pytest
 
@@ -11,11 +10,10 @@ from naign.data.format.audit import verify
 from naign.data.format.writer import pack
 from naign.data.loader import read_split
 from naign.errors import InputError, Unavailable
-from naign.storage.base import Store
 from naign.storage.others import OtherStore
 from naign.storage.store import open_store
-from tests.conftest import SMALL, Program
 from tests.data.numbered import numbered
+from tests.programs import succeeded
 from tests.proxy import FaultProxy, Faults
 
 MIB = 1 << 20
@@ -23,13 +21,18 @@ DATA = random.Random(0).randbytes(12 * MIB + 12_345)
 
 
 @pytest.fixture
-def store(place: str) -> Store:
+def store(place):
     return open_store(f"{place}/some/where")
 
 
-def test_there_and_back(store: Store, place: str) -> None:
+def test_there_and_back(store, place):
     assert store.list() == store.folders() == []
-    for name, data in {"b": b"12345", "a": b"1", "ä b+c%20?#.tar": b"odd", "empty": b""}.items():
+    for name, data in {
+        "b": b"12345",
+        "a": b"1",
+        "ä b+c%20?#.tar": b"odd",
+        "empty": b"",
+    }.items():
         store.put(name, data)
     before = store.version("a")
     store.put("a", b"123")
@@ -51,14 +54,15 @@ def test_there_and_back(store: Store, place: str) -> None:
     store.delete("a")
     store.delete("a")
     assert store.exists("b")
-    assert not any(store.exists(name) for name in ("a", "deeper", "b/c"))
+    for name in ("a", "deeper", "b/c"):
+        assert not store.exists(name)
     with pytest.raises(InputError, match=f"{place}/some/where/a: no such object"):
         store.read("a")
     with pytest.raises(InputError, match="5 bytes where 9 were expected: truncated"):
         store.read("b", 0, 9)
 
 
-def test_files_in_parts_appear_whole_or_not_at_all(store: Store, tmp_path: Path) -> None:
+def test_files_in_parts_appear_whole_or_not_at_all(store, tmp_path):
     with store.write("a") as target:
         for start in range(0, len(DATA), MIB):
             assert target.write(memoryview(DATA)[start : start + MIB]) == len(DATA[start : start + MIB])
@@ -73,14 +77,14 @@ def test_files_in_parts_appear_whole_or_not_at_all(store: Store, tmp_path: Path)
     assert store.read("c") == DATA
 
 
-def test_another_program_that_writes_there_too_is_noticed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    upload = type(store)._upload  # type: ignore[attr-defined]
+def test_another_program_that_writes_there_too_is_noticed(store, monkeypatch):
+    upload = type(store)._upload
 
     def both(
-        one: Store,
-        name: str,
-        file: object,
-    ) -> object:
+        one,
+        name,
+        file,
+    ):
         sent = upload(one, name, file)
         monkeypatch.undo()
         open_store(one.path).put(name, b"54321")  # of the same size
@@ -92,9 +96,7 @@ def test_another_program_that_writes_there_too_is_noticed(store: Store, monkeypa
 
 
 @pytest.mark.parametrize("again", [b"9" * len(DATA), b"short", None], ids=["same size", "shorter", "deleted"])
-def test_an_object_that_changes_while_it_is_read(
-    store: Store, monkeypatch: pytest.MonkeyPatch, again: bytes | None
-) -> None:
+def test_an_object_that_changes_while_it_is_read(store, monkeypatch, again):
     monkeypatch.setattr("naign.storage.network.RANGE", 100_000)
     store.put("a", DATA)
     known = open_store(store.path)
@@ -114,7 +116,7 @@ def test_an_object_that_changes_while_it_is_read(
         known.read("a", 50, 60)
 
 
-def test_no_such_bucket(place: str) -> None:
+def test_no_such_bucket(place):
     store = open_store(f"{place}-none/there")
     said = "(there is no bucket|no such object)"
     if place.startswith("s3:"):
@@ -127,7 +129,7 @@ def test_no_such_bucket(place: str) -> None:
     assert not store.exists("a")
 
 
-def test_a_data_set_is_packed_verified_and_read(place: str, packed: str) -> None:
+def test_a_data_set_is_packed_verified_and_read(place, packed):
     pack(
         numbered(),
         f"{place}/set",
@@ -138,7 +140,7 @@ def test_a_data_set_is_packed_verified_and_read(place: str, packed: str) -> None
     assert read_split(f"{place}/set", "train")[0].equal(read_split(packed, "train")[0])
 
 
-def test_google_through_faults(google: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_google_through_faults(google, monkeypatch):
     store = open_store(google)
     port = int(os.environ["GOOGLE_BASE_URL"].rpartition(":")[2])
     with FaultProxy("127.0.0.1", port) as proxy:
@@ -173,13 +175,13 @@ def test_google_through_faults(google: str, monkeypatch: pytest.MonkeyPatch) -> 
         ("gs://a bucket/data", "gs://: the address has a user, password or query, or no plain name"),
     ],
 )
-def test_addresses_that_lead_nowhere(path: str, message: str) -> None:
+def test_addresses_that_lead_nowhere(path, message):
     with pytest.raises(InputError, match=re.escape(message)) as refused:
         open_store(path)
     assert "secret" not in str(refused.value)
 
 
-def test_credentials_of_a_machine_that_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_of_a_machine_that_has_none(tmp_path, monkeypatch):
     (tmp_path / "account").write_text('{"type": "external_account"}')
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account"))
     with pytest.raises(InputError, match="gs://bucket/: .*unknown variant `external_account`"):
@@ -189,24 +191,15 @@ def test_credentials_of_a_machine_that_has_none(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_a_run_is_mirrored_and_resumed_from_there(
-    google: str,
-    digits: str,
-    train: Program,
-    naign: Program,
-) -> None:
-    options = [f"--data.path={digits}", *SMALL, f"--run.remote={google}/run", "--resume=changed"]
+    google,
+    small,
+    train,
+    naign,
+):
+    options = [*small, f"--run.remote={google}/run", "--resume=changed"]
     for run, images in (("one", 256), ("two", 512)):
-        done = train(*options, f"--run.path={run}", f"--train.images={images}")
-        assert done.returncode == 0, done.stderr
+        done = succeeded(train(*options, f"--run.path={run}", f"--train.images={images}"))
     assert "goes on with another train.images: 256 there" in done.stderr
     assert len(open_store(f"{google}/run/checkpoints").folders()) == 2
     assert "metrics.jsonl" in open_store(f"{google}/run").list()
-    done = naign(
-        "sample",
-        f"{google}/run",
-        "--n",
-        "4",
-        "--to",
-        "samples.png",
-    )
-    assert done.returncode == 0, done.stderr
+    succeeded(naign(f"sample {google}/run --n 4 --to samples.png"))

@@ -4,9 +4,8 @@ import functools
 import http.server
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from huggingface_hub import constants
@@ -28,7 +27,7 @@ class Web(http.server.SimpleHTTPRequestHandler):
     ranges: ClassVar[bool] = True
     logins: ClassVar[list[str | None]] = []
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         wanted = self.headers.get("Range")
         fault = self.faults.pop(0) if self.faults else ""
         self.logins.append(self.headers.get("Authorization"))
@@ -40,7 +39,7 @@ class Web(http.server.SimpleHTTPRequestHandler):
         elif not file.is_file() or not wanted or not self.ranges:
             super().do_GET()
         else:
-            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
             data = file.read_bytes()[first : last + 1]
             self.send_response(206)
             self.send_header("Content-Length", str(len(data)))
@@ -50,12 +49,12 @@ class Web(http.server.SimpleHTTPRequestHandler):
             if fault == "cut":
                 self.connection.close()
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def web(tmp_path, monkeypatch):
     """The address of a data set of 23 images in 4 shards, without an index.json, on a web server."""
     pack(
         numbered(),
@@ -75,7 +74,7 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.shutdown()
 
 
-def test_tars_on_a_web_server_are_indexed_and_read(web: str, tmp_path: Path) -> None:
+def test_tars_on_a_web_server_are_indexed_and_read(web, tmp_path):
     mine = str(tmp_path / "mine")
     assert index(f"{web}/train-{{00000..00003}}.tar", to=mine, progress=False).split("train").samples == 23
     config = DataConfig(path=web, index=mine)
@@ -87,10 +86,10 @@ def test_tars_on_a_web_server_are_indexed_and_read(web: str, tmp_path: Path) -> 
 
 
 def test_files_on_the_hub_are_read_with_the_login(
-    web: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    web,
+    tmp_path,
+    monkeypatch,
+):
     monkeypatch.setattr(constants, "ENDPOINT", web.removesuffix("/mnist"))
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     data = (tmp_path / "web/mnist/train-00000.tar").read_bytes()
@@ -98,7 +97,7 @@ def test_files_on_the_hub_are_read_with_the_login(
     assert set(Web.logins) == {"Bearer hf_mine"}
 
 
-def test_what_fails_in_passing_is_asked_for_again(web: str, tmp_path: Path) -> None:
+def test_what_fails_in_passing_is_asked_for_again(web, tmp_path):
     store = open_store(web)
     data = (tmp_path / "web/mnist/train-00000.tar").read_bytes()
     Web.faults = ["500", "cut", "drop", "500", ""]
@@ -116,7 +115,7 @@ def test_what_fails_in_passing_is_asked_for_again(web: str, tmp_path: Path) -> N
         store.read("train-00000.tar", 0, 10)
 
 
-def test_what_a_web_server_may_not_do(web: str, tmp_path: Path) -> None:
+def test_what_a_web_server_may_not_do(web, tmp_path):
     store = open_store(web)
     with pytest.raises(InputError, match=r"mnist/none.tar: no such object"):
         store.read("none.tar")
@@ -143,7 +142,7 @@ def test_what_a_web_server_may_not_do(web: str, tmp_path: Path) -> None:
         index(f"{web}/train-{{00000..00003}}.tar", progress=False)
 
 
-def test_schemes_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schemes_that_are_not_there(monkeypatch):
     for path in ("ftpx://host/data", "memory://host/data"):
         with pytest.raises(InputError, match=r"cannot read (ftpx|memory):// paths: give a local folder"):
             open_store(path)

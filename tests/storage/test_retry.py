@@ -1,27 +1,24 @@
 """How long a store is waited for: a time since the first failure that all ranks share, whatever their number."""
 
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 
 from naign.errors import FAILED, PEER_LOST, InputError, StoreLost, Unavailable
-from naign.storage.base import Store
 from naign.storage.prefetch import in_order
 from naign.storage.retry import Patience, Tally, give_up_after
 from naign.storage.s3_client import forget_clients
 from naign.storage.store import open_store, was_there
-from tests.proxy import FaultProxy, Faults
-from tests.servers import S3Server
+from tests.proxy import Faults
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def clock(monkeypatch):
     """The time, which passes only while somebody sleeps; waits are those of a real run."""
     now = [0.0]
 
-    def sleep(seconds: float) -> None:
+    def sleep(seconds):
         now[0] += seconds
 
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 300)
@@ -32,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield now
 
 
-def give_up(patience: Patience, *, known: bool = True) -> Unavailable:
+def give_up(patience, *, known=True):
     """What is raised after failures without end."""
     with pytest.raises(Unavailable) as caught:
         while True:
@@ -40,7 +37,7 @@ def give_up(patience: Patience, *, known: bool = True) -> Unavailable:
     return caught.value
 
 
-def test_no_request_of_many_ranks_gives_up_before_the_others(clock: list[float]) -> None:
+def test_no_request_of_many_ranks_gives_up_before_the_others(clock):
     for _ in range(1024):
         clock[0] = 0.0
         error = give_up(Patience("read a", Tally()))
@@ -48,7 +45,7 @@ def test_no_request_of_many_ranks_gives_up_before_the_others(clock: list[float])
     assert str(error).startswith("read a: given up after 300 s; the last attempt failed with 503. Check the network")
 
 
-def test_progress_starts_the_time_anew(clock: list[float]) -> None:
+def test_progress_starts_the_time_anew(clock):
     patience = Patience("read a", Tally())
     for _ in range(10):
         patience.wait("reset", progress=True)
@@ -57,15 +54,15 @@ def test_progress_starts_the_time_anew(clock: list[float]) -> None:
     assert clock[0] > 2000
 
 
-def test_a_store_that_has_answered_is_a_loss_that_is_not_counted(clock: list[float]) -> None:
+def test_a_store_that_has_answered_is_a_loss_that_is_not_counted(clock):
     assert give_up(Patience("read a", Tally())).code == PEER_LOST
     clock[0] = 0.0
     assert give_up(Patience("read a", Tally()), known=False).code == FAILED
     assert clock[0] == pytest.approx(30)  # the address may be wrong: the user hears of it soon
 
 
-def test_who_can_do_without_the_answer_waits_less_for_it_in_its_threads_too(clock: list[float]) -> None:
-    def ask() -> None:
+def test_who_can_do_without_the_answer_waits_less_for_it_in_its_threads_too(clock):
+    def ask():
         give_up(Patience("read a", Tally()))
 
     with give_up_after(3):
@@ -76,25 +73,20 @@ def test_who_can_do_without_the_answer_waits_less_for_it_in_its_threads_too(cloc
         assert clock[0] < 7
 
 
-def test_a_server_that_throttles_from_the_first_request_is_a_loss(
-    bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.3)
+def test_a_server_that_throttles_from_the_first_request_is_a_loss(bucket, proxy, hasty):
     proxy.faults = Faults(errors=1.0)
     with pytest.raises(StoreLost, match="given up after .* failed with (SlowDown|InternalError|50)"):
         open_store(f"{bucket}/a").list()
 
 
-def deny(monkeypatch: pytest.MonkeyPatch) -> None:
+def deny(monkeypatch):
     """From now on the credentials are wrong."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     forget_clients()
 
 
 @pytest.mark.parametrize("action", ["read", "list"])
-def test_access_that_is_denied_after_good_reads_is_neither_lost_data_nor_bad_input(
-    store: Store, monkeypatch: pytest.MonkeyPatch, action: str
-) -> None:
+def test_access_that_is_denied_after_good_reads_is_neither_lost_data_nor_bad_input(store, monkeypatch, action):
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.3)
     store.put("a", b"12345")
     ask = {"read": lambda: store.read("a", 0, 2), "list": store.list}[action]
@@ -104,14 +96,12 @@ def test_access_that_is_denied_after_good_reads_is_neither_lost_data_nor_bad_inp
         ask()
 
 
-def test_credentials_that_are_renewed_in_time_go_on(
-    store: Store, s3: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_credentials_that_are_renewed_in_time_go_on(store, s3, monkeypatch):
     store.put("a", b"12345")
     store.list()
     deny(monkeypatch)
 
-    def renew(seconds: float) -> None:
+    def renew(seconds):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.environment["AWS_SECRET_ACCESS_KEY"])
         time.sleep(seconds)
 
@@ -119,9 +109,7 @@ def test_credentials_that_are_renewed_in_time_go_on(
     assert store.list() == ["a"]
 
 
-def test_access_that_was_never_granted_is_bad_input_unless_this_is_a_restart(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_access_that_was_never_granted_is_bad_input_unless_this_is_a_restart(bucket, monkeypatch):
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.3)
     deny(monkeypatch)
     with pytest.raises(InputError, match="access denied"):

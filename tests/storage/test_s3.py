@@ -7,26 +7,22 @@ import pickle
 import random
 import re
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import pytest
 
 from naign.errors import InputError, Unavailable
-from naign.storage.base import Store
 from naign.storage.s3_client import client, forget_clients
 from naign.storage.store import open_store
-from tests.proxy import FaultProxy, Faults
-from tests.servers import S3Server
+from tests.proxy import Faults
 
 MIB = 1 << 20
 DATA = random.Random(0).randbytes(3 * MIB + 12_345)
 
 
-def unfinished(s3: S3Server, bucket: str) -> list[str]:
+def unfinished(s3, bucket):
     """Keys of the uploads that were begun and neither completed nor aborted."""
     answer = s3.client().list_multipart_uploads(Bucket=bucket.removeprefix("s3://"))
     return [upload["Key"] for upload in answer.get("Uploads", [])]
@@ -34,10 +30,10 @@ def unfinished(s3: S3Server, bucket: str) -> list[str]:
 
 @pytest.mark.parametrize("part", [1000, 8 * MIB])
 def test_ranges_and_streams(
-    store: Store,
-    monkeypatch: pytest.MonkeyPatch,
-    part: int,
-) -> None:
+    store,
+    monkeypatch,
+    part,
+):
     monkeypatch.setattr("naign.storage.network.RANGE", part)
     data = DATA if part > 1000 else DATA[:54_321]
     store.put("a", data)
@@ -62,22 +58,21 @@ def test_ranges_and_streams(
         store.read("a", 0, size + 1)
 
 
-def test_a_stream_that_is_closed_early_ends_its_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_is_closed_early_ends_its_threads(store, monkeypatch):
     monkeypatch.setattr("naign.storage.network.RANGE", 10_000)
     store.put("a", DATA)
-    asking: set[threading.Thread] = set()
+    asking = set()
     client().meta.events.register("before-call.s3", lambda **_: asking.add(threading.current_thread()))
     with closing(store.pieces("a")) as pieces:
         assert next(pieces) == DATA[:10_000]
-    fetching = [thread for thread in asking if thread.name == "fetch"]
-    assert fetching
-    for thread in fetching:
+    assert "fetch" in {thread.name for thread in asking}
+    for thread in asking - {threading.current_thread()}:
         thread.join(10)
         assert not thread.is_alive()
 
 
 @pytest.mark.slow
-def test_more_names_than_a_page_of_a_listing(s3: S3Server, bucket: str) -> None:
+def test_more_names_than_a_page_of_a_listing(s3, bucket):
     client = s3.client(max_pool_connections=8)
     names = [f"{number:04d}" for number in range(1003)]
     with ThreadPoolExecutor(8) as pool:
@@ -86,7 +81,7 @@ def test_more_names_than_a_page_of_a_listing(s3: S3Server, bucket: str) -> None:
 
 
 @pytest.mark.parametrize("size", [5 * MIB, 28 * MIB + 5])
-def test_large_objects_are_sent_in_parts(s3: S3Server, store: Store, bucket: str, size: int) -> None:
+def test_large_objects_are_sent_in_parts(s3, store, bucket, size):
     data = (DATA * 10)[:size]
     store.put("a", b"old")
     with store.write("a") as target:
@@ -99,8 +94,8 @@ def test_large_objects_are_sent_in_parts(s3: S3Server, store: Store, bucket: str
     assert unfinished(s3, bucket) == []
 
 
-def test_an_upload_that_fails_leaves_nothing_behind(s3: S3Server, store: Store, bucket: str) -> None:
-    def fail(params: Params, **_: object) -> None:
+def test_an_upload_that_fails_leaves_nothing_behind(s3, store, bucket):
+    def fail(params, **_):
         if params["PartNumber"] == 3:
             assert unfinished(s3, bucket) == ["some/where/a"]
             raise KeyError
@@ -112,28 +107,26 @@ def test_an_upload_that_fails_leaves_nothing_behind(s3: S3Server, store: Store, 
     assert unfinished(s3, bucket) == []
 
 
-Params = dict[str, Any]
-
-
 @pytest.fixture
-def requests(bucket: str) -> list[str]:
+def requests(bucket):
     """The names of the requests that this process makes from now on."""
-    made: list[str] = []
+    made = []
     client().meta.events.register("before-call.s3", lambda model, **_: made.append(model.name))
     return made
 
 
 def test_one_file_is_asked_for_alone(
-    store: Store,
-    bucket: str,
-    requests: list[str],
-) -> None:
+    store,
+    bucket,
+    requests,
+):
     store.put("a", b"1")
     open_store(f"{store.path}/deeper").put("below", b"")
     requests.clear()
     assert store.exists("a")
     assert set(requests) == {"HeadObject"}
-    assert not any(store.exists(name) for name in ("b", "deeper", "a/b"))
+    for name in ("b", "deeper", "a/b"):
+        assert not store.exists(name)
     assert not open_store(f"{bucket}/nowhere").exists("a")
     assert "ListObjectsV2" not in requests
 
@@ -141,23 +134,23 @@ def test_one_file_is_asked_for_alone(
 @pytest.mark.parametrize("size", [10, 12 * MIB])
 @pytest.mark.parametrize("change", ["opaque", "unquoted"])
 def test_etags_that_are_not_a_quoted_md5(
-    store: Store,
-    size: int,
-    change: str,
-) -> None:
+    store,
+    size,
+    change,
+):
     """Opaque ones, as of encrypted objects; and answers to HEAD whose ETag has no quotes, where others have them."""
 
     def disguise(
-        parsed: Params,
-        model: Any,
-        **_: object,
-    ) -> None:
+        parsed,
+        model,
+        **_,
+    ):
         if change == "unquoted" and model.name == "HeadObject" and "ETag" in parsed:
             parsed["ETag"] = parsed["ETag"].strip('"')
         elif change == "opaque" and model.name != "UploadPart" and "ETag" in parsed:
             parsed["ETag"] = f'"{parsed["ETag"].strip(chr(34))[::-1]}"'
 
-    def undo(params: Params, **_: object) -> None:
+    def undo(params, **_):
         if "IfMatch" in params and change == "opaque":
             params["IfMatch"] = f'"{params["IfMatch"].strip(chr(34))[::-1]}"'
 
@@ -168,10 +161,10 @@ def test_etags_that_are_not_a_quoted_md5(
     assert store.read("a") == b"".join(store.pieces("a")) == data
 
 
-def test_pickling(store: Store) -> None:
+def test_pickling(store):
     store.put("a", DATA[:5000])
     store.size("a")
-    copy: Store = pickle.loads(pickle.dumps(store))
+    copy = pickle.loads(pickle.dumps(store))
     assert copy.read("a") == DATA[:5000]
     assert copy.list() == ["a"]
     assert copy.path == store.path
@@ -180,9 +173,7 @@ def test_pickling(store: Store) -> None:
 # --- what a user can put right
 
 
-Action = Callable[[Store], object]
-
-ACTIONS: dict[str, Action] = {
+ACTIONS = {
     "list": lambda store: store.list(),
     "size": lambda store: store.size("a"),
     "exists": lambda store: store.exists("a"),
@@ -194,10 +185,10 @@ ACTIONS: dict[str, Action] = {
 
 
 def refusal(
-    s3: S3Server,
-    action: str,
-    path: str,
-) -> str:
+    s3,
+    action,
+    path,
+):
     """The message, which names the object, and gives no secret away."""
     with pytest.raises(InputError) as caught:
         ACTIONS[action](open_store(path))
@@ -227,12 +218,12 @@ def refusal(
     ids=["secret", "none", "half", "profile", "endpoint", "password"],
 )
 def test_credentials_that_do_not_do(
-    s3: S3Server,
-    bucket: str,
-    monkeypatch: pytest.MonkeyPatch,
-    changed: dict[str, str | None],
-    message: str,
-) -> None:
+    s3,
+    bucket,
+    monkeypatch,
+    changed,
+    message,
+):
     for name, value in changed.items():
         if value is None:
             monkeypatch.delenv(name)
@@ -245,9 +236,9 @@ def test_credentials_that_do_not_do(
         assert "not-to-be-read" not in found, action
 
 
-def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_redirects(s3, monkeypatch):
     class Redirect(BaseHTTPRequestHandler):
-        def answer(self) -> None:
+        def answer(self):
             self.send_response(301)
             self.send_header("Location", f"https://elsewhere{self.path}")
             self.send_header("Content-Length", "0")
@@ -255,26 +246,26 @@ def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch) 
 
         do_GET = do_HEAD = do_PUT = do_DELETE = answer
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *_):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Redirect) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         forget_clients()
-        messages = [refusal(s3, action, "s3://bucket/x") for action in ACTIONS]
+        for action in ACTIONS:
+            message = refusal(s3, action, "s3://bucket/x")
+            assert "the server redirects (301) to https://elsewhere/bucket" in message
+            assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message
+            assert "\n" not in message
         server.shutdown()
-    for message in messages:
-        assert "the server redirects (301) to https://elsewhere/bucket" in message
-        assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message
-        assert "\n" not in message
 
 
 def test_a_public_bucket_needs_no_account(
-    s3: S3Server,
-    bucket: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    s3,
+    bucket,
+    monkeypatch,
+):
     open_store(f"{bucket}/x").put("a", DATA)
     monkeypatch.setattr("naign.storage.network.granted", set())
     name = bucket.removeprefix("s3://")
@@ -284,7 +275,8 @@ def test_a_public_bucket_needs_no_account(
         "Action": ["s3:GetObject", "s3:ListBucket"],
         "Resource": [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"],
     }
-    s3.client().put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [everyone]}))
+    policy = {"Version": "2012-10-17", "Statement": [everyone]}
+    s3.client().put_bucket_policy(Bucket=name, Policy=json.dumps(policy))
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(variable)
     forget_clients()
@@ -297,16 +289,16 @@ def test_a_public_bucket_needs_no_account(
 # --- what passes
 
 
-def flaky(store: Store) -> Store:
+def flaky(store):
     """The same path anew: nothing known, nothing counted."""
     return open_store(store.path)
 
 
 def test_a_server_that_is_down(
-    store: Store,
-    proxy: FaultProxy,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    store,
+    proxy,
+    monkeypatch,
+):
     monkeypatch.setattr("naign.storage.network.RANGE", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")
@@ -324,10 +316,10 @@ def test_a_server_that_is_down(
 
 
 def test_a_short_absence_is_waited_out(
-    store: Store,
-    proxy: FaultProxy,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    store,
+    proxy,
+    monkeypatch,
+):
     monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 1.0)
     store.put("a", DATA)
     proxy.faults = Faults(refusing=True)
@@ -353,9 +345,7 @@ def test_a_short_absence_is_waited_out(
     ids=["stalls", "all"],
 )
 @pytest.mark.slow
-def test_reading_through_faults(
-    store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, faults: Faults
-) -> None:
+def test_reading_through_faults(store, proxy, monkeypatch, faults):
     monkeypatch.setattr("naign.storage.network.RANGE", 200_000)
     monkeypatch.setattr("naign.storage.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
@@ -374,10 +364,10 @@ def test_reading_through_faults(
 
 @pytest.mark.slow
 def test_writing_through_faults(
-    store: Store,
-    proxy: FaultProxy,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    store,
+    proxy,
+    monkeypatch,
+):
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
     faults = Faults(
         errors=0.15,
@@ -391,13 +381,14 @@ def test_writing_through_faults(
     for number in range(20):
         written[f"small-{number}"] = DATA[: 1000 * number]
 
-    def restart() -> None:
+    def restart():
         proxy.faults = Faults(refusing=True)  # ends the uploads that are on their way
         proxy.faults = faults
 
-    restarts = [threading.Timer(seconds, restart) for seconds in (0.3, 0.6, 0.9)]
-    for timer in restarts:
-        timer.start()
+    restarts = []
+    for seconds in (0.3, 0.6, 0.9):
+        restarts.append(threading.Timer(seconds, restart))
+        restarts[-1].start()
     for name, data in written.items():
         store.put(name, data)
     for timer in restarts:
@@ -410,18 +401,16 @@ def test_writing_through_faults(
         assert fresh.read(name) == data
 
 
-def test_an_upload_is_done_even_if_the_answer_is_lost(
-    s3: S3Server, store: Store, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_is_done_even_if_the_answer_is_lost(s3, store, bucket, proxy, monkeypatch):
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
     healed = threading.Event()
 
-    def heal() -> None:
+    def heal():
         while not proxy.counts["reset"] and not healed.wait(0.001):
             pass
         proxy.faults = Faults()
 
-    def lose_answers() -> None:
+    def lose_answers():
         if not proxy.counts["reset"]:
             proxy.faults = Faults(reset_every=(1, 1))
             threading.Thread(target=heal).start()
@@ -439,17 +428,17 @@ def test_an_upload_is_done_even_if_the_answer_is_lost(
 # --- processes
 
 
-def digest(store: Store) -> str:
+def digest(store):
     return hashlib.sha256(store.read("a")).hexdigest()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_that_a_program_starts(
-    store: Store,
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-) -> None:
+    store,
+    monkeypatch,
+    method,
+):
     monkeypatch.setattr("naign.storage.network.RANGE", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")  # its threads read on while the processes start
@@ -463,8 +452,7 @@ def test_processes_that_a_program_starts(
     assert digest(store) == expected
 
 
-def test_bodies_that_end_early_are_asked_for_after_a_pause(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("naign.storage.retry.PATIENCE", 0.3)
+def test_bodies_that_end_early_are_asked_for_after_a_pause(store, hasty, monkeypatch):
     store.put("a", bytes(1000))
     requests = []
     monkeypatch.setattr(type(store), "_range", lambda *given: requests.append(given) or iter(()))

@@ -1,5 +1,6 @@
 """The local store."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from naign.storage.local import LocalStore
 from naign.storage.store import open_store
 
 
-def test_a_local_file_there_and_back(tmp_path: Path) -> None:
+def test_a_local_file_there_and_back(tmp_path):
     local = open_store(str(tmp_path / "new/folder"))
     assert local.list() == []
     local.put("b", b"12345")
@@ -27,7 +28,8 @@ def test_a_local_file_there_and_back(tmp_path: Path) -> None:
         local.read("b", 2, 6)
     (tmp_path / "new/folder/deeper").mkdir()
     assert local.exists("a")
-    assert not any(local.exists(name) for name in ("c", "deeper", "deeper/c"))
+    for name in ("c", "deeper", "deeper/c"):
+        assert not local.exists(name)
     assert not open_store(str(tmp_path / "nowhere")).exists("a")
     with pytest.raises(InputError, match="give a folder"):
         open_store(str(tmp_path / "new/folder/a")).exists("c")
@@ -38,21 +40,21 @@ def test_a_local_file_there_and_back(tmp_path: Path) -> None:
         next(local.pieces("a"))
 
 
-def test_a_broken_put_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_put_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     local = LocalStore(str(tmp_path))
     local.put("a", b"old")
 
-    def broken(*_: object) -> None:
+    def broken(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", broken)
     with pytest.raises(Unavailable, match="/a: No space left on device: free some, or choose another folder"):
         local.put("a", b"new")
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    assert os.listdir(tmp_path) == ["a"]
     assert local.read("a") == b"old"
 
 
-def test_a_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_is_not_there_before_it_is_whole(tmp_path):
     local = open_store(str(tmp_path))
     with pytest.raises(KeyError), local.write("a") as target:
         target.write(b"123")
@@ -64,21 +66,20 @@ def test_a_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
     assert local.read("a") == b"123"
 
 
-def test_paths_that_are_no_store(tmp_path: Path) -> None:
+def test_paths_that_are_no_store(tmp_path):
     (tmp_path / "file").touch()
     for path in ("", " ", "a\0b"):
         with pytest.raises(InputError, match="is no path"):
             open_store(path)
-    for path in ("s3://", "other://host/folder"):
-        with pytest.raises(InputError, match=path):
-            open_store(path)
+    with pytest.raises(InputError, match="s3://"):
+        open_store("s3://")
     with pytest.raises(InputError, match="give a folder"):
         open_store(str(tmp_path / "file")).put("a", b"")
     assert open_store("~nobody-of-that-name/x").list() == []
 
 
 @pytest.mark.parametrize("path", ["s3://b/d?X-Amz-Signature=SECRET", "s3://me:SECRET@b/d", "s3:/b/d?SECRET"])
-def test_a_secret_in_an_address_is_refused_and_not_shown(path: str) -> None:
+def test_a_secret_in_an_address_is_refused_and_not_shown(path):
     for call in (open_store, read_yaml):
         with pytest.raises(InputError, match="the address holds a user or a password, or a query") as refused:
             call(path)
@@ -87,14 +88,14 @@ def test_a_secret_in_an_address_is_refused_and_not_shown(path: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
-def test_a_folder_that_cannot_be_written() -> None:
+def test_a_folder_that_cannot_be_written():
     with pytest.raises(InputError, match=r"/proc/x/a: cannot be written \(no such file .*\): choose another folder"):
         open_store("/proc/x").put("a", b"")
     with pytest.raises(InputError, match=r"cannot be written \(file name too long\): choose a shorter path"):
         open_store("x" * 300).put("a", b"")
 
 
-def test_links_that_lead_nowhere_are_listed_and_named(tmp_path: Path) -> None:
+def test_links_that_lead_nowhere_are_listed_and_named(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "lost.tar").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder").symlink_to(tmp_path / "here")
@@ -104,7 +105,7 @@ def test_links_that_lead_nowhere_are_listed_and_named(tmp_path: Path) -> None:
         local.size("lost.tar")
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
+def test_a_full_disk_is_named(tmp_path):
     with pytest.raises(Unavailable, match="/a: No space left on device"), open_store(str(tmp_path)).write("a"):
         raise OSError(28, "No space left on device")  # as the file's own `write` has it
     assert list(tmp_path.iterdir()) == []

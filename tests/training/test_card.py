@@ -1,7 +1,6 @@
 """What a fit step, a draw and learning ask of a GPU: how many launches, and nothing that waits for it."""
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from naign.model.networks import build_network
 from naign.training.engines import build_engine
 from naign.training.loop import fit
 from tests.conftest import ROOT, environment
+from tests.programs import execute, succeeded
 from tests.training.card import STEPS, Watch, cases, round_of
 
 MOST = {  # of STEPS steps, a draw, and two steps of learning
@@ -24,8 +24,7 @@ MOST = {  # of STEPS steps, a draw, and two steps of learning
 @pytest.mark.slow
 def test_steps_draws_and_learning_mix_no_devices_and_wait_for_none():
     command = [sys.executable, "-m", "tests.training.card"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(execute(command, env=environment()))
     lines = [re.fullmatch(r"(.*): (\d+) launches: sound", line) for line in done.stdout.splitlines()]
     assert len(lines) == len(list(cases())) and all(lines), done.stdout
     launches = {line[1]: int(line[2]) for line in lines if line}
@@ -45,7 +44,8 @@ def test_launches_of_a_fit_step(name, shape, most):
     config = parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options])
     network = build_network(config.model, shape)
     engine = build_engine(config, network, Accelerator(mixed_precision="bf16", cpu=True))
-    engine.ahead, engine.optimizer.defaults["fused"] = True, True
+    engine.ahead = True
+    engine.optimizer.defaults["fused"] = True
     for group in engine.optimizer.param_groups:
         group["fused"] = True
     device = torch.device("cpu")

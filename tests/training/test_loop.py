@@ -1,9 +1,9 @@
 """Ranks that read a round wait for each other as long as rows arrive, and no longer; garbage is collected meanwhile."""
 
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from threading import Barrier, Thread
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +12,8 @@ import torch
 from naign.errors import InputError, Stopped
 from naign.training import loop
 from naign.training.trainer import Phases
-from tests.conftest import SMALL, forked
+from tests.conftest import SMALL
+from tests.programs import execute, succeeded
 
 LOOKS = 6
 
@@ -21,7 +22,8 @@ class Arriving:
     """A stream of which so many rows arrive before each look."""
 
     def __init__(self, *rows):
-        self.rows_read, self.rows = 100, rows  # an earlier round's
+        self.rows_read = 100  # an earlier round's
+        self.rows = rows
 
     def take(self, number, cancelled):
         for rows in self.rows:
@@ -35,17 +37,19 @@ class Arriving:
 
 def read_on_ranks(monkeypatch, *streams, stop=False):
     """Beats of each rank's watchdog, and what each got, where the ranks are threads."""
-    slots, barrier = {}, Barrier(len(streams), timeout=30)
+    slots = {}
+    barrier = Barrier(len(streams), timeout=30)
 
     def total(values, rank):
         slots[rank] = values
         barrier.wait()
-        sums = [sum(column) for column in zip(*slots.values(), strict=True)]
+        sums = [*map(sum, zip(*slots.values(), strict=True))]
         barrier.wait()
         return sums
 
     monkeypatch.setattr(loop, "total", lambda values, accelerator: total(values, accelerator.rank))
-    beats, results = [0] * len(streams), [None] * len(streams)
+    beats = [0] * len(streams)
+    results = [None] * len(streams)
 
     def read(rank):
         def beat():
@@ -62,11 +66,8 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
         except (InputError, Stopped) as error:
             results[rank] = type(error)
 
-    threads = [Thread(target=read, args=(rank,)) for rank in range(len(streams))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(len(streams)) as threads:
+        threads.map(read, range(len(streams)))
     return beats, results
 
 
@@ -91,7 +92,12 @@ def test_all_ranks_leave_together_where_one_fails_or_is_stopped(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("phase", "remedy"), [("fit", "train.accumulate"), ("match", "match.block"), ("report", "smaller network")]
+    ("phase", "remedy"),
+    [
+        ("fit", "train.accumulate"),
+        ("match", "match.block"),
+        ("report", "smaller network"),
+    ],
 )
 def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
     phases = Phases(
@@ -114,5 +120,4 @@ def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     )
     options = [f"--data.path={digits}", f"--run.path={tmp_path}/run", *SMALL, "--train.images=256"]
     command = [sys.executable, "-c", program, *options]
-    result = subprocess.run(command, env=forked(), capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
+    succeeded(execute(command))

@@ -2,7 +2,6 @@
 
 import errno
 import importlib.metadata
-import json
 import runpy
 import shutil
 from copy import deepcopy
@@ -17,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from safetensors.torch import load_file, save
-from torch.distributed import DistBackendError
 
 from naign.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
 from naign.config import Config
@@ -30,6 +28,7 @@ from naign.training.engines import build_engine
 from naign.training.run_folder import claim, find_claimed
 from naign.training.state import State, restore, restore_weights, snapshot
 from tests.checkpoint.written import write_checkpoint
+from tests.e2e.runs import same
 
 LATENTS = build_latents(LatentsConfig(name="gaussian"), (1, 8, 8))
 PRIOR = Prior(PriorConfig(), (1, 8, 8))
@@ -53,6 +52,10 @@ def make(folder, digits, seed=0):
         return config, stream, engine
 
 
+def newest_of(config):
+    return newest_checkpoint(Path(config.run.path) / "checkpoints")
+
+
 def write(config, stream, engine, position=POSITION):
     writer = Writer(Path(config.run.path), keep=2)
     taken = snapshot(config, stream, engine, position, LATENTS, PRIOR)
@@ -72,8 +75,8 @@ def run(tmp_path, digits):
 
 def test_a_step_waits_until_what_it_changes_is_copied(run):
     config, stream, engine = run
-    before = {name: value.detach().clone() for name, value in engine.bare.named_parameters()}
-    averaged = {name: value.clone() for name, value in engine.ema.named_parameters()}
+    before = deepcopy(engine.bare)
+    averaged = deepcopy(engine.ema)
     taken = snapshot(config, stream, engine, replace(POSITION, step=31), LATENTS, PRIOR)
     with engine.micro_batch():
         engine.backward(engine.forward(torch.randn(4, *stream.shape)).square().sum())
@@ -87,10 +90,12 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
     assert not step.is_alive()
     assert writer.join()
     newest = Path(config.run.path) / "checkpoints/step-00000031"
-    for file, weights, now in (("model", before, engine.bare), ("ema", averaged, engine.ema)):
+    for file, then, now in (("model", before, engine.bare), ("ema", averaged, engine.ema)):
         kept = load_file(newest / f"{file}.safetensors")
-        assert all(torch.equal(kept[name], value) for name, value in weights.items())
-        assert not any(torch.equal(kept[name], value) for name, value in now.named_parameters())
+        for name, value in then.named_parameters():
+            assert torch.equal(kept[name], value)
+        for name, value in now.named_parameters():
+            assert not torch.equal(kept[name], value)
 
 
 def test_a_step_goes_on_where_copying_fails(run):
@@ -102,7 +107,7 @@ def test_a_step_goes_on_where_copying_fails(run):
     assert engine.copied.wait(30)
     with pytest.raises(RuntimeError, match="could not be written .*AttributeError"):
         writer.join()
-    assert newest_checkpoint(Path(config.run.path) / "checkpoints").name == f"step-{POSITION.step:08d}"
+    assert newest_of(config).name == f"step-{POSITION.step:08d}"
 
 
 def resume(checkpoint, engine):
@@ -130,16 +135,15 @@ def test_what_is_saved_comes_back(run, digits):
     assert resume(newest, other) == POSITION
     for (name, mine), (_, theirs) in zip(engine.states(), other.states(), strict=True):
         assert mine.keys() == {"weight", "exp_avg", "exp_avg_sq"}, name
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
+        assert same(mine, theirs), name
     assert engine.steps == other.steps == 1
-    for name, value in engine.ema.state_dict().items():
-        assert torch.equal(value, other.ema.state_dict()[name])
+    assert same(engine.ema.state_dict(), other.ema.state_dict())
     lock.release()
 
 
 def test_state_that_another_world_size_left_is_passed_over(run):
     config, _, engine = run
-    newest = newest_checkpoint(Path(config.run.path) / "checkpoints")
+    newest = newest_of(config)
     shutil.copy(newest / STATE, newest / "state/rank-00001-of-00004.safetensors")
     assert resume(newest, engine) == POSITION
 
@@ -173,10 +177,6 @@ def test_a_model_that_cannot_be_built_here_is_not_called_damaged(run, monkeypatc
 
 def test_another_configuration_is_refused_even_without_config_yaml(run):
     config, _, _ = run
-    config.train.lr = 0.5
-    with pytest.raises(InputError, match="train.lr: 0.002 there, 0.5 now"):
-        claim(config)
-    config.train.lr = 2e-3
     config.model.width = 16
     with pytest.raises(InputError, match="model.width: 8 there, 16 now"):
         claim(config)
@@ -214,10 +214,9 @@ STATE = "state/rank-00000-of-00001.safetensors"
     ("name", "content"),
     [
         (STATE, b"cos\nsystem\n(S'touch executed'\ntR."),
-        (STATE, b""),
         (STATE, save({"other": torch.zeros(0)})),
         ("trainer.json", b"{}"),
-        ("trainer.json", json.dumps({"round": "x", "images_seen": 1, "step": 1, "seconds": 0}).encode()),
+        ("trainer.json", b'{"round": "x", "images_seen": 1, "step": 1, "seconds": 0}'),
         ("model.safetensors", b"no model"),
         ("ema.safetensors", b"no model"),
     ],
@@ -235,8 +234,6 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_runs_no_code(name, content,
 
 FAULTS = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
-    torch.OutOfMemoryError("CUDA out of memory"),
-    DistBackendError("NCCL error: unhandled system error"),
     MemoryError("no memory"),
     OSError(errno.EIO, "Input/output error"),
 ]
@@ -244,8 +241,8 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_a_device_that_fails_is_no_damage_of_the_checkpoint(fault, run, monkeypatch):
-    _, _, engine = run
-    checkpoint = newest_checkpoint(Path(run[0].run.path) / "checkpoints")
+    config, _, engine = run
+    checkpoint = newest_of(config)
 
     def fail(*_, **__):
         raise fault
@@ -268,11 +265,12 @@ def test_a_device_that_fails_is_no_damage_of_the_checkpoint(fault, run, monkeypa
 @pytest.mark.parametrize("name", [STATE, "model.safetensors", "ema.safetensors", "trainer.json"])
 def test_a_disk_that_fails_is_no_damage_of_the_checkpoint(name, run):
     config, _, engine = run
-    file = newest_checkpoint(Path(config.run.path) / "checkpoints") / name
+    checkpoint = newest_of(config)
+    file = checkpoint / name
     file.unlink()
     file.symlink_to(file)  # opening it fails, and not since it is missing
     with pytest.raises(OSError) as caught:
-        resume(Path(config.run.path) / "checkpoints/step-00000030", engine)
+        resume(checkpoint, engine)
     assert caught.value.errno == errno.ELOOP
 
 

@@ -9,7 +9,6 @@ from naign.config import load, parse
 from naign.model.networks import build_network
 from naign.observe import forward_flops
 from naign.training.setup import build_model, count_codes, open_stream, warm_start, warn_before
-from tests.conftest import SMALL
 
 ALONE = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
 
@@ -23,8 +22,8 @@ ALONE = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("c
         ([], False),
     ],
 )
-def test_a_run_without_samples_is_warned_of(options, warned, digits, caplog):
-    config = parse([f"--data.path={digits}", *SMALL, *options])
+def test_a_run_without_samples_is_warned_of(options, warned, small, caplog):
+    config = parse([*small, *options])
     with open_stream(config, ALONE) as stream:
         network, _, prior = build_model(config, stream, ALONE.device)
         warn_before(config, network, prior, 1, ALONE)
@@ -32,8 +31,8 @@ def test_a_run_without_samples_is_warned_of(options, warned, digits, caplog):
 
 
 @pytest.mark.parametrize(("before", "after"), [("blend", "no-blend"), ("no-blend", "blend")])
-def test_a_network_with_blend_begins_from_one_without_and_the_reverse(before, after, digits, caplog):
-    options = [f"--data.path={digits}", *SMALL, "--model.name=spatial"]
+def test_a_network_with_blend_begins_from_one_without_and_the_reverse(before, after, small, caplog):
+    options = [*small, "--model.name=spatial"]
     other = build_network(parse([*options, "--seed=1", f"--model.{before}"]).model, (1, 8, 8)).state_dict()
     config = parse([*options, "--model.init=other", f"--model.{after}"])
     network = build_network(config.model, (1, 8, 8))
@@ -47,7 +46,12 @@ def test_a_network_with_blend_begins_from_one_without_and_the_reverse(before, af
 
 
 @pytest.mark.parametrize(
-    ("name", "threads", "warned"), [("folder64", 2, True), ("folder64", 64, False), ("mnist", 1, False)]
+    ("name", "threads", "warned"),
+    [
+        ("folder64", 2, True),
+        ("folder64", 64, False),
+        ("mnist", 1, False),
+    ],
 )
 def test_a_recipe_for_gpus_is_warned_of_on_cpus(name, threads, warned, caplog, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -60,8 +64,15 @@ def test_a_recipe_for_gpus_is_warned_of_on_cpus(name, threads, warned, caplog, m
     assert ("hours on 2 threads: use a GPU, or" in caplog.text) == warned
 
 
-@pytest.mark.parametrize(("options", "codes"), [([], 1438), (["--data.flip"], 5000), (["--prior.images=99"], 99)])
-def test_no_image_is_encoded_twice_unless_its_code_differs(options, codes, digits):
-    config = parse([f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.images=5000", *options])
+@pytest.mark.parametrize(
+    ("options", "codes"),
+    [
+        ([], 1438),
+        (["--data.flip"], 5000),
+        (["--prior.images=99"], 99),
+    ],
+)
+def test_no_image_is_encoded_twice_unless_its_code_differs(options, codes, small):
+    config = parse([*small, "--prior.name=gmm", "--prior.images=5000", *options])
     with open_stream(config, ALONE) as stream:
         assert count_codes(config, stream) == codes

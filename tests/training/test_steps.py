@@ -17,7 +17,7 @@ CONFIG.train.batch = 6
 CONFIG.train.passes = 2
 
 
-def whole(world: int, round: int = 7) -> torch.Tensor:
+def whole(world, round=7):
     """The rows of every step, over all ranks: (steps, batch)."""
     return torch.cat([rows_of_steps(CONFIG, round, rank=rank, world=world) for rank in range(world)], dim=1)
 
@@ -44,7 +44,13 @@ def test_passes_and_rounds_differ():
 
 
 def test_the_learning_rate_rises_over_at_most_half_of_a_budget_and_falls_to_its_end():
-    train = dataclasses.replace(CONFIG.train, lr=1.0, lr_end=0.1, warmup=10**6, batch=10)
+    train = dataclasses.replace(
+        CONFIG.train,
+        lr=1.0,
+        lr_end=0.1,
+        warmup=10**6,
+        batch=10,
+    )
     rates = [learning_rate(train, seen, 1000) for seen in range(0, 1001, 10)]
     assert rates[0] == 10 / 510 and rates.index(max(rates)) == 50 and max(rates) == 1.0
     assert rates[75] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
@@ -52,7 +58,7 @@ def test_the_learning_rate_rises_over_at_most_half_of_a_budget_and_falls_to_its_
     assert learning_rate(constant, 900, 1000) == 1.0
 
 
-def losses(ahead: bool) -> StepLosses:
+def losses(ahead):
     accelerator = SimpleNamespace(reduce=lambda value: value, device="cpu")
     return StepLosses(
         SimpleNamespace(
