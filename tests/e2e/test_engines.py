@@ -44,7 +44,7 @@ def launch(file, folder, *options, ranks=2):
     command = train_command(*options)
     at = command.index("--quiet") + 1
     command[at:at] = ["--config_file", file, "--num_processes", str(ranks), "--main_process_port", "0"]
-    return execute(command, folder)
+    return execute(command, folder, timeout=480)
 
 
 def options(digits, run):
