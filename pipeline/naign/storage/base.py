@@ -105,10 +105,8 @@ class Store(ABC):
         name: str,
         first: int = 0,
         last: int | None = None,
-        *,
-        fresh: bool = False,
     ) -> bytes:
-        """Bytes [first, last). InputError if the file is shorter. `fresh` bypasses and renews any cache."""
+        """Bytes [first, last). InputError if the file is shorter."""
         return b"".join(self.pieces(name, first, last))
 
     def put_file(self, name: str, file: Path) -> None:

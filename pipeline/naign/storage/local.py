@@ -68,8 +68,6 @@ class LocalStore(Store):
         name: str,
         first: int = 0,
         last: int | None = None,
-        *,
-        fresh: bool = False,
     ) -> bytes:
         with self._explained(name), (self._folder / name).open("rb", buffering=0) as stream:
             stream.seek(first)

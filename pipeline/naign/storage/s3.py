@@ -54,8 +54,6 @@ class S3Store(NetworkStore):
         name: str,
         first: int = 0,
         last: int | None = None,
-        *,
-        fresh: bool = False,
     ) -> bytes:
         data = super().read(name, first, last)
         md5 = self._known(name).version
