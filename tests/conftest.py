@@ -203,12 +203,11 @@ def train(tmp_path: Path) -> Program:
     """Run the main job in an empty folder to its end; one rank without a launcher, unless asked."""
 
     def run(
-        *options: str, ranks: int = 1, launcher: bool = False, real: bool = False, timeout: float = 300
+        *options: str, ranks: int = 1, launcher: bool = False, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
         command = train_command(*options, ranks=ranks) if launcher or ranks > 1 else direct_command(*options)
-        env = environment() if real else forked()
         return subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False
+            command, cwd=tmp_path, env=forked(), capture_output=True, text=True, timeout=timeout, check=False
         )
 
     return run
@@ -235,13 +234,12 @@ def train_thrice(train: Program, tmp_path: Path) -> Callable[..., None]:
 def naign(tmp_path: Path) -> Program:
     """Run the command line program in an empty folder; its words are given as a line, or one by one."""
 
-    def run(*words: str, real: bool = False, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         if len(words) == 1:
             words = tuple(shlex.split(words[0]))
         command = [sys.executable, "-m", "naign.cli", *words]
-        env = environment() if real else forked()
         return subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False
+            command, cwd=tmp_path, env=forked(), capture_output=True, text=True, timeout=timeout, check=False
         )
 
     return run

@@ -6,9 +6,9 @@ with the first optimizer), and tests start it hundreds of times. `Popen` is subp
 arguments, environment, folder, standard files and exit status, as a new interpreter has them. What a forked program
 starts is forked, too, such as the ranks of a launcher.
 
-What differs from a new interpreter: the parent process is the server, modules are imported already, and all programs
-share one seed of string hashes. Tests in which that matters (launchers, signals while modules are imported, the
-commands of the docs) start real programs. The server has one thread and no CUDA context: without Linux, or with a GPU,
+What differs from a new interpreter: the parent process is the server, so that programs outlive who asked for them,
+modules are imported already, and all programs share one seed of string hashes. Tests in which that matters (launchers
+that are killed, signals while modules are imported) start real programs. The server has one thread and no CUDA context: without Linux, or with a GPU,
 every program is a real one.
 """
 
@@ -64,7 +64,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         if SERVER in env and python and preexec_fn is None and not more[0] and not more[5] and len(more) == 19:
             files = [number if end == -1 else end for number, end in enumerate((more[6], more[9], more[11]))]
             request = {"words": list(args[1:]), "env": dict(env), "cwd": str(more[1] or os.getcwd())}
-            request |= {"new_session": more[17], "session": os.getsid(0), "group": os.getpgrp()}
+            request |= {"new_session": more[17], "session": os.getsid(0), "group": os.getpgrp(), "parent": os.getpid()}
             self._server = socket.socket(socket.AF_UNIX)
             self._server.connect(env[SERVER])
             socket.send_fds(self._server, [b"\0"], files)
@@ -187,6 +187,7 @@ def become(request: dict[str, Any], files: list[int], imported: dict[str, str]) 
         os.dup2(file, number)
     for file in set(files) - {0, 1, 2}:
         os.close(file)
+    os.getppid = lambda: request["parent"]  # for ranks that compare it with their launcher
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(imported | request["env"])

@@ -108,10 +108,7 @@ def start(name, words):
     """Run a program that a page starts; returns its exit status."""
     if name == "naign" and words[:1] == ["pack"] and words[1] in PACKED:
         return 0
-    env = dict(os.environ)
-    if name == "naign" and {"launch", "--processes", "--engine", "--metrics"} & set(words):
-        env.pop(forks.SERVER, None)  # ranks watch their launcher, the parent process: a real program
-    with forks.Popen([sys.executable, "-m", PROGRAMS[name], *words, *smaller(words)], env=env) as program:
+    with forks.Popen([sys.executable, "-m", PROGRAMS[name], *words, *smaller(words)]) as program:
         return program.wait()
 
 

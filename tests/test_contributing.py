@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, direct_command, environment
+from tests.conftest import ROOT, SMALL, direct_command, forked
 from tests.e2e.runs import losses, metrics_of
 from tests.programs import execute
 
@@ -51,7 +51,7 @@ def package(tmp_path):
 
 @pytest.mark.slow
 def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(package, tmp_path):
-    with_package = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "pipeline"), str(package)]))
+    with_package = forked(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "pipeline"), str(package)]))
 
     def run(*command, code=0, env=with_package):
         done = execute(command, tmp_path, env=env)
@@ -84,7 +84,7 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     assert metrics["images_seen"] == 768
 
     # Without the package its names are unknown, and with it wrong settings of theirs are.
-    gone = run(*direct_command(*options), code=2, env=environment())
+    gone = run(*direct_command(*options), code=2, env=forked())
     assert "model.name is 'dense': choose one of conv, spatial, mlp" in gone
     assert "--model.hidden" in run(*direct_command(*options, "--model.hiden=3"), code=2)
     assert "prior.directions is 65" in run(*direct_command(*options, "--prior.directions=65"), code=2)

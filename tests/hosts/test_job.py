@@ -104,7 +104,7 @@ def test_a_job_loses_pods_and_ends_as_if_nothing_had_happened(cluster, naign):
     place = cluster.folder / "undisturbed"
     options = (f"--data.path={place}-data", "--data.source=digits", f"--run.path={place}", "--run.remote=")
     config = f"--config={cluster.folder}/run.yaml"
-    succeeded(naign("launch", "--processes=2", config, *options, real=True))
+    succeeded(naign("launch", "--processes=2", config, *options))
     found = load_file(cluster.folder / f"found/{LAST}/model.safetensors")
     assert same(found, weights(place))
 
