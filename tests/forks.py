@@ -8,8 +8,8 @@ starts is forked, too, such as the ranks of a launcher.
 
 What differs from a new interpreter: the parent process is the server, so that programs outlive who asked for them,
 modules are imported already, and all programs share one seed of string hashes. Tests in which that matters (launchers
-that are killed, signals while modules are imported) start real programs. The server has one thread and no CUDA context: without Linux, or with a GPU,
-every program is a real one.
+that are killed, signals while modules are imported) start real programs. The server has one thread and no CUDA context:
+without Linux, or with a GPU, every program is a real one.
 """
 
 import atexit

@@ -9,7 +9,6 @@ All others run, in the order of the page: tests/e2e/test_pages.py. `python -m te
 that `naign`, `accelerate` or `torchrun` starts there, with settings so small that it takes seconds.
 """
 
-import os
 import re
 import shlex
 import sys
