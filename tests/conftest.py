@@ -46,6 +46,12 @@ def benchmarks() -> Iterator[None]:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist, which are started later, share a server: its imports take ten seconds and 0.5 GB."""
+    if getattr(config.option, "numprocesses", None):
+        forks.server()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first: the last tests, which workers share out among themselves, are short."""
 

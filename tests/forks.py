@@ -35,11 +35,14 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 SERVER = "NAIGN_FORK_SERVER"
-"""The environment variable with the path of the server's socket."""
+"""The environment variable with the path of the server's socket, of programs that are to be forked."""
+RUNNING = "NAIGN_FORK_SERVER_RUNNING"
+"""The same, of processes that may share a server: the workers of pytest-xdist."""
 
 MODULES = (
     *("torch._dynamo", "torch.utils.tensorboard", "torchmetrics", "sklearn.datasets", "sklearn.metrics"),
     *("accelerate.commands.launch", "torch.distributed.run", "boto3", "faiss", "webdataset", "deepspeed"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # and torch._inductor with it
 )
 """What the server imports beside pipeline/, and with it nearly everything that a program needs."""
 
@@ -105,7 +108,9 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
 @functools.cache
 def server() -> str:
-    """The path of the socket of this process's server, which is started now; "" where programs cannot be forked."""
+    """The path of the socket of the server, which is started unless one runs; "" where programs cannot be forked."""
+    if RUNNING in os.environ:
+        return os.environ[RUNNING]
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists():
         return ""
     path = Path(tempfile.mkdtemp(prefix="naign-forks-")) / "socket"
@@ -119,6 +124,7 @@ def server() -> str:
     process = subprocess.Popen(command, env=os.environ | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout and b"ready\n" in process.stdout, "the server of tests/forks.py has not started"
     atexit.register(process.communicate)  # the server ends with its stdin
+    os.environ[RUNNING] = str(path)
     return str(path)
 
 
