@@ -207,14 +207,11 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
 @pytest.fixture
 def train(tmp_path: Path) -> Program:
     """Run the main job in an empty folder to its end; one rank without a launcher, unless asked."""
+    from tests.programs import execute
 
-    def run(
-        *options: str, ranks: int = 1, launcher: bool = False, timeout: float = 300
-    ) -> subprocess.CompletedProcess[str]:
+    def run(*options: str, ranks: int = 1, launcher: bool = False) -> subprocess.CompletedProcess[str]:
         command = train_command(*options, ranks=ranks) if launcher or ranks > 1 else direct_command(*options)
-        return subprocess.run(
-            command, cwd=tmp_path, env=forked(), capture_output=True, text=True, timeout=timeout, check=False
-        )
+        return execute(command, tmp_path)
 
     return run
 
@@ -239,14 +236,13 @@ def train_thrice(train: Program, tmp_path: Path) -> Callable[..., None]:
 @pytest.fixture
 def naign(tmp_path: Path) -> Program:
     """Run the command line program in an empty folder; its words are given as a line, or one by one."""
+    from tests.programs import execute
 
-    def run(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
         if len(words) == 1:
             words = tuple(shlex.split(words[0]))
         command = [sys.executable, "-m", "naign.cli", *words]
-        return subprocess.run(
-            command, cwd=tmp_path, env=forked(), capture_output=True, text=True, timeout=timeout, check=False
-        )
+        return execute(command, tmp_path)
 
     return run
 

@@ -234,10 +234,7 @@ def leave(run: Callable[..., None], *arguments: Any) -> NoReturn:
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code & 255)
+    naign.process.leave(code)
 
 
 if __name__ == "__main__":
