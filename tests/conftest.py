@@ -30,9 +30,8 @@ PYTHONPATH = os.pathsep.join([str(ROOT / "pipeline"), str(ROOT)])
 subprocess.Popen = forks.Popen  # type: ignore[misc]  # the same, but for programs with the environment of forked()
 
 
-LONG = ("hosts/test_job.py", "e2e/test_engines.py", "test_benchmarks.py", "e2e/test_restarts.py", "e2e/test_stops.py")
-LONG += ("e2e/test_guards.py", "hosts/test_slurm.py", "e2e/test_kills.py", "release/", "e2e/", "hosts/")
-LONG += ("test_tables.py", "test_contributing.py", "data/test_faults.py", "distributed/")
+LONG = ("hosts/test_job.py", "hosts/test_slurm.py", "e2e/test_kills.py", "e2e/test_restarts.py", "release/")
+LONG += ("test_benchmarks.py", "e2e/", "hosts/", "test_tables.py", "data/test_faults.py", "distributed/")
 """Files that take longest, the longest first."""
 
 
