@@ -22,9 +22,9 @@ RESUMED = "resuming from run/checkpoints/step-"
 class Torchrun:
     """Launchers of one run in a folder, which stands for all machines: a context manager."""
 
-    def __init__(self, folder, digits, *options, env):
+    def __init__(self, folder, digits, *options, begin=forked):
         self.folder = folder
-        self.env = env
+        self.env = begin(ACCELERATE_USE_CPU="true")
         self.run = folder / "run"
         self.command = [
             sys.executable,
@@ -75,11 +75,10 @@ class Torchrun:
         assert met(), self.said()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("rendezvous", ["static", "standalone"])
 def test_a_launcher_that_starts_the_ranks_again(rendezvous, digits, tmp_path):
     where = "--standalone" if rendezvous == "standalone" else f"--master_port={free_port()}"
-    with Torchrun(tmp_path, digits, "--nproc_per_node=2", where, env=forked(ACCELERATE_USE_CPU="true")) as job:
+    with Torchrun(tmp_path, digits, "--nproc_per_node=2", where) as job:
         launcher = job.start()
         for turn, rank, rounds in ((1, 1, 12), (2, 0, 24)):
             job.until(lambda: rounds_of(job.run) >= rounds)  # noqa: B023
@@ -90,7 +89,6 @@ def test_a_launcher_that_starts_the_ranks_again(rendezvous, digits, tmp_path):
     assert rounds_of(job.run) == 40
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_job_that_loses_a_machine_goes_on_with_those_that_are_left(digits, tmp_path):
     options = (
         "--nnodes=1:2",
@@ -100,7 +98,7 @@ def test_a_job_that_loses_a_machine_goes_on_with_those_that_are_left(digits, tmp
         "--rdzv_id=job",
         "--rdzv_conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3",
     )
-    with Torchrun(tmp_path, digits, *options, env=environment(ACCELERATE_USE_CPU="true")) as job:
+    with Torchrun(tmp_path, digits, *options, begin=environment) as job:
         stays = job.start()
         time.sleep(1)
         lost = job.start()
