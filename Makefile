@@ -28,7 +28,7 @@ TARGET ?= cpu
 VERSION ?=
 TORCH_INDEX ?=
 
-.PHONY: help train test test-lowest smoke-lowest quick lint docs install golden constraints dist sbom image models clean
+.PHONY: help train test pytest test-lowest smoke-lowest quick lint docs install golden constraints dist sbom image models clean
 
 help:
 	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x OPTIONS=--seed=1]"
@@ -96,7 +96,11 @@ lint: $(VENV)/.tested
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint
+# Side by side: mypy keeps one core busy, and the first tests another.
+test: $(VENV)/.tested
+	@$(MAKE) --no-print-directory -j2 lint pytest
+
+pytest: $(VENV)/.tested
 	$(PYTEST)
 
 # A second environment that borrows everything else, torch above all, from the first.

@@ -30,9 +30,8 @@ PYTHONPATH = os.pathsep.join([str(ROOT / "pipeline"), str(ROOT)])
 subprocess.Popen = forks.Popen  # type: ignore[misc]  # the same, but for programs with the environment of forked()
 
 
-LONG = ("hosts/test_job.py", "e2e/test_engines.py", "test_benchmarks.py", "e2e/test_restarts.py", "e2e/test_stops.py")
-LONG += ("e2e/test_guards.py", "hosts/test_slurm.py", "e2e/test_kills.py", "release/", "e2e/", "hosts/")
-LONG += ("test_tables.py", "test_contributing.py", "data/test_faults.py", "distributed/")
+LONG = ("hosts/test_job.py", "hosts/test_slurm.py", "e2e/test_kills.py", "e2e/test_restarts.py", "release/")
+LONG += ("test_benchmarks.py", "e2e/", "hosts/", "test_tables.py", "data/test_faults.py", "distributed/")
 """Files that take longest, the longest first."""
 
 
@@ -44,6 +43,12 @@ def benchmarks() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist, which are started later, share a server: its imports take ten seconds and 0.5 GB."""
+    if getattr(config.option, "numprocesses", None):
+        forks.server()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -201,15 +206,11 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
 @pytest.fixture
 def train(tmp_path: Path) -> Program:
     """Run the main job in an empty folder to its end; one rank without a launcher, unless asked."""
+    from tests.programs import execute
 
-    def run(
-        *options: str, ranks: int = 1, launcher: bool = False, real: bool = False, timeout: float = 300
-    ) -> subprocess.CompletedProcess[str]:
+    def run(*options: str, ranks: int = 1, launcher: bool = False) -> subprocess.CompletedProcess[str]:
         command = train_command(*options, ranks=ranks) if launcher or ranks > 1 else direct_command(*options)
-        env = environment() if real else forked()
-        return subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        return execute(command, tmp_path)
 
     return run
 
@@ -234,15 +235,13 @@ def train_thrice(train: Program, tmp_path: Path) -> Callable[..., None]:
 @pytest.fixture
 def naign(tmp_path: Path) -> Program:
     """Run the command line program in an empty folder; its words are given as a line, or one by one."""
+    from tests.programs import execute
 
-    def run(*words: str, real: bool = False, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
         if len(words) == 1:
             words = tuple(shlex.split(words[0]))
         command = [sys.executable, "-m", "naign.cli", *words]
-        env = environment() if real else forked()
-        return subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        return execute(command, tmp_path)
 
     return run
 

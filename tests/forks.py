@@ -6,10 +6,10 @@ with the first optimizer), and tests start it hundreds of times. `Popen` is subp
 arguments, environment, folder, standard files and exit status, as a new interpreter has them. What a forked program
 starts is forked, too, such as the ranks of a launcher.
 
-What differs from a new interpreter: the parent process is the server, modules are imported already, and all programs
-share one seed of string hashes. Tests in which that matters (launchers, signals while modules are imported, the
-commands of the docs) start real programs. The server has one thread and no CUDA context: without Linux, or with a GPU,
-every program is a real one.
+What differs from a new interpreter: the parent process is the server, so that programs outlive who asked for them,
+modules are imported already, and all programs share one seed of string hashes. Tests in which that matters (launchers
+that are killed, signals while modules are imported) start real programs. The server has one thread and no CUDA context:
+without Linux, or with a GPU, every program is a real one.
 """
 
 import atexit
@@ -27,18 +27,22 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 SERVER = "NAIGN_FORK_SERVER"
-"""The environment variable with the path of the server's socket."""
+"""The environment variable with the path of the server's socket, of programs that are to be forked."""
+RUNNING = "NAIGN_FORK_SERVER_RUNNING"
+"""The same, of processes that may share a server: the workers of pytest-xdist."""
 
 MODULES = (
     *("torch._dynamo", "torch.utils.tensorboard", "torchmetrics", "sklearn.datasets", "sklearn.metrics"),
     *("accelerate.commands.launch", "torch.distributed.run", "boto3", "faiss", "webdataset", "deepspeed"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # and torch._inductor with it
 )
 """What the server imports beside pipeline/, and with it nearly everything that a program needs."""
 
@@ -63,7 +67,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         if SERVER in env and python and preexec_fn is None and not more[0] and not more[5] and len(more) == 19:
             files = [number if end == -1 else end for number, end in enumerate((more[6], more[9], more[11]))]
             request = {"words": list(args[1:]), "env": dict(env), "cwd": str(more[1] or os.getcwd())}
-            request |= {"new_session": more[17], "session": os.getsid(0), "group": os.getpgrp()}
+            request |= {"new_session": more[17], "session": os.getsid(0), "group": os.getpgrp(), "parent": os.getpid()}
             self._server = socket.socket(socket.AF_UNIX)
             self._server.connect(env[SERVER])
             socket.send_fds(self._server, [b"\0"], files)
@@ -104,7 +108,9 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
 @functools.cache
 def server() -> str:
-    """The path of the socket of this process's server, which is started now; "" where programs cannot be forked."""
+    """The path of the socket of the server, which is started unless one runs; "" where programs cannot be forked."""
+    if RUNNING in os.environ:
+        return os.environ[RUNNING]
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists():
         return ""
     path = Path(tempfile.mkdtemp(prefix="naign-forks-")) / "socket"
@@ -118,6 +124,7 @@ def server() -> str:
     process = subprocess.Popen(command, env=os.environ | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout and b"ready\n" in process.stdout, "the server of tests/forks.py has not started"
     atexit.register(process.communicate)  # the server ends with its stdin
+    os.environ[RUNNING] = str(path)
     return str(path)
 
 
@@ -186,6 +193,7 @@ def become(request: dict[str, Any], files: list[int], imported: dict[str, str]) 
         os.dup2(file, number)
     for file in set(files) - {0, 1, 2}:
         os.close(file)
+    os.getppid = lambda: request["parent"]  # for ranks that compare it with their launcher
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(imported | request["env"])
@@ -211,6 +219,24 @@ def execute(words: list[str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
+def leave(run: Callable[..., None], *arguments: Any) -> NoReturn:
+    """Run a program and end the process as Python does, but free no module: that takes longer than most programs."""
+    code: Any = 0
+    try:
+        run(*arguments)
+    except SystemExit as ended:
+        code = ended.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    naign.process.leave(code)
+
+
 if __name__ == "__main__":
     subprocess.Popen = Popen  # type: ignore[misc]  # for modules that take it from there
     own = dict(os.environ)
@@ -229,4 +255,4 @@ if __name__ == "__main__":
     gc.freeze()
     request, files = serve(sys.argv[1], own, imported)
     become(request, files, imported)
-    execute(request["words"])
+    leave(execute, request["words"])

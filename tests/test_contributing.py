@@ -1,6 +1,5 @@
 """The package that CONTRIBUTING.md shows is one: what it adds is packed, trained with, resumed and evaluated."""
 
-import os
 import re
 import shlex
 import sys
@@ -8,9 +7,9 @@ import tomllib
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, direct_command, environment
+from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
 from tests.e2e.runs import losses, metrics_of
-from tests.programs import execute
+from tests.programs import execute, install
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCK = re.compile(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -30,31 +29,21 @@ EXPECTED = (
 
 
 @pytest.fixture
-def package(tmp_path):
-    """The package as an installer leaves it: its modules, and its metadata with the entry points."""
+def site(tmp_path):
+    """The path with the package as an installer leaves it."""
     files = dict(BLOCK.findall(TEXT))
-    project = tomllib.loads(files.pop("pyproject.toml"))["project"]
-    info = f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    files[f"{info}/METADATA"] = head
     lines = []
-    for group, points in project["entry-points"].items():
+    for group, points in tomllib.loads(files.pop("pyproject.toml"))["project"]["entry-points"].items():
         lines.append(f"[{group}]")
         lines += [f"{name} = {value}" for name, value in points.items()]
-    files[f"{info}/entry_points.txt"] = "\n".join(lines) + "\n"
-    for name, text in files.items():
-        path = tmp_path / "site" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return tmp_path / "site"
+    files["my_package-1.dist-info/entry_points.txt"] = "\n".join(lines)
+    return install(tmp_path, files)
 
 
 @pytest.mark.slow
-def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(package, tmp_path):
-    with_package = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "pipeline"), str(package)]))
-
-    def run(*command, code=0, env=with_package):
-        done = execute(command, tmp_path, env=env)
+def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(site, tmp_path):
+    def run(*command, code=0, path=site):
+        done = execute(command, tmp_path, env=forked(PYTHONPATH=path))
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
@@ -84,7 +73,7 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     assert metrics["images_seen"] == 768
 
     # Without the package its names are unknown, and with it wrong settings of theirs are.
-    gone = run(*direct_command(*options), code=2, env=environment())
+    gone = run(*direct_command(*options), code=2, path=PYTHONPATH)
     assert "model.name is 'dense': choose one of conv, spatial, mlp" in gone
     assert "--model.hidden" in run(*direct_command(*options, "--model.hiden=3"), code=2)
     assert "prior.directions is 65" in run(*direct_command(*options, "--prior.directions=65"), code=2)

@@ -29,7 +29,7 @@ def test_two_ranks_match_as_one_does_in_the_first_round_and_learn_as_well(train,
     images = []
     for ranks in (1, 2):
         trace = tmp_path / f"trace{ranks}"
-        done = succeeded(train(f"--run.path=run{ranks}", f"--data.trace={trace}", *options, ranks=ranks, timeout=240))
+        done = succeeded(train(f"--run.path=run{ranks}", f"--data.trace={trace}", *options, ranks=ranks))
         assert f"on {ranks} x cpu" in done.stdout + done.stderr
         read = []
         for file in trace.iterdir():

@@ -158,7 +158,7 @@ def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(sm
     name = bucket.removeprefix("s3://")
     options = (
         *small,
-        "--train.images=25600",
+        "--train.images=7680",
         "--checkpoint.rounds=50",
         "--run.path=run",
         f"--run.remote={bucket}/run",
@@ -169,12 +169,12 @@ def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(sm
         job.ends(PEER_LOST, within=120)
         assert "stays local" in job.said() and "there is no bucket" in job.said()
         assert "done: the run lies in" not in job.said()
-    assert newest(tmp_path / "run").name == "step-00000800"
+    assert newest(tmp_path / "run").name == "step-00000240"
     s3.client().create_bucket(Bucket=name)
     with Job(tmp_path, 2, options) as job:
         job.ends(0, within=120)
         assert "nothing left to do" in job.said()
-    assert list(newest_first(f"{bucket}/run")) == ["step-00000800"]
+    assert list(newest_first(f"{bucket}/run")) == ["step-00000240"]
 
 
 def test_ranks_that_do_not_share_a_folder_are_refused(small, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from naign import open_dataset
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
 from tests.programs import execute, succeeded
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ IMAGES, STOP = 1438, 5
 def run(program, ranks, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [str(ROOT / "tests/e2e" / program), *map(str, arguments)]
-    succeeded(execute(command, env=environment()))
+    succeeded(execute(command))
 
 
 def lines(folder):

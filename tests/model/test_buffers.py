@@ -1,7 +1,6 @@
 """A network with buffers trains, stops, goes on and loads as one without: what is saved of them, and when."""
 
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -20,7 +19,8 @@ from naign.model.naign import NAIGN
 from naign.model.prior import LatentsConfig, Prior, PriorConfig, build_latents
 from naign.training.engines import build_engine
 from naign.training.state import State, snapshot
-from tests.conftest import ROOT, SMALL, environment
+from tests.conftest import ROOT, SMALL
+from tests.programs import execute, succeeded
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,16 +69,7 @@ def train(digits, tmp_path):
         options = [f"--data.path={digits}", "--model.name=normed", "--train.ema=0.9", "--train.images=768"]
         options += ["--checkpoint.rounds=1", "--checkpoint.keep=0", f"--run.path={run}"]
         options += [option for option in SMALL if not option.startswith("--model")]
-        command = [sys.executable, "-c", PROGRAM, *options]
-        done = subprocess.run(
-            command,
-            env=environment(),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        succeeded(execute([sys.executable, "-c", PROGRAM, *options], tmp_path))
         return tmp_path / run
 
     return train

@@ -1,16 +1,16 @@
 """Audits on real gloo ranks, by the launcher, and in a bucket: the same bytes everywhere."""
 
 import json
-import subprocess
 
 import pytest
 
 from naign.model.networks import ConvConfig
 from naign.storage.store import open_store
-from tests.conftest import environment, train_command
+from tests.conftest import train_command
 from tests.distributed.audit_cases import FOLDER
 from tests.distributed.ranks import on_ranks
 from tests.neighbours.planted import audit, plant
+from tests.programs import execute, succeeded
 
 pytestmark = pytest.mark.slow
 RESULTS = ("duplicates.json", "groups.csv", "groups.png")
@@ -57,19 +57,12 @@ def test_launchers_start_audits(tmp_path, naign):
         path,
         "--to",
         "two",
-        real=True,
     )
     assert launched.returncode == 0, launched.stderr
     assert "13 of 790 images are in 6 groups" in launched.stdout
     command = [option for option in train_command(ranks=2) if not option.endswith("train.py")]
     command += ["-m", "naign.cli", "duplicates", "--data", path, "--to", "by-accelerate"]
-    subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        check=True,
-        capture_output=True,
-    )
+    succeeded(execute(command, tmp_path))
     for name in RESULTS:
         expected = (tmp_path / "alone" / name).read_bytes()
         for to in ("two", "by-accelerate"):
@@ -80,7 +73,6 @@ def test_launchers_start_audits(tmp_path, naign):
         "duplicates",
         "--data",
         "none",
-        real=True,
     )
     assert refused.returncode == 2
     assert "none: no data set here" in refused.stderr

@@ -114,7 +114,7 @@ def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
 def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     """Modules are imported without it."""
     program = (
-        "import gc, sys; import pipeline.train as program; assert not gc.isenabled(); "
+        "import gc, sys; import pipeline.train as program; assert not gc.isenabled(); program.leave = int; "
         "frozen, thaw = [], gc.unfreeze; gc.unfreeze = lambda: (frozen.append(gc.get_freeze_count()), thaw()); "
         "program.main(); assert gc.isenabled() and frozen[0]"
     )

@@ -218,8 +218,3 @@ class Background(threading.Thread):
             why = f"{type(error).__name__}: {one_line(error)}"
             log.warning("%s failed and is left out from now on: %s", self.name, why)
             self._queue = queue.SimpleQueue()  # frees what is waiting
-
-
-def trackers_hang() -> bool:
-    """Whether a tracker's thread still runs: its library may also block the interpreter's shutdown."""
-    return any(isinstance(thread, Background) for thread in threading.enumerate())
