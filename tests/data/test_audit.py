@@ -78,10 +78,3 @@ def test_labels_that_are_missing_are_found(packed):
     rewrite(packed, "test-00000.tar", without_labels)
     with refused(r"test-00000\.tar, key test-\d+: no \.cls, but index\.json has labels"):
         verify(packed)
-
-
-def test_an_index_without_its_shards_says_how_to_name_them(packed):
-    for tar in Path(packed).glob("*.tar"):
-        tar.unlink()
-    with refused("if the shards lie apart from index.json: naign verify SHARDS --index"):
-        verify(packed)

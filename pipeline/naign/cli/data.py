@@ -42,7 +42,7 @@ def pack(
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png keeps every bit, jpg is smaller, npy is read fastest.
         seed: Seed of the order of samples in shards, and of the choice of training images.
-        force: Replace an existing data set, which is deleted before the new one is written.
+        force: Replace an existing data set, which is deleted first.
     """
     from naign.data.format import writer
     from naign.data.format.manifest import INDEX
@@ -93,7 +93,7 @@ def index(
 ) -> None:
     """Index existing WebDataset tars: write index.json and page tables, without changing a tar.
 
-    Every byte is read. After an interruption the same command continues with the tars that are left.
+    Every byte is read.
 
     Args:
         path: Folder, s3://bucket/prefix or a pattern such as 's3://bucket/prefix/{00000..01023}.tar' of the tars.
@@ -128,7 +128,7 @@ def verify(path: Positional[str], /, *, index: str = "") -> None:
         index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
     """
     from naign.data.format.audit import verify as read_all
-    from naign.data.format.tars import PROBLEMS
+    from naign.data.format.survey import PROBLEMS
 
     report = read_all(path, index=index)
     print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from naign.data.format.manifest import INDEX, Manifest, Shard
 from naign.data.format.pages import table_name
-from naign.data.format.survey import Seen
-from naign.data.format.tars import Problems, compare, read_tars
+from naign.data.format.survey import Seen, check_problems, combine, read_tars
 from naign.data.sample import decode
 from naign.errors import InputError
 from naign.storage.base import Store
@@ -25,38 +24,34 @@ class Report(NamedTuple):
 
 
 def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
-    """Read every byte of a data set: sizes, page tables, tar structure, pixels, shapes, labels, counts.
-    Samples that index.json says are broken may be. Raises Problems, each with its shard, and its key if it has one.
+    """Read every byte of a data set: sizes, page tables, tar structure, pixels, shapes, labels, counts. Samples that
+    index.json says are broken may be. InputError lists the problems, each with its shard, and its key if it has one.
     """
     manifest = Manifest.load(index or path)
     store = open_store(path)
     tables = open_store(index or path)
-    names = [shard.name for shard in manifest.shards]
-    size = sum(shard.bytes for shard in manifest.shards)
+    shards = manifest.shards
+    size = sum(shard.bytes for shard in shards)
     summaries = read_tars(
-        store,
-        names,
+        path,
+        [shard.name for shard in shards],
         partial(_inspect, replace(manifest, splits={})),  # without shards, as each task gets it
         size=size,
         title=f"verify {manifest.name}" if progress else "",
     )
-    problems = compare(store, summaries).problems
+    problems = combine(store, summaries).problems
     broken = []
-    for shard, summary in zip(manifest.shards, summaries, strict=True):
+    for shard, summary in zip(shards, summaries, strict=True):
         for key, reason in summary.broken.items():
             if key in manifest.broken.get(shard.name, ()):
                 broken.append((shard.name, key))
             else:
                 problems.append(reason)
-        if summary.shard.pages:  # it is there, and a tar
+        if summary.table:  # it is there, and a tar
             problems += _differences(shard, summary.shard, store, tables)
-    if problems:
-        remedy = ""
-        if not index and not any(summary.shard.pages for summary in summaries):
-            remedy = f"if the shards lie apart from {INDEX}: naign verify SHARDS --index {path}"
-        raise Problems(path, problems, remedy)
-    samples = sum(shard.samples for shard in manifest.shards)
-    return Report(samples, len(names), size, broken)
+    check_problems(path, problems)
+    samples = sum(shard.samples for shard in shards)
+    return Report(samples, len(shards), size, broken)
 
 
 def _inspect(

@@ -15,11 +15,9 @@ from naign.data.format import IndexOptions
 from naign.data.format.labels import check_label_rule, label_text, parse_number
 from naign.data.format.manifest import CHANNELS, FORMS, INDEX, Manifest, Split
 from naign.data.format.pages import table_name
-from naign.data.format.survey import MOST_LABELS, Seen, Summary
-from naign.data.format.tars import KEPT, THREADS, Problems, compare, read_tars
+from naign.data.format.survey import MOST_LABELS, THREADS, Seen, check_problems, combine, read_tars
 from naign.data.sample import SUFFIXES, find_suffix
 from naign.errors import InputError
-from naign.storage.base import Store
 from naign.storage.store import check_writable, open_store
 from naign.terminal import busy
 
@@ -38,9 +36,8 @@ def index(
 ) -> Manifest:
     """Read every byte of WebDataset tars and write the index.json and page tables that training needs.
 
-    Samples are pictures of any size, or points (D,) float32 as .npy; their other members are ignored. After an
-    interruption or an error the next call reads only shards that were not read, had problems or were replaced since.
-    An index that is there stays until all is read. Raises Problems, each with its shard and key.
+    Samples are pictures of any size, or points (D,) float32 as .npy; their other members are ignored. An index that is
+    there stays until all is read. InputError lists the problems, each with its shard and key.
     """
     chosen = IndexOptions(**options)
     check_label_rule(chosen.label)
@@ -55,23 +52,47 @@ def index(
     check_writable(target, "an index beside the tars (--to=FOLDER writes it elsewhere)")
     names = [name for split in splits.values() for name in split]
     summaries = read_tars(
-        store,
+        folder,
         names,
         partial(_inspect, chosen.label, chosen.sample_check),
         size=store.size(names[0]) * len(names),
         title=f"index {folder}" if progress else "",
-        keep=target,
-        version=f"{chosen.label}, {chosen.sample_check}",
     )
-    manifest = _manifest(
-        path,
-        store,
-        splits,
-        summaries,
-        chosen,
+    together = combine(store, summaries)
+    problems = together.problems
+    shards = {}
+    broken = {}
+    for summary in summaries:
+        name = summary.shard.name
+        shards[name] = summary.shard
+        if summary.broken and chosen.keep_broken:
+            broken[name] = list(summary.broken)
+            log.warning("kept: %s", "; ".join(summary.broken.values()))
+        else:
+            problems += summary.broken.values()
+    if not problems and not together.kind:
+        problems.append(f"{path}: none of its samples can be decoded: repack the data set")
+    if chosen.label and not together.labels:
+        problems.append(f"{path}: no sample has a label where --label says: {chosen.label}")
+    check_problems(path, problems)
+    manifest = Manifest(
+        name=chosen.name or store.path.rstrip("/").rpartition("/")[2] or "indexed",
+        kind=together.kind,
+        shape=together.shape,
+        dtype=FORMS[together.kind][0],
+        labels=_label_names(together.labels, chosen.label),
+        splits={split: Split.of(shards[name] for name in listed) for split, listed in splits.items()},
+        dealt=False,
+        label=chosen.label,
+        broken=broken,
     )
+    text = manifest.dump()
+    Manifest.parse(text, where=path)  # raises InputError before anything is replaced
     with busy("writing the index", shown=progress):
-        _write(target, manifest, summaries)
+        target.delete(INDEX)
+        threads = Parallel(THREADS, backend="threading")
+        threads(delayed(target.put)(table_name(summary.shard.name), summary.table) for summary in summaries)
+        target.put(INDEX, text)
     return manifest
 
 
@@ -154,59 +175,9 @@ def _inspect(
     return kind, shape, {text}
 
 
-def _manifest(
-    path: str,
-    store: Store,
-    splits: dict[str, list[str]],
-    summaries: list[Summary],
-    options: IndexOptions,
-) -> Manifest:
-    """The manifest of the tars. Raises Problems."""
-    together = compare(store, summaries)
-    problems = together.problems
-    shards = {}
-    broken = {}
-    for summary in summaries:
-        name = summary.shard.name
-        shards[name] = summary.shard
-        if summary.broken and options.keep_broken:
-            broken[name] = list(summary.broken)
-            log.warning("kept: %s", "; ".join(summary.broken.values()))
-        else:
-            problems += summary.broken.values()
-    if not problems and not together.kind:
-        problems.append(f"{path}: none of its samples can be decoded: repack the data set")
-    if options.label and not together.labels:
-        problems.append(f"{path}: no sample has a label where --label says: {options.label}")
-    if problems:
-        note = f"what was read of sound tars is kept (*{KEPT}): the next call reads only the others"
-        raise Problems(path, problems, note)
-    manifest = Manifest(
-        name=options.name or store.path.rstrip("/").rpartition("/")[2] or "indexed",
-        kind=together.kind,
-        shape=together.shape,
-        dtype=FORMS[together.kind][0],
-        labels=_label_names(together.labels, options.label),
-        splits={split: Split.of(map(shards.__getitem__, names)) for split, names in splits.items()},
-        dealt=False,
-        label=options.label,
-        broken=broken,
-    )
-    return Manifest.parse(manifest.dump(), where=path)  # raises InputError before anything is replaced
-
-
 def _label_names(texts: set[str], rule: str) -> tuple[str, ...]:
     """The names of labels, in order: all numbers up to the largest in .cls, or the texts that a rule has found."""
     if not rule:
         largest = max(map(int, texts), default=-1)
         return tuple(map(str, range(largest + 1)))
     return tuple(sorted(texts, key=lambda text: (parse_number(text), text)))
-
-
-def _write(target: Store, manifest: Manifest, summaries: list[Summary]) -> None:
-    """Write page tables and index.json in place of those that are there; then delete the summaries' files."""
-    target.delete(INDEX)
-    threads = Parallel(THREADS, backend="threading")
-    threads(delayed(target.put)(table_name(summary.shard.name), summary.table) for summary in summaries)
-    target.put(INDEX, manifest.dump())
-    threads(delayed(target.delete)(name) for name in target.list() if name.endswith(KEPT))

@@ -1,18 +1,28 @@
-"""What is learned of one tar by reading every byte of it: its page table, and what its samples are."""
+"""What is learned of tars by reading every byte of them: their page tables, and what their samples are."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
+from joblib import Parallel, cpu_count, delayed
+from tqdm import tqdm
+
 from naign.data.format.manifest import Shard
-from naign.data.format.pages import Pager
-from naign.data.format.tar import TAR_BLOCK
+from naign.data.format.pages import TAR_BLOCK, Pager
 from naign.data.format.webdataset import scan
-from naign.errors import InputError
+from naign.errors import InputError, Unavailable
 from naign.storage.base import Store
+from naign.storage.store import open_store
+
+THREADS = 8  # tars read at once: the stream of one hardly fills a fast network
+PROCESSES = 32  # at most, one a core; each takes a second to start
+MUCH = 256 << 20  # bytes of tars from which on processes read them: threads share the interpreter's lock
+IDLE = 5  # seconds after which a process without work ends; one whose parent was killed does so half a minute later
 
 MOST_LABELS = 1_000_000  # a larger number in .cls is not a label, and more texts are not classes
+PROBLEMS = 20  # how many problems a message lists
 ALIKE = "all samples must be alike; `naign pack folder` makes them so"
 
 Seen = tuple[str, tuple[int, ...], set[str]]  # kind, shape and, if there is one, label of a sample
@@ -20,9 +30,19 @@ Inspect = Callable[[dict[str, Any], str, int], Seen]
 """Inspects a sample, given with its shard's URL and its number there. Raises InputError if it cannot be used."""
 
 
+def check_problems(path: str, problems: list[str]) -> None:
+    """Raise InputError that lists the first of the problems of a data set, if there is one."""
+    if not problems:
+        return
+    lines = problems[:PROBLEMS]
+    if len(problems) > PROBLEMS:
+        lines.append(f"and {len(problems) - PROBLEMS} more")
+    raise InputError("\n  ".join([f"{path}: {len(problems)} problems", *lines]))
+
+
 @dataclass(kw_only=True)
 class Summary:
-    """What was read of one tar, or of several; also written to a file, so that an interrupted call can continue."""
+    """What was read of one tar, or of several."""
 
     shard: Shard = Shard(name="", samples=0, bytes=0, pages="")
     table: bytes = b""  # the file of its page table
@@ -53,29 +73,53 @@ class Summary:
         if len(self.labels) > MOST_LABELS:
             raise InputError(f"{where}: more than {MOST_LABELS} labels are not classes: choose others with --label")
 
-    def dump(self, version: str) -> bytes:
-        """The bytes of its file; `version` says what was read, and how."""
-        fields = {"version": version, **asdict(self), "table": self.table.hex()}
-        return json.dumps(fields, default=sorted).encode()  # sets, as lists
 
-    @classmethod
-    def parse(cls, data: bytes, version: str) -> "Summary | None":
-        """The summary in a file, None unless it is of that version."""
-        try:
-            fields = json.loads(data)
-            if fields.pop("version") != version:
-                return None
-            fields["shard"] = Shard(**fields["shard"])
-            fields["table"] = bytes.fromhex(fields["table"])
-            fields["shape"] = tuple(fields["shape"])
-            fields["labels"] = set(fields["labels"])
-            return cls(**fields)
-        except (AttributeError, KeyError, TypeError, ValueError):  # cut, or of another version of naign
-            return None
+def combine(store: Store, summaries: list[Summary]) -> Summary:
+    """What all tars hold together, with their problems: in single tars, and where they do not go together."""
+    together = Summary()
+    for summary in summaries:
+        together.problems += summary.problems
+        if summary.kind:
+            seen = (summary.kind, summary.shape, summary.labels)
+            together.add(seen, store.url(summary.shard.name))
+    return together
 
 
-def summarize(store: Store, name: str, inspect: Inspect) -> Summary:
+def read_tars(
+    path: str,  # folder or bucket
+    names: list[str],
+    inspect: Inspect,  # of each sample
+    *,
+    size: int,  # bytes of all of them, about
+    title: str,  # of the bar on stderr; "": none
+) -> list[Summary]:
+    """The summary of every tar, in order: each is read once, by threads or processes."""
+    workers = THREADS
+    backend = "threading"
+    processes = min(cpu_count(), len(names), PROCESSES)
+    if processes > 1 and size >= MUCH:
+        workers = processes
+        backend = "loky"
+    parallel = Parallel(workers, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
+    results = parallel(delayed(summarize)(path, name, inspect) for name in names)
+    shown = tqdm(
+        results,
+        desc=title,
+        total=len(names),
+        unit="tar",
+        disable=None if title else True,  # None: where stderr is not a terminal
+    )
+    try:
+        with closing(results):
+            return list(shown)
+    except BrokenProcessPool:
+        killed = "a process that reads tars was killed, for its memory perhaps, or could not start"
+        raise Unavailable(f"{killed}: try again") from None
+
+
+def summarize(path: str, name: str, inspect: Inspect) -> Summary:
     """Read every byte of a tar. What is wrong with it, or with single samples, is in `problems` and `broken`."""
+    store = open_store(path)
     where = store.url(name)
     pager = Pager()
     keys: set[str] = set()
@@ -108,4 +152,5 @@ def _check_end(pager: Pager, where: str) -> None:
     if len(rest) < 2 * TAR_BLOCK:  # cut between two samples it reads as if whole
         raise InputError(f"{where}: ends in the middle: no end-of-archive mark: copy it again")
     if rest.strip(b"\0"):
-        raise InputError(f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them")
+        what = "no tar, or more data behind the end of the archive, as of tars laid end to end"
+        raise InputError(f"{where}: from byte {pager.after} on {what}: copy it again, or repack it")

@@ -1,10 +1,9 @@
-"""Packing a source into WebDataset shards, which stream into their store as they are made."""
+"""Packing a source into WebDataset shards."""
 
 import io
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from typing import BinaryIO, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -15,9 +14,8 @@ from naign.data.format.manifest import FORMS, INDEX, Manifest, Shard, Split
 from naign.data.format.pages import Pager, table_name
 from naign.data.order import check_seed, parts, shuffled
 from naign.data.sources.source import Made, Source
-from naign.errors import Conflict, InputError
-from naign.storage.base import Store, Writer
-from naign.storage.local import LocalStore
+from naign.errors import InputError
+from naign.storage.base import Store
 from naign.storage.store import open_store
 
 SHARDS = 16  # shards a split at least, unless given: enough readers for a machine or two
@@ -41,14 +39,14 @@ def pack(
     shards: int | None = None,  # a split; None: 16, or as many as keep a shard under 64 MiB decoded
     encoding: str = "png",  # of images: one of ENCODINGS
     seed: int = 0,  # of the order in which samples are dealt to shards
-    force: bool = False,  # replace what is there, once the whole source was decoded
+    force: bool = False,  # delete what is there first
     progress: bool = True,  # bar on stderr
 ) -> tuple[Manifest, bool]:
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
 
-    The same source and settings give the same bytes. After an interruption the next call continues; an InputError
-    deletes what was written. Returns the manifest, and False if the target held this data set already. Raises
-    InputError if it holds another, unless `force`, or the source cannot be packed so.
+    The same source and settings give the same bytes, so after an interruption the next call continues. Each shard is
+    made in memory. Returns the manifest, and False if the target held this data set already. Raises InputError if it
+    holds another, or shards of another, unless `force`, or the source cannot be packed so.
     """
     check_seed(seed)
     if encoding not in ENCODINGS:
@@ -56,51 +54,35 @@ def pack(
     suffix = encoding if source.kind == "image" else "npy"
     plan = list(_plan(source, shards, seed))
     target = open_store(to)
+    if force:
+        _clear(target, source)
+    present = target.list()
+    refusal = f"{to} already holds another data set: choose another folder, or replace it with --force"
     made: dict[str, list[Shard]] = {split: [] for split in source.splits}
-    with _undone_on_error(target) as written:
-        hidden = None if progress else True  # None: where stderr is not a terminal
-        if force and target.list():
-            for planned in tqdm(plan, desc=f"check {source.name}", unit="shard", disable=hidden):
-                _write(planned, suffix, io.BytesIO())
-            _clear(target, source)
-        present = target.list()
-        old = None
-        if INDEX in present:
-            old = Manifest.parse(target.read(INDEX), where=target.url(INDEX))
-        refusal = f"{to} already holds another data set: choose another folder, or replace it with --force"
-        for planned in tqdm(plan, desc=f"pack {source.name}", unit="shard", disable=hidden):
-            name = planned.name
-            if name in present:
-                copy = io.BytesIO()
-                shard, table = _write(planned, suffix, copy)
-                if _differs(target, name, copy.getvalue()):
-                    raise InputError(refusal)
-            else:
-                with target.write(name) as stream:
-                    written.append(name)
-                    shard, table = _write(planned, suffix, stream)
-            if table_name(name) not in present:
-                written.append(table_name(name))
-                target.put(table_name(name), table)
-            elif _differs(target, table_name(name), table):
+    hidden = None if progress else True  # None: where stderr is not a terminal
+    for planned in tqdm(plan, desc=f"pack {source.name}", unit="shard", disable=hidden):
+        data, pager = _build(planned, suffix)
+        shard, table = pager.shard(planned.name)
+        for name, content in ((planned.name, data), (table_name(planned.name), table)):
+            if name not in present:
+                target.put(name, content)
+            elif target.size(name) != len(content) or target.read(name) != content:
                 raise InputError(refusal)
-            made[planned.split].append(shard)
-        manifest = Manifest(
-            name=source.name,
-            kind=source.kind,
-            shape=source.shape,
-            dtype=FORMS[source.kind][0],
-            labels=source.labels,
-            splits={split: Split.of(listed) for split, listed in made.items()},
-        )
-        if old and manifest != old:
-            raise InputError(refusal)
-        if old:
-            return manifest, False
-    if target.exists(INDEX):
-        raise Conflict(f"{to}: another program packed a data set there: take another folder, or replace it by --force")
-    target.put(INDEX, manifest.dump())
-    return manifest, True
+        made[planned.split].append(shard)
+    manifest = Manifest(
+        name=source.name,
+        kind=source.kind,
+        shape=source.shape,
+        dtype=FORMS[source.kind][0],
+        labels=source.labels,
+        splits={split: Split.of(listed) for split, listed in made.items()},
+    )
+    if not target.exists(INDEX):
+        target.put(INDEX, manifest.dump())
+        return manifest, True
+    if Manifest.parse(target.read(INDEX), where=target.url(INDEX)) != manifest:
+        raise InputError(refusal)
+    return manifest, False
 
 
 def _plan(source: Source, shards: int | None, seed: int) -> Iterator[_Planned]:
@@ -121,24 +103,27 @@ def _plan(source: Source, shards: int | None, seed: int) -> Iterator[_Planned]:
             yield _Planned(split, f"{split}-{number:05d}.tar", examples, order[first:last])
 
 
-def _write(planned: _Planned, suffix: str, target: Writer) -> tuple[Shard, bytes]:
-    """Write one shard: its entry in the manifest and its page table. Its bytes depend on the samples alone."""
-    pager = Pager(target)
-    with TarWriter(cast(BinaryIO, pager), user="", group="", mtime=0, encoder=False) as writer:
+def _build(planned: _Planned, suffix: str) -> tuple[bytes, Pager]:
+    """The bytes of one shard, measured. They depend on the samples alone."""
+    stream = io.BytesIO()
+    starts = []
+    with TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer:
         for key, array, label in planned.examples.sound(planned.rows):
             sample = {"__key__": key, suffix: encode(array, suffix)}
             if label >= 0:
                 sample["cls"] = str(label).encode()
-            pager.start(writer.tarstream.offset)
+            starts.append(writer.tarstream.offset)
             writer.write(sample)
-        pager.end = writer.tarstream.offset
-    if not pager.samples:
+        end = writer.tarstream.offset
+    if not starts:
         raise InputError(f"{planned.name}: no picture for it can be read: remove broken ones, or use fewer --shards")
-    return pager.shard(planned.name)
-
-
-def _differs(target: Store, name: str, data: bytes) -> bool:
-    return target.size(name) != len(data) or target.read(name) != data
+    data = stream.getvalue()
+    pager = Pager()
+    pager.write(data)
+    for start in starts:
+        pager.start(start)
+    pager.end = end
+    return data, pager
 
 
 def _clear(target: Store, source: Source) -> None:
@@ -149,20 +134,3 @@ def _clear(target: Store, source: Source) -> None:
         split, _, _ = stem.rpartition("-")
         if split in source.splits and suffix in ("tar", "pages.npy"):
             target.delete(name)
-
-
-@contextmanager
-def _undone_on_error(target: Store) -> Iterator[list[str]]:
-    """A list of files written, which are deleted on an InputError: once the input is mended, shards differ."""
-    names: list[str] = []
-    lock = target.alone() if isinstance(target, LocalStore) else nullcontext()
-    with lock:
-        try:
-            yield names
-        except Conflict:
-            raise
-        except InputError:
-            for name in names:
-                with suppress(InputError):  # the first error is the one to report
-                    target.delete(name)
-            raise
