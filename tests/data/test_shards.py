@@ -146,7 +146,7 @@ def test_impossible_numbers_of_shards(tmp_path):
 def test_where_there_is_no_data_set(packed, tmp_path):
     for path, message in (
         (f"{tmp_path}/nowhere", "no data set here, it has 0 files, but no index.json: .*naign pack folder"),
-        (f"{packed}/index.json", "give a folder"),
+        (f"{packed}/index.json", "not a directory: check the path"),
         ("ftpx://bucket/mnist", "cannot read ftpx://"),
     ):
         with refused(message):

@@ -1,12 +1,10 @@
 """The protocol of a store: a flat folder of files, behind `str` paths."""
 
 import builtins
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from naign.errors import InputError
 from naign.storage.retry import Tally
@@ -37,12 +35,6 @@ class Names(NamedTuple):
     files: list[str]  # complete ones
 
 
-class Writer(Protocol):
-    """A file being written."""
-
-    def write(self, data: bytes | bytearray | memoryview, /) -> int: ...
-
-
 class Store(ABC):
     """A flat folder of files. Methods raise InputError for missing or forbidden ones, Unavailable if retries fail."""
 
@@ -69,8 +61,8 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write(self, name: str) -> AbstractContextManager[Writer]:
-        """Write or replace a file while its bytes are produced: it appears whole at the end, or not at all."""
+    def put(self, name: str, data: bytes) -> None:
+        """Write or replace a file: readers see the old one or the new one, never a part."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -111,10 +103,4 @@ class Store(ABC):
 
     def put_file(self, name: str, file: Path) -> None:
         """Copy a local file to the store."""
-        with file.open("rb") as source, self.write(name) as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-
-    def put(self, name: str, data: bytes) -> None:
-        """Write or replace a file: readers see the old one or the new one, never a part."""
-        with self.write(name) as target:
-            target.write(data)
+        self.put(name, file.read_bytes())

@@ -1,16 +1,16 @@
 """What stores in a network share: reads of parallel ranges, retried, and resumed at the byte where they broke."""
 
+import io
 import os
-import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from naign.errors import Conflict, InputError, require
-from naign.storage.base import Missing, Stat, Store, Writer
+from naign.storage.base import Missing, Stat, Store
 from naign.storage.prefetch import PARALLEL, in_order
 from naign.storage.retry import Patience, Tally
 
@@ -144,11 +144,8 @@ class NetworkStore(Store):
         self.tally.add(bytes=last - first)
         return chunks
 
-    @contextmanager
-    def write(self, name: str) -> Iterator[Writer]:
-        with tempfile.SpooledTemporaryFile(PART) as file:
-            yield file
-            self._send(name, file)  # type: ignore[arg-type]
+    def put(self, name: str, data: bytes) -> None:
+        self._send(name, io.BytesIO(data))
 
     def put_file(self, name: str, file: Path) -> None:
         with file.open("rb") as opened:
