@@ -6,7 +6,7 @@ takes the next N images, also beyond the end of an epoch, and rank k of W the k-
 images of a round, and the row of each, are the same for every world size and number of workers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -47,55 +47,16 @@ class Order:
         """Images of an epoch."""
         return sum(self.sizes)
 
-
-@dataclass(kw_only=True, frozen=True, eq=False)
-class Plan:
-    """The rounds of one or several data sets: each has a fixed, evenly mixed part of every round, and own epochs."""
-
-    orders: tuple[Order, ...]  # of each data set; its round_size is its part of a round
-
-    @property
-    def total(self) -> int:
-        """Images of all data sets."""
-        return sum(order.total for order in self.orders)
-
     def epochs(self, rounds: int) -> float:
-        """The number of epochs in that many rounds, of the data set with the fewest."""
-        return min(rounds * order.round_size / order.total for order in self.orders)
+        """The number of epochs in that many rounds."""
+        return rounds * self.round_size / self.total
 
     def describe(self) -> str:
         """Which images a round takes, for a log."""
-        parts = []
-        for order in self.orders:
-            text = f"{order.round_size} a round, each of {order.total} images once an epoch"
-            if order.lanes > 1:
-                text += f", {BLOCK} in turn from each of {order.lanes} places"
-            parts.append(text)
-        return "; ".join(parts)
-
-    @cached_property
-    def _owners(self) -> Longs:
-        """For each row of a round, the data set it comes from."""
-        sizes = [order.round_size for order in self.orders]
-        positions = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
-        owners: Longs = np.repeat(np.arange(len(sizes)), sizes)
-        order = np.argsort(positions, kind="stable")
-        return owners[order]
-
-    def owners(self, start: int, stop: int) -> list[int]:
-        """For each of the rows [start, stop) of a round, the number of the data set it comes from."""
-        if len(self.orders) == 1:
-            return [0] * (stop - start)
-        owners: list[int] = self._owners[start:stop].tolist()
-        return owners
-
-    def pieces(self, number: int, spans: Iterable[Span]) -> Iterator[Piece]:
-        """What data set `number` contributes to spans, in order."""
-        for round, start, stop in spans:
-            if len(self.orders) > 1:
-                start = int(np.count_nonzero(self._owners[:start] == number))
-                stop = int(np.count_nonzero(self._owners[:stop] == number))
-            yield from pieces(self.orders[number], round, start, stop)
+        text = f"{self.round_size} a round, each of {self.total} images once an epoch"
+        if self.lanes > 1:
+            text += f", {BLOCK} in turn from each of {self.lanes} places"
+        return text
 
 
 def check_seed(seed: int) -> None:
@@ -108,6 +69,17 @@ def count_lanes(shuffle: int, *, dealt: bool) -> int:
     if dealt:
         return shuffle or 1
     return shuffle or LANES
+
+
+def shares(weights: Sequence[float], size: int) -> list[int]:
+    """`size` cut into whole numbers in proportion to the weights; what is left over goes to the largest remainders."""
+    exact = np.array(weights) / sum(weights) * size
+    counts = np.floor(exact).astype(int)
+    left = size - int(counts.sum())
+    first = np.argsort(counts - exact, kind="stable")
+    counts[first[:left]] += 1
+    found: list[int] = counts.tolist()
+    return found
 
 
 def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:

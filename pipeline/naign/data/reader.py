@@ -16,7 +16,7 @@ from naign.data.decode import Array
 from naign.data.format.manifest import INDEX, Manifest, Shard, size_problem
 from naign.data.format.pages import Table, parse_table, table_name
 from naign.data.format.webdataset import samples
-from naign.data.order import BLOCK, Piece, count_lanes
+from naign.data.order import BLOCK, Order, Piece, count_lanes
 from naign.data.sample import Numbers, decode
 from naign.errors import InputError, require
 from naign.storage.base import Store
@@ -49,6 +49,29 @@ class Row(NamedTuple):
     broken: str = ""  # what was wrong with the sample that this one replaces
 
 
+class DataSet:
+    """The data set at data.path. InputError where it is missing, or its images do not become those of the settings."""
+
+    def __init__(self, config: DataConfig) -> None:
+        place = config.index or config.path
+        self.config = config
+        self.index = f"{place}/{INDEX}"
+        self.manifest = Manifest.load(place)
+        self.shape = parse_resize(config).shape(self.manifest.shape, self.manifest.name)  # of one row
+
+    def reader(self, split: str) -> "Reader":
+        return Reader(self.config, self.manifest, split)
+
+    def order(self, seed: int, round_size: int) -> Order:
+        """Which images of data.split rounds of so many take."""
+        return Order(
+            sizes=self.manifest.split(self.config.split).sizes,
+            seed=seed,
+            round_size=round_size,
+            lanes=count_lanes(self.config.shuffle, dealt=self.manifest.dealt),
+        )
+
+
 class Reader:
     """The samples of one split of a data set."""
 
@@ -58,8 +81,6 @@ class Reader:
         manifest: Manifest,
         split: str,
     ) -> None:
-        self.key_prefix = ""  # of one of several data sets
-        self.label_numbers: dict[int, int] | None = None  # of its labels among those of all data sets
         self.store = open_store(config.path)
         self._table_store = self.store
         if config.index:
@@ -124,10 +145,7 @@ class Reader:
             drawn,
             into,
         )
-        if self.label_numbers is not None:
-            label = self.label_numbers.get(label, -1)
-        key = self.key_prefix + raw.sample["__key__"]
-        return Row(array, label, key, raw.piece.epoch)
+        return Row(array, label, raw.sample["__key__"], raw.piece.epoch)
 
     def _cut(self, wanted: Iterable[Piece]) -> Iterator[Piece]:
         """The pieces, cut where they are larger than REQUEST, at ends of pages unless these are large, too."""

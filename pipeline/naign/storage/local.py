@@ -59,7 +59,7 @@ class LocalStore(Store):
         with self._explained(name):
             status = (self._folder / name).stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
-            raise Missing(f"{self.url(name)}: not a regular file: {REMEDY}")
+            raise Missing(f"{self.url(name)}: not a regular file: remove it, and copy it again")
         self._seen[name] = status.st_size
         return Stat(status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
 
