@@ -119,7 +119,7 @@ def _print_contents(path: str, manifest: "Manifest", note: str = "") -> None:
 
 
 def verify(path: Positional[str], /, *, index: str = "") -> None:
-    """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels.
+    """Read all samples of a data set as training does: sizes, hashes, page tables, pixels, labels.
 
     Samples that naign index --keep-broken recorded as broken are listed, and count as no problem.
 
@@ -131,9 +131,7 @@ def verify(path: Positional[str], /, *, index: str = "") -> None:
     from naign.data.format.survey import PROBLEMS
 
     report = read_all(path, index=index)
-    print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
+    print(f"{path}: sound, {report.samples} samples")
     if report.broken:
-        listed = [f"{shard} {key}" for shard, key in report.broken[:PROBLEMS]]
-        if len(report.broken) > PROBLEMS:
-            listed.append("...")
-        print(f"of them {len(report.broken)} are known to be broken: {', '.join(listed)}")
+        some = ", ".join(report.broken[:PROBLEMS])
+        print(f"of them {len(report.broken)} are known to be broken, as {some}")
