@@ -172,8 +172,6 @@ def test_headers_alone_are_read_beyond_the_pictures_to_check(tmp_path):
     assert manifest.split("train").samples == 2
     with refused(r"1 problems\n.*key 1: the \.png cannot be decoded"):
         indexed(tmp_path, to=f"{tmp_path}/2", sample_check=2)
-    with refused("--sample-check -1"):
-        indexed(tmp_path, sample_check=-1)
 
 
 @pytest.mark.parametrize(

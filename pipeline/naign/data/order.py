@@ -20,6 +20,7 @@ from naign.errors import InputError, require
 Span = tuple[int, int, int]  # rows [first, last) of a round, as (round, first, last)
 Longs = npt.NDArray[np.int64]
 LANES = 128  # where shards are not random subsets
+GOLDEN = (5**0.5 - 1) / 2
 BLOCK = 16  # consecutive images of a shard that lanes take together; pages end at multiples of it (format/pages.py)
 
 
@@ -93,18 +94,12 @@ def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
     return order
 
 
-def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
-    """0 to count - 1 (count,) in an order in which any `width` consecutive numbers lie evenly over the range. A sweep
-    takes numbers equally far apart, in van der Corput's order; the next one those above or, if `backwards`, below.
+def spread(count: int) -> Longs:
+    """0 to count - 1 (count,) in an order in which consecutive numbers lie evenly over the range: multiples of the
+    golden ratio modulo 1 do.
     """
-    sweeps = max(1, count // width)
-    bits = (-(-count // sweeps)).bit_length()
-    corput = np.array([int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits)])
-    step, sweep = np.divmod(np.arange(count), sweeps)
-    if backwards:
-        sweep = -sweep
-    order: Longs = np.lexsort((corput[step], sweep))
-    return order
+    places: Longs = np.argsort(np.arange(count) * GOLDEN % 1, kind="stable")
+    return np.argsort(places)
 
 
 class _Lanes:
@@ -112,48 +107,24 @@ class _Lanes:
     most. A turn takes the next block of each lane.
     """
 
-    def __init__(
-        self,
-        blocks: Longs,
-        lanes: int,
-        width: int,
-    ) -> None:
-        """`blocks` (n,) has the number of whole blocks of each shard; a round takes `width` blocks."""
+    def __init__(self, blocks: Longs, lanes: int) -> None:
+        """`blocks` (n,) has the number of whole blocks of each shard."""
         self.count = int(blocks.sum())
         self._starts = np.cumsum(blocks) - blocks  # blocks before each shard
-        self._lanes = max(1, min(lanes, self.count))
-        self._turns = self.count // self._lanes  # of all lanes; one more takes the last block of the longer ones
-        edges = np.arange(self._lanes + 1) * self.count // self._lanes
-        self._firsts = edges[:-1]
-        # Every second turn goes backwards: its first blocks lie apart from the last ones of the turn before.
-        self._turn_orders = [
-            _spread(self._lanes, width),
-            _spread(self._lanes, width, backwards=True),
-        ]
-        longer = np.flatnonzero(np.diff(edges) > self._turns)
-        self._last_turn = longer[_spread(len(longer), width)]
+        lanes = max(1, min(lanes, self.count))
+        edges = np.arange(lanes + 1) * self.count // lanes
+        self._turns = self.count // lanes  # of all lanes; one more takes the last block of the longer ones
+        order = spread(lanes)
+        self._firsts = edges[order]
+        self._longer = self._firsts[np.diff(edges)[order] > self._turns]
 
     def block(self, place: int) -> tuple[int, int]:
         """The block that is taken at this place: its shard's place, and its number among the blocks of the shard."""
-        turn, index = divmod(place, self._lanes)
-        lanes = self._turn_orders[turn % 2]
-        if turn == self._turns:
-            lanes = self._last_turn
-        block = int(self._firsts[lanes[index]]) + turn
+        turn, index = divmod(place, len(self._firsts))
+        firsts = self._longer if turn == self._turns else self._firsts
+        block = int(firsts[index]) + turn
         shard = int(np.searchsorted(self._starts, block, "right")) - 1
         return shard, block - int(self._starts[shard])
-
-
-def _grouped(shards: Longs, count: int) -> Longs:
-    """Shards (n,) reordered so that each of `count` runs of consecutive numbers, often of one class, stays together."""
-    if count >= len(shards):
-        return shards
-    _, begins, groups = np.unique(
-        shards * count // len(shards),
-        return_index=True,
-        return_inverse=True,
-    )
-    return shards[np.argsort(begins[groups], kind="stable")]  # groups by where their first shard stands
 
 
 class _Epoch:
@@ -171,13 +142,9 @@ class _Epoch:
         self._begin = 0  # images before the first run
         lengths = self._sizes[self._runs]
         if order.lanes > 1:
-            width = max(1, round(order.round_size / BLOCK))  # blocks a round
-            self.shards = _grouped(self.shards, width)
-            sizes = self._sizes[self.shards]
-            self._lanes = _Lanes(sizes // BLOCK, order.lanes, width)
+            self._lanes = _Lanes(lengths // BLOCK, order.lanes)
             self._begin = self._lanes.count * BLOCK
-            rests = self.shards[sizes % BLOCK > 0]
-            self._runs = rests[_spread(len(rests), width)]
+            self._runs = self.shards[lengths % BLOCK > 0]
             lengths = self._sizes[self._runs] % BLOCK
         self._run_ends = self._begin + np.cumsum(lengths)
 

@@ -1,6 +1,5 @@
 """What is learned of tars by reading every byte of them: their page tables, and what their samples are."""
 
-from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -9,9 +8,13 @@ from typing import Any
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
 
-from naign.data.format.manifest import Shard
+from naign.data.decode import decode_image, header_shape, read_npy
+from naign.data.format import IndexOptions
+from naign.data.format.labels import label_text, parse_number
+from naign.data.format.manifest import CHANNELS, FORMS, Shard
 from naign.data.format.pages import TAR_BLOCK, Pager
 from naign.data.format.webdataset import scan
+from naign.data.sample import SUFFIXES, find_suffix
 from naign.errors import InputError, Unavailable
 from naign.storage.base import Store
 from naign.storage.store import open_store
@@ -21,13 +24,12 @@ PROCESSES = 32  # at most, one a core; each takes a second to start
 MUCH = 256 << 20  # bytes of tars from which on processes read them: threads share the interpreter's lock
 IDLE = 5  # seconds after which a process without work ends; one whose parent was killed does so half a minute later
 
+KINDS = dict(zip(FORMS.values(), FORMS, strict=True))
 MOST_LABELS = 1_000_000  # a larger number in .cls is not a label, and more texts are not classes
 PROBLEMS = 20  # how many problems a message lists
 ALIKE = "all samples must be alike; `naign pack folder` makes them so"
 
 Seen = tuple[str, tuple[int, ...], set[str]]  # kind, shape and, if there is one, label of a sample
-Inspect = Callable[[dict[str, Any], str, int], Seen]
-"""Inspects a sample, given with its shard's URL and its number there. Raises InputError if it cannot be used."""
 
 
 def check_problems(path: str, problems: list[str]) -> None:
@@ -88,7 +90,7 @@ def combine(store: Store, summaries: list[Summary]) -> Summary:
 def read_tars(
     path: str,  # folder or bucket
     names: list[str],
-    inspect: Inspect,  # of each sample
+    options: IndexOptions,
     *,
     size: int,  # bytes of all of them, about
     title: str,  # of the bar on stderr; "": none
@@ -101,7 +103,7 @@ def read_tars(
         workers = processes
         backend = "loky"
     parallel = Parallel(workers, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
-    results = parallel(delayed(summarize)(path, name, inspect) for name in names)
+    results = parallel(delayed(_summarize)(path, name, options) for name in names)
     shown = tqdm(
         results,
         desc=title,
@@ -117,7 +119,7 @@ def read_tars(
         raise Unavailable(f"{killed}: try again") from None
 
 
-def summarize(path: str, name: str, inspect: Inspect) -> Summary:
+def _summarize(path: str, name: str, options: IndexOptions) -> Summary:
     """Read every byte of a tar. What is wrong with it, or with single samples, is in `problems` and `broken`."""
     store = open_store(path)
     where = store.url(name)
@@ -131,7 +133,7 @@ def summarize(path: str, name: str, inspect: Inspect) -> Summary:
                 summary.problems.append(f"{where}, key {key}: twice, or its members are apart: repack the data set")
             keys.add(key)
             try:
-                seen = inspect(sample, where, number)
+                seen = _inspect(sample, f"{where}, key {key}", number, options)
             except InputError as error:
                 summary.broken[key] = str(error)
             else:
@@ -142,6 +144,42 @@ def summarize(path: str, name: str, inspect: Inspect) -> Summary:
         return summary
     summary.shard, summary.table = pager.shard(name)
     return summary
+
+
+def _inspect(
+    sample: dict[str, Any],
+    where: str,
+    number: int,  # in its tar
+    options: IndexOptions,
+) -> Seen:
+    """Kind, shape and label of a sample of any data set. Raises InputError if it cannot be used."""
+    suffix = find_suffix(sample, "image")
+    if not suffix:
+        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
+    data = sample[suffix]
+    kind = "image"
+    try:
+        if suffix == "npy":
+            array = read_npy(data)
+            shape = array.shape
+            kind = KINDS.get((str(array.dtype), array.ndim), "")
+        elif options.sample_check is None or number < options.sample_check:
+            shape = decode_image(data).shape
+        else:
+            shape = header_shape(data)
+    except InputError as error:
+        remedy = "repack the data set, or index it with --keep-broken and train with --data.broken=skip"
+        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {remedy}") from None
+    if not kind or (kind == "image" and shape[0] not in CHANNELS):
+        wanted = "images are uint8 (1 or 3, H, W), points float32 (D,)"
+        raise InputError(f"{where}: the .npy is {array.dtype} of {shape}, but {wanted}: repack the data set")
+    text = label_text(sample, options.label, where)
+    if text is None:
+        return kind, shape, set()
+    if not options.label and not 0 <= parse_number(text) < MOST_LABELS:
+        what = f"label {text[:20]!r} is not a number below {MOST_LABELS}, as in .cls"
+        raise InputError(f"{where}: {what}: say where labels are with --label, or repack the data set")
+    return kind, shape, {text}
 
 
 def _check_end(pager: Pager, where: str) -> None:
