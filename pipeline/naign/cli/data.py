@@ -24,7 +24,6 @@ def pack(
     root: Path | None = None,
     size: str | None = None,
     channels: Literal[1, 3] = 3,
-    broken: Literal["error", "skip"] = "error",
     shards: int | None = None,
     encoding: Literal["png", "jpg", "npy"] = "png",
     seed: int = 0,
@@ -38,7 +37,6 @@ def pack(
         root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
         size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.
         channels: For folder: 3 colour, 1 grey.
-        broken: For folder: fail at a file of no picture, or skip it with a warning.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png keeps every bit, jpg is smaller, npy is read fastest.
         seed: Seed of the order of samples in shards, and of the choice of training images.
@@ -52,13 +50,12 @@ def pack(
 
     if is_in_bucket(to) and (force or not open_store(to).exists(INDEX)):  # before reading, which may take hours
         check_writable(open_store(to), "--to")
-    with busy(f"reading {source}", shown=broken == "error"):  # else it has a bar of its own
+    with busy(f"reading {source}"):
         loaded = load(
             source,
             root=root,
             size=size,
             channels=channels,
-            skip=broken == "skip",
             seed=seed,
         )
     manifest, written = writer.pack(

@@ -40,9 +40,9 @@ def index(
     splits = _split_names(files, path, chosen.test)
     store = open_store(folder)
     target = open_store(chosen.to or folder)
-    is_there = target.exists(INDEX) and not chosen.force
+    there = f"{target.url(INDEX)} is there already"
     require(
-        (not is_there, f"{target.url(INDEX)} is there already: check it by `naign verify`, or replace it by --force")
+        (chosen.force or not target.exists(INDEX), f"{there}: check it by `naign verify`, or replace it by --force")
     )
     check_writable(target, "an index beside the tars (--to=FOLDER writes it elsewhere)")
     names = [name for split in splits.values() for name in split]

@@ -1,6 +1,7 @@
 """Packing a source into WebDataset shards."""
 
 import io
+import logging
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,10 +14,12 @@ from naign.data.decode import encode
 from naign.data.format.manifest import FORMS, INDEX, Manifest, Shard, Split
 from naign.data.format.pages import Pager, table_name
 from naign.data.order import check_seed, parts, shuffled
-from naign.data.sources.source import Made, Source
+from naign.data.sources.source import BrokenPicture, Made, Source
 from naign.errors import InputError
 from naign.storage.base import Store
 from naign.storage.store import open_store
+
+log = logging.getLogger("naign.data")
 
 SHARDS = 16  # shards a split at least, unless given: enough readers for a machine or two
 SHARD_BYTES = 64 << 20  # decoded bytes a shard at most, unless given: long enough reads, short enough retries
@@ -108,7 +111,12 @@ def _build(planned: _Planned, suffix: str) -> tuple[bytes, Pager]:
     stream = io.BytesIO()
     starts = []
     with TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer:
-        for key, array, label in planned.examples.sound(planned.rows):
+        for row in planned.rows:
+            try:
+                key, array, label = planned.examples[row]
+            except BrokenPicture as error:
+                log.warning("%s: left out", error)
+                continue
             sample = {"__key__": key, suffix: encode(array, suffix)}
             if label >= 0:
                 sample["cls"] = str(label).encode()
@@ -116,7 +124,7 @@ def _build(planned: _Planned, suffix: str) -> tuple[bytes, Pager]:
             writer.write(sample)
         end = writer.tarstream.offset
     if not starts:
-        raise InputError(f"{planned.name}: no picture for it can be read: remove broken ones, or use fewer --shards")
+        raise InputError(f"{planned.name}: no picture for it can be read: check the path, or use fewer --shards")
     data = stream.getvalue()
     pager = Pager()
     pager.write(data)

@@ -19,7 +19,6 @@ DEFAULTS: dict[str, Any] = {
     "root": None,
     "size": None,
     "channels": 3,
-    "skip": False,
 }
 
 
@@ -44,8 +43,7 @@ def load(name: str, *, seed: int = 0, **given: Any) -> Source:
         if option in taken:
             options[option] = value
         elif value != DEFAULTS[option]:
-            flag = "broken" if option == "skip" else option
-            raise InputError(f"{name} does not take --{flag}: leave it out")
+            raise InputError(f"{name} does not take --{option}: leave it out")
     if "seed" in taken:
         options["seed"] = seed
     if name == "folder" and not (options["root"] and options["size"]):
