@@ -2,10 +2,8 @@
 
 import io
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,15 +15,11 @@ from naign.errors import InputError, Unavailable
 
 Array = npt.NDArray[Any]
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+"""What is read. Pillow reads more, and would start another program, Ghostscript, for EPS."""
 JPEG_PIXELS = 1 << 26  # above it Pillow's own guard against pictures that are made to fill the memory decides
 PLAIN_PIXELS = 256 * 256  # above it the time is in decompression
 PLAIN_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour type, and three zeros
-NPY = re.compile(
-    rb"\x93NUMPY\x01\x00..{'descr': '([<>|]\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *} *\n",
-    re.DOTALL,
-)
-"""The header of an .npy file of numbers: type, whether by columns, shape. NumPy's parser takes 20 times as long, and
-it may fail in two threads at once (gh-106905)."""
 
 
 def encode(array: Array, suffix: str) -> bytes:
@@ -72,18 +66,9 @@ def decoding() -> Iterator[None]:
         raise InputError(str(error) or type(error).__name__) from None
 
 
-@lru_cache(maxsize=1)
-def _formats() -> list[str]:
-    """All that Pillow reads, the usual ones first, but EPS, for which it starts another program, Ghostscript."""
-    Image.init()
-    usual = ["PNG", "JPEG", "WEBP"]
-    others = [name for name in Image.ID if name not in ("EPS", *usual)]
-    return usual + others
-
-
 def _open_picture(data: bytes) -> Image.Image:
-    """A picture in any of these formats, not decoded yet. Raises what Pillow raises; InputError for mode F."""
-    picture = Image.open(io.BytesIO(data), formats=_formats())
+    """A picture in one of FORMATS, not decoded yet. Raises what Pillow raises; InputError for mode F."""
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
     if picture.mode == "F":
         raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
     return picture
@@ -106,13 +91,13 @@ def in_mode(picture: Image.Image, mode: str) -> Image.Image:
     return picture.convert(mode)
 
 
-def decode_image(data: bytes, into: Array | None = None) -> Array:
+def decode_image(data: bytes) -> Array:
     """The pixels (C, H, W) uint8 of an image file, upright, C being 1 for grey, else 3. Of several frames the first.
-    Those of a JPEG are written to `into`, which is returned, if it has their shape. InputError for bytes of no picture.
+    InputError for bytes of no picture.
     """
     shape = jpeg_shape(data)
     if shape:
-        plain = decode_jpeg(data, shape, into=into)
+        plain = decode_jpeg(data, shape)
     else:
         plain = _decode_plain_png(data)
     if plain is not None:
@@ -188,7 +173,6 @@ def decode_jpeg(
     data: bytes,
     shape: tuple[int, int, int],
     factor: int = 1,
-    into: Array | None = None,
 ) -> Array | None:
     """The pixels (C, H, W) of a sound JPEG of that shape, at 1/factor of its size; None: left to Pillow.
 
@@ -201,14 +185,10 @@ def decode_jpeg(
     options: dict[str, Any] = {"colorspace": colours, "strict": True}
     if factor > 1:
         options |= {"min_height": height, "min_width": width, "min_factor": factor}
-    if into is not None and into.shape == shape:
-        options["buffer"] = into.transpose(1, 2, 0)
     try:
         pixels: Array = simplejpeg.decode_jpeg(data, **options)
     except (ValueError, KeyError):
         return None
-    if "buffer" in options:
-        return into
     if pixels.shape[:2] != (height, width):
         return None
     return pixels.transpose(2, 0, 1)
@@ -227,21 +207,14 @@ def _orientation(picture: Image.Image) -> int:
 
 def read_npy(data: bytes) -> Array:
     """The finite values of an .npy file. InputError for other bytes, and where there are no values."""
-    header = NPY.match(data)
-    if not header:
-        raise InputError("not an .npy file of numbers")
     with decoding():
-        shape = tuple(map(int, re.findall(rb"\d+", header[3])))
+        stream = io.BytesIO(data)
+        np.lib.format.read_magic(stream)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
         if 0 in shape:
             raise InputError(f"no values, its shape is {shape}")
-        values = np.frombuffer(
-            data,
-            dtype=header[1].decode(),
-            count=math.prod(shape),
-            offset=header.end(),
-        )
-        order = "F" if header[2] == b"True" else "C"
-        array: Array = values.reshape(shape, order=order).copy()  # type: ignore[call-overload]
+        values = np.frombuffer(data, dtype, math.prod(shape), stream.tell())
+        array: Array = values.reshape(shape, order="F" if by_columns else "C").copy()
         if not np.isfinite(array).all():
             raise InputError("a value is not finite")
         return array

@@ -68,12 +68,11 @@ class Rows:
         epochs = self.epochs.numpy()
         for row, raw in enumerate(stored, begin):
             drawn = None if numbers is None else numbers[row - begin]
-            place = images[row]
-            sample = reader.row(raw, drawn, place)
-            if sample.array is not place:
-                place[...] = sample.array
-            if flip and drawn is not None and place.ndim == 3 and drawn[2] < 0.5:
-                place[...] = place[..., ::-1]
+            sample = reader.row(raw, drawn)
+            array = sample.array
+            if flip and drawn is not None and array.ndim == 3 and drawn[2] < 0.5:
+                array = array[..., ::-1]
+            images[row] = array
             labels[row] = sample.label
             epochs[row] = sample.epoch
             self.keys[row] = sample.key

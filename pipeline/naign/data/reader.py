@@ -106,18 +106,13 @@ class Reader:
             for piece in turns:
                 yield from self._samples(piece, next(loaded))
 
-    def row(
-        self,
-        raw: Raw,
-        drawn: Numbers | None = None,
-        into: Array | None = None,
-    ) -> Row:
-        """The sample decoded; `drawn` and `into`: see sample.decode. Raises InputError.
+    def row(self, raw: Raw, drawn: Numbers | None = None) -> Row:
+        """The sample decoded; `drawn`: see sample.decode. Raises InputError.
 
         With data.broken=skip the shard's next readable sample, or after its last one the first, replaces a broken one.
         """
         try:
-            return self._decode(raw, drawn, into)
+            return self._decode(raw, drawn)
         except InputError as error:
             if not self._skip_broken:
                 raise
@@ -128,22 +123,16 @@ class Reader:
             with suppress(InputError):
                 piece = replace(raw.piece, first=number, last=number + 1)
                 (other,) = self.raw([piece])
-                return self._decode(other, drawn, None)._replace(broken=problem)
+                return self._decode(other, drawn)._replace(broken=problem)
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
 
-    def _decode(
-        self,
-        raw: Raw,
-        drawn: Numbers | None,
-        into: Array | None,
-    ) -> Row:
+    def _decode(self, raw: Raw, drawn: Numbers | None) -> Row:
         array, label = decode(
             raw.sample,
             self._manifest,
             self.store.url(self.shards[raw.piece.shard].name),
             self._resize,
             drawn,
-            into,
         )
         return Row(array, label, raw.sample["__key__"], raw.piece.epoch)
 

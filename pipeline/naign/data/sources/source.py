@@ -18,8 +18,8 @@ class BrokenPicture(InputError):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Made:
-    """`length` examples, each made by `make(index)` when asked for: a large folder is never in memory at once. Where `make` raises
-    BrokenPicture, packing leaves the example out.
+    """`length` examples, each made by `make(index)` when asked for: a large folder is never in memory at once. Packing
+    leaves out those for which `make` raises BrokenPicture.
     """
 
     length: int
