@@ -23,11 +23,11 @@ from torch import Tensor
 
 from naign.data.dataset import DataConfig, check_config
 from naign.data.decode import Array
-from naign.data.format.manifest import Shard, size_problem
+from naign.data.format.manifest import Shard, check_size
 from naign.data.order import LANES, Order, Piece, Span, check, pieces, rank_rows
 from naign.data.reader import DataSet, Raw, Reader
 from naign.data.sample import Numbers, row_numbers
-from naign.errors import InputError, Stopped, require
+from naign.errors import InputError, Stopped
 from naign.storage.prefetch import in_background, in_order
 from naign.storage.retry import Tally
 from naign.storage.store import was_there
@@ -323,8 +323,7 @@ def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) 
     count = total if limit is None else min(limit, total)
     chosen = _some(reader.shards, count, dealt=dataset.manifest.dealt)
     for shard in {piece.shard for piece in chosen}:
-        problem = size_problem(reader.store, reader.shards[shard])
-        require((not problem, problem))  # before memory is allocated for samples that are not there
+        check_size(reader.store, reader.shards[shard])  # before memory is allocated for samples that are not there
     rows = new_rows(new_images(dataset.shape, dataset.manifest.dtype, count))
     with closing(reader.raw(chosen)) as stored:
         rows.fill(0, reader, stored)

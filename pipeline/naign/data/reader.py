@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from naign.data.dataset import DataConfig, parse_resize
 from naign.data.decode import Array
-from naign.data.format.manifest import INDEX, Manifest, Shard, size_problem
+from naign.data.format.manifest import INDEX, Manifest, Shard, check_size
 from naign.data.format.pages import Table, parse_table, table_name
 from naign.data.format.webdataset import samples
 from naign.data.order import BLOCK, Order, Piece, count_lanes
 from naign.data.sample import Numbers, decode
-from naign.errors import InputError, require
+from naign.errors import InputError
 from naign.storage.base import Store
 from naign.storage.prefetch import PARALLEL, in_order
 from naign.storage.store import open_store
@@ -178,8 +178,7 @@ class Reader:
         return table[low : high + 1]
 
     def _read_table(self, shard: Shard) -> Table:
-        problem = size_problem(self.store, shard)
-        require((not problem, problem))
+        check_size(self.store, shard)
         name = table_name(shard.name)
 
         def find_problem(data: bytes) -> str:
