@@ -52,11 +52,11 @@ def test_every_planted_fault_is_found(packed):
         ("train-00001.tar", "label '7' is none of the 2"),
         ("train-00001.tar", "the .png cannot be decoded"),
         ("train-00001.tar", "shape (1, 4, 5), but index.json says uint8 of (1, 4, 4)"),
-        ("train-00002.tar", "the SHA-256 of bytes"),
+        ("train-00002.tar", "the SHA-256 of what follows byte"),
         ("test-00000.tar", "truncated or replaced"),
         ("test-00001.tar", "truncated or replaced"),
         ("test-00002.tar", "no such file"),
-        ("test-00003.pages.npy", "its SHA-256 is not the one in index.json"),
+        ("test-00003.pages.npy", "the SHA-256 of what follows byte 0 is not the one in the index"),
     ):
         assert any(shard in line and problem in line for line in lines), (shard, problem, lines)
 
@@ -64,7 +64,7 @@ def test_every_planted_fault_is_found(packed):
 def test_a_page_table_of_another_shard_is_not_read(packed):
     table = Path(packed) / "train-00002.pages.npy"
     shutil.copy(Path(packed) / "train-00001.pages.npy", table)
-    with refused(r"train-00002\.pages\.npy: its SHA-256 is not the one in index.json"):
+    with refused(r"train-00002\.pages\.npy: the SHA-256 of what follows byte 0 is not the one in the index"):
         read_split(packed, "train")
     table.unlink()
     for read in (lambda: read_split(packed, "train"), lambda: verify(packed)):

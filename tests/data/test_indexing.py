@@ -254,11 +254,10 @@ PNG = ("a.png", png(0))
         ([("a.npy", npy(1, 4, 4)[:-3])], "key a: the .npy cannot be decoded"),
         ([PNG, ("b.cls", b"1")], "train.tar, key b: no member ends in png or"),
         ([PNG, PNG], r"train.tar, key a: two members end in \.png"),
-        ([PNG, ("b.png", png(0)), ("a.cls", b"1")], "train.tar, key a: twice, or its members are apart"),
+        ([PNG, ("b.png", png(0)), ("a.cls", b"1")], "train.tar, key a: no member ends in png or"),
         ([PNG, ("b.png", png(0)[:40])], r"train.tar, key b: the \.png cannot be decoded"),
         ([PNG, ("b.npy", npy(4, kind=np.float32))], "key b: point .4,., others are image"),
         ([PNG, ("a.cls", b"cat")], "label 'cat' is not a number below 1000000"),
-        ([PNG, ("a.cls", b"0"), ("b.png", png(0))], "key b: no label, unlike others"),
         ([("README", b"x")], "train.tar: holds no samples"),
     ],
 )
@@ -311,7 +310,7 @@ def test_broken_pictures_may_be_kept(tmp_path):
         read_split(str(tmp_path), "train")
     assert verify(str(tmp_path)).broken == [f"{TARS[0]} 00000"]
     spoil(tmp_path / TARS[1])
-    with refused(rf"1 problems\n.*{TARS[1]}: the SHA-256 of bytes"):
+    with refused(rf"1 problems\n.*{TARS[1]}: the SHA-256 of what follows byte"):
         checked(tmp_path)
 
 

@@ -136,7 +136,7 @@ def test_an_error_comes_in_its_turn(tmp_path, harm):
         data = bytearray(file.read_bytes())
         data[len(data) * 2 // 3] ^= 1
         file.write_bytes(data)
-        message = "the SHA-256 of bytes"
+        message = "the SHA-256 of what follows byte"
     config = DataConfig(path=f"{tmp_path}/set", shuffle=4)
     with Stream(config, seed=1, round_size=64) as stream:
         round = 0

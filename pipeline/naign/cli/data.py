@@ -1,6 +1,5 @@
 """Commands that make and check data sets: pack, index, verify."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,8 +11,6 @@ from naign.terminal import busy
 
 if TYPE_CHECKING:
     from naign.data.format.manifest import Manifest
-
-LARGE = 128  # pixels a side from which the recipes for 64x64 do not suit
 
 
 def pack(
@@ -43,13 +40,8 @@ def pack(
         force: Replace an existing data set, which is deleted first.
     """
     from naign.data.format import writer
-    from naign.data.format.manifest import INDEX
     from naign.data.sources.catalog import load
-    from naign.evaluate.coverage import NEIGHBOURS
-    from naign.storage.store import check_writable, is_in_bucket, open_store
 
-    if is_in_bucket(to) and (force or not open_store(to).exists(INDEX)):  # before reading, which may take hours
-        check_writable(open_store(to), "--to")
     with busy(f"reading {source}"):
         loaded = load(
             source,
@@ -66,20 +58,7 @@ def pack(
         seed=seed,
         force=force,
     )
-    note = ""
-    if not written:
-        note = " (already there)"
-    _print_contents(to, manifest, note)
-    if source == "folder":
-        recipe = "--config pictures"
-        other = "or with a GPU --config folder64"
-        if max(manifest.shape[1:]) >= LARGE:
-            recipe = "--config photos"
-            other = "which repairs only; with a GPU --config folder256, which draws samples as well"
-        print(f"train on it: naign train {recipe} {shlex.quote(f'--data.path={to}')}, {other}")
-    tests = manifest.split("test").samples
-    if tests <= NEIGHBOURS:
-        print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
+    _print_contents(to, manifest, "" if written else " (already there)")
 
 
 def index(

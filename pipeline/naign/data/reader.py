@@ -1,10 +1,9 @@
 """Samples of a data set's shards by number: fetched by ranges of bytes, checked page by page, decoded."""
 
 import hashlib
-import tarfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -15,7 +14,7 @@ from naign.data.dataset import DataConfig, parse_resize
 from naign.data.decode import Array
 from naign.data.format.manifest import INDEX, Manifest, Shard, check_size
 from naign.data.format.pages import Table, parse_table, table_name
-from naign.data.format.webdataset import samples
+from naign.data.format.webdataset import NO_TAR, samples
 from naign.data.order import BLOCK, Order, Piece, count_lanes
 from naign.data.sample import Numbers, decode
 from naign.errors import InputError
@@ -152,22 +151,9 @@ class Reader:
         """The bytes of the pages with a piece."""
         name = self.shards[piece.shard].name
         pages = self._pages(piece).tolist()
-        start = pages[0][1]
-
-        def find_problem(data: bytes) -> str:
-            for (_, first, digest), (_, last, _) in pairwise(pages):
-                page = memoryview(data)[first - start : last - start]
-                if hashlib.sha256(page).digest() != digest:
-                    return f"the SHA-256 of bytes {first} to {last} is not the one in {table_name(name)}"
-            return ""
-
-        return _read_sound(
-            self.store,
-            name,
-            start,
-            pages[-1][1],
-            find_problem,
-        )
+        bounds = [byte for _, byte, _ in pages]
+        digests = [digest for _, _, digest in pages[:-1]]
+        return _read_sound(self.store, name, bounds, digests)
 
     def _pages(self, piece: Piece) -> Table:
         """The rows of the page table of the pages that hold a piece, and the one after them."""
@@ -181,18 +167,7 @@ class Reader:
         check_size(self.store, shard)
         name = table_name(shard.name)
 
-        def find_problem(data: bytes) -> str:
-            if hashlib.sha256(data).hexdigest() == shard.pages:
-                return ""
-            return f"its SHA-256 is not the one in {INDEX}"
-
-        data = _read_sound(
-            self._table_store,
-            name,
-            0,
-            None,
-            find_problem,
-        )
+        data = _read_sound(self._table_store, name, [0, None], [bytes.fromhex(shard.pages)])
         try:
             return parse_table(data, samples=shard.samples, size=shard.bytes)
         except ValueError as error:
@@ -208,7 +183,7 @@ class Reader:
                 if piece.first <= number < piece.last:
                     yield Raw(piece, number, sample)
                 number += 1
-        except (tarfile.TarError, ValueError) as error:
+        except NO_TAR as error:
             raise InputError(f"{self.store.url(name)}: not a tar of samples ({error}): {_REMEDY}") from None
         if number != pages["sample"][-1]:
             raise InputError(f"{self.store.url(name)}: not the samples of {table_name(name)}: {_REMEDY}")
@@ -217,15 +192,17 @@ class Reader:
 def _read_sound(
     store: Store,
     name: str,
-    first: int,
-    last: int | None,
-    find_problem: Callable[[bytes], str],
+    bounds: list[Any],  # bytes at which pages begin and end; the last may be None: the end of the file
+    digests: list[bytes],  # of each page
 ) -> bytes:
-    """Bytes [first, last) of a file, None: to its end; read again if there is a problem with them."""
+    """The bytes of consecutive pages of a file, read again where one has another SHA-256."""
+    start = bounds[0]
     for _ in range(1 + REREADS):
-        data = store.read(name, first, last)
-        problem = find_problem(data)
-        if not problem:
+        data = store.read(name, start, bounds[-1])
+        view = memoryview(data)
+        pages = [view[first - start : last and last - start] for first, last in pairwise(bounds)]
+        if [hashlib.sha256(page).digest() for page in pages] == digests:
             return data
         store.tally.add(reread=len(data))
+    problem = f"the SHA-256 of what follows byte {start} is not the one in the index"
     raise InputError(f"{store.url(name)}: {problem}, also after {REREADS} more reads: {_REMEDY}")

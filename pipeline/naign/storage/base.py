@@ -21,13 +21,6 @@ class Missing(InputError):
         self.seen = seen
 
 
-class Stat(NamedTuple):
-    """What a store reports about a file."""
-
-    size: int  # bytes
-    version: str  # changes whenever the file does, such as its ETag, or its time and size
-
-
 class Names(NamedTuple):
     """What lies directly in a folder, sorted."""
 
@@ -46,8 +39,8 @@ class Store(ABC):
         """Names of the folders and files in it; none for a folder that is empty or does not exist."""
 
     @abstractmethod
-    def stat(self, name: str) -> Stat:
-        """Ask for the size and version of a file."""
+    def size(self, name: str) -> int:
+        """Ask for the size of a file in bytes."""
 
     @abstractmethod
     def pieces(
@@ -81,16 +74,10 @@ class Store(ABC):
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name; asks for it alone, however many files the folder holds."""
         try:
-            self.stat(name)
+            self.size(name)
         except Missing:
             return False
         return True
-
-    def size(self, name: str) -> int:
-        return self.stat(name).size
-
-    def version(self, name: str) -> str:
-        return self.stat(name).version
 
     def read(
         self,

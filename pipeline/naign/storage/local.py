@@ -9,21 +9,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from naign.errors import InputError, Unavailable
-from naign.storage.base import PARTIAL, Missing, Names, Stat, Store
+from naign.storage.base import PARTIAL, Missing, Names, Store
 from naign.storage.retry import Tally
 
-MISTAKES = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EROFS,
-    errno.ELOOP,
-    errno.ENOENT,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-}
-"""Errors that the user can mend. A disk that is full or fails is a crash, to be retried."""
 REMEDY = "check the path, its owner and mode, or pack the data set again"
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # Temporary failures of a disk or system, which are worth a retry.
@@ -39,7 +27,7 @@ class LocalStore(Store):
     def __init__(self, path: str) -> None:
         self.path = path
         self.tally = Tally()
-        self._seen = dict[str, int]()  # sizes of files when `stat` asked
+        self._seen = dict[str, int]()  # sizes of files when `size` asked
         self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
     def names(self) -> Names:
@@ -55,13 +43,13 @@ class LocalStore(Store):
                         files.append(entry.name)
         return Names(sorted(folders), sorted(files))
 
-    def stat(self, name: str) -> Stat:
+    def size(self, name: str) -> int:
         with self._explained(name):
             status = (self._folder / name).stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
             raise Missing(f"{self.url(name)}: not a regular file: remove it, and copy it again")
         self._seen[name] = status.st_size
-        return Stat(status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+        return status.st_size
 
     def read(
         self,
@@ -102,14 +90,14 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def _explained(self, name: str, *, writing: bool = False) -> Iterator[None]:
-        """Context: turns an OSError that the user can mend into InputError."""
+        """Context: turns an OSError into InputError, but for one that a retry may mend."""
         try:
             yield
         except OSError as error:
             url = self.url(name)
             if error.errno in FULL:
                 raise Unavailable(f"{url}: {error.strerror}: free some, or choose another folder") from None
-            if error.errno not in MISTAKES:
+            if error.errno in TRANSIENT:
                 raise
             what = str(error.strerror).lower()
             if writing:

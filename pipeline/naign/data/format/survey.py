@@ -63,9 +63,6 @@ class Summary:
             self.labels = set(labels)
         if kind != self.kind or (kind == "point" and shape != self.shape):
             self.problems.append(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {ALIKE}")
-        elif bool(labels) != bool(self.labels):
-            what = "a label" if labels else "no label"
-            self.problems.append(f"{where}: {what}, unlike others: {ALIKE}")
         else:
             channels, *size = self.shape
             if size != [*shape[1:]]:
@@ -124,14 +121,10 @@ def _summarize(path: str, name: str, options: IndexOptions) -> Summary:
     store = open_store(path)
     where = store.url(name)
     pager = Pager()
-    keys: set[str] = set()
     summary = Summary(shard=Shard(name=name, samples=0, bytes=0, pages=""))
     try:
         for number, sample in enumerate(scan(store, name, pager)):
             key = sample["__key__"]
-            if key in keys:
-                summary.problems.append(f"{where}, key {key}: twice, or its members are apart: repack the data set")
-            keys.add(key)
             try:
                 seen = _inspect(sample, f"{where}, key {key}", number, options)
             except InputError as error:

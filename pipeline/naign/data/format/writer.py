@@ -3,19 +3,17 @@
 import io
 import logging
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
 from naign.data.decode import encode
-from naign.data.format.manifest import FORMS, INDEX, Manifest, Shard, Split
+from naign.data.format.manifest import FORMS, INDEX, Manifest, Split
 from naign.data.format.pages import Pager, table_name
 from naign.data.order import check_seed, parts, shuffled
 from naign.data.sources.source import BrokenPicture, Made, Source
-from naign.errors import InputError
+from naign.errors import InputError, require
 from naign.storage.base import Store
 from naign.storage.store import open_store
 
@@ -24,15 +22,6 @@ log = logging.getLogger("naign.data")
 SHARDS = 16  # shards a split at least, unless given: enough readers for a machine or two
 SHARD_BYTES = 64 << 20  # decoded bytes a shard at most, unless given: long enough reads, short enough retries
 ENCODINGS = ("png", "jpg", "npy")  # of images: jpg trades exactness for space, npy space for speed
-
-
-class _Planned(NamedTuple):
-    """A shard to be written."""
-
-    split: str
-    name: str
-    examples: Made
-    rows: list[int]  # of the examples
 
 
 def pack(
@@ -55,30 +44,35 @@ def pack(
     if encoding not in ENCODINGS:
         raise InputError(f"cannot store images as {encoding!r}: use one of {', '.join(ENCODINGS)}")
     suffix = encoding if source.kind == "image" else "npy"
-    plan = list(_plan(source, shards, seed))
+    dealt = {split: _deal(source, split, shards, seed) for split in source.splits}
     target = open_store(to)
     if force:
         _clear(target, source)
     present = target.list()
     refusal = f"{to} already holds another data set: choose another folder, or replace it with --force"
-    made: dict[str, list[Shard]] = {split: [] for split in source.splits}
     hidden = None if progress else True  # None: where stderr is not a terminal
-    for planned in tqdm(plan, desc=f"pack {source.name}", unit="shard", disable=hidden):
-        data, pager = _build(planned, suffix)
-        shard, table = pager.shard(planned.name)
-        for name, content in ((planned.name, data), (table_name(planned.name), table)):
-            if name not in present:
-                target.put(name, content)
-            elif target.size(name) != len(content) or target.read(name) != content:
-                raise InputError(refusal)
-        made[planned.split].append(shard)
+    splits = {}
+    for split, hands in dealt.items():
+        made = []
+        for number, rows in enumerate(tqdm(hands, desc=f"pack {source.name} {split}", unit="shard", disable=hidden)):
+            name = f"{split}-{number:05d}.tar"
+            data, pager = _build(source.splits[split], rows, suffix)
+            require((data, f"{name}: no picture for it can be read: check the path, or use fewer --shards"))
+            shard, table = pager.shard(name)
+            for file, content in ((name, data), (table_name(name), table)):
+                if file not in present:
+                    target.put(file, content)
+                elif target.size(file) != len(content) or target.read(file) != content:
+                    raise InputError(refusal)
+            made.append(shard)
+        splits[split] = Split.of(made)
     manifest = Manifest(
         name=source.name,
         kind=source.kind,
         shape=source.shape,
         dtype=FORMS[source.kind][0],
         labels=source.labels,
-        splits={split: Split.of(listed) for split, listed in made.items()},
+        splits=splits,
     )
     if not target.exists(INDEX):
         target.put(INDEX, manifest.dump())
@@ -88,32 +82,34 @@ def pack(
     return manifest, False
 
 
-def _plan(source: Source, shards: int | None, seed: int) -> Iterator[_Planned]:
-    """The shards of all splits."""
-    for split, examples in source.splits.items():
-        samples = len(examples)
-        if not samples:
-            raise InputError(f"{source.name}: the {split} split is empty: give more images")
-        count = shards
-        if count is None:
-            dtype, _ = FORMS[source.kind]
-            size = samples * math.prod(source.shape) * np.dtype(dtype).itemsize
-            count = min(samples, max(SHARDS, -(-size // SHARD_BYTES)))
-        if not 1 <= count <= samples:
-            raise InputError(f"cannot deal {samples} {split} samples to {count} shards: use --shards 1 to {samples}")
-        order = shuffled(samples, seed)  # cut evenly, so that every shard is a random subset
-        for number, (first, last) in enumerate(parts(0, samples, count)):
-            yield _Planned(split, f"{split}-{number:05d}.tar", examples, order[first:last])
+def _deal(
+    source: Source,
+    split: str,
+    shards: int | None,
+    seed: int,
+) -> list[list[int]]:
+    """The rows of each shard of a split."""
+    samples = len(source.splits[split])
+    require((samples, f"{source.name}: the {split} split is empty: give more images"))
+    count = shards
+    if count is None:
+        dtype, _ = FORMS[source.kind]
+        size = samples * math.prod(source.shape) * np.dtype(dtype).itemsize
+        count = min(samples, max(SHARDS, -(-size // SHARD_BYTES)))
+    fits = 1 <= count <= samples
+    require((fits, f"cannot deal {samples} {split} samples to {count} shards: use --shards 1 to {samples}"))
+    order = shuffled(samples, seed)  # cut evenly, so that every shard is a random subset
+    return [order[first:last] for first, last in parts(0, samples, count)]
 
 
-def _build(planned: _Planned, suffix: str) -> tuple[bytes, Pager]:
-    """The bytes of one shard, measured. They depend on the samples alone."""
+def _build(examples: Made, rows: list[int], suffix: str) -> tuple[bytes, Pager]:
+    """The bytes of one shard, measured. They depend on the samples alone; b"" where no picture can be read."""
     stream = io.BytesIO()
     starts = []
     with TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer:
-        for row in planned.rows:
+        for row in rows:
             try:
-                key, array, label = planned.examples[row]
+                key, array, label = examples[row]
             except BrokenPicture as error:
                 log.warning("%s: left out", error)
                 continue
@@ -123,9 +119,7 @@ def _build(planned: _Planned, suffix: str) -> tuple[bytes, Pager]:
             starts.append(writer.tarstream.offset)
             writer.write(sample)
         end = writer.tarstream.offset
-    if not starts:
-        raise InputError(f"{planned.name}: no picture for it can be read: check the path, or use fewer --shards")
-    data = stream.getvalue()
+    data = stream.getvalue() if starts else b""
     pager = Pager()
     pager.write(data)
     for start in starts:

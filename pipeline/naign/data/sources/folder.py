@@ -36,8 +36,8 @@ class Picture(NamedTuple):
 
 def from_tree(
     _: str,
-    root: Path,
-    size: str | int,
+    root: Path | None,
+    size: str | int | None,
     channels: int,
     seed: int,
 ) -> Source:
@@ -48,6 +48,8 @@ def from_tree(
     split. Names that start with a dot and WINDOWS are passed over, and files of no picture are left out when they are
     packed. Raises InputError, naming the file, for broken links and folders that cannot be read.
     """
+    if root is None or size is None:
+        raise InputError("folder needs pictures and their size: add --root FOLDER --size 64")
     if channels not in (1, 3):
         raise InputError(f"no {channels} channels: use --channels 1 or 3")
     height, width = parse_size(str(size), "--size")
