@@ -127,9 +127,8 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
     """Upload the files that match the patterns and differ from those in the bucket."""
     for pattern in patterns:
         store, _ = locate(f"{remote}/{pattern}")
-        uploaded = set(store.list())
         for file in sorted(run.glob(pattern)):
-            if file.name not in uploaded or not _is_same(file, store):
+            if not _is_same(file, store):
                 send_file(file, store.url(file.name))
 
 
