@@ -231,7 +231,7 @@ def test_files_of_no_picture_are_left_out(tmp_path, caplog):
     pack_command("folder", to=str(target), shards=2, **settings)
     assert "new_line.txt: not a picture that Pillow can read: left out" in caplog.text
     assert Manifest.load(str(target)).split("train").samples == 6
-    assert verify(str(target)).samples == 12
+    assert verify(str(target))[0] == 12
     for file in (tree / "train/a").iterdir():
         file.write_text("hello")
     with refused("train-0000.*: no picture for it can be read"):

@@ -110,7 +110,7 @@ def test_a_data_set_is_packed_verified_and_read(place, packed):
         shards=4,
         progress=False,
     )
-    assert verify(f"{place}/set", progress=False).samples == 28
+    assert verify(f"{place}/set", progress=False)[0] == 28
     assert read_split(f"{place}/set", "train")[0].equal(read_split(packed, "train")[0])
 
 

@@ -104,10 +104,8 @@ def verify(path: Positional[str], /, *, index: str = "") -> None:
         index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
     """
     from naign.data.format.audit import verify as read_all
-    from naign.data.format.survey import PROBLEMS
 
-    report = read_all(path, index=index)
-    print(f"{path}: sound, {report.samples} samples")
-    if report.broken:
-        some = ", ".join(report.broken[:PROBLEMS])
-        print(f"of them {len(report.broken)} are known to be broken, as {some}")
+    count, broken = read_all(path, index=index)
+    print(f"{path}: sound, {count} samples")
+    if broken:
+        print(f"of them {len(broken)} are known to be broken, as {broken[0]}")

@@ -12,7 +12,7 @@ from naign.data.format import IndexOptions
 from naign.data.format.labels import check_label_rule, parse_number
 from naign.data.format.manifest import FORMS, INDEX, Manifest, Split
 from naign.data.format.pages import table_name
-from naign.data.format.survey import THREADS, check_problems, combine, read_tars
+from naign.data.format.survey import MOST_LABELS, THREADS, check_problems, common_form, read_tars
 from naign.errors import InputError, require
 from naign.storage.prefetch import in_order
 from naign.storage.store import check_writable, open_store
@@ -53,29 +53,34 @@ def index(
         size=store.size(names[0]) * len(names),
         title=f"index {folder}" if progress else "",
     )
-    together = combine(store, summaries)
-    problems = together.problems
+    problems = []
+    forms = set()
+    labels = set()
     shards = {}
     broken = {}
     for summary in summaries:
         name = summary.shard.name
         shards[name] = summary.shard
+        problems += summary.problems
+        forms |= summary.forms
+        labels |= summary.labels
         if summary.broken and chosen.keep_broken:
             broken[name] = list(summary.broken)
             log.warning("kept: %s", "; ".join(summary.broken.values()))
         else:
             problems += summary.broken.values()
-    if not problems and not together.kind:
-        problems.append(f"{path}: none of its samples can be decoded: repack the data set")
-    if chosen.label and not together.labels:
-        problems.append(f"{path}: no sample has a label where --label says: {chosen.label}")
     check_problems(path, problems)
+    kind, shape = common_form(forms)
+    require(
+        (labels or not chosen.label, f"{path}: no sample has a label where --label says: {chosen.label}"),
+        (len(labels) <= MOST_LABELS, f"{path}: {len(labels)} labels are not classes: choose others with --label"),
+    )
     manifest = Manifest(
         name=chosen.name or store.path.rstrip("/").rpartition("/")[2] or "indexed",
-        kind=together.kind,
-        shape=together.shape,
-        dtype=FORMS[together.kind][0],
-        labels=_label_names(together.labels, chosen.label),
+        kind=kind,
+        shape=shape,
+        dtype=FORMS[kind][0],
+        labels=_label_names(labels, chosen.label),
         splits={split: Split.of(shards[name] for name in listed) for split, listed in splits.items()},
         dealt=False,
         label=chosen.label,

@@ -15,8 +15,7 @@ from naign.data.format.manifest import CHANNELS, FORMS, Shard
 from naign.data.format.pages import TAR_BLOCK, Pager
 from naign.data.format.webdataset import scan
 from naign.data.sample import SUFFIXES, find_suffix
-from naign.errors import InputError, Unavailable
-from naign.storage.base import Store
+from naign.errors import InputError, Unavailable, require
 from naign.storage.store import open_store
 
 THREADS = 8  # tars read at once: the stream of one hardly fills a fast network
@@ -27,9 +26,8 @@ IDLE = 5  # seconds after which a process without work ends; one whose parent wa
 KINDS = dict(zip(FORMS.values(), FORMS, strict=True))
 MOST_LABELS = 1_000_000  # a larger number in .cls is not a label, and more texts are not classes
 PROBLEMS = 20  # how many problems a message lists
-ALIKE = "all samples must be alike; `naign pack folder` makes them so"
 
-Seen = tuple[str, tuple[int, ...], set[str]]  # kind, shape and, if there is one, label of a sample
+Form = tuple[str, tuple[int, ...]]  # kind and shape of a sample
 
 
 def check_problems(path: str, problems: list[str]) -> None:
@@ -44,44 +42,27 @@ def check_problems(path: str, problems: list[str]) -> None:
 
 @dataclass(kw_only=True)
 class Summary:
-    """What was read of one tar, or of several."""
+    """What was read of one tar."""
 
-    shard: Shard = Shard(name="", samples=0, bytes=0, pages="")
+    shard: Shard
     table: bytes = b""  # the file of its page table
-    kind: str = ""  # of all samples
-    shape: tuple[int, ...] = ()  # of all samples; (C, 0, 0) of pictures that differ in size
-    labels: set[str] = field(default_factory=set)  # as they are written; empty where no sample has one
+    forms: set[Form] = field(default_factory=set)  # of its samples
+    labels: set[str] = field(default_factory=set)  # as they are written
     broken: dict[str, str] = field(default_factory=dict)  # keys of samples that cannot be used, and why
     problems: list[str] = field(default_factory=list)
 
-    def add(self, seen: Seen, where: str) -> None:
-        """Add a sample, or samples that are alike; it is a problem if they are unlike the others."""
-        kind, shape, labels = seen
-        if not self.kind:
-            self.kind = kind
-            self.shape = shape
-            self.labels = set(labels)
-        if kind != self.kind or (kind == "point" and shape != self.shape):
-            self.problems.append(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {ALIKE}")
-        else:
-            channels, *size = self.shape
-            if size != [*shape[1:]]:
-                size = [0, 0]
-            self.shape = (max(shape[0], channels), *size)  # grey ones are read as colour among others
-            self.labels |= labels
-        if len(self.labels) > MOST_LABELS:
-            raise InputError(f"{where}: more than {MOST_LABELS} labels are not classes: choose others with --label")
 
-
-def combine(store: Store, summaries: list[Summary]) -> Summary:
-    """What all tars hold together, with their problems: in single tars, and where they do not go together."""
-    together = Summary()
-    for summary in summaries:
-        together.problems += summary.problems
-        if summary.kind:
-            seen = (summary.kind, summary.shape, summary.labels)
-            together.add(seen, store.url(summary.shard.name))
-    return together
+def common_form(forms: set[Form]) -> Form:
+    """The kind and shape of all samples: (C, 0, 0) where sizes vary. Raises InputError where kinds or points differ."""
+    kinds = {kind for kind, _ in forms}
+    shapes = {shape for _, shape in forms}
+    alike = len(kinds) == 1 and (kinds == {"image"} or len(shapes) == 1)
+    some = ", ".join(f"{kind} {shape}" for kind, shape in sorted(forms)[:PROBLEMS])
+    require((alike, f"samples of several forms, or none that can be decoded: {some}: repack the data set"))
+    channels = max(shape[0] for shape in shapes)  # grey ones are read as colour among others
+    sizes = {shape[1:] for shape in shapes}
+    size = sizes.pop() if len(sizes) == 1 else (0, 0)
+    return kinds.pop(), (channels, *size)
 
 
 def read_tars(
@@ -126,11 +107,13 @@ def _summarize(path: str, name: str, options: IndexOptions) -> Summary:
         for number, sample in enumerate(scan(store, name, pager)):
             key = sample["__key__"]
             try:
-                seen = _inspect(sample, f"{where}, key {key}", number, options)
+                form, label = _inspect(sample, f"{where}, key {key}", number, options)
             except InputError as error:
                 summary.broken[key] = str(error)
-            else:
-                summary.add(seen, f"{where}, key {key}")
+                continue
+            summary.forms.add(form)
+            if label is not None:
+                summary.labels.add(label)
         _check_end(pager, where)
     except InputError as error:  # missing, or not a tar from some byte on
         summary.problems.append(str(error))
@@ -144,8 +127,8 @@ def _inspect(
     where: str,
     number: int,  # in its tar
     options: IndexOptions,
-) -> Seen:
-    """Kind, shape and label of a sample of any data set. Raises InputError if it cannot be used."""
+) -> tuple[Form, str | None]:
+    """Form and label, if there is one, of a sample of any data set. Raises InputError if it cannot be used."""
     suffix = find_suffix(sample, "image")
     if not suffix:
         raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
@@ -167,12 +150,10 @@ def _inspect(
         wanted = "images are uint8 (1 or 3, H, W), points float32 (D,)"
         raise InputError(f"{where}: the .npy is {array.dtype} of {shape}, but {wanted}: repack the data set")
     text = label_text(sample, options.label, where)
-    if text is None:
-        return kind, shape, set()
-    if not options.label and not 0 <= parse_number(text) < MOST_LABELS:
+    if text is not None and not options.label and not 0 <= parse_number(text) < MOST_LABELS:
         what = f"label {text[:20]!r} is not a number below {MOST_LABELS}, as in .cls"
         raise InputError(f"{where}: {what}: say where labels are with --label, or repack the data set")
-    return kind, shape, {text}
+    return (kind, shape), text
 
 
 def _check_end(pager: Pager, where: str) -> None:
