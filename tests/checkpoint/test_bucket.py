@@ -112,7 +112,12 @@ def unreachable(*_):
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])
-def test_nothing_is_done_before_the_last_checkpoint_is_in_the_bucket(failures, bucket, tmp_path, monkeypatch):
+def test_nothing_is_done_before_the_last_checkpoint_is_in_the_bucket(
+    failures,
+    bucket,
+    tmp_path,
+    monkeypatch,
+):
     remote = f"{bucket}/run"
     upload = module.upload
     asked = []

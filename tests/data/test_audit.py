@@ -52,7 +52,12 @@ def test_damaged_files_are_found(packed, harm, message):
         (".png", encode(np.zeros((1, 4, 5), np.uint8), "png"), r"shape \(1, 4, 5\), but index.json says uint8 of"),
     ],
 )
-def test_samples_that_cannot_be_used_are_found(packed, suffix, data, message):
+def test_samples_that_cannot_be_used_are_found(
+    packed,
+    suffix,
+    data,
+    message,
+):
     rewrite(packed, "train-00001.tar", replaced(suffix, data, 1))
     with refused(rf"train-00001\.tar, key .*{message}"):
         verify(packed)

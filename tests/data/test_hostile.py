@@ -102,7 +102,12 @@ def zipped():
         (".cls", b"9" * 5000, "label '9+' is none of the 2"),
     ],
 )
-def test_damaged_points_are_refused_by_training_and_verify(tmp_path, suffix, data, message):
+def test_damaged_points_are_refused_by_training_and_verify(
+    tmp_path,
+    suffix,
+    data,
+    message,
+):
     source = first(load("toy2d:spirals"), 12)
     pack(source, str(tmp_path), shards=2)
     rewrite(str(tmp_path), "train-00001.tar", replaced(suffix, data))

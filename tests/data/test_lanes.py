@@ -22,7 +22,12 @@ EACH = 600
 SHARDS = 40
 
 
-def write_shards(path, shards, each, side):
+def write_shards(
+    path,
+    shards,
+    each,
+    side,
+):
     """Images of noise, every class in shards of its own."""
     path.mkdir()
     for shard in range(shards):

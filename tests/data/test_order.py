@@ -21,7 +21,12 @@ LARGER = some.lists(some.integers(1, 70), min_size=1, max_size=9).map(tuple)
 SEEDS = some.integers(-(2**63), 2**64 - 1)
 
 
-def listed(order, round, start, stop):
+def listed(
+    order,
+    round,
+    start,
+    stop,
+):
     found = []
     for piece in pieces(order, round, start, stop):
         for sample in range(piece.first, piece.last):

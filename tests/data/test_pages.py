@@ -58,7 +58,12 @@ SIZES = st.one_of(
     st.lists(st.integers(300, 150_000), min_size=1, max_size=20),
     st.randoms(use_true_random=False),
 )
-def test_a_table_is_the_same_however_it_is_told(lead, blocks, chunks, chance):
+def test_a_table_is_the_same_however_it_is_told(
+    lead,
+    blocks,
+    chunks,
+    chance,
+):
     edges = TAR_BLOCK * np.cumsum([lead, *blocks])
     *starts, end = edges.tolist()
     data = (NOISE * (1 + end // len(NOISE)))[:end] + bytes(2 * TAR_BLOCK)

@@ -30,7 +30,12 @@ from tests.data.numbered import add
 from tests.refused import refused
 
 
-def picture(path, size=(8, 8), colour=(200, 100, 50), mode="RGB"):
+def picture(
+    path,
+    size=(8, 8),
+    colour=(200, 100, 50),
+    mode="RGB",
+):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
 

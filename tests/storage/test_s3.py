@@ -81,7 +81,12 @@ def test_more_names_than_a_page_of_a_listing(s3, bucket):
 
 
 @pytest.mark.parametrize("size", [5 * MIB, 28 * MIB + 5])
-def test_large_objects_are_sent_in_parts(s3, store, bucket, size):
+def test_large_objects_are_sent_in_parts(
+    s3,
+    store,
+    bucket,
+    size,
+):
     data = (DATA * 10)[:size]
     store.put("a", b"old")
     store.put("a", data)
@@ -343,7 +348,12 @@ def test_a_short_absence_is_waited_out(
     ids=["stalls", "all"],
 )
 @pytest.mark.slow
-def test_reading_through_faults(store, proxy, monkeypatch, faults):
+def test_reading_through_faults(
+    store,
+    proxy,
+    monkeypatch,
+    faults,
+):
     monkeypatch.setattr("naign.storage.network.RANGE", 200_000)
     monkeypatch.setattr("naign.storage.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
@@ -399,7 +409,13 @@ def test_writing_through_faults(
         assert fresh.read(name) == data
 
 
-def test_an_upload_is_done_even_if_the_answer_is_lost(s3, store, bucket, proxy, monkeypatch):
+def test_an_upload_is_done_even_if_the_answer_is_lost(
+    s3,
+    store,
+    bucket,
+    proxy,
+    monkeypatch,
+):
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
     healed = threading.Event()
 

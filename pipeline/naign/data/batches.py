@@ -95,7 +95,15 @@ class Batches(IterableDataset[ImageBatch]):
         start = self._position
         ahead = ReadAhead(self._dataset, self._order, self._seed, world)
         try:
-            ahead.start(partial(self._spans, self.epoch, start, rank, world))
+            ahead.start(
+                partial(
+                    self._spans,
+                    self.epoch,
+                    start,
+                    rank,
+                    world,
+                )
+            )
             for end in self._ends(start, world):
                 rows = ahead.take()
                 self._position = end

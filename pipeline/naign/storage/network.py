@@ -118,7 +118,16 @@ class NetworkStore(Store):
         if last > size:
             raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
         starts = range(first, last, RANGE)
-        gets = (partial(self._get, name, version, start, min(start + RANGE, last)) for start in starts)
+        gets = (
+            partial(
+                self._get,
+                name,
+                version,
+                start,
+                min(start + RANGE, last),
+            )
+            for start in starts
+        )
         if len(starts) == 1:
             yield from next(gets)()
             return
@@ -126,7 +135,13 @@ class NetworkStore(Store):
             for pieces in ranges:
                 yield from pieces
 
-    def _get(self, name: str, version: str, first: int, last: int) -> Sequence[bytes]:
+    def _get(
+        self,
+        name: str,
+        version: str,
+        first: int,
+        last: int,
+    ) -> Sequence[bytes]:
         """Bytes [first, last). A body that breaks is resumed at the failed byte of the same version."""
         chunks: list[bytes] = []
         at = first
@@ -135,13 +150,26 @@ class NetworkStore(Store):
         while at < last:
             before = at
             try:
-                for chunk in self._range(name, version, at, last, piece):
+                for chunk in self._range(
+                    name,
+                    version,
+                    at,
+                    last,
+                    piece,
+                ):
                     chunks.append(chunk)
                     at += len(chunk)
                 if at < last:
                     raise ConnectionError(f"the body ended {last - at} bytes early")
             except Exception as error:
-                self._wait(patience, error, "read", name, at=f", byte {at}", progress=at > before)
+                self._wait(
+                    patience,
+                    error,
+                    "read",
+                    name,
+                    at=f", byte {at}",
+                    progress=at > before,
+                )
                 piece = SMALL_PIECE
         granted.add((self.path, "read"))
         self.tally.add(bytes=last - first)
@@ -156,7 +184,12 @@ class NetworkStore(Store):
             self._upload(name, opened)
         self._stats.pop(name, None)
 
-    def _retried(self, what: str, name: str, call: Callable[[], T]) -> T:
+    def _retried(
+        self,
+        what: str,
+        name: str,
+        call: Callable[[], T],
+    ) -> T:
         """The answer to one request; failures that may pass are retried."""
         patience = Patience(f"{what} {self.url(name)}", self.tally)
         while True:

@@ -68,7 +68,13 @@ class OtherStore(NetworkStore):
         def put(_: Any, path: str) -> Any:
             file.seek(0)
             bucket = _client(self._root, uploads=True)
-            return obstore.put(bucket, path, file, chunk_size=PART, max_concurrency=PARALLEL)
+            return obstore.put(
+                bucket,
+                path,
+                file,
+                chunk_size=PART,
+                max_concurrency=PARALLEL,
+            )
 
         self._ask("write", name, put)
 
@@ -81,7 +87,12 @@ class OtherStore(NetworkStore):
     def _require_writable(self, instead: str) -> None:
         require((self._writable, f"{self.path}: web servers are only read: {instead}"))
 
-    def _ask(self, what: str, name: str, call: Callable[[Any, str], Any]) -> Any:
+    def _ask(
+        self,
+        what: str,
+        name: str,
+        call: Callable[[Any, str], Any],
+    ) -> Any:
         """The answer to one request; failures that may pass are retried."""
         return self._retried(what, name, lambda: call(_client(self._root), self._prefix + name))
 

@@ -98,6 +98,12 @@ class Patience:
             raise kind(f"{where}: {failed}. {REMEDY}")
         longest = FIRST_PAUSE * 2.0 ** min(self._failures - 1, 9)
         pause = min(left, _random.uniform(0, min(LONGEST_PAUSE, longest)))
-        log.warning("%s: %s; again in %.1f s, given up in %.0f s", where, reason, pause, left)
+        log.warning(
+            "%s: %s; again in %.1f s, given up in %.0f s",
+            where,
+            reason,
+            pause,
+            left,
+        )
         self._tally.add(retries=1)
         time.sleep(pause)

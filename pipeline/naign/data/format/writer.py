@@ -106,7 +106,13 @@ def _build(examples: Made, rows: list[int], suffix: str) -> tuple[bytes, Pager]:
     """The bytes of one shard, measured. They depend on the samples alone; b"" where no picture can be read."""
     stream = io.BytesIO()
     starts = []
-    with TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer:
+    with TarWriter(
+        stream,
+        user="",
+        group="",
+        mtime=0,
+        encoder=False,
+    ) as writer:
         for row in rows:
             try:
                 key, array, label = examples[row]
