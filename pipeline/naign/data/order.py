@@ -74,7 +74,8 @@ def count_lanes(shuffle: int, *, dealt: bool) -> int:
 
 def shares(weights: Sequence[float], size: int) -> list[int]:
     """`size` cut into whole numbers in proportion to the weights; what is left over goes to the largest remainders."""
-    exact = np.array(weights) / sum(weights) * size
+    relative = np.array(weights) / max(weights)
+    exact = relative / relative.sum() * size
     counts = np.floor(exact).astype(int)
     left = size - int(counts.sum())
     first = np.argsort(counts - exact, kind="stable")
