@@ -34,7 +34,7 @@ from trained import Task, packed
 from naign.data.damage import boxes, known_mean, stroke
 from naign.data.dataset import DataConfig
 from naign.data.loader import read_split
-from naign.data.mixing import DataSets
+from naign.data.reader import DataSet
 from naign.data.scale import scaled
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.frechet import frechet_distance
@@ -186,7 +186,7 @@ class Examples:
     """Test images (n, C, H, W) in [-1, 1], their features, and the floor of Frechet distances."""
 
     def __init__(self, path: str, count: int) -> None:
-        self.encoder = choose_encoder(DataSets(DataConfig(path=path)).manifest)
+        self.encoder = choose_encoder(DataSet(DataConfig(path=path)).manifest)
         test = scaled(read_split(path, "test")[0])
         train = read_split(path, "train")[0]
         features = self.encoder.features(test)

@@ -15,7 +15,8 @@ import tyro
 from torch import Tensor
 
 from naign.data.dataset import DataConfig
-from naign.data.loader import DataSets, read_split
+from naign.data.loader import read_split
+from naign.data.reader import DataSet
 from naign.data.scale import scaled
 from naign.errors import exit_on_input_error
 from naign.evaluate.coverage import coverage, nearest
@@ -60,7 +61,7 @@ def main(
 ) -> None:
     """Measure flipped and shifted training images as if they were samples."""
     for path in paths:
-        encoder = choose_encoder(DataSets(DataConfig(path=str(path))).manifest)
+        encoder = choose_encoder(DataSet(DataConfig(path=str(path))).manifest)
         train = scaled(read_split(str(path), "train")[0])
         test = scaled(read_split(str(path), "test")[0])
         digits = "mnist" in path.name and "fashion" not in path.name

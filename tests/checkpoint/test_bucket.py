@@ -2,8 +2,6 @@
 
 import json
 import re
-import threading
-import time
 
 import pytest
 
@@ -16,13 +14,11 @@ from naign.checkpoint.bucket import (
     fetch_shown,
     mirror,
     newest_first,
-    read_trainer,
     take_over,
 )
 from naign.checkpoint.manifest import MANIFEST, prune
 from naign.checkpoint.writer import Writer
 from naign.errors import Conflict, InputError, StoreLost, Unavailable
-from naign.storage.s3_client import client
 from naign.storage.store import open_store
 from tests.checkpoint.written import start_model
 
@@ -116,7 +112,12 @@ def unreachable(*_):
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])
-def test_nothing_is_done_before_the_last_checkpoint_is_in_the_bucket(failures, bucket, tmp_path, monkeypatch):
+def test_nothing_is_done_before_the_last_checkpoint_is_in_the_bucket(
+    failures,
+    bucket,
+    tmp_path,
+    monkeypatch,
+):
     remote = f"{bucket}/run"
     upload = module.upload
     asked = []
@@ -136,32 +137,6 @@ def test_nothing_is_done_before_the_last_checkpoint_is_in_the_bucket(failures, b
     else:
         assert writer.finish()
     assert list(newest_first(remote)) == ["step-00000001"] * (failures < 2)
-
-
-def test_the_round_of_a_checkpoint_costs_one_request_a_file(bucket, monkeypatch):
-    remote = f"{bucket}/run"
-    folder = f"{remote}/checkpoints/step-00000007"
-    entries = {}
-    for rank in range(20):
-        name = f"state/rank-{rank:05d}-of-00020.safetensors"
-        open_store(f"{folder}/state").put(name.removeprefix("state/"), b"state")
-        entries[name] = {"bytes": 5, "sha256": ""}
-    open_store(folder).put("trainer.json", b'{"round": 7}')
-    open_store(folder).put(MANIFEST, json.dumps({"files": entries}).encode())
-    asked = []
-
-    def note(**_):
-        asked.append(threading.current_thread())
-        time.sleep(0.05)  # no thread is done before the others begin
-
-    client().meta.events.register("before-call.s3.HeadObject", note)
-    assert read_trainer(remote, "step-00000007") == {"round": 7}
-    assert len(asked) == len(entries) + 2  # the manifest and trainer.json
-    assert len(set(asked)) > 8
-    open_store(f"{folder}/state").put("rank-00003-of-00020.safetensors", b"longer")
-    assert read_trainer(remote, "step-00000007") == {}
-    open_store(f"{folder}/state").delete("rank-00003-of-00020.safetensors")
-    assert read_trainer(remote, "step-00000007") == {}
 
 
 class Stranger:

@@ -143,7 +143,12 @@ def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoin
         (RuntimeError("CUDA error: ..."), RuntimeError),
     ],
 )
-def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, checkpoints, error, kind):
+def test_what_failed_while_copying_decides_whether_a_retry_helps(
+    tmp_path,
+    checkpoints,
+    error,
+    kind,
+):
     write_checkpoint(checkpoints / "step-00000001", fill)
     writer = Writer(tmp_path)
 

@@ -78,7 +78,13 @@ def add(tar, name, data):
     tar.addfile(info, io.BytesIO(data))
 
 
-def rewrite(path, shard, change, *, damage=False):
+def rewrite(
+    path,
+    shard,
+    change,
+    *,
+    damage=False,
+):
     """Replace the members of a shard. Its hashes in the manifest follow, as if packed so, unless it is `damage`."""
     file = Path(path) / shard
     with tarfile.open(file) as tar:
@@ -112,7 +118,13 @@ def edit_index(path, **fields):
 
 
 @contextmanager
-def streams_of(config, *, seed, each, world):
+def streams_of(
+    config,
+    *,
+    seed,
+    each,
+    world,
+):
     """The streams of all ranks, in rounds of `each` images."""
     with ExitStack() as stack:
         streams = []

@@ -74,7 +74,13 @@ def test_skipping_takes_the_next_sound_sample_of_the_shard(
 ):
     monkeypatch.setattr("naign.data.loader.BROKEN", 0.5)
     _, sound = take(packed, 4)
-    broken(packed, "train-00002.tar", 1, 2, 5)
+    broken(
+        packed,
+        "train-00002.tar",
+        1,
+        2,
+        5,
+    )
     with caplog.at_level(logging.WARNING, logger="naign.data"):
         images, keys = take(
             packed,

@@ -122,20 +122,6 @@ def test_an_iteration_that_was_left_is_continued(small):
     assert dataset.epoch == 2
 
 
-def test_two_iterations_at_once_are_refused(small):
-    dataset = open_dataset(small, batch=4)
-    with refused("use one iteration at a time"):
-        list(zip(dataset, dataset, strict=True))
-    dataset = open_dataset(small, batch=4)
-    started = iter(dataset)
-    state = dataset.state_dict()
-    next(started)
-    dataset.load_state_dict(state)
-    with refused("or load_state_dict, has moved it"):
-        next(started)
-    assert len(keys(dataset)) == 23
-
-
 def test_the_types_of_settings(small):
     dataset = open_dataset(
         small,
@@ -223,11 +209,10 @@ def test_a_second_division_by_accelerate_is_refused(small, dispatch):
 @pytest.mark.parametrize(
     "options, part",
     [
-        ({"path": "[a, b]"}, "one data set"),
+        ({"path": "[a, b]"}, "no data set here"),
         ({"split": "val"}, "no split 'val', only train, test"),
         ({"batch": 0}, "batch is 0"),
         ({"rank": 0}, "both rank and world"),
-        ({"trace": "x"}, "no setting trace"),
         ({"batch": 2, "rank": 0, "world": 3}, "none for some of 3 ranks"),
         ({"batch": 99, "rank": 0, "world": 24}, r"23 images left .* too few for 24 ranks.*'epoch': 1, 'position': 0"),
         ({"workers": "two"}, "workers is 'two': it must be int"),
@@ -241,10 +226,10 @@ def test_wrong_arguments_are_refused(small, options, part):
 @pytest.mark.parametrize(
     "state, part",
     [
-        ({}, "not made by"),
-        ({"position": 24}, "image 24 of the 23"),
-        ({"seed": 1}, "seed 1, not 0"),
-        ({"order": "0"}, "another data set, split or shuffle"),
+        ({}, "another data set"),
+        ({"position": 24}, "another data set"),
+        ({"seed": 1}, "with seed 0"),
+        ({"order": "0"}, "another data set, split, shuffle or seed"),
     ],
 )
 def test_the_state_of_another_data_set_or_seed_is_refused(small, state, part):
@@ -254,7 +239,7 @@ def test_the_state_of_another_data_set_or_seed_is_refused(small, state, part):
     with refused(part):
         dataset.load_state_dict({**before, **state} if state else {})
     other = open_dataset(small, "test")
-    with refused("split or shuffle than split train"):
+    with refused("than split train of"):
         dataset.load_state_dict(other.state_dict())
     assert dataset.state_dict() == before
 

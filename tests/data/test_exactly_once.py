@@ -1,5 +1,6 @@
 """Every image once an epoch, for any number of real processes and workers, from shards of any sizes in S3."""
 
+import io
 import multiprocessing
 import tarfile
 from collections import Counter
@@ -27,12 +28,14 @@ def uneven(bucket):
     path = f"{bucket}/uneven"
     store = open_store(path)
     for number, size in enumerate(SIZES):
-        with store.write(f"part-{number}.tar") as target, tarfile.open(fileobj=target, mode="w|") as tar:
+        target = io.BytesIO()
+        with tarfile.open(fileobj=target, mode="w") as tar:
             for place in range(size):
                 image = np.full((1, 4, 4), place, np.uint8)
                 image[0, 0, 1] = number
                 add(tar, f"{number}/{place:03d}.png", encode(image, "png"))
                 add(tar, f"{number}/{place:03d}.cls", b"%d" % (place % 3))
+        store.put(f"part-{number}.tar", target.getvalue())
     manifest = index(path)
     assert list(manifest.split("train").sizes) == SIZES
     return path

@@ -12,7 +12,7 @@ from naign.data.dataset import DataConfig
 from naign.data.decode import encode
 from naign.data.format.indexing import index
 from naign.data.loader import Stream, read_split
-from naign.data.order import BLOCK
+from naign.data.order import BLOCK, pieces
 from naign.storage.store import open_store
 from tests.data.numbered import add, noise, streams_of
 from tests.refused import refused
@@ -22,7 +22,12 @@ EACH = 600
 SHARDS = 40
 
 
-def write_shards(path, shards, each, side):
+def write_shards(
+    path,
+    shards,
+    each,
+    side,
+):
     """Images of noise, every class in shards of its own."""
     path.mkdir()
     for shard in range(shards):
@@ -104,15 +109,16 @@ def test_requests_of_a_rank_are_those_of_its_blocks_and_tables(remote, proxy):
         rank=1,
         world=4,
     ) as stream:
-        spans = [(round, size // 4, size // 2) for round in range(count)]
-        pieces = list(stream.order.pieces(0, spans))
-        shards = len({piece.shard for piece in pieces})
-        assert len(pieces) <= count * (size / 4 / BLOCK + 2 * SHARDS)
+        found = []
+        for round in range(count):
+            found += pieces(stream.order, round, size // 4, size // 2)
+        shards = len({piece.shard for piece in found})
+        assert len(found) <= count * (size / 4 / BLOCK + 2 * SHARDS)
         proxy.requests.clear()
         for round in range(count):
             stream.take(round)
     made = Counter((method, path.endswith(".tar")) for method, path in proxy.requests)
-    assert made["GET", True] <= len(pieces) + 2 * reader.BLOCKS_AHEAD
+    assert made["GET", True] <= len(found) + 2 * reader.BLOCKS_AHEAD
     assert shards <= made["GET", False] <= SHARDS  # each page table once, read ahead too
     assert made["HEAD", True] + made["HEAD", False] <= 2 * SHARDS
 
@@ -135,7 +141,7 @@ def test_an_error_comes_in_its_turn(tmp_path, harm):
         data = bytearray(file.read_bytes())
         data[len(data) * 2 // 3] ^= 1
         file.write_bytes(data)
-        message = "the SHA-256 of bytes"
+        message = "the SHA-256 of what follows byte"
     config = DataConfig(path=f"{tmp_path}/set", shuffle=4)
     with Stream(config, seed=1, round_size=64) as stream:
         round = 0

@@ -55,7 +55,7 @@ def test_a_billion_images_are_read_from_one_index(tmp_path):
         world=1024,
     ) as stream:
         assert stream.order.total == 10**9
-        assert stream.order.orders[0].lanes == 128
+        assert stream.order.lanes == 128
 
 
 @pytest.mark.parametrize("lanes, rounds", [(1, [LAST]), (128, [5000, LAST])])

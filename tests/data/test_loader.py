@@ -165,7 +165,12 @@ COLOUR = encode(np.zeros((3, 4, 4), np.uint8), "png")
         (lambda members: members[:-1], r"00002.tar, key train-\d+: no member ends in png"),
     ],
 )
-def test_bad_shards_are_named(packed, change, message, workers):
+def test_bad_shards_are_named(
+    packed,
+    change,
+    message,
+    workers,
+):
     rewrite(packed, "train-00002.tar", change)
     with opened(packed, round_size=24, workers=workers) as stream:
         for _ in range(2):  # and again: an error does not jam the stream

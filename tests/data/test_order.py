@@ -10,18 +10,23 @@ from hypothesis import strategies as some
 from naign.data.order import (
     LANES,
     Order,
-    _spread,
     parts,
     pieces,
     rank_rows,
     shuffled,
+    spread,
 )
 
 LARGER = some.lists(some.integers(1, 70), min_size=1, max_size=9).map(tuple)
 SEEDS = some.integers(-(2**63), 2**64 - 1)
 
 
-def listed(order, round, start, stop):
+def listed(
+    order,
+    round,
+    start,
+    stop,
+):
     found = []
     for piece in pieces(order, round, start, stop):
         for sample in range(piece.first, piece.last):
@@ -94,11 +99,10 @@ def test_a_round_does_not_depend_on_ranks_and_parts(sizes, seed, data):
     assert found == whole
 
 
-@pytest.mark.parametrize("width", [1, 7, 24, 64, 200])
-@pytest.mark.parametrize("count", [0, 1, 80, 90, 128])
-@pytest.mark.parametrize("backwards", [False, True])
-def test_any_so_many_numbers_lie_evenly_over_the_range(count, width, backwards):
-    order = _spread(count, width, backwards=backwards)
+@pytest.mark.parametrize("width", [1, 7, 24, 64])
+@pytest.mark.parametrize("count", [1, 80, 90, 128])
+def test_any_so_many_numbers_lie_evenly_over_the_range(count, width):
+    order = spread(count)
     assert sorted(order) == list(range(count))
     for begin in range(count - width + 1):
         part = order[begin : begin + width]
@@ -114,7 +118,7 @@ def test_any_so_many_numbers_lie_evenly_over_the_range(count, width, backwards):
             (130,) * 10,
             1,
             256,
-            0.14,
+            0.17,
             0.25,
         ),
         (
@@ -122,14 +126,14 @@ def test_any_so_many_numbers_lie_evenly_over_the_range(count, width, backwards):
             1,
             512,
             0.13,
-            0.15,
+            0.17,
         ),
         (
             (300,) * 1000,
             100,
             2048,
-            0.12,
             0.16,
+            0.22,
         ),
     ],
 )

@@ -11,9 +11,8 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from naign.data.format.pages import PAGE, ROW, Pager, parse_table
-from naign.data.format.tar import TAR_BLOCK
-from naign.data.format.webdataset import samples, scan
+from naign.data.format.pages import PAGE, ROW, TAR_BLOCK, Pager, parse_table
+from naign.data.format.webdataset import NO_TAR, samples, scan
 from naign.storage.store import open_store
 from tests.refused import refused
 
@@ -57,14 +56,12 @@ SIZES = st.one_of(
     st.integers(0, 3),  # blocks before the first sample
     st.lists(SIZES, min_size=1, max_size=40),
     st.lists(st.integers(300, 150_000), min_size=1, max_size=20),
-    st.sampled_from([0.0, 0.5, 1.0]),  # how often a start is told before bytes
     st.randoms(use_true_random=False),
 )
 def test_a_table_is_the_same_however_it_is_told(
     lead,
     blocks,
     chunks,
-    early,
     chance,
 ):
     edges = TAR_BLOCK * np.cumsum([lead, *blocks])
@@ -73,7 +70,7 @@ def test_a_table_is_the_same_however_it_is_told(
     pager = Pager()
     todo = list(starts)
     while pager.size < len(data) or todo:
-        if todo and (pager.size >= len(data) or chance.random() < early):
+        if todo and todo[0] <= pager.size and chance.random() < 0.5:
             pager.start(todo.pop(0))
         else:
             end_of_chunk = pager.size + chance.choice(chunks)
@@ -222,24 +219,6 @@ def test_samples_are_those_of_webdataset(tmp_path, form, at_once):
     assert {"npy", "seg.png", "cls"} < set(found[0])
 
 
-def test_members_that_are_no_samples_are_not_held(tmp_path, monkeypatch):
-    content = [("README", NOISE)] * 8
-    content.append(("a.npy", NOISE[:1000]))
-    file = write(tmp_path / "a.tar", tarfile.USTAR_FORMAT, content)
-    held = []
-    write_bytes = Pager.write
-
-    def measured(pager, data):
-        held.append(len(pager._bytes))
-        return write_bytes(pager, data)
-
-    monkeypatch.setattr(Pager, "write", measured)
-    found = list(scan(open_store(str(tmp_path)), "a.tar", Pager()))
-    assert [sample["npy"] for sample in found] == [NOISE[:1000]]
-    assert max(held) < 3 << 20
-    assert by_pages(file) == by_webdataset(file)
-
-
 UNUSUAL = ["__x__.npy", "__x__a/b.npy", "_x_/b.npy", "__x/b__.npy", ".hidden/b.npy", "a/.hidden", "a./b.npy"]
 
 
@@ -298,13 +277,12 @@ def test_pages_of_nonsense(tmp_path):
     whole = file.read_bytes()[: 2 * (512 + 5120)]
     assert len(list(samples(whole))) == 2
     for damaged in (whole[:-600], whole[:700], whole[512:]):
-        with pytest.raises((tarfile.TarError, ValueError)):
+        with pytest.raises(NO_TAR):
             list(samples(damaged))
 
 
-@pytest.mark.parametrize("size", [b"-0000001000\0", b"0000001_000\0", b"00000018000\0"])
-def test_a_size_that_is_no_number_is_refused(size):
+def test_a_size_that_is_no_number_is_refused():
     wrong = header("a.cls")
-    wrong[124:136] = size
-    with pytest.raises((tarfile.ReadError, ValueError)):
+    wrong[124:136] = b"00000018000\0"
+    with pytest.raises(NO_TAR):
         list(samples(summed(wrong) + bytes(TAR_BLOCK)))

@@ -54,7 +54,12 @@ def photo(number, size):
     )
 
 
-def lying(number, size, form="JPEG", mode="RGB"):
+def lying(
+    number,
+    size,
+    form="JPEG",
+    mode="RGB",
+):
     """A photograph that lies as EXIF's number says."""
     exif = Image.Exif()
     exif[0x0112] = number

@@ -30,7 +30,12 @@ from tests.data.numbered import add
 from tests.refused import refused
 
 
-def picture(path, size=(8, 8), colour=(200, 100, 50), mode="RGB"):
+def picture(
+    path,
+    size=(8, 8),
+    colour=(200, 100, 50),
+    mode="RGB",
+):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
 
@@ -178,7 +183,7 @@ def test_links_to_folders_are_followed(tmp_path):
     found = keys(source.splits["train"]) + keys(source.splits["test"])
     assert sorted(found) == ["cat/0", "dog/0"]
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "tree")
-    with refused("dog/back: a link that leads back to a folder above it"):
+    with refused("dog/back: a link that leads to a folder of the tree"):
         folder(tmp_path / "tree")
 
 
@@ -220,21 +225,18 @@ def test_names_that_no_key_can_have(tmp_path):
     assert verify(f"{tmp_path}/packed")
 
 
-def test_files_of_no_picture_are_named_or_left_out(tmp_path, caplog):
+def test_files_of_no_picture_are_left_out(tmp_path, caplog):
     tree = tmp_path / "tree"
     target = tmp_path / "packed"
     for split, label, number in product(("train", "test"), "ab", range(3)):
         picture(tree / split / label / f"{number}.png")
     odd = tree / "train/a/new\nline.txt"
     odd.write_text("hello")
-    with refused(r"new_line\.txt: not a picture that Pillow .* leave out all .*--broken skip"):
-        pack(folder(tree), str(target))
-    assert not list(target.glob("*"))  # its shards are taken back
-    settings = {"root": tree, "size": "4", "broken": "skip"}
+    settings = {"root": tree, "size": "4"}
     pack_command("folder", to=str(target), shards=2, **settings)
     assert "new_line.txt: not a picture that Pillow can read: left out" in caplog.text
     assert Manifest.load(str(target)).split("train").samples == 6
-    assert verify(str(target)).samples == 12
+    assert verify(str(target))[0] == 12
     for file in (tree / "train/a").iterdir():
         file.write_text("hello")
     with refused("train-0000.*: no picture for it can be read"):
@@ -244,7 +246,6 @@ def test_files_of_no_picture_are_named_or_left_out(tmp_path, caplog):
 def test_memory_that_does_not_suffice_is_no_broken_picture(tmp_path, monkeypatch):
     for number in range(3):
         picture(tmp_path / f"tree/{number}.png")
-    monkeypatch.setattr("naign.data.decode.PLAIN_PIXELS", 0)
     monkeypatch.setattr("naign.data.decode._open_picture", Mock(side_effect=MemoryError))
     with pytest.raises(Unavailable, match="too little memory to decode a picture: free some"):
         pack_command(
@@ -252,7 +253,6 @@ def test_memory_that_does_not_suffice_is_no_broken_picture(tmp_path, monkeypatch
             to=f"{tmp_path}/packed",
             root=tmp_path / "tree",
             size="4",
-            broken="skip",
         )
 
 

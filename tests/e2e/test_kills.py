@@ -16,8 +16,8 @@ import pytest
 from naign.checkpoint.writer import is_complete, newest_checkpoint
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
-from naign.data.mixing import DataSets
 from naign.data.order import Order, pieces
+from naign.data.reader import DataSet
 from naign.storage.store import open_store
 from tests.e2e.ranks import Job
 from tests.e2e.runs import losses, newest, rounds_of, same, weights
@@ -95,7 +95,7 @@ def planned(data):
     """What the order says of all rounds: "epoch round key" of each image."""
     shards = Manifest.load(data).split("train").shards
     order = Order(sizes=tuple(shard.samples for shard in shards), seed=0, round_size=256)
-    reader = DataSets(DataConfig(path=data)).reader(0)
+    reader = DataSet(DataConfig(path=data)).reader("train")
     found = set()
     for round in range(ROUNDS):
         for piece in pieces(order, round, 0, 256):

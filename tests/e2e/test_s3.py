@@ -99,7 +99,7 @@ def test_a_shard_that_stays_wrong_stops_every_rank_with_its_name(train, naign, b
     done = train(f"--data.path={data}", *SMALL, "--train.images=2560", "--run.path=run", ranks=2)
     assert done.returncode != 0
     assert ended_as_bad_input(done.stderr)
-    assert f"{data}/train-00002.tar: the SHA-256 of bytes" in done.stderr
+    assert f"{data}/train-00002.tar: the SHA-256 of what follows byte" in done.stderr
 
 
 def test_a_store_that_is_emptied_under_a_run_is_a_loss(naign, bucket, tmp_path):

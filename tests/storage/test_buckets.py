@@ -34,9 +34,7 @@ def test_there_and_back(store, place):
         "empty": b"",
     }.items():
         store.put(name, data)
-    before = store.version("a")
     store.put("a", b"123")
-    assert store.version("a") != before
     names = ["a", "b", "empty", "ä b+c%20?#.tar"]
     assert store.list() == names
     assert store.size("a") == 3
@@ -62,37 +60,13 @@ def test_there_and_back(store, place):
         store.read("b", 0, 9)
 
 
-def test_files_in_parts_appear_whole_or_not_at_all(store, tmp_path):
-    with store.write("a") as target:
-        for start in range(0, len(DATA), MIB):
-            assert target.write(memoryview(DATA)[start : start + MIB]) == len(DATA[start : start + MIB])
+def test_files_are_sent_in_parts(store, tmp_path):
+    store.put("a", DATA)
     assert store.read("a") == b"".join(store.pieces("a")) == DATA
-    for error in (InputError, OSError, KeyboardInterrupt):
-        with pytest.raises(error), store.write("b") as target:
-            target.write(DATA)
-            raise error(28, "mine")
     (tmp_path / "c").write_bytes(DATA)
     store.put_file("c", tmp_path / "c")
     assert store.list() == ["a", "c"]
     assert store.read("c") == DATA
-
-
-def test_another_program_that_writes_there_too_is_noticed(store, monkeypatch):
-    upload = type(store)._upload
-
-    def both(
-        one,
-        name,
-        file,
-    ):
-        sent = upload(one, name, file)
-        monkeypatch.undo()
-        open_store(one.path).put(name, b"54321")  # of the same size
-        return sent
-
-    monkeypatch.setattr(type(store), "_upload", both)
-    with pytest.raises(InputError, match="where/a: 5 bytes, ETag .* just after 5 bytes, .* another program writes"):
-        store.put("a", b"12345")
 
 
 @pytest.mark.parametrize("again", [b"9" * len(DATA), b"short", None], ids=["same size", "shorter", "deleted"])
@@ -136,7 +110,7 @@ def test_a_data_set_is_packed_verified_and_read(place, packed):
         shards=4,
         progress=False,
     )
-    assert verify(f"{place}/set", progress=False).samples == 28
+    assert verify(f"{place}/set", progress=False)[0] == 28
     assert read_split(f"{place}/set", "train")[0].equal(read_split(packed, "train")[0])
 
 

@@ -81,12 +81,15 @@ def test_more_names_than_a_page_of_a_listing(s3, bucket):
 
 
 @pytest.mark.parametrize("size", [5 * MIB, 28 * MIB + 5])
-def test_large_objects_are_sent_in_parts(s3, store, bucket, size):
+def test_large_objects_are_sent_in_parts(
+    s3,
+    store,
+    bucket,
+    size,
+):
     data = (DATA * 10)[:size]
     store.put("a", b"old")
-    with store.write("a") as target:
-        target.write(data)
-        assert open_store(store.path).read("a") == b"old"
+    store.put("a", data)
     assert store.read("a") == data
     answer = s3.client().head_object(Bucket=bucket.removeprefix("s3://"), Key="some/where/a", ChecksumMode="ENABLED")
     assert ("-" in answer["ETag"]) == (size > 5 * MIB)
@@ -345,7 +348,12 @@ def test_a_short_absence_is_waited_out(
     ids=["stalls", "all"],
 )
 @pytest.mark.slow
-def test_reading_through_faults(store, proxy, monkeypatch, faults):
+def test_reading_through_faults(
+    store,
+    proxy,
+    monkeypatch,
+    faults,
+):
     monkeypatch.setattr("naign.storage.network.RANGE", 200_000)
     monkeypatch.setattr("naign.storage.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
@@ -401,7 +409,13 @@ def test_writing_through_faults(
         assert fresh.read(name) == data
 
 
-def test_an_upload_is_done_even_if_the_answer_is_lost(s3, store, bucket, proxy, monkeypatch):
+def test_an_upload_is_done_even_if_the_answer_is_lost(
+    s3,
+    store,
+    bucket,
+    proxy,
+    monkeypatch,
+):
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
     healed = threading.Event()
 
@@ -415,9 +429,8 @@ def test_an_upload_is_done_even_if_the_answer_is_lost(s3, store, bucket, proxy, 
             proxy.faults = Faults(reset_every=(1, 1))
             threading.Thread(target=heal).start()
 
-    with store.write("a") as target:
-        target.write((DATA * 4)[: 12 * MIB])
-        client().meta.events.register("before-call.s3.CompleteMultipartUpload", lambda **_: lose_answers())
+    client().meta.events.register("before-call.s3.CompleteMultipartUpload", lambda **_: lose_answers())
+    store.put("a", (DATA * 4)[: 12 * MIB])
     healed.set()
     assert proxy.counts["reset"]
     assert store.tally.retries

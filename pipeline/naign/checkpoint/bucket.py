@@ -7,7 +7,6 @@ import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from naign.checkpoint.manifest import MANIFEST, by_step, is_whole, read_manifest
 from naign.errors import Conflict, Damaged, InputError, printable
 from naign.storage.base import Store
 from naign.storage.local import sync_file, write_atomically
-from naign.storage.prefetch import in_order
 from naign.storage.store import locate, open_store
 
 RECORDS = ("config.yaml", "metrics.jsonl")
@@ -44,26 +42,6 @@ def newest_first(remote: str) -> Iterator[str]:
     for name in by_step(open_store(f"{remote}/checkpoints").folders()):
         if open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST):
             yield name
-
-
-def read_trainer(remote: str, name: str) -> dict[str, Any]:
-    """The content of a checkpoint's trainer.json; {} if a file is missing or of another size."""
-    where = f"{remote}/checkpoints/{name}"
-    store = open_store(where)
-    try:
-        entries = read_manifest(store.read(MANIFEST))
-        calls = (partial(_has_size, f"{where}/{file}", entry["bytes"]) for file, entry in entries.items())
-        with closing(in_order(calls, AT_ONCE)) as checked:
-            whole = all(checked)
-        trainer = json.loads(store.read("trainer.json"))
-        return dict(trainer) if whole else {}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return {}
-
-
-def _has_size(url: str, size: int) -> bool:
-    store, name = locate(url)
-    return store.size(name) == size
 
 
 def download(remote: str, name: str, checkpoints: Path) -> Path:
@@ -149,9 +127,8 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
     """Upload the files that match the patterns and differ from those in the bucket."""
     for pattern in patterns:
         store, _ = locate(f"{remote}/{pattern}")
-        uploaded = set(store.list())
         for file in sorted(run.glob(pattern)):
-            if file.name not in uploaded or not _is_same(file, store):
+            if not _is_same(file, store):
                 send_file(file, store.url(file.name))
 
 

@@ -115,7 +115,7 @@ class Writer:
         self._names = list[str]()  # this rank's files of the newest checkpoint
         # A separate group: the background threads communicate by it while the main threads train.
         self._group = SideGroup(world, timeout=timeout)
-        self._pending: Future[str] | None = None  # a checkpoint: why the run must end, or ""
+        self._pending: Future[None] | None = None  # a checkpoint
 
     def start(
         self,
@@ -161,10 +161,9 @@ class Writer:
             if not stopping and not math.isinf(self.left()):
                 stopping = True
                 end = min(end, time.monotonic() + max(1.0, share * self.left()))
-        problem = self._pending.result()
+        pending = self._pending
         self._pending = None
-        if problem:
-            raise unwritten(problem)
+        pending.result()
         return True
 
     def finish(self) -> bool:
@@ -188,30 +187,27 @@ class Writer:
         folder: Path,
         copy: Callable[[], None],
         files: Mapping[str, Write],
-    ) -> str:
+    ) -> None:
         title("write")
         start = time.perf_counter()
-        problem = self._write(folder, copy, files)
-        if problem:
-            remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
-            return f"{folder} could not be written ({problem}): {remedy}"
+        self._write(folder, copy, files)
         self._names = list(files)
-        conflict = self._upload(folder, self._names) if self._remote else ""
+        if self._remote:
+            self._upload(folder, self._names)
         if not self.unsent:
             self.completed = time.monotonic()
         self.seconds = time.perf_counter() - start
-        if self._rank == 0 and not conflict:
+        if self._rank == 0:
             self.done(folder)
-        return conflict
 
     def _write(
         self,
         folder: Path,
         copy: Callable[[], None],
         files: Mapping[str, Write],
-    ) -> str:
-        """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks, which
-        raise RuntimeError if it was something other than the disk, such as a device.
+    ) -> None:
+        """Write the local checkpoint, its manifest last. Where that fails on any rank, all raise `unwritten`, or
+        RuntimeError if it was something other than the disk, such as a device.
         """
         entries = dict[str, dict[str, Any]]()  # of the manifest
 
@@ -232,18 +228,17 @@ class Writer:
             error = self._agreed(is_first, complete)
         if error and is_first:
             shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, RuntimeError):
-            raise RuntimeError(f"{folder} could not be written ({error}); the checkpoint before it is untouched")
         if error:
-            return str(error)
+            remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
+            problem = f"{folder} could not be written ({error}): {remedy}"
+            raise RuntimeError(problem) if isinstance(error, RuntimeError) else unwritten(problem)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # a machine may have a folder of its own
             with _may_fail(f"old checkpoints stay in {folder.parent}"):
                 prune(str(folder.parent.absolute()), self._keep, newest=folder.name)
-        return ""
 
-    def _upload(self, folder: Path, names: list[str]) -> str:
-        """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
-        Returns why the run must end, the same on all ranks: another process has taken the bucket over.
+    def _upload(self, folder: Path, names: list[str]) -> None:
+        """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local. All
+        ranks raise Conflict where another process has taken the bucket over.
         """
         title("upload")
         start = time.perf_counter()
@@ -255,13 +250,12 @@ class Writer:
             error = self._agreed(is_first, lambda: self._finish_remote(folder))
         self.uploaded = time.perf_counter() - start
         if isinstance(error, Conflict):
-            return f"{error}; its newest checkpoint is {folder}"
+            raise Conflict(f"{error}; its newest checkpoint is {folder}")
         self.unsent = ""
         if error:
             self.unsent = folder.name
             if is_first:
                 log.warning("%s stays local: %s: %s", folder, self._remote, error)
-        return ""
 
     def _finish_remote(self, folder: Path) -> None:
         self.flush()

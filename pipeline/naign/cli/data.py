@@ -1,6 +1,5 @@
 """Commands that make and check data sets: pack, index, verify."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,8 +12,6 @@ from naign.terminal import busy
 if TYPE_CHECKING:
     from naign.data.format.manifest import Manifest
 
-LARGE = 128  # pixels a side from which the recipes for 64x64 do not suit
-
 
 def pack(
     source: Positional[str],
@@ -24,7 +21,6 @@ def pack(
     root: Path | None = None,
     size: str | None = None,
     channels: Literal[1, 3] = 3,
-    broken: Literal["error", "skip"] = "error",
     shards: int | None = None,
     encoding: Literal["png", "jpg", "npy"] = "png",
     seed: int = 0,
@@ -38,27 +34,20 @@ def pack(
         root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
         size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.
         channels: For folder: 3 colour, 1 grey.
-        broken: For folder: fail at a file of no picture, or skip it with a warning.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png keeps every bit, jpg is smaller, npy is read fastest.
         seed: Seed of the order of samples in shards, and of the choice of training images.
-        force: Replace an existing data set, which is deleted before the new one is written.
+        force: Replace an existing data set, which is deleted first.
     """
     from naign.data.format import writer
-    from naign.data.format.manifest import INDEX
     from naign.data.sources.catalog import load
-    from naign.evaluate.coverage import NEIGHBOURS
-    from naign.storage.store import check_writable, is_in_bucket, open_store
 
-    if is_in_bucket(to) and (force or not open_store(to).exists(INDEX)):  # before reading, which may take hours
-        check_writable(open_store(to), "--to")
-    with busy(f"reading {source}", shown=broken == "error"):  # else it has a bar of its own
+    with busy(f"reading {source}"):
         loaded = load(
             source,
             root=root,
             size=size,
             channels=channels,
-            skip=broken == "skip",
             seed=seed,
         )
     manifest, written = writer.pack(
@@ -69,20 +58,7 @@ def pack(
         seed=seed,
         force=force,
     )
-    note = ""
-    if not written:
-        note = " (already there)"
-    _print_contents(to, manifest, note)
-    if source == "folder":
-        recipe = "--config pictures"
-        other = "or with a GPU --config folder64"
-        if max(manifest.shape[1:]) >= LARGE:
-            recipe = "--config photos"
-            other = "which repairs only; with a GPU --config folder256, which draws samples as well"
-        print(f"train on it: naign train {recipe} {shlex.quote(f'--data.path={to}')}, {other}")
-    tests = manifest.split("test").samples
-    if tests <= NEIGHBOURS:
-        print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
+    _print_contents(to, manifest, "" if written else " (already there)")
 
 
 def index(
@@ -93,7 +69,7 @@ def index(
 ) -> None:
     """Index existing WebDataset tars: write index.json and page tables, without changing a tar.
 
-    Every byte is read. After an interruption the same command continues with the tars that are left.
+    Every byte is read.
 
     Args:
         path: Folder, s3://bucket/prefix or a pattern such as 's3://bucket/prefix/{00000..01023}.tar' of the tars.
@@ -119,7 +95,7 @@ def _print_contents(path: str, manifest: "Manifest", note: str = "") -> None:
 
 
 def verify(path: Positional[str], /, *, index: str = "") -> None:
-    """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels.
+    """Read all samples of a data set as training does: sizes, hashes, page tables, pixels, labels.
 
     Samples that naign index --keep-broken recorded as broken are listed, and count as no problem.
 
@@ -128,12 +104,8 @@ def verify(path: Positional[str], /, *, index: str = "") -> None:
         index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
     """
     from naign.data.format.audit import verify as read_all
-    from naign.data.format.tars import PROBLEMS
 
-    report = read_all(path, index=index)
-    print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
-    if report.broken:
-        listed = [f"{shard} {key}" for shard, key in report.broken[:PROBLEMS]]
-        if len(report.broken) > PROBLEMS:
-            listed.append("...")
-        print(f"of them {len(report.broken)} are known to be broken: {', '.join(listed)}")
+    count, broken = read_all(path, index=index)
+    print(f"{path}: sound, {count} samples")
+    if broken:
+        print(f"of them {len(broken)} are known to be broken, as {broken[0]}")

@@ -11,16 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from naign.data.dataset import DataConfig, check_config, lists_data_sets
+from naign.data.dataset import DataConfig, check_config
 from naign.data.format.manifest import is_count
 from naign.data.loader import ReadAhead
-from naign.data.mixing import DataSets
 from naign.data.order import Span, check_seed, parts
+from naign.data.reader import DataSet
 from naign.data.scale import scaled
 from naign.errors import require
 from naign.settings.read import build
-
-FOR_TRAINING = ("source", "endpoint", "trace")  # settings of data that open_dataset does not take
 
 
 class ImageBatch(NamedTuple):
@@ -49,7 +47,6 @@ class Batches(IterableDataset[ImageBatch]):
         check_seed(seed)
         require(
             (batch > 0, f"batch is {batch}: it must be positive"),
-            (not lists_data_sets(config), f"open_dataset reads one data set, not the list {config.path}"),
             ((rank is None) == (world is None), "give both rank and world, or neither"),
             (rank is None or world is None or 0 <= rank < world, f"rank is {rank}: it must lie in [0, world={world})"),
         )
@@ -58,18 +55,17 @@ class Batches(IterableDataset[ImageBatch]):
         self._seed = int(seed)
         self._rank = rank
         self._world = world
-        self._sets = DataSets(config)
-        self.manifest = self._sets.manifest  # has the names of labels
-        self.shape = self._sets.shape  # of one image
+        self._dataset = DataSet(config)
+        self.manifest = self._dataset.manifest  # has the names of labels
+        self.shape = self._dataset.shape  # of one image
         split = self.manifest.split(config.split)
         # A round as long as the epoch: the order depends neither on the batch nor on the number of ranks.
-        self._plan = self._sets.plan(self._seed, split.samples)
+        self._order = self._dataset.order(self._seed, split.samples)
         shards = [(shard.pages, shard.samples) for shard in split.shards]
-        content = repr((self._plan.orders[0].lanes, shards))
+        content = repr((self._order.lanes, shards))
         self._digest = hashlib.sha256(content.encode()).hexdigest()
         self.epoch = 0
         self._position = 0  # images of this epoch that all ranks together have yielded
-        self._moves = 0  # counts iterations and loaded states
 
     def state_dict(self) -> dict[str, int | str]:
         """Epoch, and position in it after the batches yielded so far: equal on all ranks after equally many of them."""
@@ -84,42 +80,34 @@ class Batches(IterableDataset[ImageBatch]):
         """Continue from a state of any number of ranks and any `batch`; the next iteration yields the rest of its
         epoch. Raises InputError for a state of another data set, split, `shuffle` or seed.
         """
-        where = f"split {self._config.split} of {self._config.path}"
         epoch = state.get("epoch", -1)
         position = state.get("position", -1)
-        seed = state.get("seed")
-        end = self._plan.total
-        require(
-            (is_count(epoch) and is_count(position), "the state was not made by open_dataset(...).state_dict()"),
-            (state.get("order") == self._digest, f"the state is of another data set, split or shuffle than {where}"),
-            (seed == self._seed, f"the state is of seed {seed}, not {self._seed}: open the data set with that seed"),
-        )
-        require((position <= end, f"the state is of image {position} of the {end} of {where}"))
+        where = f"split {self._config.split} of {self._config.path} with seed {self._seed}"
+        known = state.get("order") == self._digest and state.get("seed") == self._seed
+        placed = is_count(epoch) and is_count(position) and position <= self._order.total
+        require((known and placed, f"the state is of another data set, split, shuffle or seed than {where}"))
         self.epoch = epoch
         self._position = position
-        self._moves += 1
 
     def __iter__(self) -> Iterator[ImageBatch]:
         rank, world = self._find_rank()
         self._check(world)
-        self._moves += 1
-        moves = self._moves
-        spans = partial(
-            self._spans,
-            self.epoch,
-            self._position,
-            rank,
-            world,
-        )
-        ahead = ReadAhead(self._sets, self._plan, self._seed, world)
+        start = self._position
+        ahead = ReadAhead(self._dataset, self._order, self._seed, world)
         try:
-            ahead.start(spans)
-            for end in self._ends(self._position, world):
+            ahead.start(
+                partial(
+                    self._spans,
+                    self.epoch,
+                    start,
+                    rank,
+                    world,
+                )
+            )
+            for end in self._ends(start, world):
                 rows = ahead.take()
-                self._check_moves(moves)
                 self._position = end
                 yield ImageBatch(scaled(rows.images), rows.labels, rows.keys)
-            self._check_moves(moves)
             self.epoch += 1
             self._position = 0
         finally:
@@ -132,14 +120,9 @@ class Batches(IterableDataset[ImageBatch]):
             return dist.get_rank(), dist.get_world_size()
         return 0, 1
 
-    def _check_moves(self, moves: int) -> None:
-        """Raise InputError where `moves` have become more: the iteration is no longer where it was."""
-        other = "another iteration of the data set, or load_state_dict, has moved it since: use one iteration at a time"
-        require((moves == self._moves, other))
-
     def _check(self, world: int) -> None:
         """Raise InputError where images would be lost or repeated, or ranks have unequally many batches."""
-        left = self._plan.total - self._position
+        left = self._order.total - self._position
         after = {"epoch": self.epoch + 1, "position": 0}
         begin = f"use fewer ranks, or begin the next epoch, by load_state_dict(state | {after})"
         divided = world > 1 and _divided_by_accelerate(self)
@@ -153,10 +136,10 @@ class Batches(IterableDataset[ImageBatch]):
 
     def _ends(self, position: int, world: int) -> Iterator[int]:
         """Where batches end, up to the epoch's end; the last is of another size, so that each rank has equally many."""
-        while position < self._plan.total:
+        while position < self._order.total:
             position += self._batch
-            if self._plan.total - position < world:
-                position = self._plan.total
+            if self._order.total - position < world:
+                position = self._order.total
             yield position
 
     def _spans(
@@ -208,13 +191,9 @@ def open_dataset(
     InputError, a ValueError, for wrong arguments, some when an iteration begins, and for data that is missing or
     damaged; Unavailable for a store that stays out of reach.
     """
-    content: dict[str, Any] = {"path": path, "split": split}
+    content: dict[str, Any] = {"path": str(path), "split": split}
     for name, value in settings.items():
-        require((name not in FOR_TRAINING, f"open_dataset has no setting {name}: leave it out"))
-        content[name] = value
-    for name, value in content.items():
-        if isinstance(value, Path):
-            content[name] = str(value)
+        content[name] = str(value) if isinstance(value, Path) else value
     config: DataConfig = build(DataConfig, content, "open_dataset", named={})
     return Batches(
         config,

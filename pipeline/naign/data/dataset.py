@@ -12,8 +12,7 @@ BROKEN = ("error", "skip")
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     path: str = field(default="data/mnist", metadata=MAY_CHANGE | NOT_EMPTY)
-    """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it). Several,
-    each with a share of every round: [s3://a, {path: s3://b, weight: 3, index: s3://c}]."""
+    """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it)."""
     index: str = field(default="", metadata=MAY_CHANGE)
     """Folder or s3://bucket/prefix of index.json and page tables, if they are not beside the shards (`naign index
     --to`). Empty: beside them."""
@@ -55,8 +54,3 @@ def parse_resize(config: DataConfig) -> Resize:
         raise InputError("data.crop takes windows of images as they are stored, data.size resizes them: choose one")
     height, width = parse_size(config.size, "data.size")
     return Resize(height=height, width=width)
-
-
-def lists_data_sets(config: DataConfig) -> bool:
-    """Whether data.path is a list of data sets."""
-    return config.path.lstrip().startswith("[")

@@ -11,10 +11,10 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,11 @@ from torch import Tensor
 
 from naign.data.dataset import DataConfig, check_config
 from naign.data.decode import Array
-from naign.data.format.manifest import Shard, size_problem
-from naign.data.mixing import DataSets, shares
-from naign.data.order import LANES, Order, Piece, Plan, Span, check, pieces, rank_rows
-from naign.data.reader import Raw, Reader
+from naign.data.format.manifest import Shard, check_size
+from naign.data.order import LANES, Order, Piece, Span, check, pieces, rank_rows
+from naign.data.reader import DataSet, Raw, Reader
 from naign.data.sample import Numbers, row_numbers
-from naign.errors import InputError, Stopped, require
+from naign.errors import InputError, Stopped
 from naign.storage.prefetch import in_background, in_order
 from naign.storage.retry import Tally
 from naign.storage.store import was_there
@@ -39,7 +38,7 @@ PATIENCE = 5.0  # seconds to wait for the reading of rows that are no longer wan
 TASK = 32  # rows that a thread decodes at once, at most
 BROKEN = 0.01  # largest share of samples that data.broken=skip passes over
 
-Stored = Generator[tuple[Reader, Raw]]
+Stored = Generator[Raw]
 Spans = Callable[[], Iterator[Span]]
 
 
@@ -57,7 +56,8 @@ class Rows:
     def fill(
         self,
         begin: int,
-        stored: Iterable[tuple[Reader, Raw]],
+        reader: Reader,
+        stored: Iterable[Raw],
         numbers: Numbers | None = None,  # random ones for each sample (sample.row_numbers); None: central windows
         *,
         flip: bool = False,  # mirror half of the images
@@ -66,14 +66,13 @@ class Rows:
         images = self.images.numpy()
         labels = self.labels.numpy()
         epochs = self.epochs.numpy()
-        for row, (reader, raw) in enumerate(stored, begin):
+        for row, raw in enumerate(stored, begin):
             drawn = None if numbers is None else numbers[row - begin]
-            place = images[row]
-            sample = reader.row(raw, drawn, place)
-            if sample.array is not place:
-                place[...] = sample.array
-            if flip and drawn is not None and place.ndim == 3 and drawn[2] < 0.5:
-                place[...] = place[..., ::-1]
+            sample = reader.row(raw, drawn)
+            array = sample.array
+            if flip and drawn is not None and array.ndim == 3 and drawn[2] < 0.5:
+                array = array[..., ::-1]
+            images[row] = array
             labels[row] = sample.label
             epochs[row] = sample.epoch
             self.keys[row] = sample.key
@@ -128,17 +127,17 @@ class ReadAhead:
 
     def __init__(
         self,
-        sets: DataSets,
-        plan: Plan,
+        dataset: DataSet,
+        order: Order,
         seed: int,
         world: int,
     ) -> None:
-        self._sets = sets
-        self._plan = plan
+        self._dataset = dataset
+        self._order = order
         self._seed = seed
-        self._epoch = plan.total // world  # rows of this rank in an epoch
-        self._config = sets.configs[0]  # all are decoded alike
-        self._readers: list[Reader] = []
+        self._epoch = order.total // world  # rows of this rank in an epoch
+        self._config = dataset.config
+        self._reader = dataset.reader(dataset.config.split)
         self._stored: Stored | None = None  # the samples of all spans to come
         self._next: Future[Rows] | None = None
         self._unused: list[Array] = []  # memory of rows
@@ -149,11 +148,10 @@ class ReadAhead:
     def start(self, spans: Spans) -> None:
         """Read these spans from now on."""
         self.close()
-        if not self._readers:
-            self._readers = [self._sets.reader(number) for number in range(len(self._sets.configs))]
         self._stop = threading.Event()
         self._spans = spans()
-        self._stored = self._fetch(spans)
+        wanted = chain.from_iterable(pieces(self._order, *span) for span in spans())
+        self._stored = self._reader.raw(wanted)
         atexit.register(self.close)  # a thread inside torch while the interpreter goes down would abort it
 
     def take(self, cancelled: Callable[[], bool] = lambda: False) -> Rows:
@@ -222,6 +220,7 @@ class ReadAhead:
                 yield partial(
                     rows.fill,
                     begin,
+                    self._reader,
                     samples,
                     numbers[begin:],
                     flip=self._config.flip,
@@ -229,20 +228,8 @@ class ReadAhead:
 
         for _ in in_order(fills(), workers):
             pass
-        for reader in self._readers:
-            rows.tally.merge(reader.store.tally.take())
+        rows.tally.merge(self._reader.store.tally.take())
         return rows
-
-    def _fetch(self, spans: Spans) -> Stored:
-        """The stored samples of spans, in the order of their rows, and the reader of each."""
-        with ExitStack() as stack:
-            streams = []
-            for number, reader in enumerate(self._readers):
-                samples = reader.raw(self._plan.pieces(number, spans()))
-                streams.append(stack.enter_context(closing(samples)))
-            for _, first, last in spans():
-                for owner in self._plan.owners(first, last):
-                    yield self._readers[owner], next(streams[owner])
 
     def _memory(self, count: int) -> Array:
         """Memory for images: that of earlier rows if nothing refers to it any more, else new, whose first touch costs
@@ -250,7 +237,7 @@ class ReadAhead:
         """
         memory = self._unused.pop() if self._unused else None
         if memory is None or len(memory) < count:
-            memory = new_images(self._sets.shape, self._sets.manifest.dtype, count)
+            memory = new_images(self._dataset.shape, self._dataset.manifest.dtype, count)
         lent = memory[:count]  # which the rows' tensor holds, and all that are made of it
         weakref.finalize(lent, self._unused.append, memory).atexit = False
         return lent
@@ -270,13 +257,14 @@ class Stream(AbstractContextManager["Stream"]):
     ) -> None:
         """Raises InputError where the data set is missing, or the ranks cannot share a round equally."""
         check_config(config)
-        self.sets = DataSets(config)
-        self.manifest = self.sets.manifest
-        self.shape = self.sets.shape  # of one row
-        self.order = self.sets.plan(seed, round_size)
+        dataset = DataSet(config)
+        self.manifest = dataset.manifest
+        self.shape = dataset.shape  # of one row
+        self.order = dataset.order(seed, round_size)
+        self._index = dataset.index
         check(round_size, world)
         self._share = rank_rows(round_size, rank, world)
-        self._ahead = ReadAhead(self.sets, self.order, seed, world)
+        self._ahead = ReadAhead(dataset, self.order, seed, world)
         self._next = -1  # the round that is taken next without a new start
         self._trace: Path | None = None
         if config.trace:
@@ -300,7 +288,7 @@ class Stream(AbstractContextManager["Stream"]):
         store that stays out of reach; Gone where data that existed before are missing; Stopped if `cancelled`, asked a
         few times a second, turns true.
         """
-        with was_there(*self.sets.indexes):
+        with was_there(self._index):
             if round != self._next:
                 self._ahead.start(partial(self._spans, round))
             self._next = -1
@@ -329,25 +317,16 @@ def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) 
     without chance, or points (n, D) float32; labels (n,) int64. `data` may be a path. Raises InputError as Stream does.
     """
     config = DataConfig(path=data) if isinstance(data, str) else data
-    sets = DataSets(config)
-    total = sets.manifest.split(split).samples
+    dataset = DataSet(config)
+    reader = dataset.reader(split)
+    total = dataset.manifest.split(split).samples
     count = total if limit is None else min(limit, total)
-    totals = []
-    for manifest in sets.manifests:
-        found = manifest.splits.get(split)
-        totals.append(found.samples if found else 0)
-    chosen = list[tuple[Reader, list[Piece]]]()
-    for number, wanted in enumerate(shares(totals, count)):
-        if wanted:
-            reader = sets.reader(number, split)
-            cut = _some(reader.shards, wanted, dealt=sets.manifests[number].dealt)
-            chosen.append((reader, cut))
-            for shard in {piece.shard for piece in cut}:
-                problem = size_problem(reader.store, reader.shards[shard])
-                require((not problem, problem))  # before memory is allocated for samples that are not there
-    rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
-    with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as stored:
-        rows.fill(0, stored)
+    chosen = _some(reader.shards, count, dealt=dataset.manifest.dealt)
+    for shard in {piece.shard for piece in chosen}:
+        check_size(reader.store, reader.shards[shard])  # before memory is allocated for samples that are not there
+    rows = new_rows(new_images(dataset.shape, dataset.manifest.dtype, count))
+    with closing(reader.raw(chosen)) as stored:
+        rows.fill(0, reader, stored)
     check_broken(rows.broken, len(rows.broken), count, total)
     return rows.images.contiguous(), rows.labels
 

@@ -6,7 +6,7 @@ takes the next N images, also beyond the end of an epoch, and rank k of W the k-
 images of a round, and the row of each, are the same for every world size and number of workers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -20,6 +20,7 @@ from naign.errors import InputError, require
 Span = tuple[int, int, int]  # rows [first, last) of a round, as (round, first, last)
 Longs = npt.NDArray[np.int64]
 LANES = 128  # where shards are not random subsets
+GOLDEN = (5**0.5 - 1) / 2
 BLOCK = 16  # consecutive images of a shard that lanes take together; pages end at multiples of it (format/pages.py)
 
 
@@ -47,55 +48,16 @@ class Order:
         """Images of an epoch."""
         return sum(self.sizes)
 
-
-@dataclass(kw_only=True, frozen=True, eq=False)
-class Plan:
-    """The rounds of one or several data sets: each has a fixed, evenly mixed part of every round, and own epochs."""
-
-    orders: tuple[Order, ...]  # of each data set; its round_size is its part of a round
-
-    @property
-    def total(self) -> int:
-        """Images of all data sets."""
-        return sum(order.total for order in self.orders)
-
     def epochs(self, rounds: int) -> float:
-        """The number of epochs in that many rounds, of the data set with the fewest."""
-        return min(rounds * order.round_size / order.total for order in self.orders)
+        """The number of epochs in that many rounds."""
+        return rounds * self.round_size / self.total
 
     def describe(self) -> str:
         """Which images a round takes, for a log."""
-        parts = []
-        for order in self.orders:
-            text = f"{order.round_size} a round, each of {order.total} images once an epoch"
-            if order.lanes > 1:
-                text += f", {BLOCK} in turn from each of {order.lanes} places"
-            parts.append(text)
-        return "; ".join(parts)
-
-    @cached_property
-    def _owners(self) -> Longs:
-        """For each row of a round, the data set it comes from."""
-        sizes = [order.round_size for order in self.orders]
-        positions = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
-        owners: Longs = np.repeat(np.arange(len(sizes)), sizes)
-        order = np.argsort(positions, kind="stable")
-        return owners[order]
-
-    def owners(self, start: int, stop: int) -> list[int]:
-        """For each of the rows [start, stop) of a round, the number of the data set it comes from."""
-        if len(self.orders) == 1:
-            return [0] * (stop - start)
-        owners: list[int] = self._owners[start:stop].tolist()
-        return owners
-
-    def pieces(self, number: int, spans: Iterable[Span]) -> Iterator[Piece]:
-        """What data set `number` contributes to spans, in order."""
-        for round, start, stop in spans:
-            if len(self.orders) > 1:
-                start = int(np.count_nonzero(self._owners[:start] == number))
-                stop = int(np.count_nonzero(self._owners[:stop] == number))
-            yield from pieces(self.orders[number], round, start, stop)
+        text = f"{self.round_size} a round, each of {self.total} images once an epoch"
+        if self.lanes > 1:
+            text += f", {BLOCK} in turn from each of {self.lanes} places"
+        return text
 
 
 def check_seed(seed: int) -> None:
@@ -110,6 +72,18 @@ def count_lanes(shuffle: int, *, dealt: bool) -> int:
     return shuffle or LANES
 
 
+def shares(weights: Sequence[float], size: int) -> list[int]:
+    """`size` cut into whole numbers in proportion to the weights; what is left over goes to the largest remainders."""
+    relative = np.array(weights) / max(weights)
+    exact = relative / relative.sum() * size
+    counts = np.floor(exact).astype(int)
+    left = size - int(counts.sum())
+    first = np.argsort(counts - exact, kind="stable")
+    counts[first[:left]] += 1
+    found: list[int] = counts.tolist()
+    return found
+
+
 def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
     """0 to count - 1 in an order that depends on the arguments alone: `stream` is the epoch, for its shards.
 
@@ -121,18 +95,12 @@ def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
     return order
 
 
-def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
-    """0 to count - 1 (count,) in an order in which any `width` consecutive numbers lie evenly over the range. A sweep
-    takes numbers equally far apart, in van der Corput's order; the next one those above or, if `backwards`, below.
+def spread(count: int) -> Longs:
+    """0 to count - 1 (count,) in an order in which consecutive numbers lie evenly over the range: multiples of the
+    golden ratio modulo 1 do.
     """
-    sweeps = max(1, count // width)
-    bits = (-(-count // sweeps)).bit_length()
-    corput = np.array([int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits)])
-    step, sweep = np.divmod(np.arange(count), sweeps)
-    if backwards:
-        sweep = -sweep
-    order: Longs = np.lexsort((corput[step], sweep))
-    return order
+    places: Longs = np.argsort(np.arange(count) * GOLDEN % 1, kind="stable")
+    return np.argsort(places)
 
 
 class _Lanes:
@@ -140,48 +108,24 @@ class _Lanes:
     most. A turn takes the next block of each lane.
     """
 
-    def __init__(
-        self,
-        blocks: Longs,
-        lanes: int,
-        width: int,
-    ) -> None:
-        """`blocks` (n,) has the number of whole blocks of each shard; a round takes `width` blocks."""
+    def __init__(self, blocks: Longs, lanes: int) -> None:
+        """`blocks` (n,) has the number of whole blocks of each shard."""
         self.count = int(blocks.sum())
         self._starts = np.cumsum(blocks) - blocks  # blocks before each shard
-        self._lanes = max(1, min(lanes, self.count))
-        self._turns = self.count // self._lanes  # of all lanes; one more takes the last block of the longer ones
-        edges = np.arange(self._lanes + 1) * self.count // self._lanes
-        self._firsts = edges[:-1]
-        # Every second turn goes backwards: its first blocks lie apart from the last ones of the turn before.
-        self._turn_orders = [
-            _spread(self._lanes, width),
-            _spread(self._lanes, width, backwards=True),
-        ]
-        longer = np.flatnonzero(np.diff(edges) > self._turns)
-        self._last_turn = longer[_spread(len(longer), width)]
+        lanes = max(1, min(lanes, self.count))
+        edges = np.arange(lanes + 1) * self.count // lanes
+        self._turns = self.count // lanes  # of all lanes; one more takes the last block of the longer ones
+        order = spread(lanes)
+        self._firsts = edges[order]
+        self._longer = self._firsts[np.diff(edges)[order] > self._turns]
 
     def block(self, place: int) -> tuple[int, int]:
         """The block that is taken at this place: its shard's place, and its number among the blocks of the shard."""
-        turn, index = divmod(place, self._lanes)
-        lanes = self._turn_orders[turn % 2]
-        if turn == self._turns:
-            lanes = self._last_turn
-        block = int(self._firsts[lanes[index]]) + turn
+        turn, index = divmod(place, len(self._firsts))
+        firsts = self._longer if turn == self._turns else self._firsts
+        block = int(firsts[index]) + turn
         shard = int(np.searchsorted(self._starts, block, "right")) - 1
         return shard, block - int(self._starts[shard])
-
-
-def _grouped(shards: Longs, count: int) -> Longs:
-    """Shards (n,) reordered so that each of `count` runs of consecutive numbers, often of one class, stays together."""
-    if count >= len(shards):
-        return shards
-    _, begins, groups = np.unique(
-        shards * count // len(shards),
-        return_index=True,
-        return_inverse=True,
-    )
-    return shards[np.argsort(begins[groups], kind="stable")]  # groups by where their first shard stands
 
 
 class _Epoch:
@@ -199,13 +143,9 @@ class _Epoch:
         self._begin = 0  # images before the first run
         lengths = self._sizes[self._runs]
         if order.lanes > 1:
-            width = max(1, round(order.round_size / BLOCK))  # blocks a round
-            self.shards = _grouped(self.shards, width)
-            sizes = self._sizes[self.shards]
-            self._lanes = _Lanes(sizes // BLOCK, order.lanes, width)
+            self._lanes = _Lanes(lengths // BLOCK, order.lanes)
             self._begin = self._lanes.count * BLOCK
-            rests = self.shards[sizes % BLOCK > 0]
-            self._runs = rests[_spread(len(rests), width)]
+            self._runs = self.shards[lengths % BLOCK > 0]
             lengths = self._sizes[self._runs] % BLOCK
         self._run_ends = self._begin + np.cumsum(lengths)
 

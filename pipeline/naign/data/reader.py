@@ -1,10 +1,9 @@
 """Samples of a data set's shards by number: fetched by ranges of bytes, checked page by page, decoded."""
 
 import hashlib
-import tarfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -13,12 +12,12 @@ from typing import Any, NamedTuple
 
 from naign.data.dataset import DataConfig, parse_resize
 from naign.data.decode import Array
-from naign.data.format.manifest import INDEX, Manifest, Shard, size_problem
+from naign.data.format.manifest import INDEX, Manifest, Shard, check_size
 from naign.data.format.pages import Table, parse_table, table_name
-from naign.data.format.webdataset import samples
-from naign.data.order import BLOCK, Piece, count_lanes
+from naign.data.format.webdataset import NO_TAR, samples
+from naign.data.order import BLOCK, Order, Piece, count_lanes
 from naign.data.sample import Numbers, decode
-from naign.errors import InputError, require
+from naign.errors import InputError
 from naign.storage.base import Store
 from naign.storage.prefetch import PARALLEL, in_order
 from naign.storage.store import open_store
@@ -49,6 +48,29 @@ class Row(NamedTuple):
     broken: str = ""  # what was wrong with the sample that this one replaces
 
 
+class DataSet:
+    """The data set at data.path. InputError where it is missing, or its images do not become those of the settings."""
+
+    def __init__(self, config: DataConfig) -> None:
+        place = config.index or config.path
+        self.config = config
+        self.index = f"{place}/{INDEX}"
+        self.manifest = Manifest.load(place)
+        self.shape = parse_resize(config).shape(self.manifest.shape, self.manifest.name)  # of one row
+
+    def reader(self, split: str) -> "Reader":
+        return Reader(self.config, self.manifest, split)
+
+    def order(self, seed: int, round_size: int) -> Order:
+        """Which images of data.split rounds of so many take."""
+        return Order(
+            sizes=self.manifest.split(self.config.split).sizes,
+            seed=seed,
+            round_size=round_size,
+            lanes=count_lanes(self.config.shuffle, dealt=self.manifest.dealt),
+        )
+
+
 class Reader:
     """The samples of one split of a data set."""
 
@@ -58,8 +80,6 @@ class Reader:
         manifest: Manifest,
         split: str,
     ) -> None:
-        self.key_prefix = ""  # of one of several data sets
-        self.label_numbers: dict[int, int] | None = None  # of its labels among those of all data sets
         self.store = open_store(config.path)
         self._table_store = self.store
         if config.index:
@@ -85,18 +105,13 @@ class Reader:
             for piece in turns:
                 yield from self._samples(piece, next(loaded))
 
-    def row(
-        self,
-        raw: Raw,
-        drawn: Numbers | None = None,
-        into: Array | None = None,
-    ) -> Row:
-        """The sample decoded; `drawn` and `into`: see sample.decode. Raises InputError.
+    def row(self, raw: Raw, drawn: Numbers | None = None) -> Row:
+        """The sample decoded; `drawn`: see sample.decode. Raises InputError.
 
         With data.broken=skip the shard's next readable sample, or after its last one the first, replaces a broken one.
         """
         try:
-            return self._decode(raw, drawn, into)
+            return self._decode(raw, drawn)
         except InputError as error:
             if not self._skip_broken:
                 raise
@@ -107,27 +122,18 @@ class Reader:
             with suppress(InputError):
                 piece = replace(raw.piece, first=number, last=number + 1)
                 (other,) = self.raw([piece])
-                return self._decode(other, drawn, None)._replace(broken=problem)
+                return self._decode(other, drawn)._replace(broken=problem)
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
 
-    def _decode(
-        self,
-        raw: Raw,
-        drawn: Numbers | None,
-        into: Array | None,
-    ) -> Row:
+    def _decode(self, raw: Raw, drawn: Numbers | None) -> Row:
         array, label = decode(
             raw.sample,
             self._manifest,
             self.store.url(self.shards[raw.piece.shard].name),
             self._resize,
             drawn,
-            into,
         )
-        if self.label_numbers is not None:
-            label = self.label_numbers.get(label, -1)
-        key = self.key_prefix + raw.sample["__key__"]
-        return Row(array, label, key, raw.piece.epoch)
+        return Row(array, label, raw.sample["__key__"], raw.piece.epoch)
 
     def _cut(self, wanted: Iterable[Piece]) -> Iterator[Piece]:
         """The pieces, cut where they are larger than REQUEST, at ends of pages unless these are large, too."""
@@ -145,22 +151,9 @@ class Reader:
         """The bytes of the pages with a piece."""
         name = self.shards[piece.shard].name
         pages = self._pages(piece).tolist()
-        start = pages[0][1]
-
-        def find_problem(data: bytes) -> str:
-            for (_, first, digest), (_, last, _) in pairwise(pages):
-                page = memoryview(data)[first - start : last - start]
-                if hashlib.sha256(page).digest() != digest:
-                    return f"the SHA-256 of bytes {first} to {last} is not the one in {table_name(name)}"
-            return ""
-
-        return _read_sound(
-            self.store,
-            name,
-            start,
-            pages[-1][1],
-            find_problem,
-        )
+        bounds = [byte for _, byte, _ in pages]
+        digests = [digest for _, _, digest in pages[:-1]]
+        return _read_sound(self.store, name, bounds, digests)
 
     def _pages(self, piece: Piece) -> Table:
         """The rows of the page table of the pages that hold a piece, and the one after them."""
@@ -171,22 +164,10 @@ class Reader:
         return table[low : high + 1]
 
     def _read_table(self, shard: Shard) -> Table:
-        problem = size_problem(self.store, shard)
-        require((not problem, problem))
+        check_size(self.store, shard)
         name = table_name(shard.name)
 
-        def find_problem(data: bytes) -> str:
-            if hashlib.sha256(data).hexdigest() == shard.pages:
-                return ""
-            return f"its SHA-256 is not the one in {INDEX}"
-
-        data = _read_sound(
-            self._table_store,
-            name,
-            0,
-            None,
-            find_problem,
-        )
+        data = _read_sound(self._table_store, name, [0, None], [bytes.fromhex(shard.pages)])
         try:
             return parse_table(data, samples=shard.samples, size=shard.bytes)
         except ValueError as error:
@@ -202,7 +183,7 @@ class Reader:
                 if piece.first <= number < piece.last:
                     yield Raw(piece, number, sample)
                 number += 1
-        except (tarfile.TarError, ValueError) as error:
+        except NO_TAR as error:
             raise InputError(f"{self.store.url(name)}: not a tar of samples ({error}): {_REMEDY}") from None
         if number != pages["sample"][-1]:
             raise InputError(f"{self.store.url(name)}: not the samples of {table_name(name)}: {_REMEDY}")
@@ -211,15 +192,17 @@ class Reader:
 def _read_sound(
     store: Store,
     name: str,
-    first: int,
-    last: int | None,
-    find_problem: Callable[[bytes], str],
+    bounds: list[Any],  # bytes at which pages begin and end; the last may be None: the end of the file
+    digests: list[bytes],  # of each page
 ) -> bytes:
-    """Bytes [first, last) of a file, None: to its end; read again if there is a problem with them."""
+    """The bytes of consecutive pages of a file, read again where one has another SHA-256."""
+    start = bounds[0]
     for _ in range(1 + REREADS):
-        data = store.read(name, first, last)
-        problem = find_problem(data)
-        if not problem:
+        data = store.read(name, start, bounds[-1])
+        view = memoryview(data)
+        pages = [view[first - start : last and last - start] for first, last in pairwise(bounds)]
+        if [hashlib.sha256(page).digest() for page in pages] == digests:
             return data
         store.tally.add(reread=len(data))
+    problem = f"the SHA-256 of what follows byte {start} is not the one in the index"
     raise InputError(f"{store.url(name)}: {problem}, also after {REREADS} more reads: {_REMEDY}")

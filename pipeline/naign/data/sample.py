@@ -34,7 +34,6 @@ def decode(
     shard: str,  # for messages
     resize: Resize = AS_STORED,
     drawn: Numbers | None = None,  # a row of row_numbers; None: the central window
-    into: Array | None = None,  # memory that the array may be written to, which saves a copy
 ) -> tuple[Array, int]:
     """A sample's array (uint8 of an image, float32 of a point), and label, -1 if none. InputError, which names shard
     and key, where one is not as the manifest says, or cannot be decoded.
@@ -51,7 +50,7 @@ def decode(
         elif resize.height:
             array = resized(data, resize)
         else:
-            array = decode_image(data, into)
+            array = decode_image(data)
     except InputError as error:
         raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {REPACK}") from None
     shape = manifest.shape

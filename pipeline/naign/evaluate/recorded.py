@@ -12,7 +12,7 @@ from torch import Tensor
 from naign.data.dataset import DataConfig, parse_resize
 from naign.data.decode import decode_image
 from naign.data.format.manifest import Manifest
-from naign.data.mixing import DataSets
+from naign.data.reader import DataSet
 from naign.data.resize import Resize, channels, resized
 from naign.data.sample import crop
 from naign.data.scale import scaled
@@ -49,14 +49,14 @@ def recorded(
     elif not config.path:
         raise InputError(f"{folder} does not say what it was trained on: give the packed data set as --data PATH")
     try:
-        sets = DataSets(config)
+        dataset = DataSet(config)
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from error
-    shape = tuple(sets.shape)
+    shape = dataset.shape
     if shape != model.shape:
-        other = f"{config.path} ({sets.manifest.name}) holds examples of shape {shape}"
+        other = f"{config.path} ({dataset.manifest.name}) holds examples of shape {shape}"
         raise InputError(f"{other}, the model in {folder} is for {model.shape}; {remedy}")
-    return config, replace(sets.manifest, shape=sets.shape)
+    return config, replace(dataset.manifest, shape=shape)
 
 
 def fingerprint(model: NAIGN) -> str:

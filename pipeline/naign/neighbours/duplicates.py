@@ -69,7 +69,7 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
             raise InputError(f"{encoder} has no default threshold: give --threshold, and look at groups")
         check_threshold(limit)
         require((len(images) > 1, f"{options.data} holds one image, which can have no duplicate"))
-        space = Space(encoder, images.sets.shape, accelerator.device)
+        space = Space(encoder, images.shape, accelerator.device)
         every = ImageRows("images", len(images), images.read, space, ranks)
     near = find_near(every, every, ranks, accelerator.device, within=limit)
     result = {
@@ -106,8 +106,8 @@ def write(
     pairs = pairs[~stood_in]
     groups = connect(pairs, space.distances(pairs[:, 2]))
     trained = 0
-    if TRAIN in images.sets.manifest.splits:
-        trained = images.sets.manifest.splits[TRAIN].samples
+    if TRAIN in images.manifest.splits:
+        trained = images.manifest.splits[TRAIN].samples
     redundant = 0
     lines = [HEADER]
     for name, group in enumerate(groups):

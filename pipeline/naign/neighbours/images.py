@@ -5,7 +5,6 @@ import io
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Shard
-from naign.data.mixing import DataSets
 from naign.data.order import Piece
-from naign.data.reader import Raw, Reader
+from naign.data.reader import DataSet, Raw
 from naign.errors import require
 
 
@@ -30,31 +28,29 @@ class Place(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A shard of one split of one data set."""
+    """A shard of one split."""
 
     split: str
-    place: int  # of the data set among those that data.path names
-    number: int  # among the shards of both
+    number: int  # among the shards of the split
     shard: Shard
 
 
 class Images:
-    """The images of some splits of what data.path names, numbered in the order of splits, data sets and shards."""
+    """The images of some splits of a data set, numbered in the order of splits and shards."""
 
     def __init__(self, config: DataConfig, *splits: str) -> None:
         """Raises InputError where a data set or a split is missing, and for points."""
-        self.sets = DataSets(config)
-        require((self.sets.manifest.kind == "image", f"{config.path} holds points: only images can be compared"))
+        dataset = DataSet(config)
+        self.manifest = dataset.manifest
+        self.shape = dataset.shape
+        require((self.manifest.kind == "image", f"{config.path} holds points: only images can be compared"))
         self._shards = list[Stored]()
+        self._readers = {split: dataset.reader(split) for split in splits}
         for split in splits:
-            self.sets.manifest.split(split)
-            for place, manifest in enumerate(self.sets.manifests):
-                if split in manifest.splits:
-                    for number, shard in enumerate(manifest.splits[split].shards):
-                        self._shards.append(Stored(split, place, number, shard))
+            for number, shard in enumerate(self.manifest.split(split).shards):
+                self._shards.append(Stored(split, number, shard))
         counts = [stored.shard.samples for stored in self._shards]
         self._edges = list(accumulate(counts, initial=0))
-        self._reader = lru_cache(None)(self.sets.reader)
 
     def __len__(self) -> int:
         return self._edges[-1]
@@ -63,9 +59,9 @@ class Images:
         """Images [first, last) as they are stored: (n, C, H, W) uint8. Raises InputError for damaged ones, but with
         data.broken=skip another image of the shard stands in for one that cannot be decoded.
         """
-        images = torch.empty(last - first, *self.sets.shape, dtype=torch.uint8)
-        for number, _, reader, raw in self._stored(first, last):
-            images[number - first].numpy()[...] = reader.row(raw).array
+        images = torch.empty(last - first, *self.shape, dtype=torch.uint8)
+        for number, stored, raw in self._stored(first, last):
+            images[number - first].numpy()[...] = self._readers[stored.split].row(raw).array
         return images
 
     def places(self, numbers: Sequence[int]) -> dict[int, Place]:
@@ -73,11 +69,11 @@ class Images:
         places = dict[int, Place]()
         for _, group in groupby(numbers, key=self._find):
             wanted = set(group)
-            for number, stored, _, raw in self._stored(min(wanted), max(wanted) + 1):
+            for number, stored, raw in self._stored(min(wanted), max(wanted) + 1):
                 if number in wanted:
                     name = stored.shard.name
                     key = raw.sample["__key__"]
-                    broken = self.sets.manifests[stored.place].broken.get(name, ())
+                    broken = self.manifest.broken.get(name, ())
                     places[number] = Place(stored.split, name, key, key in broken)
         return places
 
@@ -85,22 +81,21 @@ class Images:
         """The shard of an image."""
         return bisect_right(self._edges, number) - 1
 
-    def _stored(self, first: int, last: int) -> Iterator[tuple[int, Stored, Reader, Raw]]:
-        """Number, shard, reader and stored sample of the images [first, last)."""
+    def _stored(self, first: int, last: int) -> Iterator[tuple[int, Stored, Raw]]:
+        """Number, shard and stored sample of the images [first, last)."""
         at = self._find(first)
         while first < last:
             start = self._edges[at]
             end = min(last, self._edges[at + 1])
             stored = self._shards[at]
-            reader = self._reader(stored.place, stored.split)
             piece = Piece(
                 epoch=0,
                 shard=stored.number,
                 first=first - start,
                 last=end - start,
             )
-            for raw in reader.raw([piece]):
-                yield start + raw.number, stored, reader, raw
+            for raw in self._readers[stored.split].raw([piece]):
+                yield start + raw.number, stored, raw
             first = end
             at += 1
 

@@ -15,7 +15,7 @@ from naign import shipped
 from naign.errors import InputError, check_address, printable, require, shown
 
 MOST = 2**62  # no setting has a use for larger numbers, which overflow
-LISTS = ("data.path", "report.trackers", "train.callbacks")  # settings that a file may also give as a list
+LISTS = ("report.trackers", "train.callbacks")  # settings that a file may also give as a list
 
 RENAMED = {
     "prior.begin": "f is trained on train.images, and then the prior is fitted to the codes of prior.images",

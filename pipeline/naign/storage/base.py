@@ -1,12 +1,10 @@
 """The protocol of a store: a flat folder of files, behind `str` paths."""
 
 import builtins
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from naign.errors import InputError
 from naign.storage.retry import Tally
@@ -23,24 +21,11 @@ class Missing(InputError):
         self.seen = seen
 
 
-class Stat(NamedTuple):
-    """What a store reports about a file."""
-
-    size: int  # bytes
-    version: str  # changes whenever the file does, such as its ETag, or its time and size
-
-
 class Names(NamedTuple):
     """What lies directly in a folder, sorted."""
 
     folders: list[str]
     files: list[str]  # complete ones
-
-
-class Writer(Protocol):
-    """A file being written."""
-
-    def write(self, data: bytes | bytearray | memoryview, /) -> int: ...
 
 
 class Store(ABC):
@@ -54,8 +39,8 @@ class Store(ABC):
         """Names of the folders and files in it; none for a folder that is empty or does not exist."""
 
     @abstractmethod
-    def stat(self, name: str) -> Stat:
-        """Ask for the size and version of a file."""
+    def size(self, name: str) -> int:
+        """Ask for the size of a file in bytes."""
 
     @abstractmethod
     def pieces(
@@ -69,8 +54,8 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write(self, name: str) -> AbstractContextManager[Writer]:
-        """Write or replace a file while its bytes are produced: it appears whole at the end, or not at all."""
+    def put(self, name: str, data: bytes) -> None:
+        """Write or replace a file: readers see the old one or the new one, never a part."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -89,16 +74,10 @@ class Store(ABC):
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name; asks for it alone, however many files the folder holds."""
         try:
-            self.stat(name)
+            self.size(name)
         except Missing:
             return False
         return True
-
-    def size(self, name: str) -> int:
-        return self.stat(name).size
-
-    def version(self, name: str) -> str:
-        return self.stat(name).version
 
     def read(
         self,
@@ -111,10 +90,4 @@ class Store(ABC):
 
     def put_file(self, name: str, file: Path) -> None:
         """Copy a local file to the store."""
-        with file.open("rb") as source, self.write(name) as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-
-    def put(self, name: str, data: bytes) -> None:
-        """Write or replace a file: readers see the old one or the new one, never a part."""
-        with self.write(name) as target:
-            target.write(data)
+        self.put(name, file.read_bytes())

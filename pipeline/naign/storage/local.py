@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 import uuid
@@ -10,21 +9,10 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from naign.errors import InputError, Unavailable
-from naign.storage.base import PARTIAL, Missing, Names, Stat, Store, Writer
+from naign.storage.base import PARTIAL, Missing, Names, Store
 from naign.storage.retry import Tally
 
-REMEDIES = {
-    errno.EACCES: "check the owner and mode of the folder",
-    errno.EPERM: "check the owner and mode of the folder",
-    errno.ENOTDIR: "give a folder",
-    errno.EEXIST: "give a folder",
-    errno.EROFS: "choose another folder",
-    errno.ELOOP: "choose another folder",
-    errno.ENOENT: "check the path, or pack the data set again",
-    errno.EISDIR: "remove it, and copy the shard or pack the data set again",
-    errno.ENAMETOOLONG: "choose a shorter path",
-}
-"""What to do about a user's mistake, by error number. A disk that is full or fails is a crash, to be retried."""
+REMEDY = "check the path, its owner and mode, or pack the data set again"
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # Temporary failures of a disk or system, which are worth a retry.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -39,7 +27,7 @@ class LocalStore(Store):
     def __init__(self, path: str) -> None:
         self.path = path
         self.tally = Tally()
-        self._seen = dict[str, int]()  # sizes of files when `stat` asked
+        self._seen = dict[str, int]()  # sizes of files when `size` asked
         self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
     def names(self) -> Names:
@@ -55,13 +43,13 @@ class LocalStore(Store):
                         files.append(entry.name)
         return Names(sorted(folders), sorted(files))
 
-    def stat(self, name: str) -> Stat:
+    def size(self, name: str) -> int:
         with self._explained(name):
             status = (self._folder / name).stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
-            raise Missing(f"{self.url(name)}: not a regular file: {REMEDIES[errno.EISDIR]}")
+            raise Missing(f"{self.url(name)}: not a regular file: remove it, and copy it again")
         self._seen[name] = status.st_size
-        return Stat(status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+        return status.st_size
 
     def read(
         self,
@@ -88,47 +76,10 @@ class LocalStore(Store):
         for start in range(first, end, PIECE):
             yield self.read(name, start, min(start + PIECE, end))
 
-    @contextlib.contextmanager
-    def write(self, name: str) -> Iterator[Writer]:
-        partial = self._folder / f"{PARTIAL}{uuid.uuid4().hex}"
+    def put(self, name: str, data: bytes) -> None:
         with self._explained(name, writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
-            target = partial.open("xb")
-            with contextlib.suppress(OSError):  # where a file system has no locks
-                fcntl.flock(target, fcntl.LOCK_EX)
-        try:
-            with target:
-                yield target
-                with self._explained(name, writing=True):
-                    target.flush()
-                    os.fsync(target.fileno())  # the name must not outlive the bytes if the machine goes down
-                    os.replace(partial, self._folder / name)
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
-                raise self._full(name, error) from None
-            raise
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Context: locks the folder; other callers get InputError. Deletes temporary files of killed writers."""
-        with self._explained("", writing=True):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.path}: another program packs there: wait for it") from None
-            except OSError:  # a file system without locks
-                pass
-            for file in self._folder.glob(f"{PARTIAL}*"):
-                with contextlib.suppress(OSError), file.open("r+b") as left:
-                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a writer at work
-                    file.unlink()
-            yield
-        finally:
-            os.close(folder)
+            write_atomically(self._folder / name, data)
 
     def delete(self, name: str) -> None:
         with self._explained(name, writing=True):
@@ -137,28 +88,22 @@ class LocalStore(Store):
     def url(self, name: str) -> str:
         return str(self._folder / name)
 
-    def _full(self, name: str, error: OSError) -> Unavailable:
-        return Unavailable(f"{self.url(name)}: {error.strerror}: free some, or choose another folder")
-
     @contextlib.contextmanager
     def _explained(self, name: str, *, writing: bool = False) -> Iterator[None]:
-        """Context: turns an OSError that the user can mend into InputError."""
+        """Context: turns an OSError into InputError, but for one that a retry may mend."""
         try:
             yield
         except OSError as error:
-            number = error.errno
-            if number in FULL:
-                raise self._full(name, error) from None
-            if number not in REMEDIES:
+            url = self.url(name)
+            if error.errno in FULL:
+                raise Unavailable(f"{url}: {error.strerror}: free some, or choose another folder") from None
+            if error.errno in TRANSIENT:
                 raise
             what = str(error.strerror).lower()
-            remedy = REMEDIES[number]
             if writing:
-                if number == errno.ENOENT:
-                    remedy = "choose another folder"
-                raise InputError(f"{self.url(name)}: cannot be written ({what}): {remedy}") from None
-            problem = f"{self.url(name)}: {what}: {remedy}"
-            if number == errno.ENOENT:
+                raise InputError(f"{url}: cannot be written ({what}): choose another folder") from None
+            problem = f"{url}: {what}: {REMEDY}"
+            if error.errno == errno.ENOENT:
                 raise Missing(problem, seen=name in self._seen) from None
             raise InputError(problem) from None
 

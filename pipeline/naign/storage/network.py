@@ -1,16 +1,16 @@
 """What stores in a network share: reads of parallel ranges, retried, and resumed at the byte where they broke."""
 
+import io
 import os
-import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from naign.errors import Conflict, InputError, require
-from naign.storage.base import Missing, Stat, Store, Writer
+from naign.errors import InputError, require
+from naign.storage.base import Missing, Store
 from naign.storage.prefetch import PARALLEL, in_order
 from naign.storage.retry import Patience, Tally
 
@@ -32,6 +32,13 @@ MEANINGS = {
 
 answered = set[str]()  # servers that have answered this process, if only by an error
 granted = set[tuple[str, str]]()  # (path, operation): what a server has granted this process
+
+
+class Stat(NamedTuple):
+    """What a server reports about a file."""
+
+    size: int  # bytes
+    version: str  # changes whenever the file does, such as its ETag
 
 
 class Failure(NamedTuple):
@@ -76,7 +83,7 @@ class NetworkStore(Store):
         """Request bytes [first, last) of that version once; yields at most `piece` bytes at a time, as they arrive."""
 
     @abstractmethod
-    def _upload(self, name: str, file: BinaryIO) -> Stat:
+    def _upload(self, name: str, file: BinaryIO) -> None:
         """Write a file whole or not at all."""
 
     @staticmethod
@@ -92,15 +99,9 @@ class NetworkStore(Store):
     def url(self, name: str) -> str:
         return f"{self._root}/{self._prefix}{name}"
 
-    def stat(self, name: str) -> Stat:
+    def size(self, name: str) -> int:
         self._stats[name] = self._ask_stat(name)
-        return self._stats[name]
-
-    def version(self, name: str) -> str:
-        return self._known(name).version
-
-    def _known(self, name: str) -> Stat:
-        return self._stats.get(name) or self.stat(name)
+        return self._stats[name].size
 
     def pieces(
         self,
@@ -109,13 +110,24 @@ class NetworkStore(Store):
         last: int | None = None,
     ) -> Generator[bytes]:
         """As in the protocol, of one version of the file; ranges of RANGE bytes are fetched in parallel."""
-        size, version = self._known(name)
+        if name not in self._stats:
+            self.size(name)
+        size, version = self._stats[name]
         if last is None:
             last = size
         if last > size:
             raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
         starts = range(first, last, RANGE)
-        gets = (partial(self._get, name, version, start, min(start + RANGE, last)) for start in starts)
+        gets = (
+            partial(
+                self._get,
+                name,
+                version,
+                start,
+                min(start + RANGE, last),
+            )
+            for start in starts
+        )
         if len(starts) == 1:
             yield from next(gets)()
             return
@@ -123,7 +135,13 @@ class NetworkStore(Store):
             for pieces in ranges:
                 yield from pieces
 
-    def _get(self, name: str, version: str, first: int, last: int) -> Sequence[bytes]:
+    def _get(
+        self,
+        name: str,
+        version: str,
+        first: int,
+        last: int,
+    ) -> Sequence[bytes]:
         """Bytes [first, last). A body that breaks is resumed at the failed byte of the same version."""
         chunks: list[bytes] = []
         at = first
@@ -132,37 +150,46 @@ class NetworkStore(Store):
         while at < last:
             before = at
             try:
-                for chunk in self._range(name, version, at, last, piece):
+                for chunk in self._range(
+                    name,
+                    version,
+                    at,
+                    last,
+                    piece,
+                ):
                     chunks.append(chunk)
                     at += len(chunk)
                 if at < last:
                     raise ConnectionError(f"the body ended {last - at} bytes early")
             except Exception as error:
-                self._wait(patience, error, "read", name, at=f", byte {at}", progress=at > before)
+                self._wait(
+                    patience,
+                    error,
+                    "read",
+                    name,
+                    at=f", byte {at}",
+                    progress=at > before,
+                )
                 piece = SMALL_PIECE
         granted.add((self.path, "read"))
         self.tally.add(bytes=last - first)
         return chunks
 
-    @contextmanager
-    def write(self, name: str) -> Iterator[Writer]:
-        with tempfile.SpooledTemporaryFile(PART) as file:
-            yield file
-            self._send(name, file)  # type: ignore[arg-type]
+    def put(self, name: str, data: bytes) -> None:
+        self._upload(name, io.BytesIO(data))
+        self._stats.pop(name, None)
 
     def put_file(self, name: str, file: Path) -> None:
         with file.open("rb") as opened:
-            self._send(name, opened)
+            self._upload(name, opened)
+        self._stats.pop(name, None)
 
-    def _send(self, name: str, file: BinaryIO) -> None:
-        sent = self._upload(name, file)
-        there = self.stat(name)
-        if there != sent:
-            found = f"{there.size} bytes, ETag {there.version} just after {sent.size} bytes, ETag {sent.version}"
-            remedy = "another program writes there too: stop it, or choose another path"
-            raise Conflict(f"{self.url(name)}: {found} were written: {remedy}")
-
-    def _retried(self, what: str, name: str, call: Callable[[], T]) -> T:
+    def _retried(
+        self,
+        what: str,
+        name: str,
+        call: Callable[[], T],
+    ) -> T:
         """The answer to one request; failures that may pass are retried."""
         patience = Patience(f"{what} {self.url(name)}", self.tally)
         while True:

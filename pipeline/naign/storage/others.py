@@ -16,8 +16,8 @@ from obstore.store import HTTPStore, from_url
 
 from naign.errors import one_line, require
 from naign.storage import retry
-from naign.storage.base import Missing, Names, Stat
-from naign.storage.network import NO_RANGES, PART, Failure, NetworkStore
+from naign.storage.base import Missing, Names
+from naign.storage.network import NO_RANGES, PART, Failure, NetworkStore, Stat
 from naign.storage.prefetch import PARALLEL
 from naign.storage.s3_client import is_transient_status
 
@@ -62,16 +62,21 @@ class OtherStore(NetworkStore):
         for data in answer.stream(piece):
             yield bytes(data)
 
-    def _upload(self, name: str, file: BinaryIO) -> Stat:
+    def _upload(self, name: str, file: BinaryIO) -> None:
         self._require_writable("write to a local folder or s3://")
 
         def put(_: Any, path: str) -> Any:
             file.seek(0)
             bucket = _client(self._root, uploads=True)
-            return obstore.put(bucket, path, file, chunk_size=PART, max_concurrency=PARALLEL)
+            return obstore.put(
+                bucket,
+                path,
+                file,
+                chunk_size=PART,
+                max_concurrency=PARALLEL,
+            )
 
-        sent = self._ask("write", name, put)
-        return Stat(file.seek(0, 2), sent["e_tag"])
+        self._ask("write", name, put)
 
     def delete(self, name: str) -> None:
         self._require_writable("nothing is removed there")
@@ -82,7 +87,12 @@ class OtherStore(NetworkStore):
     def _require_writable(self, instead: str) -> None:
         require((self._writable, f"{self.path}: web servers are only read: {instead}"))
 
-    def _ask(self, what: str, name: str, call: Callable[[Any, str], Any]) -> Any:
+    def _ask(
+        self,
+        what: str,
+        name: str,
+        call: Callable[[Any, str], Any],
+    ) -> Any:
         """The answer to one request; failures that may pass are retried."""
         return self._retried(what, name, lambda: call(_client(self._root), self._prefix + name))
 

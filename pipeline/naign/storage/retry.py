@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import random
 import threading
 import time
@@ -33,13 +32,13 @@ class Tally:
     reread: int = 0  # bytes read again because their hash was wrong
 
     def add(self, **more: int) -> None:
-        with _LOCK[0]:
+        with _LOCK:
             for name, value in more.items():
                 setattr(self, name, getattr(self, name) + value)
 
     def take(self) -> "Tally":
         """The counts so far, which begin again at 0."""
-        with _LOCK[0]:
+        with _LOCK:
             counts = replace(self)
             self.__init__()  # type: ignore[misc]
         return counts
@@ -48,8 +47,7 @@ class Tally:
         self.add(**asdict(other))
 
 
-_LOCK = [threading.Lock()]
-os.register_at_fork(after_in_child=lambda: _LOCK.__setitem__(0, threading.Lock()))  # a thread may have held it
+_LOCK = threading.Lock()
 
 limit: ContextVar[float | None] = ContextVar("limit", default=None)  # seconds, by `give_up_after`
 
@@ -100,6 +98,12 @@ class Patience:
             raise kind(f"{where}: {failed}. {REMEDY}")
         longest = FIRST_PAUSE * 2.0 ** min(self._failures - 1, 9)
         pause = min(left, _random.uniform(0, min(LONGEST_PAUSE, longest)))
-        log.warning("%s: %s; again in %.1f s, given up in %.0f s", where, reason, pause, left)
+        log.warning(
+            "%s: %s; again in %.1f s, given up in %.0f s",
+            where,
+            reason,
+            pause,
+            left,
+        )
         self._tally.add(retries=1)
         time.sleep(pause)

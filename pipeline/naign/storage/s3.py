@@ -4,7 +4,6 @@ their bodies, are off: NetworkStore retries requests, and bodies from the byte w
 
 import base64
 import contextlib
-import hashlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -15,10 +14,9 @@ from botocore import UNSIGNED
 from botocore.exceptions import BotoCoreError, ClientError
 
 from naign.errors import InputError, one_line
-from naign.storage.base import Missing, Names, Stat
-from naign.storage.network import NO_RANGES, PART, Failure, NetworkStore
+from naign.storage.base import Missing, Names
+from naign.storage.network import NO_RANGES, PART, Failure, NetworkStore, Stat
 from naign.storage.prefetch import in_order
-from naign.storage.retry import Patience
 from naign.storage.s3_client import BadSettings, client, forget_clients, is_transient
 
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
@@ -47,29 +45,8 @@ class S3Store(NetworkStore):
 
     def _ask_stat(self, name: str) -> Stat:
         answer = self._ask("head_object", name)
-        return Stat(int(answer["ContentLength"]), _etag(answer))
-
-    def read(
-        self,
-        name: str,
-        first: int = 0,
-        last: int | None = None,
-    ) -> bytes:
-        data = super().read(name, first, last)
-        md5 = self._known(name).version
-        if first or last is not None or len(md5) != 32:
-            return data
-        # Nothing else holds the hash of a file such as index.json. Its ETag usually is its MD5; where it is not, as for
-        # encrypted objects, two reads must agree.
-        patience = Patience(f"read {self.url(name)}", self.tally)
-        while hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
-            self.tally.add(reread=len(data))
-            again = super().read(name)
-            if again == data:
-                break
-            data = again
-            patience.wait(f"bytes that are not those of its ETag {md5}, others at each read", known=False)
-        return data
+        # Some servers quote an ETag in one answer and not in the next.
+        return Stat(int(answer["ContentLength"]), str(answer["ETag"]).strip('"'))
 
     def delete(self, name: str) -> None:
         self._ask("delete_object", name)
@@ -99,15 +76,12 @@ class S3Store(NetworkStore):
                 yield chunk
                 first += len(chunk)
 
-    def _upload(self, name: str, file: BinaryIO) -> Stat:
+    def _upload(self, name: str, file: BinaryIO) -> None:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if size > PART:
-            return Stat(size, self._upload_parts(name, file, size))
-        answer = self._put("put_object", name, file.read())
-        return Stat(size, _etag(answer))
-
-    def _upload_parts(self, name: str, file: BinaryIO, size: int) -> str:
+        if size <= PART:
+            self._put("put_object", name, file.read())
+            return
         begun = self._ask("create_multipart_upload", name, ChecksumAlgorithm="CRC32")
         upload = {"UploadId": begun["UploadId"]}
 
@@ -122,12 +96,11 @@ class S3Store(NetworkStore):
         try:
             calls = (partial(put, number, file.read(PART)) for number in range(1, count + 1))
             parts = list(in_order(calls))
-            done = self._ask("complete_multipart_upload", name, MultipartUpload={"Parts": parts}, **upload)
-            return _etag(done)
+            self._ask("complete_multipart_upload", name, MultipartUpload={"Parts": parts}, **upload)
         except BaseException as error:
             # Where the answer to the completion was lost, the next request finds no upload, but the whole object.
             if isinstance(error, Missing) and self.exists(name) and self.size(name) == size:
-                return self.version(name)
+                return
             with contextlib.suppress(Exception):  # the first error is the one to report
                 self._ask("abort_multipart_upload", name, **upload)
             raise
@@ -166,8 +139,3 @@ class S3Store(NetworkStore):
         if isinstance(error, BotoCoreError | BadSettings):
             return Failure(one_line(error))
         return None
-
-
-def _etag(answer: dict[str, Any]) -> str:
-    """Some servers quote an ETag in one answer and not in the next."""
-    return str(answer["ETag"]).strip('"')

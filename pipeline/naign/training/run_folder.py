@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from naign.checkpoint import bucket
-from naign.checkpoint.manifest import MANIFEST, step_of
+from naign.checkpoint.manifest import MANIFEST, read_object, step_of
 from naign.checkpoint.writer import is_complete, newest_checkpoint, passed_over
 from naign.config import Config, changeable, differences, flatten, from_dict
 from naign.errors import Damaged, InputError
@@ -162,7 +162,7 @@ def is_done(config: Config) -> bool:
     if newest is None:
         return False
     _refuse_never(config, remote, "choose another --run.remote")
-    return budget.is_done(flatten(config), bucket.read_trainer(remote, newest))
+    return budget.is_done(flatten(config), read_object(f"{remote}/checkpoints/{newest}", "trainer.json"))
 
 
 def recorded_at(place: str) -> Config | None:

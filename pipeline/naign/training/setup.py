@@ -18,14 +18,14 @@ from naign.checkpoint.bucket import newest_first, take_over
 from naign.checkpoint.writer import Writer, newest_checkpoint
 from naign.config import Config, flatten, to_dict
 from naign.data.damage import find_damage
-from naign.data.dataset import DataConfig, lists_data_sets
+from naign.data.dataset import DataConfig
 from naign.data.format.writer import pack
 from naign.data.loader import Stream
 from naign.data.sources.catalog import load
 from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopRequest
 from naign.distributed.watchdog import Watchdog
-from naign.errors import InputError, require
+from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network
 from naign.model.prior import Latents, Prior, build_latents, build_prior
@@ -146,9 +146,7 @@ def build_model(config: Config, stream: Stream, device: torch.device) -> tuple[n
 
 def build_prior_of(config: Config, stream: Stream, network: nn.Module) -> Prior:
     """The prior, before it is fitted."""
-    unlabelled = [manifest.name for manifest in stream.sets.manifests if not manifest.labels]
-    labels = () if unlabelled else stream.manifest.labels  # of a list, all must have them
-    return build_prior(config.prior, stream.shape, network, seed=config.seed, labels=labels)
+    return build_prior(config.prior, stream.shape, network, seed=config.seed, labels=stream.manifest.labels)
 
 
 def check_model(config: Config, stream: Stream, prior: Prior) -> None:
@@ -265,9 +263,6 @@ def pack_missing(data: DataConfig, arguments: list[str]) -> None:
     source = data.source
     if not source and data.path == DataConfig().path:
         source = "mnist"
-    if lists_data_sets(data):
-        require((not data.source, "data.source packs one data set, and data.path names several: leave it out"))
-        return
     if not source or data.index:  # indexed tars are others'
         return
     if open_store(data.path).exists("index.json"):

@@ -1,93 +1,34 @@
-"""Verification of a data set against its manifest."""
+"""Verification of a data set: every sample is read as training reads it."""
 
-import hashlib
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from tqdm import tqdm
 
-from naign.data.format.manifest import INDEX, Manifest, Shard
-from naign.data.format.pages import table_name
-from naign.data.format.survey import Seen
-from naign.data.format.tars import Problems, compare, read_tars
-from naign.data.sample import decode
+from naign.data.dataset import DataConfig
+from naign.data.format.manifest import Manifest
+from naign.data.order import Piece
+from naign.data.reader import Reader
 from naign.errors import InputError
-from naign.storage.base import Store
-from naign.storage.store import open_store
 
 
-class Report(NamedTuple):
-    """The sound data that `verify` read; samples that index.json records as broken are listed."""
-
-    samples: int
-    shards: int
-    bytes: int
-    broken: list[tuple[str, str]]  # shard and key
-
-
-def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
-    """Read every byte of a data set: sizes, page tables, tar structure, pixels, shapes, labels, counts.
-    Samples that index.json says are broken may be. Raises Problems, each with its shard, and its key if it has one.
+def verify(path: str, *, index: str = "", progress: bool = True) -> tuple[int, list[str]]:
+    """Read every sample of a data set: sizes, hashes, page tables, pixels, shapes, labels. Returns their number, and
+    shard and key of those that index.json says are broken, and are. InputError names the first other problem.
     """
     manifest = Manifest.load(index or path)
-    store = open_store(path)
-    tables = open_store(index or path)
-    names = [shard.name for shard in manifest.shards]
-    size = sum(shard.bytes for shard in manifest.shards)
-    summaries = read_tars(
-        store,
-        names,
-        partial(_inspect, replace(manifest, splits={})),  # without shards, as each task gets it
-        size=size,
-        title=f"verify {manifest.name}" if progress else "",
-    )
-    problems = compare(store, summaries).problems
+    config = DataConfig(path=path, index=index)
+    hidden = None if progress else True  # None: where stderr is not a terminal
+    count = 0
     broken = []
-    for shard, summary in zip(manifest.shards, summaries, strict=True):
-        for key, reason in summary.broken.items():
-            if key in manifest.broken.get(shard.name, ()):
-                broken.append((shard.name, key))
-            else:
-                problems.append(reason)
-        if summary.shard.pages:  # it is there, and a tar
-            problems += _differences(shard, summary.shard, store, tables)
-    if problems:
-        remedy = ""
-        if not index and not any(summary.shard.pages for summary in summaries):
-            remedy = f"if the shards lie apart from {INDEX}: naign verify SHARDS --index {path}"
-        raise Problems(path, problems, remedy)
-    samples = sum(shard.samples for shard in manifest.shards)
-    return Report(samples, len(names), size, broken)
-
-
-def _inspect(
-    manifest: Manifest,
-    sample: dict[str, Any],
-    where: str,
-    _: int,
-) -> Seen:
-    """Decode a sample as training does."""
-    label = decode(sample, manifest, where)[1]
-    if manifest.labels and label < 0:
-        raise InputError(f"{where}, key {sample['__key__']}: no .cls, but {INDEX} has labels: repack it")
-    return manifest.kind, manifest.shape, set()
-
-
-def _differences(
-    shard: Shard,
-    actual: Shard,
-    store: Store,
-    tables: Store,
-) -> list[str]:
-    """How a shard and its page table differ from the manifest."""
-    problems = []
-    if actual != shard:
-        remedy = "copy it again, or run `naign index --force`"
-        problems.append(f"{store.url(shard.name)}: its sizes or SHA-256 are not those in {INDEX}: {remedy}")
-    pages = table_name(shard.name)
-    try:
-        table = tables.read(pages)
-    except InputError as error:
-        return [*problems, str(error)]
-    if hashlib.sha256(table).hexdigest() != shard.pages:
-        problems.append(f"{tables.url(pages)}: its SHA-256 is not the one in {INDEX}: repack the data set")
-    return problems
+    for name, split in manifest.splits.items():
+        reader = Reader(config, manifest, name)
+        shards = [Piece(epoch=0, shard=number, first=0, last=size) for number, size in enumerate(split.sizes)]
+        for raw in tqdm(reader.raw(shards), desc=f"verify {name}", total=split.samples, disable=hidden):
+            count += 1
+            try:
+                reader.row(raw)
+            except InputError:
+                shard = split.shards[raw.piece.shard].name
+                key = raw.sample["__key__"]
+                if key not in manifest.broken.get(shard, ()):
+                    raise
+                broken.append(f"{shard} {key}")
+    return count, broken

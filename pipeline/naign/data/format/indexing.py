@@ -4,29 +4,22 @@ import logging
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
-from joblib import Parallel, delayed
 
-from naign.data.decode import decode_image, header_shape, read_npy
 from naign.data.format import IndexOptions
-from naign.data.format.labels import check_label_rule, label_text, parse_number
-from naign.data.format.manifest import CHANNELS, FORMS, INDEX, Manifest, Split
+from naign.data.format.labels import check_label_rule, parse_number
+from naign.data.format.manifest import FORMS, INDEX, Manifest, Split
 from naign.data.format.pages import table_name
-from naign.data.format.survey import MOST_LABELS, Seen, Summary
-from naign.data.format.tars import KEPT, THREADS, Problems, compare, read_tars
-from naign.data.sample import SUFFIXES, find_suffix
-from naign.errors import InputError
-from naign.storage.base import Store
+from naign.data.format.survey import MOST_LABELS, THREADS, check_problems, common_form, read_tars
+from naign.errors import InputError, require
+from naign.storage.prefetch import in_order
 from naign.storage.store import check_writable, open_store
 from naign.terminal import busy
 
 log = logging.getLogger("naign.data")
 
-KINDS = dict(zip(FORMS.values(), FORMS, strict=True))
-PATTERN = set("{*?[")  # letters of a pattern
 TEST = ("*test*.tar", "*val*.tar")  # names of tars that are for testing, unless a pattern is given
 
 
@@ -38,48 +31,76 @@ def index(
 ) -> Manifest:
     """Read every byte of WebDataset tars and write the index.json and page tables that training needs.
 
-    Samples are pictures of any size, or points (D,) float32 as .npy; their other members are ignored. After an
-    interruption or an error the next call reads only shards that were not read, had problems or were replaced since.
-    An index that is there stays until all is read. Raises Problems, each with its shard and key.
+    Samples are pictures of any size, or points (D,) float32 as .npy; their other members are ignored. An index that is
+    there stays until all is read. InputError lists the problems, each with its shard and key.
     """
     chosen = IndexOptions(**options)
     check_label_rule(chosen.label)
-    if chosen.sample_check is not None and chosen.sample_check < 0:
-        raise InputError(f"--sample-check {chosen.sample_check}: give how many pictures of each tar, 0 or more")
     folder, files = _find_tars(path)
     splits = _split_names(files, path, chosen.test)
     store = open_store(folder)
     target = open_store(chosen.to or folder)
-    if target.exists(INDEX) and not chosen.force:
-        raise InputError(f"{target.url(INDEX)} is there already: check it by `naign verify`, or replace it by --force")
+    there = f"{target.url(INDEX)} is there already"
+    require(
+        (chosen.force or not target.exists(INDEX), f"{there}: check it by `naign verify`, or replace it by --force")
+    )
     check_writable(target, "an index beside the tars (--to=FOLDER writes it elsewhere)")
     names = [name for split in splits.values() for name in split]
     summaries = read_tars(
-        store,
+        folder,
         names,
-        partial(_inspect, chosen.label, chosen.sample_check),
+        chosen,
         size=store.size(names[0]) * len(names),
         title=f"index {folder}" if progress else "",
-        keep=target,
-        version=f"{chosen.label}, {chosen.sample_check}",
     )
-    manifest = _manifest(
-        path,
-        store,
-        splits,
-        summaries,
-        chosen,
+    problems = []
+    forms = set()
+    labels = set()
+    shards = {}
+    broken = {}
+    for summary in summaries:
+        name = summary.shard.name
+        shards[name] = summary.shard
+        problems += summary.problems
+        forms |= summary.forms
+        labels |= summary.labels
+        if summary.broken and chosen.keep_broken:
+            broken[name] = list(summary.broken)
+            log.warning("kept: %s", "; ".join(summary.broken.values()))
+        else:
+            problems += summary.broken.values()
+    check_problems(path, problems)
+    kind, shape = common_form(forms)
+    require(
+        (labels or not chosen.label, f"{path}: no sample has a label where --label says: {chosen.label}"),
+        (len(labels) <= MOST_LABELS, f"{path}: {len(labels)} labels are not classes: choose others with --label"),
     )
+    manifest = Manifest(
+        name=chosen.name or store.path.rstrip("/").rpartition("/")[2] or "indexed",
+        kind=kind,
+        shape=shape,
+        dtype=FORMS[kind][0],
+        labels=_label_names(labels, chosen.label),
+        splits={split: Split.of(shards[name] for name in listed) for split, listed in splits.items()},
+        dealt=False,
+        label=chosen.label,
+        broken=broken,
+    )
+    text = manifest.dump()
+    Manifest.parse(text, where=path)  # raises InputError before anything is replaced
     with busy("writing the index", shown=progress):
-        _write(target, manifest, summaries)
+        target.delete(INDEX)
+        puts = (partial(target.put, table_name(summary.shard.name), summary.table) for summary in summaries)
+        for _ in in_order(puts, THREADS):
+            pass
+        target.put(INDEX, text)
     return manifest
 
 
 def _find_tars(path: str) -> tuple[str, list[str]]:
     """Folder and names of the tars. A pattern of braces alone needs no listing, which a web server cannot give."""
     folder, _, last = path.rstrip("/").rpartition("/")
-    is_folder = "://" not in path and Path(path).expanduser().is_dir()  # its name is not a pattern then
-    if is_folder or not (last.endswith(".tar") or PATTERN & set(last)):
+    if not last.endswith(".tar"):
         folder = path
         last = "*.tar"
     try:
@@ -89,12 +110,8 @@ def _find_tars(path: str) -> tuple[str, list[str]]:
     folder = folder or "."
     if not set("*?[") & set(last):
         return folder, patterns
-    names = []
-    for name in open_store(folder).list():
-        if name.endswith(".tar") and _matches(name, patterns):
-            names.append(name)
-    if not names:
-        raise InputError(f"{path}: no .tar there: check the path, and unpack tars that are compressed")
+    names = [name for name in open_store(folder).list() if _matches(name, patterns)]
+    require((names, f"{path}: no .tar there: check the path, and unpack tars that are compressed"))
     return folder, names
 
 
@@ -104,95 +121,14 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _split_names(files: list[str], path: str, test: str) -> dict[str, list[str]]:
     """The names of each split. Raises InputError where none is for training, or `test` matches none."""
-    splits: dict[str, list[str]] = {"train": [], "test": []}
-    for file in files:
-        split = "test" if _matches(file, (test,) if test else TEST) else "train"
-        splits[split].append(file)
-    for split, names in splits.items():
-        if not names and (split == "train" or test):
-            raise InputError(f"{path}: none of its {len(files)} tars ({files[0]}, ...) is for {split}: see --test")
-    if not splits["test"]:
-        del splits["test"]
-    return splits
-
-
-def _inspect(
-    rule: str,
-    decoded: int | None,
-    sample: dict[str, Any],
-    where: str,
-    number: int,
-) -> Seen:
-    """Kind, shape and label of a sample of any data set; pictures from the number `decoded` on only by their header."""
-    where = f"{where}, key {sample['__key__']}"
-    suffix = find_suffix(sample, "image")
-    if not suffix:
-        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
-    data = sample[suffix]
-    kind = "image"
-    try:
-        if suffix == "npy":
-            array = read_npy(data)
-            shape = array.shape
-            kind = KINDS.get((str(array.dtype), array.ndim), "")
-        elif decoded is None or number < decoded:
-            shape = decode_image(data).shape
-        else:
-            shape = header_shape(data)
-    except InputError as error:
-        remedy = "repack the data set, or index it with --keep-broken and train with --data.broken=skip"
-        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {remedy}") from None
-    if not kind or (kind == "image" and shape[0] not in CHANNELS):
-        wanted = "images are uint8 (1 or 3, H, W), points float32 (D,)"
-        raise InputError(f"{where}: the .npy is {array.dtype} of {shape}, but {wanted}: repack the data set")
-    text = label_text(sample, rule, where)
-    if text is None:
-        return kind, shape, set()
-    if not rule and not 0 <= parse_number(text) < MOST_LABELS:
-        what = f"label {text[:20]!r} is not a number below {MOST_LABELS}, as in .cls"
-        raise InputError(f"{where}: {what}: say where labels are with --label, or repack the data set")
-    return kind, shape, {text}
-
-
-def _manifest(
-    path: str,
-    store: Store,
-    splits: dict[str, list[str]],
-    summaries: list[Summary],
-    options: IndexOptions,
-) -> Manifest:
-    """The manifest of the tars. Raises Problems."""
-    together = compare(store, summaries)
-    problems = together.problems
-    shards = {}
-    broken = {}
-    for summary in summaries:
-        name = summary.shard.name
-        shards[name] = summary.shard
-        if summary.broken and options.keep_broken:
-            broken[name] = list(summary.broken)
-            log.warning("kept: %s", "; ".join(summary.broken.values()))
-        else:
-            problems += summary.broken.values()
-    if not problems and not together.kind:
-        problems.append(f"{path}: none of its samples can be decoded: repack the data set")
-    if options.label and not together.labels:
-        problems.append(f"{path}: no sample has a label where --label says: {options.label}")
-    if problems:
-        note = f"what was read of sound tars is kept (*{KEPT}): the next call reads only the others"
-        raise Problems(path, problems, note)
-    manifest = Manifest(
-        name=options.name or store.path.rstrip("/").rpartition("/")[2] or "indexed",
-        kind=together.kind,
-        shape=together.shape,
-        dtype=FORMS[together.kind][0],
-        labels=_label_names(together.labels, options.label),
-        splits={split: Split.of(map(shards.__getitem__, names)) for split, names in splits.items()},
-        dealt=False,
-        label=options.label,
-        broken=broken,
-    )
-    return Manifest.parse(manifest.dump(), where=path)  # raises InputError before anything is replaced
+    patterns = (test,) if test else TEST
+    tests = [file for file in files if _matches(file, patterns)]
+    train = [file for file in files if file not in set(tests)]
+    none = f"{path}: none of its {len(files)} tars ({files[0]}, ...) is for"
+    require((train, f"{none} train: see --test"), (tests or not test, f"{none} test: see --test"))
+    if tests:
+        return {"train": train, "test": tests}
+    return {"train": train}
 
 
 def _label_names(texts: set[str], rule: str) -> tuple[str, ...]:
@@ -201,12 +137,3 @@ def _label_names(texts: set[str], rule: str) -> tuple[str, ...]:
         largest = max(map(int, texts), default=-1)
         return tuple(map(str, range(largest + 1)))
     return tuple(sorted(texts, key=lambda text: (parse_number(text), text)))
-
-
-def _write(target: Store, manifest: Manifest, summaries: list[Summary]) -> None:
-    """Write page tables and index.json in place of those that are there; then delete the summaries' files."""
-    target.delete(INDEX)
-    threads = Parallel(THREADS, backend="threading")
-    threads(delayed(target.put)(table_name(summary.shard.name), summary.table) for summary in summaries)
-    target.put(INDEX, manifest.dump())
-    threads(delayed(target.delete)(name) for name in target.list() if name.endswith(KEPT))

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from naign.data.format.labels import check_label_rule
-from naign.errors import InputError
+from naign.errors import InputError, require
 from naign.storage.base import Store
 from naign.storage.store import open_store
 
@@ -18,7 +18,6 @@ FORMAT = 2
 
 VALUES = 2**28  # the most values a sample may have: a colour image of 8192 pixels a side is below it
 SAMPLE_BYTES = 1024  # the least that a sample takes in a tar: a block of header and one of data
-MOST_SAMPLES = 2**40  # of a split
 
 CHANNELS = (1, 3)  # of an image: grey or colour
 FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}  # type and axes of a sample, by kind
@@ -83,10 +82,10 @@ class Manifest:
         try:
             fields: dict[str, Any] = json.loads(text)
             version = fields.pop("format")
-            if version == FORMAT:
-                manifest = cls(**_converted(fields))
-                _check(manifest)
-                return manifest
+            _demand(version == FORMAT, f"format {version!r}, but this program reads format {FORMAT}")
+            manifest = cls(**_converted(fields))
+            _check(manifest)
+            return manifest
         except (
             ValueError,
             TypeError,
@@ -96,8 +95,6 @@ class Manifest:
         ) as error:
             problem = f"{type(error).__name__}: {error}"
             raise InputError(f"{where}: malformed ({problem}): pack or index the data set again with --force") from None
-        remedy = "write it anew with `naign index --force`, or pack the data set again with --force"
-        raise InputError(f"{where}: format {version!r}, but this program reads format {FORMAT}: {remedy}")
 
     @property
     def shards(self) -> list[Shard]:
@@ -125,13 +122,12 @@ class Manifest:
         return (json.dumps(fields, indent=1) + "\n").encode()
 
 
-def size_problem(store: Store, shard: Shard) -> str:
-    """How a shard's size in the store differs from that in index.json, or ''. Raises InputError where it is missing."""
+def check_size(store: Store, shard: Shard) -> None:
+    """Raise InputError where a shard is missing, or its size in the store is not that in index.json."""
     size = store.size(shard.name)
-    if size == shard.bytes:
-        return ""
     remedy = "truncated or replaced: copy it again, or repack the data set"
-    return f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: {remedy}"
+    problem = f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: {remedy}"
+    require((size == shard.bytes, problem))
 
 
 def is_count(value: object, least: int = 0) -> bool:
@@ -145,8 +141,8 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
     for name, split in fields["splits"].items():
         for shard in split["shards"]:
             shard.pop("sha256", None)  # of the whole tar, which older programs wrote
-        shards = tuple(Shard(**shard) for shard in split["shards"])
-        splits[name] = Split(samples=split["samples"], shards=shards)
+        splits[name] = Split.of(Shard(**shard) for shard in split["shards"])
+        _demand(splits[name].samples == split["samples"], "samples do not add up")
     fields["splits"] = splits
     for name in ("shape", "labels"):
         if not isinstance(fields[name], list):
@@ -159,40 +155,31 @@ def _check(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for wrong types, values out of range, and contradictions."""
     shape = manifest.shape
     lengths = shape
-    form = (manifest.dtype, len(shape))
-    _demand(FORMS.get(manifest.kind) == form, "kind, shape and dtype do not go together")
+    _demand(FORMS.get(manifest.kind) == (manifest.dtype, len(shape)), "kind, shape and dtype do not go together")
     if manifest.kind == "image":
         _demand(shape[0] in CHANNELS, "an image has 1 or 3 channels")
         if shape[1:] == (0, 0):
             lengths = shape[:1]
     _demand(all(is_count(length, 1) for length in lengths), "shape is not of positive integers")
     _demand(math.prod(lengths) <= VALUES, f"a sample has more than {VALUES} values")
-    _demand(_are_texts([manifest.name, manifest.label, *manifest.labels]), "name, label and labels are not text")
-    _demand(len(set(manifest.labels)) == len(manifest.labels), "one label stands twice")
+    texts = [manifest.name, manifest.label, *manifest.labels]
+    for keys in manifest.broken.values():
+        texts += keys
+    _demand(all(isinstance(text, str) for text in texts), "name, label, labels and broken are not text")
     check_label_rule(manifest.label)
     _demand(type(manifest.dealt) is bool, "dealt is not true or false")
-    for keys in manifest.broken.values():
-        _demand(_are_texts(keys), "broken does not list keys by shard")
     names = set()
     for split in manifest.splits.values():
         for shard in split.shards:
             _check_shard(shard)
-            _demand(shard.name not in names, f"shard {shard.name} is listed twice")
             names.add(shard.name)
-        _demand(is_count(split.samples, 1), "samples is not a whole number")
-        _demand(sum(split.sizes) == split.samples < MOST_SAMPLES, "samples do not add up")
-    _demand(names, "no shards")
-
-
-def _are_texts(values: object) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+    _demand(names and len(names) == len(manifest.shards), "no shards, or one is listed twice")
 
 
 def _check_shard(shard: Shard) -> None:
     """Raise ValueError or TypeError for an entry that no shard can have."""
     name = shard.name
-    _demand(re.fullmatch(r"[^./\\][^/\\]*", name), f"{name!r} leads out of the folder")
-    _demand(name.isprintable() and len(name.encode()) < 256, f"{name!r} is not the name of a file")
+    _demand(re.fullmatch(r"[^./\\][^/\\]{0,200}", name) and name.isprintable(), f"{name!r} is not the name of a shard")
     _demand(is_count(shard.samples, 1) and is_count(shard.bytes), f"{name}: samples and bytes are not whole numbers")
     _demand(shard.bytes >= SAMPLE_BYTES * shard.samples, f"{name}: its bytes cannot hold its samples")
     _demand(re.fullmatch("[0-9a-f]{64}", shard.pages), f"{name}: pages is not a SHA-256 of 64 hexadecimal digits")

@@ -14,9 +14,8 @@ import numpy.typing as npt
 from naign.data import order
 from naign.data.decode import encode
 from naign.data.format.manifest import Shard
-from naign.data.format.tar import TAR_BLOCK
-from naign.storage.base import Writer
 
+TAR_BLOCK = 512  # bytes; a tar's headers and data are padded to multiples of it
 PAGE = 256 << 10
 """Bytes after which a page ends, at the end of a sample. It also ends at each multiple of order.BLOCK samples, so that
 blocks are whole pages. Of samples of 2 KB tables are .15 % of the data, of large ones less than .02 %."""
@@ -33,41 +32,28 @@ def table_name(shard: str) -> str:
 
 
 class Pager:
-    """Measures a tar from its bytes and the offsets at which its samples start; either may come first."""
+    """Measures a tar from its bytes and the offsets at which its samples start."""
 
-    def __init__(self, target: Writer | None = None) -> None:
-        """Bytes are passed on to the target."""
+    def __init__(self) -> None:
         self.size = 0  # bytes of the tar written so far
         self.samples = 0  # started so far
         self.end = 0  # byte behind the last sample
         self.after = 0  # byte behind the last member of the tar
-        self._target = target
-        self._bytes = bytearray()  # of the tar, from _start on: not hashed yet
-        self._start = 0
-        self._pages: list[tuple[int, int]] = []  # first sample and byte of each that is not hashed yet
+        self._bytes = bytearray()  # of the tar, from _start on
+        self._start = 0  # byte at which the last page starts
+        self._first = 0  # its first sample
         self._rows: list[tuple[int, int, bytes]] = []
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
+    def write(self, data: bytes) -> None:
         """Add the tar's next bytes."""
-        if self._target:
-            self._target.write(data)
         self.size += len(data)
         self._bytes += data
-        self._hash_pages()
-        return len(data)
 
     def start(self, offset: int) -> None:
-        """Start a sample at this byte of the tar."""
-        begins_block = self.samples % order.BLOCK == 0
-        if begins_block or offset - self._pages[-1][1] >= PAGE:
-            self._pages.append((self.samples, offset))
-            self._hash_pages()
+        """Start a sample at this byte of the tar; those before it have been written."""
+        if self.samples % order.BLOCK == 0 or offset - self._start >= PAGE:
+            self._turn_page(offset)
         self.samples += 1
-
-    def skip(self, end: int) -> None:
-        """Free the bytes before `end`, where no sample has started yet: no page will have them."""
-        del self._bytes[: end - self._start]
-        self._start = end
 
     def get(self, first: int, last: int) -> bytes:
         """Bytes [first, last), fewer where they are not written yet. `first` must not lie before the last sample."""
@@ -76,9 +62,7 @@ class Pager:
 
     def shard(self, name: str) -> tuple[Shard, bytes]:
         """The entry of the tar, written whole, in the manifest, and the file of its page table; `end` must be set."""
-        self._pages.append((self.samples, self.end))
-        self._hash_pages()
-        assert len(self._pages) == 1
+        self._turn_page(self.end)
         self._rows.append((self.samples, self.end, bytes(32)))
         table = encode(np.array(self._rows, ROW), "npy")
         shard = Shard(
@@ -89,17 +73,14 @@ class Pager:
         )
         return shard, table
 
-    def _hash_pages(self) -> None:
-        """Hash the pages whose bytes are all known, and free these."""
-        while len(self._pages) > 1:
-            sample, first = self._pages[0]
-            _, last = self._pages[1]
-            if last > self.size:
-                return
-            del self._pages[0]
-            digest = hashlib.sha256(self.get(first, last)).digest()
-            self._rows.append((sample, first, digest))
-            self.skip(last)
+    def _turn_page(self, offset: int) -> None:
+        """Hash the page that ends before this byte, where the next one starts, and free its bytes."""
+        if self.samples:
+            digest = hashlib.sha256(self.get(self._start, offset)).digest()
+            self._rows.append((self._first, self._start, digest))
+        del self._bytes[: offset - self._start]
+        self._start = offset
+        self._first = self.samples
 
 
 def parse_table(data: bytes, *, samples: int, size: int) -> Table:

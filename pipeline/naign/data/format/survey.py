@@ -1,103 +1,159 @@
-"""What is learned of one tar by reading every byte of it: its page table, and what its samples are."""
+"""What is learned of tars by reading every byte of them: their page tables, and what their samples are."""
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
-from naign.data.format.manifest import Shard
-from naign.data.format.pages import Pager
-from naign.data.format.tar import TAR_BLOCK
+from joblib import Parallel, cpu_count, delayed
+from tqdm import tqdm
+
+from naign.data.decode import decode_image, header_shape, read_npy
+from naign.data.format import IndexOptions
+from naign.data.format.labels import label_text, parse_number
+from naign.data.format.manifest import CHANNELS, FORMS, Shard
+from naign.data.format.pages import TAR_BLOCK, Pager
 from naign.data.format.webdataset import scan
-from naign.errors import InputError
-from naign.storage.base import Store
+from naign.data.sample import SUFFIXES, find_suffix
+from naign.errors import InputError, Unavailable, require
+from naign.storage.store import open_store
 
+THREADS = 8  # tars read at once: the stream of one hardly fills a fast network
+PROCESSES = 32  # at most, one a core; each takes a second to start
+MUCH = 256 << 20  # bytes of tars from which on processes read them: threads share the interpreter's lock
+IDLE = 5  # seconds after which a process without work ends; one whose parent was killed does so half a minute later
+
+KINDS = dict(zip(FORMS.values(), FORMS, strict=True))
 MOST_LABELS = 1_000_000  # a larger number in .cls is not a label, and more texts are not classes
-ALIKE = "all samples must be alike; `naign pack folder` makes them so"
+PROBLEMS = 20  # how many problems a message lists
 
-Seen = tuple[str, tuple[int, ...], set[str]]  # kind, shape and, if there is one, label of a sample
-Inspect = Callable[[dict[str, Any], str, int], Seen]
-"""Inspects a sample, given with its shard's URL and its number there. Raises InputError if it cannot be used."""
+Form = tuple[str, tuple[int, ...]]  # kind and shape of a sample
+
+
+def check_problems(path: str, problems: list[str]) -> None:
+    """Raise InputError that lists the first of the problems of a data set, if there is one."""
+    if not problems:
+        return
+    lines = problems[:PROBLEMS]
+    if len(problems) > PROBLEMS:
+        lines.append(f"and {len(problems) - PROBLEMS} more")
+    raise InputError("\n  ".join([f"{path}: {len(problems)} problems", *lines]))
 
 
 @dataclass(kw_only=True)
 class Summary:
-    """What was read of one tar, or of several; also written to a file, so that an interrupted call can continue."""
+    """What was read of one tar."""
 
-    shard: Shard = Shard(name="", samples=0, bytes=0, pages="")
+    shard: Shard
     table: bytes = b""  # the file of its page table
-    kind: str = ""  # of all samples
-    shape: tuple[int, ...] = ()  # of all samples; (C, 0, 0) of pictures that differ in size
-    labels: set[str] = field(default_factory=set)  # as they are written; empty where no sample has one
+    forms: set[Form] = field(default_factory=set)  # of its samples
+    labels: set[str] = field(default_factory=set)  # as they are written
     broken: dict[str, str] = field(default_factory=dict)  # keys of samples that cannot be used, and why
     problems: list[str] = field(default_factory=list)
 
-    def add(self, seen: Seen, where: str) -> None:
-        """Add a sample, or samples that are alike; it is a problem if they are unlike the others."""
-        kind, shape, labels = seen
-        if not self.kind:
-            self.kind = kind
-            self.shape = shape
-            self.labels = set(labels)
-        if kind != self.kind or (kind == "point" and shape != self.shape):
-            self.problems.append(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {ALIKE}")
-        elif bool(labels) != bool(self.labels):
-            what = "a label" if labels else "no label"
-            self.problems.append(f"{where}: {what}, unlike others: {ALIKE}")
-        else:
-            channels, *size = self.shape
-            if size != [*shape[1:]]:
-                size = [0, 0]
-            self.shape = (max(shape[0], channels), *size)  # grey ones are read as colour among others
-            self.labels |= labels
-        if len(self.labels) > MOST_LABELS:
-            raise InputError(f"{where}: more than {MOST_LABELS} labels are not classes: choose others with --label")
 
-    def dump(self, version: str) -> bytes:
-        """The bytes of its file; `version` says what was read, and how."""
-        fields = {"version": version, **asdict(self), "table": self.table.hex()}
-        return json.dumps(fields, default=sorted).encode()  # sets, as lists
-
-    @classmethod
-    def parse(cls, data: bytes, version: str) -> "Summary | None":
-        """The summary in a file, None unless it is of that version."""
-        try:
-            fields = json.loads(data)
-            if fields.pop("version") != version:
-                return None
-            fields["shard"] = Shard(**fields["shard"])
-            fields["table"] = bytes.fromhex(fields["table"])
-            fields["shape"] = tuple(fields["shape"])
-            fields["labels"] = set(fields["labels"])
-            return cls(**fields)
-        except (AttributeError, KeyError, TypeError, ValueError):  # cut, or of another version of naign
-            return None
+def common_form(forms: set[Form]) -> Form:
+    """The kind and shape of all samples: (C, 0, 0) where sizes vary. Raises InputError where kinds or points differ."""
+    kinds = {kind for kind, _ in forms}
+    shapes = {shape for _, shape in forms}
+    alike = len(kinds) == 1 and (kinds == {"image"} or len(shapes) == 1)
+    some = ", ".join(f"{kind} {shape}" for kind, shape in sorted(forms)[:PROBLEMS])
+    require((alike, f"samples of several forms, or none that can be decoded: {some}: repack the data set"))
+    channels = max(shape[0] for shape in shapes)  # grey ones are read as colour among others
+    sizes = {shape[1:] for shape in shapes}
+    size = sizes.pop() if len(sizes) == 1 else (0, 0)
+    return kinds.pop(), (channels, *size)
 
 
-def summarize(store: Store, name: str, inspect: Inspect) -> Summary:
+def read_tars(
+    path: str,  # folder or bucket
+    names: list[str],
+    options: IndexOptions,
+    *,
+    size: int,  # bytes of all of them, about
+    title: str,  # of the bar on stderr; "": none
+) -> list[Summary]:
+    """The summary of every tar, in order: each is read once, by threads or processes."""
+    workers = THREADS
+    backend = "threading"
+    processes = min(cpu_count(), len(names), PROCESSES)
+    if processes > 1 and size >= MUCH:
+        workers = processes
+        backend = "loky"
+    parallel = Parallel(workers, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
+    results = parallel(delayed(_summarize)(path, name, options) for name in names)
+    shown = tqdm(
+        results,
+        desc=title,
+        total=len(names),
+        unit="tar",
+        disable=None if title else True,  # None: where stderr is not a terminal
+    )
+    try:
+        with closing(results):
+            return list(shown)
+    except BrokenProcessPool:
+        killed = "a process that reads tars was killed, for its memory perhaps, or could not start"
+        raise Unavailable(f"{killed}: try again") from None
+
+
+def _summarize(path: str, name: str, options: IndexOptions) -> Summary:
     """Read every byte of a tar. What is wrong with it, or with single samples, is in `problems` and `broken`."""
+    store = open_store(path)
     where = store.url(name)
     pager = Pager()
-    keys: set[str] = set()
     summary = Summary(shard=Shard(name=name, samples=0, bytes=0, pages=""))
     try:
         for number, sample in enumerate(scan(store, name, pager)):
             key = sample["__key__"]
-            if key in keys:
-                summary.problems.append(f"{where}, key {key}: twice, or its members are apart: repack the data set")
-            keys.add(key)
             try:
-                seen = inspect(sample, where, number)
+                form, label = _inspect(sample, f"{where}, key {key}", number, options)
             except InputError as error:
                 summary.broken[key] = str(error)
-            else:
-                summary.add(seen, f"{where}, key {key}")
+                continue
+            summary.forms.add(form)
+            if label is not None:
+                summary.labels.add(label)
         _check_end(pager, where)
     except InputError as error:  # missing, or not a tar from some byte on
         summary.problems.append(str(error))
         return summary
     summary.shard, summary.table = pager.shard(name)
     return summary
+
+
+def _inspect(
+    sample: dict[str, Any],
+    where: str,
+    number: int,  # in its tar
+    options: IndexOptions,
+) -> tuple[Form, str | None]:
+    """Form and label, if there is one, of a sample of any data set. Raises InputError if it cannot be used."""
+    suffix = find_suffix(sample, "image")
+    if not suffix:
+        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
+    data = sample[suffix]
+    kind = "image"
+    try:
+        if suffix == "npy":
+            array = read_npy(data)
+            shape = array.shape
+            kind = KINDS.get((str(array.dtype), array.ndim), "")
+        elif options.sample_check is None or number < options.sample_check:
+            shape = decode_image(data).shape
+        else:
+            shape = header_shape(data)
+    except InputError as error:
+        remedy = "repack the data set, or index it with --keep-broken and train with --data.broken=skip"
+        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {remedy}") from None
+    if not kind or (kind == "image" and shape[0] not in CHANNELS):
+        wanted = "images are uint8 (1 or 3, H, W), points float32 (D,)"
+        raise InputError(f"{where}: the .npy is {array.dtype} of {shape}, but {wanted}: repack the data set")
+    text = label_text(sample, options.label, where)
+    if text is not None and not options.label and not 0 <= parse_number(text) < MOST_LABELS:
+        what = f"label {text[:20]!r} is not a number below {MOST_LABELS}, as in .cls"
+        raise InputError(f"{where}: {what}: say where labels are with --label, or repack the data set")
+    return (kind, shape), text
 
 
 def _check_end(pager: Pager, where: str) -> None:
@@ -108,4 +164,5 @@ def _check_end(pager: Pager, where: str) -> None:
     if len(rest) < 2 * TAR_BLOCK:  # cut between two samples it reads as if whole
         raise InputError(f"{where}: ends in the middle: no end-of-archive mark: copy it again")
     if rest.strip(b"\0"):
-        raise InputError(f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them")
+        what = "no tar, or more data behind the end of the archive, as of tars laid end to end"
+        raise InputError(f"{where}: from byte {pager.after} on {what}: copy it again, or repack it")

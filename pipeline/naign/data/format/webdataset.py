@@ -1,15 +1,16 @@
 """Members of a tar grouped into samples as WebDataset groups them: in pages that were read, and in a whole shard."""
 
+import io
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
+from types import SimpleNamespace
 from typing import Any
 
-from naign.data.format.pages import Pager
-from naign.data.format.tar import members
+from naign.data.format.pages import TAR_BLOCK, Pager
 from naign.errors import InputError
 from naign.storage.base import Store
 
@@ -17,19 +18,59 @@ _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # WebData
 
 _METADATA = re.compile(r"__([^/]*)__(/|\Z)")  # the first part of a name
 
+NO_TAR = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+"""What tarfile raises for bytes that are not a tar."""
+
 File = tuple[str, str, bytes]  # key, suffix and data of a member
 
 
 def samples(page: bytes) -> Iterator[dict[str, Any]]:
-    """The samples in the bytes of whole pages. Raises tarfile.TarError or ValueError where they are none."""
+    """The samples in the bytes of whole pages. Raises one of NO_TAR where they are none."""
     return grouped(_files(page))
 
 
 def _files(page: bytes) -> Iterator[File]:
-    for member in members(lambda first, last: page[first:last], hashed=True):
-        split = key_and_suffix(member.name)
-        if split and member.data is not None:
-            yield *split, member.data
+    for name, data in _members(page):
+        split = key_and_suffix(name)
+        if split:
+            yield *split, data
+
+
+def _members(page: bytes) -> Iterator[tuple[str, bytes]]:
+    """Names and data of the files in a page. tarfile reads what begins with a header of more than a name and a size: it
+    takes twenty times as long. Checksums of plain headers are not compared: the page's SHA-256 was.
+    """
+    begin = 0
+    while begin < len(page):
+        start = begin + TAR_BLOCK
+        header = page[begin:start]
+        digits = header[124:136].strip(b" \0")
+        is_plain = header[156:157] == b"0" and header[257:262] == b"ustar" and header[345:346] == b"\0"
+        if not is_plain or not digits.isdigit():
+            break
+        name = header[:100].partition(b"\0")[0].decode(errors="surrogateescape")
+        size = int(digits, 8)
+        data = page[start : start + size]
+        if len(data) < size:
+            raise tarfile.ReadError("unexpected end of data")
+        yield name, data
+        begin = start + -(-size // TAR_BLOCK) * TAR_BLOCK
+    if begin < len(page):
+        with _open_stream(io.BytesIO(page[begin:])) as tar:
+            for member in tar:
+                if member.isfile():
+                    yield member.name, _content(tar, member)
+
+
+def _open_stream(file: Any) -> tarfile.TarFile:
+    """A tar that is read from its begin to its end, from an object with `read`."""
+    return tarfile.open(fileobj=file, mode="r|", encoding="utf-8")
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = tar.extractfile(member)
+    assert stream, "a file"
+    return stream.read()
 
 
 def grouped(files: Iterable[File], where: str = "") -> Iterator[dict[str, Any]]:
@@ -63,36 +104,39 @@ def scan(store: Store, name: str, pager: Pager) -> Iterator[dict[str, Any]]:
                 pager.write(data)
         except InputError:
             raise
-        except (tarfile.TarError, ValueError) as error:
+        except NO_TAR as error:
             raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
 
 
 def _measured(pager: Pager, pieces: Iterator[bytes], where: str) -> Iterator[File]:
     """The files of a shard's samples. The pieces go to `pager`, which is told where samples start and end."""
+    position = 0
 
-    def read(first: int, last: int) -> bytes:
-        while pager.size < last:
+    def read(size: int) -> bytes:
+        nonlocal position
+        while pager.size < position + size:
             data = next(pieces, b"")
             if not data:
                 break
             pager.write(data)
-        return pager.get(first, last)
+        found = pager.get(position, position + size)
+        position += len(found)
+        return found
 
     previous = None
-    for member in members(read, where):
-        pager.after = member.end
-        split = key_and_suffix(member.name)
-        if split is None or member.data is None:
-            if not pager.samples:
-                pager.skip(member.end)
-            continue
-        key, suffix = split
-        if not key.isprintable():
-            raise InputError(f"{where}, key {key!r}: not printable UTF-8: repack the data set")
-        if key != previous:
-            previous = key
-            pager.start(member.begin)
-        yield key, suffix, member.data
-        pager.end = member.end
-    if not pager.after:
-        raise tarfile.ReadError("empty file, or it begins with zeros")
+    with _open_stream(SimpleNamespace(read=read)) as tar:
+        for member in tar:
+            if member.islnk() or member.issym() or member.issparse():
+                raise InputError(f"{where}: {member.name} is a link or sparse: repack it with the files")
+            pager.after = tar.offset
+            split = key_and_suffix(member.name)
+            if split is None or not member.isfile():
+                continue
+            key, suffix = split
+            if not key.isprintable():
+                raise InputError(f"{where}, key {key!r}: not printable UTF-8: repack the data set")
+            if key != previous:
+                previous = key
+                pager.start(member.offset)
+            yield key, suffix, _content(tar, member)
+            pager.end = tar.offset

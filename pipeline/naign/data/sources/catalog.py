@@ -11,7 +11,7 @@ from naign.data.order import check_seed, shuffled
 from naign.data.sources import published, toys
 from naign.data.sources.folder import from_tree
 from naign.data.sources.source import Source, labelled, subset
-from naign.errors import InputError
+from naign.errors import require
 from naign.settings.registry import known, lookup
 
 GROUP = "naign.sources"
@@ -19,7 +19,6 @@ DEFAULTS: dict[str, Any] = {
     "root": None,
     "size": None,
     "channels": 3,
-    "skip": False,
 }
 
 
@@ -34,23 +33,15 @@ def load(name: str, *, seed: int = 0, **given: Any) -> Source:
     base, _, argument = name.partition(":")
     key = f"{base}:<name>"
     if not argument or key not in known(SOURCES, GROUP):
+        key = name
         if argument.isdecimal() and len(argument) < 10:
             return subset(load(base, seed=seed, **given), int(argument), seed=seed)
-        key = name
     build = lookup("the data set to pack", key, SOURCES, GROUP)
     taken = signature(build).parameters
-    options = {}
-    for option, value in (DEFAULTS | given).items():
-        if option in taken:
-            options[option] = value
-        elif value != DEFAULTS[option]:
-            flag = "broken" if option == "skip" else option
-            raise InputError(f"{name} does not take --{flag}: leave it out")
-    if "seed" in taken:
-        options["seed"] = seed
-    if name == "folder" and not (options["root"] and options["size"]):
-        raise InputError("folder needs pictures and their size: add --root FOLDER --size 64")
-    return build(argument, **options)
+    options = DEFAULTS | given | {"seed": seed}
+    for option, value in DEFAULTS.items():
+        require((option in taken or options[option] == value, f"{name} does not take --{option}: leave it out"))
+    return build(argument, **{option: value for option, value in options.items() if option in taken})
 
 
 def digits(_: str) -> Source:

@@ -36,19 +36,20 @@ class Picture(NamedTuple):
 
 def from_tree(
     _: str,
-    root: Path,
-    size: str | int,
+    root: Path | None,
+    size: str | int | None,
     channels: int,
     seed: int,
-    skip: bool,
 ) -> Source:
     """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside), with
     `size` pixels a side, or height x width as 48x64, and 3 channels (colour) or 1 (grey).
 
     The splits are the top folders train/ and test/ where both are there, else a tenth, drawn by the seed, is the test
-    split. Names that start with a dot and WINDOWS are passed over, and with `skip` files of no picture are left out
-    when they are packed. Raises InputError, naming the file, for broken links and folders that cannot be read.
+    split. Names that start with a dot and WINDOWS are passed over, and files of no picture are left out when they are
+    packed. Raises InputError, naming the file, for broken links and folders that cannot be read.
     """
+    if root is None or size is None:
+        raise InputError("folder needs pictures and their size: add --root FOLDER --size 64")
     if channels not in (1, 3):
         raise InputError(f"no {channels} channels: use --channels 1 or 3")
     height, width = parse_size(str(size), "--size")
@@ -73,7 +74,7 @@ def from_tree(
             resize,
             channels,
         )
-        made[split] = Made(length=len(group), make=make, skip=skip)
+        made[split] = Made(length=len(group), make=make)
     return Source(
         name="folder",
         kind="image",
@@ -113,13 +114,14 @@ def _find_pictures(root: Path) -> list[Picture]:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}): check the owner and mode of the folder")
 
     pictures = []
+    places = set[Path]()
     for name, inner, files in os.walk(root, onerror=refuse, followlinks=True):
         folder = Path(name)
         inner[:] = [name for name in inner if not name.startswith(".")]
-        for link in map(folder.joinpath, inner):
-            above = (folder, *folder.parents)
-            if link.is_symlink() and any(map(link.samefile, above)):
-                raise InputError(f"{link}: a link that leads back to a folder above it: remove it")
+        place = folder.resolve()
+        if place in places:
+            raise InputError(f"{folder}: a link that leads to a folder of the tree: remove it")
+        places.add(place)
         for file in map(folder.joinpath, files):
             if file.name.startswith((".", *WINDOWS)):
                 continue

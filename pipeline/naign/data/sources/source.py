@@ -1,14 +1,11 @@
 """What every source gives: keys, arrays and labels, by split."""
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from naign.data.decode import Array
 from naign.data.order import shuffled
 from naign.errors import InputError
-
-log = logging.getLogger("naign.data")
 
 SUBSET = 2  # stream of random numbers that neither packing nor toys have: with theirs it would be an order, not chance
 
@@ -16,16 +13,17 @@ Example = tuple[str, Array, int]  # key, array, label (-1 for none)
 
 
 class BrokenPicture(InputError):
-    """The bytes of an example are not those of a picture."""
+    """The bytes of an example are not those of a picture: it is left out."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Made:
-    """`length` examples, each made by `make(index)` when asked for: a large folder is never in memory at once."""
+    """`length` examples, each made by `make(index)` when asked for: a large folder is never in memory at once. Packing
+    leaves out those for which `make` raises BrokenPicture.
+    """
 
     length: int
     make: Callable[[int], Example]
-    skip: bool = False  # leave out examples for which `make` raises BrokenPicture
 
     def __len__(self) -> int:
         return self.length
@@ -34,17 +32,6 @@ class Made:
         if index >= self.length:
             raise IndexError(index)
         return self.make(index)
-
-    def sound(self, rows: list[int]) -> Iterator[Example]:
-        """The examples of these rows, but those to be left out, of which it warns."""
-        for row in rows:
-            try:
-                yield self.make(row)
-            except BrokenPicture as error:
-                if not self.skip:
-                    remedy = "remove it, repair it, or leave out all such pictures with --broken skip"
-                    raise InputError(f"{error}: {remedy}") from None
-                log.warning("%s: left out", error)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from naign.data.mixing import shares as share_out
+from naign.data.order import shares as share_out
 from naign.errors import InputError, require
 from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
 from naign.philox import SCALE, normal, uniform
