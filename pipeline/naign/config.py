@@ -221,7 +221,7 @@ def check(config: Config) -> None:
             raise InputError(f"{key} is {shown(value)}: it must be a finite number below {MOST:.1e}")
     check_config(config.data)
     check_fields(config, "")
-    for section in (config.model, config.objective, config.latents, config.prior, config.match):
+    for section in (config.model, config.objective, config.latents, config.prior):
         section.check()
     parse_rounds(config.profile.rounds)
     _check_objective(config)

@@ -58,7 +58,6 @@ hanging = my_package.trackers:Hanging
 
 EVERYTHING = [
     "--quality.rounds=1",
-    "--match.reject_share=0.01",
     "--objective.denoising=1",
     "--objective.third=matched",
     "--prior.name=flow",

@@ -37,8 +37,6 @@ class Blocks:
     own exception, the others with RuntimeError."""
     size: int = 4096
     """Candidates made and searched at once; the same on every rank."""
-    skip: Tensor | None = None
-    """(s,) int64: ids of candidates to leave out."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -231,11 +229,7 @@ def make_block(
     except ValueError as error:
         fault = error
     ranks.collect(fault)
-    ids = torch.arange(first_id + first, first_id + last)
-    if blocks.skip is not None:
-        left = ~torch.isin(ids, blocks.skip)
-        return block[left.to(block.device)], ids[left]
-    return block, ids
+    return block, torch.arange(first_id + first, first_id + last)
 
 
 def deliver_answers(scan: Scan, counts: list[int], ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,8 @@ RENAMED = {
     "train.schedule": "the rate falls by a cosine to train.lr_end; equal to train.lr it is constant",
     "train.channels_last": "the layout is chosen by the device",
     "quality.patience": "a run trains for its budget",
+    "match.assignment": "each image is matched to its nearest sample",
+    "match.reject_share": "each image is matched to its nearest sample",
     "data.endpoint": "set AWS_ENDPOINT_URL",
     "data.cache": "mount the bucket with a cache, or copy the data (docs/data.md)",
     "data.cache_gb": "mount the bucket with a cache, or copy the data (docs/data.md)",
