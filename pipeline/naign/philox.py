@@ -11,15 +11,11 @@ The stream is part of the counter: its lower two bits are the top bits of the id
 block. Draws of different streams therefore never coincide under one key, as they could if the stream changed the key.
 """
 
-import logging
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger("naign.philox")
 
 # Streams, 16 at most: independent draws for one (seed, round, id).
 LATENT = 0
@@ -77,17 +73,6 @@ def _drawn(
     normals: bool,
 ) -> Tensor:
     """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64. One operation for torch."""
-    if ids.is_cuda:
-        drawn = _by_one_kernel(
-            ids,
-            blocks,
-            seed,
-            round,
-            stream,
-            normals,
-        )
-        if drawn is not None:
-            return drawn
     device = ids.device
     out = torch.empty(
         len(ids),
@@ -121,26 +106,6 @@ def _(
     normals: bool,
 ) -> Tensor:
     return ids.new_empty(len(ids), blocks, 4, dtype=torch.float32)
-
-
-def _by_one_kernel(*arguments: Any) -> Tensor | None:
-    """The same by one Triton kernel; None if Triton is missing or cannot compile it."""
-    global _one_kernel
-    if _one_kernel:
-        try:
-            from naign.philox import triton_kernel
-
-            return triton_kernel.drawn(*arguments)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:  # no Triton, or none of what it needs, such as a C compiler
-            _one_kernel = False
-            kind = type(error).__name__
-            log.warning("random numbers take 160 launches a draw instead of one: Triton fails (%s: %s)", kind, error)
-    return None
-
-
-_one_kernel = True
 
 
 def normal(
