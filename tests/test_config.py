@@ -176,7 +176,7 @@ def test_the_command_line_mends_a_file_before_both_are_checked(written):
     [
         ("prior: {name: flow, begin: 0.5}", "prior.begin is a setting of an earlier version: f is trained on"),
         ("prior: {name: smooth}", "prior.name=smooth is now latents.name=smooth"),
-        ("quality: {patience: 3}", "quality.patience is a setting of an earlier version"),
+        ("quality: {rounds: 3}", "quality is a setting of an earlier version"),
     ],
 )
 def test_a_setting_of_an_earlier_version_names_what_there_is_now(written, text, now):

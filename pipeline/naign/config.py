@@ -96,15 +96,6 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class QualityConfig:
-    rounds: int = field(default=0, metadata=AT_LEAST_0)
-    """Rounds between measurements of 2,000 samples, compared with as many training images, and of repairs (quality/*
-    of metrics.jsonl and TensorBoard); 0: none."""
-    encoder: str = ""
-    """Encoder whose features quality/fd compares; empty: the one shipped for the data set, else pooled pixels."""
-
-
-@dataclass(kw_only=True, slots=True)
 class RunConfig:
     path: str = field(default="runs/mnist", metadata=NOT_EMPTY)
     """Folder of the run: metrics, pictures, checkpoints, evaluation. All ranks must see it, unless `remote` is set."""
@@ -139,7 +130,6 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     prior: PriorConfig = field(default_factory=MixtureConfig)
     report: ReportConfig = field(default_factory=ReportConfig, metadata=FREE)
-    quality: QualityConfig = field(default_factory=QualityConfig, metadata=FREE)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     run: RunConfig = field(default_factory=RunConfig, metadata=FREE)
     stop: StopConfig = field(default_factory=StopConfig, metadata=FREE)

@@ -57,7 +57,6 @@ hanging = my_package.trackers:Hanging
 }
 
 EVERYTHING = [
-    "--quality.rounds=1",
     "--objective.denoising=1",
     "--objective.third=matched",
     "--prior.name=flow",
@@ -101,7 +100,7 @@ def test_trackers_of_a_run(site, digits, tmp_path):
         if "student" not in when and "gmm" not in when:
             named.update(re.findall(r"`(\S+?)`", names))
     reported = set().union(*reports(folder))
-    assert len(named) > 45
+    assert len(named) > 35
     assert named == reported - COUNTS - {"time"}
 
     # TensorBoard has the same names, and no other series under one of them, which would make both unreadable.

@@ -26,7 +26,7 @@ RENAMED = {
     "objective.encoder": "distances are l1, l2 or norm, of pixels",
     "train.schedule": "the rate falls by a cosine to train.lr_end; equal to train.lr it is constant",
     "train.channels_last": "the layout is chosen by the device",
-    "quality.patience": "a run trains for its budget",
+    "quality": "`naign evaluate` measures a checkpoint",
     "match.assignment": "each image is matched to its nearest sample",
     "match.reject_share": "each image is matched to its nearest sample",
     "data.endpoint": "set AWS_ENDPOINT_URL",
@@ -35,8 +35,6 @@ RENAMED = {
     "data.fit": "pictures are brought to data.size by their largest central window",
     "train.beta1": "AdamW's moments decay by 0.9 and 0.99; another package can add an optimizer (CONTRIBUTING.md)",
     "train.beta2": "AdamW's moments decay by 0.9 and 0.99; another package can add an optimizer (CONTRIBUTING.md)",
-    "quality.samples": "2,000 samples are compared",
-    "quality.split": "samples are compared with training images",
 }
 """Settings of earlier versions, and what there is now instead."""
 

@@ -32,7 +32,7 @@ from naign.model.prior import Codes
 from naign.model.prior.base import KEPT
 from naign.observe import at_round
 from naign.training.callbacks import Callback, call
-from naign.training.report import headline, measure, report_prior, report_round
+from naign.training.report import headline, report_prior, report_round
 from naign.training.setup import count_codes, set_up_run
 from naign.training.state import Snapshot, snapshot
 from naign.training.steps import REMEDY, StepLosses, learning_rate, rows_of_steps
@@ -112,8 +112,6 @@ def train_network(run: Trainer) -> None:
         state.round += 1
         if state.round == run.rounds and not run.prior.learns:
             state.fitted = 1.0  # nothing is left to fit
-        if run.quality and state.round % config.quality.rounds == 0:
-            losses |= measure(run, images)
         if run.callbacks:
             with run.phases.enter("callbacks"), together(run.accelerator):
                 call(run, "on_round", losses)

@@ -35,7 +35,6 @@ from naign.storage.local import write_atomically
 from naign.storage.store import open_store
 from naign.training.callbacks import Callback, call, find_callbacks
 from naign.training.engines import build_engine, check_engine
-from naign.training.quality import Quality
 from naign.training.run_folder import claim, find_claimed
 from naign.training.state import State, restore, restore_draws, restore_weights
 from naign.training.trainer import Phases, Trainer
@@ -73,9 +72,6 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
         flops = forward_flops(network, stream.shape)
         if rank == 0:
             warn_before(config, network, prior, flops, accelerator)
-    quality = None
-    if config.quality.rounds:
-        quality = Quality(config, stream, accelerator)
 
     # The run's folder, and the newest checkpoint in it or in the bucket.
     checkpoint, lock = claim_together(config, accelerator)
@@ -107,7 +103,6 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
         latents=latents,
         prior=prior,
         stream=stream,
-        quality=quality,
         monitor=monitor,
         writer=writer,
         phases=Phases(state, watchdog, Profiler(Path(config.run.path), config.profile.rounds, rank)),

@@ -20,7 +20,6 @@ from naign.distributed.watchdog import Watchdog
 from naign.errors import InputError, one_line
 from naign.model.prior import Latents, Prior
 from naign.observe import Monitor, Profiler, title
-from naign.training.quality import Quality
 from naign.training.state import State
 
 SMALLER = {  # what halves the memory of a phase
@@ -28,7 +27,6 @@ SMALLER = {  # what halves the memory of a phase
     "match": "halve match.block, the samples that are generated at once, then match.round",
     "fit": "double train.accumulate, which halves what a forward holds, or set train.recompute",
     "prior": "halve prior.batch",
-    "quality": "measure without it (quality.rounds=0)",
 }
 
 
@@ -44,7 +42,6 @@ class Trainer:
     latents: Latents
     prior: Prior
     stream: Stream
-    quality: Quality | None
     monitor: Monitor
     writer: Writer
     phases: "Phases"
