@@ -1,4 +1,4 @@
-"""A round's match: generate a pool of samples, and find the one nearest to each image, which training moves towards it."""
+"""A round's match: generate a pool of samples, and find the one nearest to each image, to which training moves it."""
 
 import time
 from collections.abc import Callable

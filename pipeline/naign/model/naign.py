@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +20,7 @@ from naign.model.holes import put_back
 from naign.model.networks import build_network, recorded_network
 from naign.model.prior import CodesPrior, build_latents, build_prior, find_latents, find_prior
 from naign.model.prior.flow import KEPT
-from naign.model.tiles import PIXELS, Read, blended
+from naign.model.tiles import PIXELS, blended
 from naign.philox import SAMPLES
 from naign.settings.constraints import check_fields
 
@@ -209,11 +209,10 @@ class NAIGN:
         if x.shape[1:] == self.shape:
             return self._apply(x, times, advance)
 
-        def read(first: int, last: int) -> Tensor:
-            return x[:, :, first:last]
+        def f(tiles: Tensor) -> Tensor:
+            return self._apply(tiles, times, advance)
 
-        bands = self.bands(read, (x.shape[2], x.shape[3]), times, advance)
-        return torch.cat([*bands], dim=2)
+        return blended(f, x, self.shape[1:])
 
     def energy(
         self,
@@ -273,22 +272,6 @@ class NAIGN:
                 )
             )
 
-    @torch.no_grad()
-    def between(self, first: int, last: int, *, steps: int) -> Tensor:
-        """Latents (steps, *shape) on a line from latent 0 of the seed `first` to latent 0 of the seed `last`: between
-        two codes where the prior draws these. Noise keeps the lengths of the two, as normals have them.
-        """
-        draw = self.prior.draw if self.has_prior else self.latents.draw
-        start = draw(first, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
-        end = draw(last, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
-        share = torch.linspace(0, 1, steps, device=self.device)
-        share = share.view(-1, *(1,) * (start.ndim - 1))
-        way = torch.lerp(start, end, share)
-        if self.has_prior:
-            return self._decoded(way)
-        lengths = torch.lerp(start.norm(), end.norm(), share)
-        return way * lengths / way.flatten(1).norm(dim=1).view_as(share)
-
     def _decoded(self, drawn: Tensor) -> Tensor:
         if self.prior.decodes:
             drawn = self.network.decode(drawn)  # type: ignore[operator]
@@ -337,23 +320,6 @@ class NAIGN:
                 del state[name]
         state["prior.phase"] = state["prior.phase"].clamp(max=KEPT)  # the flow draws again
         return NAIGN(self.network, metadata, state)
-
-    def bands(
-        self,
-        read: Read,
-        size: tuple[int, int],
-        times: int = 1,
-        advance: Advance = None,
-    ) -> Iterator[Tensor]:
-        """f of images of `size` (height, width) that need not be in memory, as bands of rows from top to bottom.
-
-        `read(first, last)` returns these rows as (n, C, last - first, W). Raises InputError as `project` does.
-        """
-
-        def f(tiles: Tensor) -> Tensor:
-            return self._apply(tiles, times, advance)
-
-        return blended(f, read, size, self.shape[1:])
 
     @torch.no_grad()
     def _apply(self, x: Tensor, times: int, advance: Advance) -> Tensor:
