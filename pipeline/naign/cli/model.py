@@ -39,9 +39,9 @@ class Latents:
     # What z is drawn from: the run's prior, or a Gaussian mixture fitted to codes of its training images.
     prior: Literal["trained", "gmm"] = "trained"
     components: int = 50  # Gaussians of --prior gmm.
-    # Steps of a flow from noise to a code (prior.steps), without its student; default: as trained.
+    # Steps of a flow from noise to a code (prior.steps); default: as trained.
     steps: int | None = None
-    # Strength of guidance by classes (prior.guidance), without a student; default: as trained.
+    # Strength of guidance by classes (prior.guidance); default: as trained.
     guidance: float | None = None
 
 

@@ -32,6 +32,7 @@ LOGIN = "(`hf auth login`, or HF_TOKEN)"
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _STATES = ("prior.", "latents.")  # begin the names of their tensors
+_FORMER = ("prior.phase", "prior.student.")  # of flows of earlier versions, which draw without them
 
 
 @contextmanager
@@ -143,7 +144,8 @@ def read_model(file: Path) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
     state = {}
     for name, value in tensors.items():
         if name.startswith(_STATES):
-            state[name] = value
+            if not name.startswith(_FORMER):
+                state[name] = value
         else:
             weights[name] = value
     return metadata[_KEY], weights, state

@@ -19,7 +19,6 @@ from naign.model.files import WEIGHTS, open_weights, read_model, save_model
 from naign.model.holes import put_back
 from naign.model.networks import build_network, recorded_network
 from naign.model.prior import CodesPrior, build_latents, build_prior, find_latents, find_prior
-from naign.model.prior.flow import KEPT
 from naign.model.tiles import PIXELS, blended
 from naign.philox import SAMPLES
 from naign.settings.constraints import check_fields
@@ -302,8 +301,7 @@ class NAIGN:
         return number
 
     def with_flow(self, **settings: float) -> "NAIGN":
-        """This model with other settings of its flow of codes, `steps` or `guidance`, and without a student, which has
-        learned the end points of the former ones; itself where only `guidance` is given, and is as trained.
+        """This model with other settings of its flow of codes: `steps` or `guidance`.
 
         Raises InputError for a prior that is no flow, and for unfit settings.
         """
@@ -311,15 +309,7 @@ class NAIGN:
         if known["name"] != "flow":
             other = f"{' and '.join(settings)} can be chosen for a flow of codes, and this prior is '{known['name']}'"
             raise InputError(f"{other}: leave it out")
-        if settings == {"guidance": known.get("guidance", 0.0)}:
-            return self
-        metadata = self.metadata | {"prior": known | {"student": 0} | settings}
-        state = self.state
-        for name in self.state:
-            if name.startswith("prior.student."):
-                del state[name]
-        state["prior.phase"] = state["prior.phase"].clamp(max=KEPT)  # the flow draws again
-        return NAIGN(self.network, metadata, state)
+        return NAIGN(self.network, self.metadata | {"prior": known | settings}, self.state)
 
     @torch.no_grad()
     def _apply(self, x: Tensor, times: int, advance: Advance) -> Tensor:

@@ -20,6 +20,7 @@ LISTS = ("data.path", "report.trackers", "train.callbacks")  # settings that a f
 RENAMED = {
     "prior.begin": "f is trained on train.images, and then the prior is fitted to the codes of prior.images",
     "prior.alone": "f is trained on train.images, and then the prior is fitted to the codes of prior.images",
+    "prior.student": "a flow draws codes in prior.steps evaluations",
     "prior.grid": "it is latents.grid",
     "objective.third_weight": "the third term weighs as much as objective.imle",
     "objective.perceptual": "distances are l1, l2 or norm, of pixels",
