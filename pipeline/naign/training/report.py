@@ -14,7 +14,7 @@ from naign.distributed.host import count_ranks
 from naign.distributed.ranks import total
 from naign.errors import Diverged
 from naign.match import Match
-from naign.observe import fit_flops, grid, peak_memory, rows, scatter
+from naign.observe import grid, peak_memory, rows, scatter
 from naign.training.trainer import Trainer
 
 CLASSES = 20  # whose samples are drawn, at most
@@ -124,16 +124,13 @@ def _send(run: Trainer, values: dict[str, float], pictures: dict[str, Image.Imag
 
 
 def _speed(run: Trainer) -> dict[str, float]:
-    """Images/s of a round, the share of each phase, and arithmetic done."""
+    """Images/s of a round, the share of each phase, and memory."""
     phases = run.phases.seconds
     images = run.config.match.round * run.config.train.passes
     seconds = {phase: phases[phase] for phase in ("take", "match", "fit") if phase in phases}
     spent = sum(seconds.values())
-    flops = fit_flops(run.flops, run.config.objective.forwards) * images
     values = {
         "speed/images_per_second": images / spent,
-        "speed/images_per_second_and_rank": images / spent / run.world,
-        "speed/fit_tflops": flops / seconds["fit"] / 1e12,
         "memory/peak_gb": peak_memory(run.accelerator.device),
     }
     for phase, value in seconds.items():

@@ -47,7 +47,6 @@ class Trainer:
     phases: "Phases"
     stop: StopRequest
     watchdog: Watchdog
-    flops: int  # of f of one image
     lock: FileLock | None  # on the run's folder, held by rank 0
     callbacks: tuple[Any, ...] = ()  # of naign.training.callbacks
 

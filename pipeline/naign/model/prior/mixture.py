@@ -23,6 +23,7 @@ LARGEST = 2**26  # values of all covariances, at most
 FEW = 20  # codes a component, at least
 STARTED = 20_000  # codes that are clustered, about
 CLUSTERED = 10  # iterations of k-means
+SPREAD = 0.7  # deviation of the first Gaussians; that of all codes is 1
 ITERATIONS = 20  # of expectation maximisation
 SHRINKAGE = 0.5  # weight of the mean covariance in that of each component, in codes a direction
 FLOOR = 1e-3  # added to each variance; that of all codes is 1
@@ -165,11 +166,10 @@ class Mixture(CodesPrior):
             sizes = [size + 1 for size in shared]
             self.owners.copy_(torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)))
         means = []
-        squares = 0.0
         for group, size in zip(groups, sizes, strict=True):
             centers = torch.zeros(size, rows.shape[1], dtype=torch.float64)
             if len(group):
-                found, which = kmeans2(
+                found, _ = kmeans2(
                     group.double().numpy(),
                     min(size, len(group)),
                     iter=CLUSTERED,
@@ -177,17 +177,14 @@ class Mixture(CodesPrior):
                     seed=self.seed % 2**32,
                 )
                 centers[: len(found)] = torch.from_numpy(found)
-                squares += float((group - centers[which]).square().sum())
             means.append(centers)
-        deviation = math.sqrt(squares / rows.numel() + FLOOR)
-        mine = (codes.rank == 0) * torch.cat(means).to(white.device)
-        number, directions = mine.shape
-        identity = torch.eye(directions, dtype=torch.float64, device=white.device)
-        spread = codes.add(torch.tensor(deviation * (codes.rank == 0), dtype=torch.float64, device=white.device))
+        found_here = torch.cat(means).to(white.device)
+        number, directions = found_here.shape
+        round = SPREAD * torch.eye(directions).to(found_here)
         return Gaussians(
-            weights=torch.full((number,), 1 / number, dtype=torch.float64, device=white.device),
-            means=codes.add(mine),
-            factors=(spread * identity).expand(number, -1, -1),
+            weights=torch.full_like(found_here[:, 0], 1 / number),
+            means=codes.add(found_here * (codes.rank == 0)),
+            factors=round.expand(number, -1, -1),
         )
 
     def _expect(self, rows: Tensor, labels: Tensor | None, gaussians: Gaussians) -> tuple[Tensor, Tensor]:
