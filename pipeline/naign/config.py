@@ -136,10 +136,9 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig, metadata=FREE)
     seed: int = field(default=0, metadata=AT_LEAST_0)
     """All random numbers are a function of the seed, the round and the number of an image or latent."""
-    resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed", "never")))
+    resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed")))
     """auto: continue from the newest complete checkpoint of run.path. changed: the same, and allow another data.path or
-    index, train.images, lr, lr_end, warmup, clip, weight_decay or prior.images. never: start anew, and refuse a used
-    folder."""
+    index, train.images, lr, lr_end, warmup, clip, weight_decay or prior.images."""
 
 
 NAMED: Named = {
@@ -224,12 +223,7 @@ def _check_objective(config: Config) -> None:
     objective = config.objective
     together = model.only_with in ("", objective.name) and objective.only_with in ("", model.name)
     both = f"model.name={model.name} and objective.name={objective.name} do not go together"
-    undamaged = f"objective.name={objective.name} needs damaged images, but its settings lack damage or noise"
-    has_damage = {"objective.damage", "objective.noise"} <= flatten(config).keys()
-    require(
-        (together, f"{both}: choose the same name for both, or another network and objective"),
-        (has_damage or not objective.needs_damaged, f"{undamaged}: declare both in its package, as NaignConfig does"),
-    )
+    require((together, f"{both}: choose the same name for both, or another network and objective"))
 
 
 def _check_round(config: Config) -> None:

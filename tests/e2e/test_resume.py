@@ -12,7 +12,7 @@ from filelock import FileLock
 from naign.errors import INTERRUPTED
 from tests.conftest import environment, start, train_command
 from tests.e2e.runs import losses, newest, same, wait_for_rounds, weights
-from tests.programs import ends, refused, succeeded
+from tests.programs import ends, succeeded
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one
     assert sorted(os.listdir(checkpoints)) == ["step-00000048", "step-00000064"]
 
 
-def test_a_finished_run_and_never_resuming(train, small, tmp_path):
+def test_a_finished_run_is_left_as_it_is(train, small, tmp_path):
     options = [*small, "--train.images=512", "--run.path=run"]
     succeeded(train(*options))
     config = tmp_path / "run/config.yaml"
@@ -90,4 +90,3 @@ def test_a_finished_run_and_never_resuming(train, small, tmp_path):
     again = succeeded(train(*options, "--report.pictures=3"))
     assert "nothing left to do" in again.stderr + again.stdout
     assert config.read_text() == recorded and config.stat().st_mtime_ns == time
-    refused(train(*options, "--resume=never"), "already holds a run")

@@ -17,7 +17,7 @@ from naign.data.format.labels import parse_number
 from naign.errors import InputError, one_line, printable, unwritten
 from naign.model.files import WEIGHTS, open_weights, read_model, save_model
 from naign.model.holes import put_back
-from naign.model.networks import build_network, recorded_network
+from naign.model.networks import build_network, find_network
 from naign.model.prior import CodesPrior, build_latents, build_prior, find_latents, find_prior
 from naign.model.tiles import PIXELS, blended
 from naign.philox import SAMPLES
@@ -52,8 +52,8 @@ class NAIGN:
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
         self.checkpoint = ""  # of a run: the checkpoint's name
         self._rows = max(1, min(ROWS, PIXELS // math.prod(self.shape[-2:])))  # computed at once
-        noise = _read_settings("latents", metadata.get("latents", {"name": "gaussian"}), find_latents)
-        settings = _read_settings("prior", metadata["prior"], find_prior)
+        noise = read_settings("latents", metadata.get("latents", {"name": "gaussian"}))
+        settings = read_settings("prior", metadata["prior"])
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
             self.latents = build_latents(noise, self.shape)
             self.prior = build_prior(
@@ -343,7 +343,7 @@ class NAIGN:
 
 def _build(metadata: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     """The network that a file's header describes, with its weights; an error of any kind where these do not fit."""
-    config = recorded_network(metadata["model"])
+    config = read_settings("model", metadata["model"])
     shape = tuple(metadata["shape"])
     with torch.device("meta"):  # what the header claims is checked against the file before it is allocated
         network = build_network(config, shape)
@@ -363,11 +363,21 @@ def _expanded(mask: Tensor, x: Tensor) -> Tensor:
     raise InputError(f"the mask does not fit: give a bool tensor that broadcasts to {tuple(x.shape)}")
 
 
-def _read_settings(section: str, record: Mapping[str, Any], find: Callable[[str], tuple[Any, Any]]) -> Any:
-    """The settings that a model file recorded; those that earlier versions had for training alone are passed over."""
-    kind, _ = find(record["name"])
+def read_settings(section: str, record: Mapping[str, Any]) -> Any:
+    """The settings of a section that a model file recorded; those that other versions have are passed over.
+
+    Raises InputError, KeyError or TypeError for what no run wrote.
+    """
+    kind, _ = FIND[section](record["name"])
     known = {field.name for field in fields(kind)}
     settings = kind(**{key: value for key, value in record.items() if key in known})
     check_fields(settings, section)
     settings.check()
     return settings
+
+
+FIND: dict[str, Callable[[str], tuple[Any, Any]]] = {
+    "model": find_network,
+    "latents": find_latents,
+    "prior": find_prior,
+}
