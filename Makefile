@@ -159,7 +159,7 @@ build/models/%.tar: | $(VENV)/.installed
 	$(BIN)/naign export runs/$* --to build/measured/$* --dtype float16
 	$(BIN)/naign evaluate build/measured/$*
 	rm -rf build/models/$*
-	$(BIN)/naign card build/measured/$* $* --license apache-2.0 --to build/models/$*
+	$(BIN)/naign push build/measured/$* $* --license apache-2.0 --dry-run build/models/$*
 	tar -C build/models -cf $@.partial $*
 	mv $@.partial $@
 

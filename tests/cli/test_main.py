@@ -213,7 +213,7 @@ def test_a_query_is_refused_and_not_shown(line, ended):
     assert "SECRET" not in said
 
 
-@pytest.mark.parametrize("line", ["export model --to", "restore model a --to", "card model me/x --to"])
+@pytest.mark.parametrize("line", ["export model --to", "restore model a --to", "push model me/x --dry-run"])
 def test_an_address_is_not_a_local_folder(line, model, pictures, monkeypatch, ended):
     monkeypatch.chdir(pictures)
     assert "s3:/b/x is an address" in ended(f"{line} s3://b/x")

@@ -43,7 +43,7 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     assert 0 <= metrics_of(tmp_path / "run")["asked"]["share"] <= 1
     assert (made / "classes.png").exists()
     assert "of the class that they were drawn from" in (made / "report.html").read_text()
-    succeeded(naign("card run user/digits --to card"))
+    succeeded(naign("push run user/digits --dry-run card"))
     card = (tmp_path / "card/README.md").read_text()
     assert 'label="0"' in card and "asked for by class: 0, 1, 2" in card
     assert NAIGN.from_pretrained(tmp_path / "card").labels == model.labels

@@ -1,4 +1,4 @@
-"""A model has a card that says what its evaluation says, whose example runs, and nothing of this machine."""
+"""A pushed model has a card that says what its evaluation says, whose example runs, and nothing of this machine."""
 
 import json
 import re
@@ -10,8 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from naign.cli import model as cli
-from naign.cli.model import export
+from naign.cli.model import export, push
 from naign.evaluate.card import without_places
 from naign.evaluate.recorded import fingerprint
 from naign.evaluate.report import number
@@ -48,11 +47,11 @@ def copy(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_card_says_what_was_measured_and_its_example_runs(hub, run, digits, tmp_path):
-    cli.card(run, "me/digits", license="mit", to=tmp_path / "out")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    hub.models["me/digits"] = files
+def test_the_card_says_what_was_measured_and_its_example_runs(hub, run, digits):
+    push(run, "me/digits", license="mit", private=True)
+    files = hub.models["me/digits"]
     metrics = json.loads(Path(run, "evaluation/metrics.json").read_text())
+    assert hub.private == {"me/digits"}
     card = ModelCard(files["README.md"].decode())
     assert card.data.license == "mit"
     assert card.data.library_name == "naign"
@@ -87,7 +86,7 @@ def test_a_card_has_no_paths_of_encoders_and_no_nan(copy, tmp_path):
     metrics["warnings"] = ["Trained with /home/someone/features.pt."]
     metrics["notes"] = ["None at s3://bucket/private/lite2.pt, 8×8."]
     file.write_text(json.dumps(metrics))
-    cli.card(str(place), "me/digits", to=tmp_path / "out")
+    push(str(place), "me/digits", dry_run=tmp_path / "out")
     card = ModelCard.load(tmp_path / "out/README.md")
     assert "Trained with features.pt." in card.text
     assert "None at lite2.pt, 8×8." in card.text
@@ -111,10 +110,10 @@ def test_an_export_is_halved_and_has_a_card_of_its_measurements(run, digits, tmp
     close = NAIGN.from_pretrained(half).sample(3)
     torch.testing.assert_close(close, NAIGN.from_pretrained(run).sample(3), atol=0.01, rtol=0)
     with refused("half has no evaluation to write a model card from: run `naign evaluate"):
-        cli.card(str(half), "digits", to=card)
+        push(str(half), "digits", dry_run=card)
     assert not card.exists()
     evaluate(str(half), data=digits, samples=50, progress=False)
-    cli.card(str(half), "digits", to=card)
+    push(str(half), "digits", dry_run=card)
     text = (card / "README.md").read_text()
     for said in ('NAIGN.from_pretrained("digits")', "naign sample digits --n", "(float16)", "states no licence"):
         assert said in text
@@ -132,19 +131,29 @@ def test_weights_that_float16_does_not_hold_are_refused(run, tmp_path):
     assert not [*(tmp_path / "none").glob("*")]
 
 
-def test_it_needs_a_new_or_empty_folder(run, tmp_path, capsys):
+def test_a_dry_run_uploads_nothing_and_needs_a_new_or_empty_folder(
+    hub,
+    run,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    monkeypatch.delenv("HF_TOKEN")
     mine = tmp_path / "mine"
     out = tmp_path / "out"
     mine.mkdir()
     (mine / "README.md").write_text("mine")
     for place in (mine, mine / "README.md"):
         with refused(f"{place} holds something already: give a new or empty folder"):
-            cli.card(run, "me/digits", to=place)
-    cli.card(run, "me/digits", to=out)
+            push(run, "me/digits", dry_run=place)
+    push(run, "me/digits", dry_run=out)
+    assert not hub.requests
     count = len(list(out.iterdir()))
-    assert capsys.readouterr().out.endswith(f"wrote {count} files to {out}/\n")
+    assert capsys.readouterr().out.endswith(f"wrote {count} files to {out}/, uploaded nothing\n")
     expected = NAIGN.from_pretrained(run).sample(3)
     assert torch.equal(NAIGN.from_pretrained(out).sample(3), expected)
+    with refused("needs a login"):
+        push(run, "me/digits")
 
 
 def test_points_have_a_card(points, save_untrained, tmp_path):
@@ -158,7 +167,7 @@ def test_points_have_a_card(points, save_untrained, tmp_path):
         dataset="mnist",
     )
     evaluate(folder, data=points, samples=50, progress=False)
-    cli.card(folder, "me/points", to=tmp_path / "out")
+    push(folder, "me/points", dry_run=tmp_path / "out")
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.pipeline_tag is None
     assert "trained on\n[mnist](https://huggingface.co/datasets/ylecun/mnist)" in card.text
@@ -177,6 +186,7 @@ def test_points_have_a_card(points, save_untrained, tmp_path):
     ],
 )
 def test_without_an_evaluation_of_this_model_nothing_is_written(
+    hub,
     copy,
     tmp_path,
     metrics,
@@ -187,7 +197,10 @@ def test_without_an_evaluation_of_this_model_nothing_is_written(
     if metrics is not None:
         file.write_text(metrics)
     with refused(said):
-        cli.card(str(place), "me/digits", to=tmp_path / "out")
+        push(str(place), "me/digits")
+    with refused(said):
+        push(str(place), "me/digits", dry_run=tmp_path / "out")
+    assert not hub.requests
     assert not (tmp_path / "out").exists()
 
 
@@ -204,8 +217,16 @@ def test_a_card_asks_for_classes_that_were_among_the_training_images(copy, tmp_p
     metrics = json.loads(file.read_text())
     metrics["weights"] = fingerprint(other)
     file.write_text(json.dumps(metrics))
-    cli.card(str(place), "me/pets", to=tmp_path / "out")
+    push(str(place), "me/pets", dry_run=tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text()
     assert 'label="\N{DOG FACE}")' in text
     assert "asked for by class: \N{DOG FACE}." in text
     assert "fox" not in text
+
+
+def test_what_the_hub_must_not_take_is_not_sent(hub, run):
+    with refused('was not uploaded .*"license" must be one of'):
+        push(run, "me/digits", license="mine")
+    with refused("me/digits is public"):
+        push(run, "me/digits", private=True)
+    assert hub.models == {"me/digits": {}}

@@ -1,5 +1,6 @@
-"""Models of the hub are opened by name; folders need no hub; nothing is ever unpickled, no token shown."""
+"""Models go to the hub and come back by name; folders need no hub; nothing is ever unpickled, no token shown."""
 
+import logging
 import pickle
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from naign.errors import InputError
-from naign.model.files import WEIGHTS
+from naign.errors import InputError, Unavailable
+from naign.model.files import WEIGHTS, upload
 from naign.model.naign import NAIGN
 from tests.model.made import make_model
 
@@ -19,12 +20,10 @@ def model(tmp_path, monkeypatch):
     return make_model()
 
 
-def push(hub, model, name, *, private=False):
-    """Upload a model without a card."""
+def push(model, name, *, private=False):
+    """Upload a model without a card, as `naign push` does with one."""
     model.save_pretrained("shared")
-    hub.models[name] = {path.name: path.read_bytes() for path in Path("shared").iterdir()}
-    if private:
-        hub.private.add(name)
+    return upload(Path("shared"), name, private=private)
 
 
 def refused(place, said):
@@ -34,7 +33,10 @@ def refused(place, said):
 
 
 def test_a_model_comes_back_from_the_hub_also_offline(hub, model, monkeypatch):
-    push(hub, model, "me/model", private=True)
+    address = push(model, "me/model", private=True)
+    assert address.startswith(hub.endpoint)
+    assert hub.private == {"me/model"}
+    assert set(hub.models["me/model"]) == {WEIGHTS, "config.json"}
     again = NAIGN.from_pretrained("hf://me/model", revision="main")
     assert again.metadata == model.metadata
     assert torch.equal(again.sample(3), model.sample(3))
@@ -76,12 +78,39 @@ def test_a_pickle_is_never_read(hub, model, name):
 
 
 def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch):
-    push(hub, model, "me/hidden", private=True)
+    push(model, "me/hidden", private=True)
     hub.models["me/cut"] = {WEIGHTS: hub.models["me/hidden"][WEIGHTS][:-9]}
     monkeypatch.delenv("HF_TOKEN")
     for name in ("none", "hidden"):
         refused(f"hf://me/{name}", "no model at hf://me/.*RepositoryNotFoundError.*a private model needs a login")
     refused("hf://me/cut", "no readable safetensors file")
+
+
+@pytest.mark.parametrize(
+    "token, name, said",
+    [
+        ("", "me/model", "needs a login to the hub .`hf auth login`, or HF_TOKEN"),
+        ("hf_wrong", "me/model", "was not uploaded .*401"),
+        ("hf_\x07secret", "me/model", "has characters that no token has"),
+        ("hf_right", "model", "write user/model"),
+        ("hf_right", "me/mo del", "me/mo del was not uploaded .*HFValidationError"),
+    ],
+)
+def test_an_upload_that_is_refused_says_why_without_the_token(
+    hub,
+    model,
+    monkeypatch,
+    caplog,
+    token,
+    name,
+    said,
+):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(InputError, match=said) as caught:
+        push(model, name)
+    assert not hub.models
+    assert not token or token not in f"{caught.value}{caplog.text}"
 
 
 def test_no_message_of_a_download_shows_a_secret(hub, monkeypatch):
@@ -94,6 +123,16 @@ def test_no_message_of_a_download_shows_a_secret(hub, monkeypatch):
     assert hub.token not in said
 
 
-def test_a_hub_that_answers_in_another_form_is_told_in_one_sentence(hub, monkeypatch):
+def test_a_hub_that_is_down_is_worth_a_retry(hub, model):
+    hub.broken = 503
+    with pytest.raises(Unavailable, match="me/model was not uploaded .*503") as caught:
+        push(model, "me/model")
+    assert hub.token not in str(caught.value)
+
+
+def test_a_hub_that_answers_in_another_form_is_told_in_one_sentence(hub, model, monkeypatch):
+    monkeypatch.setattr(hub, "_create", lambda wanted: (200, {}, b"[]"))
+    with pytest.raises(Unavailable, match="me/model was not uploaded .* TypeError"):
+        push(model, "me/model")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: {}["etag"])
     refused("hf://me/model", "no model at hf://me/model .* KeyError: 'etag'")

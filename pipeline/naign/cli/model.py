@@ -1,4 +1,4 @@
-"""Commands that use a trained model: evaluate, sample, restore, score, export, card, demo."""
+"""Commands that use a trained model: evaluate, sample, restore, score, export, push, demo."""
 
 import csv
 import os
@@ -226,26 +226,38 @@ def export(
     print(f"exported: {file}")
 
 
-def card(
+def push(
     run: Run,
     name: Positional[str],
     /,
     *,
-    to: Path,
+    private: bool = False,
     license: str | None = None,
+    dry_run: Path | None = None,
 ) -> None:
-    """Write a model with a card of its evaluation (`naign evaluate` first), as `hf upload NAME FOLDER` takes it.
+    """Upload a model to the Hugging Face hub, with a card written from its evaluation (`naign evaluate` first).
 
     Args:
-        name: What the card calls the model: user/model on the Hugging Face hub, or any other name.
-        to: New or empty folder to write.
+        name: Repository on the Hugging Face hub: user/model. With --dry-run any name, which the card states.
+        private: A new repository is private; without it, as the account has it by default.
         license: Licence of the weights, as the hub abbreviates it, such as apache-2.0; default: the card states none.
+        dry_run: Write what would be uploaded into this folder, and upload nothing.
     """
     from naign.evaluate.card import write_repository
+    from naign.model import files as model_files
 
-    _check(to=to)
-    files = write_repository(to, _open(run, "cpu"), run, name=name, license=license)
-    print(f"wrote {files} files to {to}/")
+    _check(to=dry_run)
+    if dry_run is None:
+        model_files.check_login(name)
+    model = _open(run, "cpu")
+    if dry_run:
+        files = write_repository(dry_run, model, run, name=name, license=license)
+        print(f"wrote {files} files to {dry_run}/, uploaded nothing")
+        return
+    with tempfile.TemporaryDirectory() as place:
+        write_repository(Path(place), model, run, name=name, license=license)
+        address = model_files.upload(Path(place), name, private=private)
+    print(f"uploaded: {address}")
 
 
 def demo(
