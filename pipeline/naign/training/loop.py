@@ -8,7 +8,6 @@ import gc
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from shlex import quote
 
@@ -85,8 +84,6 @@ def train_network(run: Trainer) -> None:
         kept = None
         if longest > config.stop.within / 2:  # a stop may not wait for the end of the round
             kept = take_snapshot(run)
-            kept.copy()
-            kept = replace(kept, copy=run.engine.copied.set)  # nothing is left to copy
         with run.phases.round():
             try:
                 with run.phases.enter("take"):
@@ -366,15 +363,13 @@ def save(run: Trainer, taken: Snapshot) -> None:
     """Begin to write a snapshot as a checkpoint in the background, unless it is there already. Collective."""
     writer = run.writer
     if taken.name == writer.newest or taken.name == "step-00000000":  # a new start does the same
-        run.engine.copied.set()
         return
     ready = writer.join(share=0.5)  # the one before may still be on its way to the bucket
     if total([float(not ready)], run.accelerator)[0]:
         log.warning("%s is not written: the one before it is still being sent, and time is short", taken.name)
-        run.engine.copied.set()
         return
     with together(run.accelerator):
-        writer.start(taken.name, taken.copy, taken.files)
+        writer.start(taken.name, taken.files)
 
 
 def finish(run: Trainer) -> bool:
