@@ -63,7 +63,6 @@ def _box_muller(first: Tensor, second: Tensor) -> list[Tensor]:
     return [radius * torch.cos(angle), radius * torch.sin(angle)]
 
 
-@torch.library.custom_op("naign::philox", mutates_args=())
 def _drawn(
     ids: Tensor,
     blocks: int,
@@ -72,7 +71,7 @@ def _drawn(
     stream: int,
     normals: bool,
 ) -> Tensor:
-    """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64. One operation for torch."""
+    """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64."""
     device = ids.device
     out = torch.empty(
         len(ids),
@@ -96,18 +95,6 @@ def _drawn(
     return out
 
 
-@_drawn.register_fake
-def _(
-    ids: Tensor,
-    blocks: int,
-    seed: int,
-    round: int,
-    stream: int,
-    normals: bool,
-) -> Tensor:
-    return ids.new_empty(len(ids), blocks, 4, dtype=torch.float32)
-
-
 def normal(
     seed: int,  # any integer; its low 64 bits count
     round: int,  # 0 <= round < 2**32
@@ -128,12 +115,11 @@ def normal(
     assert blocks <= 2**30 and 0 <= round < 2**32 and 0 <= stream < 16
     if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
         raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
-    signed = (seed + 2**63) % 2**64 - 2**63  # as torch's operations take an integer
     where = "cpu" if torch.device(device).type == "mps" else device  # not tried there
-    out: Tensor = _drawn(
+    out = _drawn(
         ids.to(where, torch.int64),
         blocks,
-        signed,
+        seed,
         round,
         stream,
         normals,

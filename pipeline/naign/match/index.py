@@ -45,7 +45,6 @@ class SearchResult:
     ids: Tensor  # (q, k) int64, ascending among equal distances; -1 where there is none
     measured: float  # candidates of this rank, per query, that no bound excluded
     method: str  # this rank's, with its parameters
-    exchange: float  # seconds of this rank in exchanges, waiting for others included
 
 
 class NotFinite(ValueError):
@@ -132,7 +131,6 @@ def search(
         ids=ids.to(queries.device),
         measured=scan.measured / max(1, len(asked)),
         method=scan.described,
-        exchange=ranks.seconds,
     )
 
 

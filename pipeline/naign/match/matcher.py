@@ -1,6 +1,5 @@
 """A round's match: generate a pool of samples, and find the one nearest to each image, to which training moves it."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from naign.match.exchange import Ranks, ranks_of
-from naign.match.index import SearchResult, search
+from naign.match.index import search
 from naign.match.pool import Pool
 from naign.match.scan import METHODS
 from naign.settings.constraints import FREE, POSITIVE, between, one_of
@@ -51,7 +50,6 @@ def match_round(
     The pool is generated in fixed blocks of ids, of which each rank has a contiguous range. So the match is the same on
     every world size that has the same images in the same order. An exception of `poll` ends the match at once.
     """
-    start = time.perf_counter()
     ranks = ranks_of(None)
     queries = images.float().flatten(1)
     counts = ranks.collect(len(images))
@@ -67,7 +65,7 @@ def match_round(
     distances = result.distances[:, 0].cpu()
     ids = result.ids[:, 0].cpu()
     values = summarize(distances, ids, counts, ranks)
-    values |= costs(result, pool.seconds, time.perf_counter() - start, ranks)
+    values["match/measured"] = max(ranks.collect(result.measured))
     return Match(
         ids=ids,
         distances=distances.float(),
@@ -87,16 +85,3 @@ def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -
     values["match/used"] = len(chosen) / len(pairs)
     values["match/top_share"] = int(chosen.max()) / len(pairs)
     return values
-
-
-def costs(result: SearchResult, generate: float, total: float, ranks: Ranks) -> dict[str, float]:
-    """Collective: the cost of a match; seconds are those of the slowest rank in each."""
-    exchange = ranks.seconds + result.exchange
-    mine = {
-        "match/measured": result.measured,
-        "seconds/generate": generate,
-        "seconds/exchange": exchange,
-        "seconds/search": total - generate - exchange,
-    }
-    every = ranks.collect(mine)
-    return {name: max(values[name] for values in every) for name in mine}

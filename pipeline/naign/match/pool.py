@@ -1,6 +1,5 @@
 """The samples of a round, which are generated in blocks of ids while they are searched."""
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -37,7 +36,6 @@ class Pool:
         spans = [block_range(size, block, rank, ranks.world) for rank in range(ranks.world)]
         self.first, last = spans[ranks.rank]
         self.rows = last - self.first
-        self.seconds = 0.0  # spent on generating
         self._longest = max(last - first for first, last in spans)
         self._block = block
         self._size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // block) * block
@@ -50,13 +48,11 @@ class Pool:
 
     def _make(self, low: int, high: int) -> Tensor:
         # `low` is the same on every rank: they differ by one block at most, the last one of the last part.
-        start = time.perf_counter()
         end = min(self._longest, low + self._size)
         samples = self._generate(
             torch.arange(self.first + low, self.first + high),
             -(-(end - low) // self._block),
         )
-        self.seconds += time.perf_counter() - start
         return samples.float().flatten(1)
 
     def _generate(self, ids: Tensor, blocks: int) -> Tensor:

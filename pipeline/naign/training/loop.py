@@ -49,9 +49,7 @@ def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback
     run = set_up_run(config, accelerator, callbacks)
     with run.stream, run.monitor, run.watchdog:
         run.monitor.say(headline(run))
-        if not gc.isenabled():  # since the program's start
-            gc.freeze()  # objects that stay until the end are not searched again
-            gc.enable()
+        gc.enable()  # which it was not since the program's start
         run.phases.start()
         try:
             train_network(run)
@@ -65,7 +63,6 @@ def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback
             run.writer.join(within=config.stop.within)
             raise
         finished = finish(run)
-        gc.unfreeze()  # else Triton lists what it calls leaks when the program ends
     if run.lock:
         run.lock.release()
     if finished and run.rank == 0:
