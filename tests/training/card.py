@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from naign import philox
 from naign.config import parse
 from naign.distributed.engine import Engine
 from naign.match import Match
@@ -38,6 +39,7 @@ RECIPES = {
     "cifar10": (3, 32, 32),
     "folder64": (3, 64, 64),
 }
+philox._CHUNK[pretend.NAME] = philox._CHUNK["cuda"]
 HOST_READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 
 

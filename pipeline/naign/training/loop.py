@@ -102,7 +102,8 @@ def train_network(run: Trainer) -> None:
                 if kept:
                     save(run, kept)
                 raise
-        longest = max(longest, sum(run.phases.seconds.values()))
+        spent = total([sum(run.phases.seconds.values())], run.accelerator)[0] / run.world
+        longest = max(longest, spent)  # the same on every rank: a snapshot is collective
         state.round += 1
         if state.round == run.rounds and not run.prior.learns:
             state.fitted = 1.0  # nothing is left to fit

@@ -180,11 +180,11 @@ class Mixture(CodesPrior):
             means.append(centers)
         found_here = torch.cat(means).to(white.device)
         number, directions = found_here.shape
-        round = SPREAD * torch.eye(directions).to(found_here)
+        factor = SPREAD * torch.eye(directions).to(found_here)
         return Gaussians(
             weights=torch.full_like(found_here[:, 0], 1 / number),
             means=codes.add(found_here * (codes.rank == 0)),
-            factors=round.expand(number, -1, -1),
+            factors=factor.expand(number, -1, -1),
         )
 
     def _expect(self, rows: Tensor, labels: Tensor | None, gaussians: Gaussians) -> tuple[Tensor, Tensor]:
