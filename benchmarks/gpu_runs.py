@@ -284,9 +284,7 @@ def step(report: "Report") -> None:
             seconds.append(line["share/fit"] * batch / line["speed/images_per_second"])
         ours = statistics.median(seconds)
         bare = bare_step(report, name, int(batch))
-        report.say(
-            f"{name}: a step of {batch:.0f}", f"{1e3 * ours:.2f} ms, {rounds[-1]['speed/fit_tflops']:.3g} TFLOP/s"
-        )
+        report.say(f"{name}: a step of {batch:.0f}", f"{1e3 * ours:.2f} ms")
         holds = report.small or ours <= 1.1 * bare
         report.say(f"{name}: times a bare loop", f"{ours / bare:.3f}", "at most 1.1", holds)
 

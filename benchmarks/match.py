@@ -29,8 +29,8 @@ from torch import Tensor
 from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.match import search
-from naign.model.naign import NAIGN
-from naign.model.networks import build_network, recorded_network
+from naign.model.naign import NAIGN, read_settings
+from naign.model.networks import build_network
 
 Kind = Literal["natural", "trained", "untrained"]
 """Test images among training images; training images among samples f(z) of a run, or of its network before training."""
@@ -140,7 +140,7 @@ def problem_of(
     model = NAIGN.from_pretrained(settings.runs / name)
     if kind == "untrained":
         torch.manual_seed(0)
-        network = build_network(recorded_network(model.metadata["model"]), model.shape)
+        network = build_network(read_settings("model", model.metadata["model"]), model.shape)
         model = NAIGN(network, model.metadata, model.state)
     samples = torch.empty(settings.candidates, *model.shape)
     for ids in torch.arange(settings.candidates).split(512):

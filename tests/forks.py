@@ -245,7 +245,7 @@ if __name__ == "__main__":
     import naign
 
     ours = [found.name for found in pkgutil.walk_packages(naign.__path__, "naign.")]
-    left = ("__main__", "philox.triton_kernel", "storage.clouds")  # which need optional packages
+    left = ("__main__", "storage.clouds")  # which need optional packages
     for name in (*MODULES, *(name for name in ours if not name.endswith(left))):
         importlib.import_module(name)
 

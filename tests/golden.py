@@ -34,7 +34,6 @@ TRACES = {
     ],
     "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--latents.name=fourier"],
     "flow of codes": FLOW,
-    "student of a flow": [*FLOW, "--prior.student=256", "--prior.autoguidance=1"],
     "mixture of codes": [
         *("--objective.third=none", "--objective.imle=0.3", "--prior.name=gmm", "--prior.components=3"),
         "--objective.denoising=0",

@@ -175,8 +175,8 @@ def test_the_command_line_mends_a_file_before_both_are_checked(written):
     ("text", "now"),
     [
         ("prior: {name: flow, begin: 0.5}", "prior.begin is a setting of an earlier version: f is trained on"),
-        ("prior: {name: smooth}", "prior.name=smooth is now latents.name=smooth"),
-        ("quality: {patience: 3}", "quality.patience is a setting of an earlier version"),
+        ("prior: {name: smooth}", "prior.name is 'smooth': choose one of none, gmm, flow"),
+        ("quality: {rounds: 3}", "quality is a setting of an earlier version"),
     ],
 )
 def test_a_setting_of_an_earlier_version_names_what_there_is_now(written, text, now):

@@ -1,18 +1,10 @@
 """Philox against the published vectors; normals against their distribution."""
 
-import os
-import sys
-from importlib.util import find_spec
-from typing import ClassVar
-
 import pytest
 import torch
 from scipy import stats
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from naign import philox
-from tests.conftest import PYTHONPATH, environment
-from tests.programs import execute, succeeded
 
 # Random123's kat_vectors for philox4x32-10: counter, key, output.
 KNOWN_ANSWERS = [
@@ -70,40 +62,6 @@ def test_uniforms_lie_in_their_interval():
 def test_bad_ids_are_refused():
     with pytest.raises(ValueError, match="2\\*\\*62"):
         philox.normal(0, 0, torch.tensor([-1]), (3,))
-
-
-WORDS = """
-import torch
-from naign import philox
-from naign.philox import triton_kernel
-ids = torch.tensor([0, 1, 5, 2**40 + 3, 2**61 + 7])
-for seed in (0, 1, -1, 2**62 + 3):
-    for round, stream, blocks in ((0, 0, 1), (1, 3, 5), (2**32 - 1, 7, 196)):
-        drawn = [draw(ids, blocks, seed, round, stream, False) for draw in (philox._drawn, triton_kernel.drawn)]
-        assert torch.equal(*drawn), (seed, round, stream)
-        normals = [draw(ids, blocks, seed, round, stream, True) for draw in (philox._drawn, triton_kernel.drawn)]
-        torch.testing.assert_close(*normals)
-"""
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernel_draws_the_same_words():
-    env = environment(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([PYTHONPATH, *sys.path]))
-    succeeded(execute([sys.executable, "-c", WORDS], env=env))
-
-
-def test_a_draw_is_one_operation_wherever_it_is_made():
-    class Counted(TorchDispatchMode):
-        names: ClassVar[list[str]] = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Counted():
-        philox.normal(3, 2, torch.arange(6), (3, 8, 8))
-    assert sum(name.startswith("naign.philox") for name in Counted.names) == 1
-    assert len(Counted.names) < 12
 
 
 @pytest.mark.gpu

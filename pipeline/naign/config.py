@@ -96,15 +96,6 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class QualityConfig:
-    rounds: int = field(default=0, metadata=AT_LEAST_0)
-    """Rounds between measurements of 2,000 samples, compared with as many training images, and of repairs (quality/*
-    of metrics.jsonl and TensorBoard); 0: none."""
-    encoder: str = ""
-    """Encoder whose features quality/fd compares; empty: the one shipped for the data set, else pooled pixels."""
-
-
-@dataclass(kw_only=True, slots=True)
 class RunConfig:
     path: str = field(default="runs/mnist", metadata=NOT_EMPTY)
     """Folder of the run: metrics, pictures, checkpoints, evaluation. All ranks must see it, unless `remote` is set."""
@@ -139,17 +130,15 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     prior: PriorConfig = field(default_factory=MixtureConfig)
     report: ReportConfig = field(default_factory=ReportConfig, metadata=FREE)
-    quality: QualityConfig = field(default_factory=QualityConfig, metadata=FREE)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     run: RunConfig = field(default_factory=RunConfig, metadata=FREE)
     stop: StopConfig = field(default_factory=StopConfig, metadata=FREE)
     profile: ProfileConfig = field(default_factory=ProfileConfig, metadata=FREE)
     seed: int = field(default=0, metadata=AT_LEAST_0)
     """All random numbers are a function of the seed, the round and the number of an image or latent."""
-    resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed", "never")))
+    resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed")))
     """auto: continue from the newest complete checkpoint of run.path. changed: the same, and allow another data.path or
-    index, train.images, lr, lr_end, warmup, clip, weight_decay or prior.images. never: start anew, and refuse a used
-    folder."""
+    index, train.images, lr, lr_end, warmup, clip, weight_decay or prior.images."""
 
 
 NAMED: Named = {
@@ -221,7 +210,7 @@ def check(config: Config) -> None:
             raise InputError(f"{key} is {shown(value)}: it must be a finite number below {MOST:.1e}")
     check_config(config.data)
     check_fields(config, "")
-    for section in (config.model, config.objective, config.latents, config.prior, config.match):
+    for section in (config.model, config.objective, config.latents, config.prior):
         section.check()
     parse_rounds(config.profile.rounds)
     _check_objective(config)
@@ -234,12 +223,7 @@ def _check_objective(config: Config) -> None:
     objective = config.objective
     together = model.only_with in ("", objective.name) and objective.only_with in ("", model.name)
     both = f"model.name={model.name} and objective.name={objective.name} do not go together"
-    undamaged = f"objective.name={objective.name} needs damaged images, but its settings lack damage or noise"
-    has_damage = {"objective.damage", "objective.noise"} <= flatten(config).keys()
-    require(
-        (together, f"{both}: choose the same name for both, or another network and objective"),
-        (has_damage or not objective.needs_damaged, f"{undamaged}: declare both in its package, as NaignConfig does"),
-    )
+    require((together, f"{both}: choose the same name for both, or another network and objective"))
 
 
 def _check_round(config: Config) -> None:

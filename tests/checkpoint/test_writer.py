@@ -113,7 +113,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpo
         try:
             writer.write_atomically = finish
             one = Writer(tmp_path, keep=1)
-            one.start("step-00000002", lambda: None, {"a.bin": write_a, "b.bin": write_b})
+            one.start("step-00000002", {"a.bin": write_a, "b.bin": write_b})
             one.join()
         finally:
             os._exit(1)
@@ -143,19 +143,14 @@ def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoin
         (RuntimeError("CUDA error: ..."), RuntimeError),
     ],
 )
-def test_what_failed_while_copying_decides_whether_a_retry_helps(
-    tmp_path,
-    checkpoints,
-    error,
-    kind,
-):
+def test_what_failed_decides_whether_a_retry_helps(tmp_path, checkpoints, error, kind):
     write_checkpoint(checkpoints / "step-00000001", fill)
     writer = Writer(tmp_path)
 
-    def copy():
+    def write(file):
         raise error
 
-    writer.start("step-00000002", copy, {})
+    writer.start("step-00000002", {"first": write})
     with pytest.raises((InputError, Unavailable, RuntimeError), match="step-00000002 could not be written") as raised:
         writer.join()
     assert type(raised.value) is kind
@@ -169,7 +164,7 @@ def test_what_a_failed_write_left_is_removed(tmp_path, checkpoints):
     def fail(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    writer.start("step-00000002", lambda: None, {"first": lambda file: file.write_text("whole"), "second": fail})
+    writer.start("step-00000002", {"first": lambda file: file.write_text("whole"), "second": fail})
     with pytest.raises(Unavailable, match="step-00000002 could not be written"):
         writer.join()
     assert names(checkpoints) == ["step-00000001"]

@@ -21,7 +21,7 @@ def write_checkpoint(
         for path in source.rglob("*"):
             if path.is_file():
                 files[path.relative_to(source).as_posix()] = partial(shutil.copyfile, path)
-        writer.start(folder.name, lambda: None, files)
+        writer.start(folder.name, files)
         assert writer.join()
 
 
@@ -31,4 +31,4 @@ def start_model(writer, name):
     def write(file):
         file.write_bytes(b"m")
 
-    writer.start(name, lambda: None, {"model.bin": write})
+    writer.start(name, {"model.bin": write})

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from naign.cli import model as cli
 from naign.cli.main import main
 from naign.errors import InputError
-from naign.model.naign import NAIGN
-from naign.model.networks import build_network, recorded_network
+from naign.model.naign import NAIGN, read_settings
+from naign.model.networks import build_network
 from tests.model.test_files import write_run
 
 CONV = {"name": "conv", "width": 4, "depth": 0, "code": 8}
@@ -24,7 +24,7 @@ CONV = {"name": "conv", "width": 4, "depth": 0, "code": 8}
 def save_model(folder, network, shape, state=None, **more):
     metadata = {"model": network, "shape": list(shape), "prior": {"name": "none"}}
     torch.manual_seed(0)
-    built = build_network(recorded_network(network), shape)
+    built = build_network(read_settings("model", network), shape)
     NAIGN(built, metadata | more, state).save_pretrained(folder)
     return str(folder)
 

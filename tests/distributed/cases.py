@@ -7,7 +7,6 @@ import torch
 
 from naign import errors
 from naign.distributed.ranks import part, together
-from naign.match import assign
 from naign.match.matcher import MatchConfig, match_round
 from naign.model.networks import ConvConfig, build_network
 from naign.model.prior import LatentsConfig, build_latents
@@ -37,7 +36,7 @@ def parted_without_one(rank, world):
     return time.monotonic() - began
 
 
-def matched(setting, rank, world):
+def matched(method, rank, world):
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
@@ -47,7 +46,6 @@ def matched(setting, rank, world):
     def sample(ids):
         return network(latents.draw(1, 2, ids, "cpu"))
 
-    assign.NEIGHBOURS = 2  # so few that images ask again
     images, _ = share(
         draw(
             7,
@@ -59,27 +57,20 @@ def matched(setting, rank, world):
         rank,
         world,
     )
-    config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
+    config = MatchConfig(round=360, ratio=1000 / 360, block=64, method=method)
     return match_round(images, sample, config)
-
-
-SETTINGS = {
-    "free": {},
-    "reject_share": {"reject_share": 0.3},
-    "one_to_one": {"assignment": "one_to_one"},
-}
 
 
 def match(rank, world):
     """What must not depend on the world size: ids, distances, and all that is reported but what it cost."""
     answers = {}
-    for name, setting in SETTINGS.items():
-        found = matched(setting, rank, world)
+    for method in ("flat", "bounded"):
+        found = matched(method, rank, world)
         values = {}
         for key, value in found.values.items():
             if key.startswith("match/") and key != "match/measured":
                 values[key] = value
-        answers[name] = {"ids": found.ids, "distances": found.distances, "values": values}
+        answers[method] = {"ids": found.ids, "distances": found.distances, "values": values}
     return answers
 
 

@@ -34,7 +34,7 @@ SHORT = "--train.images=1024"  # 4 rounds
 def trained(digits, tmp_path_factory):
     """A folder with a run of 16 rounds of each."""
     folder = tmp_path_factory.mktemp("baselines")
-    more = ["--train.images=4096", "--report.pictures=4", "--quality.rounds=8", f"--data.path={digits}"]
+    more = ["--train.images=4096", "--report.pictures=4", f"--data.path={digits}"]
     for name, options in OPTIONS.items():
         succeeded(execute(direct_command(f"--run.path={name}", *options, *more), folder))
     return folder

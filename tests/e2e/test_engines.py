@@ -130,7 +130,6 @@ CODES = [
     "--prior.passes=4",
     "--prior.batch=64",
     "--prior.images=512",
-    "--prior.student=256",
     "--prior.classes",
     "--objective.imle=0",
     "--objective.denoising=1",
@@ -138,9 +137,9 @@ CODES = [
 
 
 def prior_losses(run):
-    """Of f, and in the end of the flow's student."""
+    """Of f, and in the end of the flow."""
     f = [line["loss/total"] for line in losses(run)]
-    return [*f, reports(run)[-1]["prior/student"]]
+    return [*f, reports(run)[-1]["prior/loss"]]
 
 
 def test_a_prior_of_codes_learns_the_same_with_every_engine(launched, tmp_path):

@@ -12,7 +12,7 @@ from filelock import FileLock
 from naign.errors import INTERRUPTED
 from tests.conftest import environment, start, train_command
 from tests.e2e.runs import losses, newest, same, wait_for_rounds, weights
-from tests.programs import ends, refused, succeeded
+from tests.programs import ends, succeeded
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 def test_an_ended_run_goes_on_bit_for_bit(train, small, tmp_path, varied):
     options = [*small, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
     if varied == "flow":
-        options += ["--prior.name=flow", "--prior.width=32", "--prior.images=1024", "--prior.student=512"]
+        options += ["--prior.name=flow", "--prior.width=32", "--prior.images=1024"]
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     succeeded(train("--run.path=whole", *options))
@@ -81,7 +81,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one
     assert sorted(os.listdir(checkpoints)) == ["step-00000048", "step-00000064"]
 
 
-def test_a_finished_run_and_never_resuming(train, small, tmp_path):
+def test_a_finished_run_is_left_as_it_is(train, small, tmp_path):
     options = [*small, "--train.images=512", "--run.path=run"]
     succeeded(train(*options))
     config = tmp_path / "run/config.yaml"
@@ -90,4 +90,3 @@ def test_a_finished_run_and_never_resuming(train, small, tmp_path):
     again = succeeded(train(*options, "--report.pictures=3"))
     assert "nothing left to do" in again.stderr + again.stdout
     assert config.read_text() == recorded and config.stat().st_mtime_ns == time
-    refused(train(*options, "--resume=never"), "already holds a run")

@@ -129,8 +129,6 @@ def test_weights_that_float16_does_not_hold_are_refused(run, tmp_path):
     with refused("beyond 65504, which float16 does not hold: store it as float32"):
         export(f"{tmp_path}/large", to=tmp_path / "none", dtype="float16")
     assert not [*(tmp_path / "none").glob("*")]
-    with refused("--dtype is for --format safetensors"):
-        export(run, to=tmp_path / "none", dtype="float16", format="onnx")
 
 
 def test_a_dry_run_uploads_nothing_and_needs_a_new_or_empty_folder(

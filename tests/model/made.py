@@ -3,8 +3,8 @@
 import torch
 from torch.testing import assert_close
 
-from naign.model.naign import NAIGN
-from naign.model.networks import build_network, recorded_network
+from naign.model.naign import NAIGN, read_settings
+from naign.model.networks import build_network
 
 CONV = {"name": "conv", "width": 4, "depth": 1, "code": 8}
 
@@ -14,7 +14,7 @@ def make_model(network=None, shape=(1, 8, 8), state=None, **metadata):
     settings = network or CONV
     metadata = {"model": settings, "shape": list(shape), "prior": {"name": "none"}} | metadata
     torch.manual_seed(0)
-    return NAIGN(build_network(recorded_network(settings), shape), metadata, state)
+    return NAIGN(build_network(read_settings("model", settings), shape), metadata, state)
 
 
 def wrapped(network, shape, **metadata):

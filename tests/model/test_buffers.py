@@ -131,7 +131,6 @@ def test_a_checkpoint_has_the_buffers_of_its_step(config, tmp_path):
             prior,
         )
     engine.forward(torch.randn(4, 1, 8, 8))  # training goes on while the files are written
-    taken.copy()
     taken.files["model.safetensors"](tmp_path / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
     for name in STATE:

@@ -116,14 +116,9 @@ class DamagedConfig(UndamagedConfig):
     noise: float = 0.2
 
 
-def test_an_objective_of_damaged_images_without_settings_of_the_damage_is_refused(monkeypatch):
-    points = {"a": Registered(UndamagedConfig, len), "b": Registered(DamagedConfig, len)}
+def test_an_objective_of_damaged_images_chooses_the_damage(monkeypatch):
+    points = {"b": Registered(DamagedConfig, len)}
     monkeypatch.setattr("naign.settings.registry._entry_points", lambda group: points)
-    lacking = (
-        "objective.name=a needs damaged images, but its settings lack damage or noise: declare both in its package"
-    )
-    with refused(lacking):
-        parse(["--objective.name=a"])
     assert parse(["--objective.name=b", "--objective.noise=0.3"]).objective.noise == 0.3
 
 

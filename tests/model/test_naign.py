@@ -30,18 +30,6 @@ def test_samples_do_not_depend_on_the_batch_and_times_is_how_often_f_is_applied(
     assert_close(model.sample(7), samples)
 
 
-def test_the_ends_of_a_way_are_latents_and_its_lengths_are_theirs():
-    model = make_model()
-    way = model.between(3, 4, steps=5)
-    assert way.shape == (5, *model.shape)
-    first = torch.zeros(1, dtype=torch.int64)
-    assert_close(way[:1], model.latent(first, seed=3), rtol=1e-4, atol=1e-5)
-    assert_close(way[-1:], model.latent(first, seed=4), rtol=1e-4, atol=1e-5)
-    lengths = way.flatten(1).norm(dim=1)
-    assert_close(lengths, torch.lerp(lengths[0], lengths[-1], torch.linspace(0, 1, 5)))
-    assert float(model.between(3, 3, steps=4).diff(dim=0).abs().max()) < 1e-5
-
-
 def test_large_images_are_computed_in_small_batches():
     for side, rows in (
         (8, 500),

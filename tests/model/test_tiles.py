@@ -1,4 +1,4 @@
-"""Images of any size through a network of one: exact where nothing is changed, without seams, in bounded memory."""
+"""Images of any size through a network of one: exact where nothing is changed, without seams."""
 
 import numpy as np
 import pytest
@@ -45,10 +45,6 @@ def model(photos):
     return wrapped(network, (1, SIDE, SIDE))
 
 
-def reader(x):
-    return lambda first, last: x[:, :, first:last]
-
-
 def at_borders(photos, model, dim):
     """What is measured where tiles begin, over what is measured elsewhere, along `dim`: the mean squared gradient
     across these lines, as a multiple of the photograph's, and the mean energy. Of several positions of the tiles on it.
@@ -90,38 +86,18 @@ def test_no_seam_is_seen(photos, model, dim, monkeypatch):
 )
 def test_windows_sum_to_one_at_any_size(size):
     x = torch.rand(2, 3, *size) * 2 - 1
-    bands = tiles.blended(lambda x: x, reader(x), size, (SIDE, SIDE))
-    assert_near(torch.cat([*bands], dim=2), x, 1e-6)
+    assert_near(tiles.blended(lambda x: x, x, (SIDE, SIDE)), x, 1e-6)
 
 
 def test_the_model_s_own_size_is_one_evaluation(photos, model):
     x = photos[..., :SIDE, :SIDE]
-    (band,) = model.bands(reader(x), (SIDE, SIDE))
-    for made in (model.project(x), band):
-        assert torch.equal(made, model.network(x))
+    assert torch.equal(model.project(x), model.network(x))
 
 
 def test_a_smaller_image_is_reflected(photos, model):
     x = photos[..., : SIDE - 4, : SIDE - 8]
     padded = nn.functional.pad(x, (4, 4, 2, 2), mode="reflect")
     assert_close(model.project(x), model.network(padded)[..., 2:-2, 4:-4])
-
-
-def test_rows_are_read_once_their_tiles_are_due(photos, model):
-    """So that memory holds one row of tiles, however high the image is."""
-    height, width = photos.shape[2:]
-    read = []
-
-    def rows(first, last):
-        read.append((first, last))
-        return photos[:, :, first:last]
-
-    done = 0
-    for band in model.bands(rows, (height, width)):
-        assert read[-1] == (done, min(done + SIDE, height))
-        assert band.shape[2] <= SIDE
-        done += band.shape[2]
-    assert done == height
 
 
 def test_progress_counts_tiles_and_the_mean_of_the_map_is_the_energy(model):

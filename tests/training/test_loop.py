@@ -115,8 +115,7 @@ def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     """Modules are imported without it."""
     program = (
         "import gc, sys; import pipeline.train as program; assert not gc.isenabled(); program.leave = int; "
-        "frozen, thaw = [], gc.unfreeze; gc.unfreeze = lambda: (frozen.append(gc.get_freeze_count()), thaw()); "
-        "program.main(); assert gc.isenabled() and frozen[0]"
+        "program.main(); assert gc.isenabled()"
     )
     options = [f"--data.path={digits}", f"--run.path={tmp_path}/run", *SMALL, "--train.images=256"]
     command = [sys.executable, "-c", program, *options]

@@ -7,8 +7,7 @@ import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread, Timer
-from types import SimpleNamespace
+from threading import Timer
 from unittest.mock import Mock
 
 import pytest
@@ -59,7 +58,7 @@ def newest_of(config):
 def write(config, stream, engine, position=POSITION):
     writer = Writer(Path(config.run.path), keep=2)
     taken = snapshot(config, stream, engine, position, LATENTS, PRIOR)
-    writer.start(taken.name, taken.copy, taken.files)
+    writer.start(taken.name, taken.files)
     assert writer.join()
 
 
@@ -71,43 +70,6 @@ def run(tmp_path, digits):
     write(config, stream, engine)
     lock.release()
     return config, stream, engine
-
-
-def test_a_step_waits_until_what_it_changes_is_copied(run):
-    config, stream, engine = run
-    before = deepcopy(engine.bare)
-    averaged = deepcopy(engine.ema)
-    taken = snapshot(config, stream, engine, replace(POSITION, step=31), LATENTS, PRIOR)
-    with engine.micro_batch():
-        engine.backward(engine.forward(torch.randn(4, *stream.shape)).square().sum())
-    step = Thread(target=engine.step)
-    step.start()
-    step.join(0.5)
-    assert step.is_alive()
-    writer = Writer(Path(config.run.path), keep=2)
-    writer.start(taken.name, taken.copy, taken.files)
-    step.join(30)
-    assert not step.is_alive()
-    assert writer.join()
-    newest = Path(config.run.path) / "checkpoints/step-00000031"
-    for file, then, now in (("model", before, engine.bare), ("ema", averaged, engine.ema)):
-        kept = load_file(newest / f"{file}.safetensors")
-        for name, value in then.named_parameters():
-            assert torch.equal(kept[name], value)
-        for name, value in now.named_parameters():
-            assert not torch.equal(kept[name], value)
-
-
-def test_a_step_goes_on_where_copying_fails(run):
-    config, stream, engine = run
-    engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
-    taken = snapshot(config, stream, engine, replace(POSITION, step=31), LATENTS, PRIOR)
-    writer = Writer(Path(config.run.path), keep=2)
-    writer.start(taken.name, taken.copy, taken.files)
-    assert engine.copied.wait(30)
-    with pytest.raises(RuntimeError, match="could not be written .*AttributeError"):
-        writer.join()
-    assert newest_of(config).name == f"step-{POSITION.step:08d}"
 
 
 def resume(checkpoint, engine):

@@ -11,8 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from naign.errors import InputError, exit_on_input_error
-from naign.model.naign import NAIGN
-from naign.model.networks import recorded_network
+from naign.model.naign import NAIGN, read_settings
 from naign_baselines.rectified_flow import FlowNetworkConfig, RectifiedFlow
 
 
@@ -38,7 +37,7 @@ def main(
     settings = dict(model.metadata["model"])
     settings["evaluations"] = evaluations
     settings["solver"] = solver
-    config = recorded_network(settings)
+    config = read_settings("model", settings)
     assert isinstance(config, FlowNetworkConfig)
     model.network.evaluations = config.evaluations
     model.network.solver = config.solver

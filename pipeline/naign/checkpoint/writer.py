@@ -120,11 +120,10 @@ class Writer:
     def start(
         self,
         name: str,
-        copy: Callable[[], None],
         files: Mapping[str, Write],
     ) -> None:
-        """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background. Waits for
-        the previous checkpoint, and raises as `join` does.
+        """Start to write this rank's files of checkpoint `name`, in the background. Waits for the previous
+        checkpoint, and raises as `join` does.
         """
         self.join()
         folder = self._run / "checkpoints" / name
@@ -132,7 +131,7 @@ class Writer:
             shutil.rmtree(folder, ignore_errors=True)
         self._group.gather(None)  # no rank writes before the folder is empty
         self.newest = name
-        self._pending = in_background(partial(self._work, folder, copy, files), f"write {name}")
+        self._pending = in_background(partial(self._work, folder, files), f"write {name}")
 
     def resend(self, name: str) -> None:
         """Start to upload a checkpoint again: this run's newest one, or one that an earlier start left."""
@@ -185,12 +184,11 @@ class Writer:
     def _work(
         self,
         folder: Path,
-        copy: Callable[[], None],
         files: Mapping[str, Write],
     ) -> None:
         title("write")
         start = time.perf_counter()
-        self._write(folder, copy, files)
+        self._write(folder, files)
         self._names = list(files)
         if self._remote:
             self._upload(folder, self._names)
@@ -203,7 +201,6 @@ class Writer:
     def _write(
         self,
         folder: Path,
-        copy: Callable[[], None],
         files: Mapping[str, Write],
     ) -> None:
         """Write the local checkpoint, its manifest last. Where that fails on any rank, all raise `unwritten`, or
@@ -212,7 +209,6 @@ class Writer:
         entries = dict[str, dict[str, Any]]()  # of the manifest
 
         def write_mine() -> None:
-            copy()  # first: the next step waits for it
             for name, write in files.items():
                 entries[name] = _write_file(folder / name, write)
 

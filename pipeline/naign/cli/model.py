@@ -39,9 +39,9 @@ class Latents:
     # What z is drawn from: the run's prior, or a Gaussian mixture fitted to codes of its training images.
     prior: Literal["trained", "gmm"] = "trained"
     components: int = 50  # Gaussians of --prior gmm.
-    # Steps of a flow from noise to a code (prior.steps), without its student; default: as trained.
+    # Steps of a flow from noise to a code (prior.steps); default: as trained.
     steps: int | None = None
-    # Strength of guidance by classes (prior.guidance), without a student; default: as trained.
+    # Strength of guidance by classes (prior.guidance); default: as trained.
     guidance: float | None = None
 
 
@@ -197,22 +197,17 @@ def export(
     /,
     *,
     to: Path,
-    format: Literal["safetensors", "onnx"] = "safetensors",
     dtype: Literal["float32", "float16"] | None = None,
     latents: Drawn = TRAINED,
 ) -> None:
-    """Export a model: as safetensors for NAIGN.from_pretrained, or f alone as a program.
+    """Export a model as safetensors, for NAIGN.from_pretrained.
 
     Args:
         to: Folder to write.
         dtype: Of the weights in model.safetensors, which are float32 again when they are read; default: as they are.
-        format: safetensors, or onnx: f of a batch of any size as a program that needs no code of this project, compared
-            with f in onnxruntime (in a checkout: `pip install -e '.[onnx]'`).
     """
-    from naign.model.files import write_onnx
-
     _check(to=to)
-    file = to / f"model.{format}"
+    file = to / "model.safetensors"
     place = to.resolve()
     itself = place == Path(run.removesuffix(file.name)).resolve()
     taken = file.exists() and (itself or (to / "README.md").exists())
@@ -221,23 +216,14 @@ def export(
         within = within or (folder / "checkpoints").exists() and (folder / "config.yaml").exists()
     require(
         (not within, f"--to {to} is a run or a checkpoint, or in one: give another folder"),
-        (not taken or format == "onnx", f"--to {to} is the model itself, or another with a card: give another folder"),
-        (format == "safetensors" or latents == TRAINED, "--format onnx is f alone: leave out what chooses its prior"),
-        (format == "safetensors" or not dtype, "--dtype is for --format safetensors"),
+        (not taken, f"--to {to} is the model itself, or another with a card: give another folder"),
     )
     model = _open_with(latents, run, "cpu")
     if dtype:
         model.metadata["dtype"] = dtype
     with busy("exporting"):
-        if format == "safetensors":
-            model.save_pretrained(to)
-        else:
-            difference = write_onnx(model.network, model.shape, file)
+        model.save_pretrained(to)
     print(f"exported: {file}")
-    if format == "onnx" and difference is None:
-        print("not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')")
-    elif format == "onnx":
-        print(f"differs from f by at most {difference:.1g} in onnxruntime")
 
 
 def push(

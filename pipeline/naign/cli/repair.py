@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from naign.cli.files import FORMATS, IMAGES, MAP, find_files, read_images, refuse_overwriting, save
 from naign.data.damage import Kind, degrade
 from naign.errors import require
 from naign.evaluate.recorded import sees_wholes
 from naign.model.naign import NAIGN
-from naign.model.photos import Photo, read_hole, read_picture
+from naign.model.photos import colour_profile, filled, mapped, read_hole, read_picture, shown, to_values
 from naign.observe.pictures import to_image
 from naign.terminal import counted
 
@@ -55,6 +54,10 @@ def restore_files(
     else:
         _check_pictures(paths, mask)
     with counted("restoring", outputs, unit="file") as bar:
+
+        def advance(_: int) -> None:
+            bar.update(0)
+
         for number, output in enumerate(bar):
             if resized:
                 given = images[number]
@@ -63,24 +66,23 @@ def restore_files(
                     save(to_image(given[0]), damaged[number])
                 save(to_image(model.project(given, times=times)[0].cpu()), output)
                 continue
-            photo = Photo(read_picture(paths[number]), model, advance=lambda _: bar.update(0))
-            profile = photo.profile
+            picture = read_picture(paths[number])
+            profile = colour_profile(picture, model)
+            if mask:
+                hole = read_hole(mask, picture.size)
+                save(filled(picture, hole, model, times=times, advance=advance), output, profile)
+                continue
             if damage:
-                photo.picture = photo.shown(degrade(photo.values(), damage))
-                save(photo.picture, damaged[number], profile)
-            save(_repair(photo, mask, times), output, profile)
+                picture = shown(degrade(to_values(picture, model), damage))
+                save(picture, damaged[number], profile)
+            made = model.project(to_values(picture, model), times=times, advance=advance)
+            save(shown(made), output, profile)
     print(f"{len(paths)} restored: {place}")
     if damage:
         print(f"as they were damaged: {to / damage}/")
     if resized and size is None:
         _, height, width = model.shape
         print(f"each is {width} x {height}, as f has one code for a picture; --size picture: in tiles")
-
-
-def _repair(photo: Photo, mask: Path | None, times: int | None) -> Image.Image:
-    if mask:
-        return photo.filled(read_hole(mask, photo.picture.size), times)
-    return photo.repaired(times or 1)
 
 
 def _check_pictures(paths: Sequence[Path], mask: Path | None = None) -> None:
@@ -116,8 +118,8 @@ def _map_photos(model: NAIGN, paths: Sequence[Path], times: int) -> list[tuple[P
     energies = []
     with counted("scoring", paths, unit="image") as bar:
         for path, place in zip(bar, maps, strict=True):
-            photo = Photo(read_picture(path), model, advance=lambda _: bar.update(0))
-            shades, energy = photo.mapped(times)
-            save(shades, place)
-            energies.append((path, energy))
+            values = to_values(read_picture(path), model)
+            made = model.project(values, times=times, advance=lambda _: bar.update(0))
+            save(mapped(values, made), place)
+            energies.append((path, float((made - values).double().square().mean())))
     return energies

@@ -5,7 +5,6 @@ float32 weights and the optimizer's tensors. So a checkpoint fits every world si
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -52,8 +51,6 @@ class Engine:
         self._decay = settings.ema
         self._clip = settings.clip
         self._graphs = settings.compile and on_gpu
-        self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
-        self.copied.set()
         self._shard()
         self._names = dict(bare.named_parameters())
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the whole parameters
@@ -148,7 +145,6 @@ class Engine:
         """Collective: clip, step, zero the gradients. Returns the gradient's norm before clipping, equal on all ranks;
         with `ahead` as a scalar on the device. If it is not finite, weights and moments stay as they are.
         """
-        self.copied.wait()
         norm = self._step()
         broadcast(list(self.bare.buffers()))  # running statistics are rank 0's, so that all ranks sample alike
         if self.ema is not None and (self.ahead or math.isfinite(norm)):

@@ -1,6 +1,5 @@
 """Communication of a search: agreement, rows of uneven shards, and answers to the rank that asked."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ class Ranks:
     world: int = 1
     group: dist.ProcessGroup | None = None
     link: torch.device = torch.device("cpu")  # where tensors must lie to be sent: on the GPU for NCCL, else on the CPU
-    seconds: float = 0.0  # spent in exchanges, waiting included
 
     def collect(self, value: T | Exception) -> list[T]:
         """Every rank's value. If any is an exception, the first of them is raised on every rank."""
@@ -85,15 +83,12 @@ class Ranks:
 
     @contextmanager
     def _exchange(self, what: str) -> Iterator[None]:
-        """Count the seconds, and say what another rank's death interrupted."""
-        start = time.perf_counter()
+        """Say what another rank's death interrupted."""
         try:
             yield
         except RuntimeError as error:  # every backend raises it, for a lost connection and for a timeout
             cause = f"another rank died or did not answer within the process group's timeout ({error})"
             raise RuntimeError(f"nearest: rank {self.rank} of {self.world} failed while {what}: {cause}") from error
-        finally:
-            self.seconds += time.perf_counter() - start
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> Ranks:

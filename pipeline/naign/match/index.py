@@ -37,8 +37,6 @@ class Blocks:
     own exception, the others with RuntimeError."""
     size: int = 4096
     """Candidates made and searched at once; the same on every rank."""
-    skip: Tensor | None = None
-    """(s,) int64: ids of candidates to leave out."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,7 +45,6 @@ class SearchResult:
     ids: Tensor  # (q, k) int64, ascending among equal distances; -1 where there is none
     measured: float  # candidates of this rank, per query, that no bound excluded
     method: str  # this rank's, with its parameters
-    exchange: float  # seconds of this rank in exchanges, waiting for others included
 
 
 class NotFinite(ValueError):
@@ -134,7 +131,6 @@ def search(
         ids=ids.to(queries.device),
         measured=scan.measured / max(1, len(asked)),
         method=scan.described,
-        exchange=ranks.seconds,
     )
 
 
@@ -231,11 +227,7 @@ def make_block(
     except ValueError as error:
         fault = error
     ranks.collect(fault)
-    ids = torch.arange(first_id + first, first_id + last)
-    if blocks.skip is not None:
-        left = ~torch.isin(ids, blocks.skip)
-        return block[left.to(block.device)], ids[left]
-    return block, ids
+    return block, torch.arange(first_id + first, first_id + last)
 
 
 def deliver_answers(scan: Scan, counts: list[int], ranks: Ranks) -> tuple[Tensor, Tensor]:

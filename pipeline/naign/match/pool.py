@@ -1,6 +1,5 @@
 """The samples of a round, which are generated in blocks of ids while they are searched."""
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -11,8 +10,7 @@ from naign.match.index import Blocks
 
 HELD_ROWS = 4096
 HELD_VALUES = 2**26
-"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. For further
-searches a rank keeps its part of the pool if that has no more values; a larger part is generated again."""
+"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block."""
 
 
 def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]:
@@ -34,20 +32,15 @@ class Pool:
         poll: Callable[[], None],  # as in match_round
         dims: int,  # values of a sample
         ranks: Ranks,
-        *,
-        keep: bool,  # whether the samples are searched more than once
     ) -> None:
         spans = [block_range(size, block, rank, ranks.world) for rank in range(ranks.world)]
         self.first, last = spans[ranks.rank]
         self.rows = last - self.first
-        self.seconds = 0.0  # spent on generating
         self._longest = max(last - first for first, last in spans)
         self._block = block
         self._size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // block) * block
         self._sample = sample
         self._poll = poll
-        self._keep = keep and self._longest * dims <= HELD_VALUES
-        self._kept: dict[int, Tensor] = {}
 
     def blocks(self) -> Blocks:
         """The samples as candidates of a search."""
@@ -55,20 +48,12 @@ class Pool:
 
     def _make(self, low: int, high: int) -> Tensor:
         # `low` is the same on every rank: they differ by one block at most, the last one of the last part.
-        if low in self._kept:
-            self._poll()
-            return self._kept[low]
-        start = time.perf_counter()
         end = min(self._longest, low + self._size)
         samples = self._generate(
             torch.arange(self.first + low, self.first + high),
             -(-(end - low) // self._block),
         )
-        made = samples.float().flatten(1)
-        if self._keep:
-            self._kept[low] = made
-        self.seconds += time.perf_counter() - start
-        return made
+        return samples.float().flatten(1)
 
     def _generate(self, ids: Tensor, blocks: int) -> Tensor:
         """The samples of `ids` (n,). Every rank polls and samples as often as the one with most `blocks`: both may be

@@ -10,9 +10,6 @@ There are two methods. They differ in speed alone, since neither drops a candida
 What is not excluded is measured in float64 by differences, and the first by (distance, id) are kept.
 """
 
-import timeit
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -231,40 +228,19 @@ def choose_frame(queries: Tensor, candidates: Tensor) -> Frame:
     if not torch.isfinite(rows - centre).all():
         centre = torch.zeros_like(centre)
     centred = rows - centre
-    dtype = torch.float32
-    if bfloat16_is_faster(queries.device, torch.get_num_threads()):
-        dtype = torch.bfloat16
     basis = bound.find_basis(centred, WIDTH)
     return Frame(
         centre=centre,
         basis=basis,
         magnitude=float(centred.abs().max()),
-        dtype=dtype,
+        dtype=product_type(queries.device),
     )
 
 
-@lru_cache
-def bfloat16_is_faster(device: torch.device, threads: int) -> bool:
-    """Whether matrix products in bfloat16 take less time than in float32. Takes some milliseconds."""
-    rows = 1024
-    inner = 256
-    if device.type != "cpu":  # a small product measures a GPU's latency
-        rows = 8192
-        inner = 2048
+def product_type(device: torch.device) -> torch.dtype:
+    """The type in which the device multiplies matrices fastest."""
+    from naign.distributed.connect import choose_precision  # imports Accelerate, which takes a second
 
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(
-            rows,
-            inner,
-            dtype=dtype,
-            device=device,
-        )
-        b = torch.ones(
-            inner,
-            rows,
-            dtype=dtype,
-            device=device,
-        )
-        return min(timeit.repeat(lambda: float((a @ b)[0, 0]), number=1, repeat=4))  # `float` waits for the device
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
+    if choose_precision(on_cpu=device.type != "cuda") == "bf16":
+        return torch.bfloat16
+    return torch.float32

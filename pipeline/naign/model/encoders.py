@@ -147,14 +147,8 @@ def load_encoder(name: str) -> Encoder:
         return _open_pretrained(name)
     if name.endswith(".safetensors"):
         return read_encoder(Path(name), name)
-    remedies = {name: "or give timm:NAME, or the path of a .safetensors file"}
-    return lookup(
-        "encoder",
-        name,
-        builtin_encoders(),
-        "naign.encoders",
-        remedies=remedies,
-    )()
+    setting = "encoder, which may also be timm:NAME or the path of a .safetensors file,"
+    return lookup(setting, name, builtin_encoders(), "naign.encoders")()
 
 
 def open_encoder(

@@ -1,13 +1,11 @@
 """Files of a model: where they are read from (a run, a checkpoint, a folder, a bucket, the hub or models/ of this
-package), how they are written, as safetensors or ONNX, and how they are uploaded. No pickle is ever read.
+package), how they are written as safetensors, and how they are uploaded. No pickle is ever read.
 """
 
-import importlib.util
 import json
 import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +15,12 @@ import torch
 from huggingface_hub import constants  # all else where it is used: it takes 0.1 s, and trainings rarely need it
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from naign import shipped
 from naign.checkpoint.bucket import fetch_file, newest_first
 from naign.checkpoint.writer import is_complete
 from naign.errors import Damaged, InputError, Unavailable, check_address, one_line
-from naign.storage.local import write_atomically
 from naign.storage.store import is_in_bucket, open_store
 
 log = logging.getLogger("naign.model")
@@ -32,10 +29,10 @@ WEIGHTS = "model.safetensors"
 FILES = ("ema.safetensors", WEIGHTS)  # the weights of a checkpoint are in the first of these that it has
 PREFIX = "hf://"  # of the names of models on the hub
 LOGIN = "(`hf auth login`, or HF_TOKEN)"
-TOLERANCE = 1e-5  # of an ONNX program against f, absolute and relative
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _STATES = ("prior.", "latents.")  # begin the names of their tensors
+_FORMER = ("prior.phase", "prior.student.")  # of flows of earlier versions, which draw without them
 
 
 @contextmanager
@@ -147,7 +144,8 @@ def read_model(file: Path) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
     state = {}
     for name, value in tensors.items():
         if name.startswith(_STATES):
-            state[name] = value
+            if not name.startswith(_FORMER):
+                state[name] = value
         else:
             weights[name] = value
     return metadata[_KEY], weights, state
@@ -178,51 +176,6 @@ def save_model(
 
 def _all_finite(tensors: dict[str, Tensor]) -> bool:
     return all(bool(value.isfinite().all()) for value in tensors.values())
-
-
-def write_onnx(network: nn.Module, shape: tuple[int, ...], file: Path) -> float | None:
-    """Write f as an ONNX program: `x`, (n, *shape) float32, to `projected`, the same. The network is on the CPU.
-
-    Returns the largest difference from f in onnxruntime; None where that is not installed. Raises InputError, and
-    writes nothing, where packages are missing, the network cannot be exported or the difference is above TOLERANCE.
-    """
-    try:
-        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    except ImportError as error:
-        raise InputError(f"--format onnx needs onnxscript ({error}): in a checkout, pip install -e '.[onnx]'") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what torch itself does
-            program = torch.onnx.export(
-                network,
-                (torch.zeros(2, *shape),),
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-                input_names=["x"],
-                output_names=["projected"],
-                verbose=False,
-            )
-        assert program is not None
-        ClearMetadataAndDocStringPass()(program.model)  # stack traces with paths of this machine
-        content = program.model_proto.SerializeToString()
-    except Exception as error:  # the exporter's, or protobuf's, which holds at most 2 GiB
-        raise InputError(f"torch cannot export this network to ONNX: {one_line(error)}") from None
-    largest = None
-    if importlib.util.find_spec("onnxruntime"):
-        x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            (actual,) = program(x)
-            expected = network(x)
-        largest = float((actual - expected).abs().max())
-        if not torch.allclose(
-            actual,
-            expected,
-            rtol=TOLERANCE,
-            atol=TOLERANCE,
-        ):
-            raise InputError(f"in onnxruntime the program differs from f by {largest:.2g}: it is not written")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, content)
-    return largest
 
 
 def download(name: str, **options: Any) -> Path:

@@ -58,9 +58,7 @@ class ObjectiveConfig:
 
     @property
     def needs_damaged(self) -> bool:
-        """Whether the loss takes damaged images. If so, the settings must have `damage` and `noise`, which choose the
-        damage, as those of NaignConfig do; otherwise `config.check` raises InputError.
-        """
+        """Whether the loss takes damaged images, by the settings' `damage` and `noise`, as those of NaignConfig."""
         return False
 
     @property
@@ -148,17 +146,7 @@ def compute_losses(config: ObjectiveConfig, network: Network, batch: Batch) -> d
 
 def find_objective(name: str) -> tuple[type[ObjectiveConfig], Loss]:
     """The settings and the loss of that name; InputError for an unknown one."""
-    return lookup(
-        "objective.name",
-        name,
-        OBJECTIVES,
-        "naign.objectives",
-        remedies=_REMEDIES,
-    )
-
-
-BASELINES = ("ign", "nae", "vae", "rectified_flow")
-_REMEDIES = {name: f"{name} is a baseline, install it: pip install -e benchmarks/baselines" for name in BASELINES}
+    return lookup("objective.name", name, OBJECTIVES, "naign.objectives")
 
 
 def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -17,10 +17,9 @@ from naign.data.format.labels import parse_number
 from naign.errors import InputError, one_line, printable, unwritten
 from naign.model.files import WEIGHTS, open_weights, read_model, save_model
 from naign.model.holes import put_back
-from naign.model.networks import build_network, recorded_network
+from naign.model.networks import build_network, find_network
 from naign.model.prior import CodesPrior, build_latents, build_prior, find_latents, find_prior
-from naign.model.prior.flow import KEPT
-from naign.model.tiles import PIXELS, Read, blended
+from naign.model.tiles import PIXELS, blended
 from naign.philox import SAMPLES
 from naign.settings.constraints import check_fields
 
@@ -53,8 +52,8 @@ class NAIGN:
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
         self.checkpoint = ""  # of a run: the checkpoint's name
         self._rows = max(1, min(ROWS, PIXELS // math.prod(self.shape[-2:])))  # computed at once
-        noise = _read_settings("latents", metadata.get("latents", {"name": "gaussian"}), find_latents)
-        settings = _read_settings("prior", metadata["prior"], find_prior)
+        noise = read_settings("latents", metadata.get("latents", {"name": "gaussian"}))
+        settings = read_settings("prior", metadata["prior"])
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
             self.latents = build_latents(noise, self.shape)
             self.prior = build_prior(
@@ -209,11 +208,10 @@ class NAIGN:
         if x.shape[1:] == self.shape:
             return self._apply(x, times, advance)
 
-        def read(first: int, last: int) -> Tensor:
-            return x[:, :, first:last]
+        def f(tiles: Tensor) -> Tensor:
+            return self._apply(tiles, times, advance)
 
-        bands = self.bands(read, (x.shape[2], x.shape[3]), times, advance)
-        return torch.cat([*bands], dim=2)
+        return blended(f, x, self.shape[1:])
 
     def energy(
         self,
@@ -273,22 +271,6 @@ class NAIGN:
                 )
             )
 
-    @torch.no_grad()
-    def between(self, first: int, last: int, *, steps: int) -> Tensor:
-        """Latents (steps, *shape) on a line from latent 0 of the seed `first` to latent 0 of the seed `last`: between
-        two codes where the prior draws these. Noise keeps the lengths of the two, as normals have them.
-        """
-        draw = self.prior.draw if self.has_prior else self.latents.draw
-        start = draw(first, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
-        end = draw(last, SAMPLES, torch.zeros(1, dtype=torch.int64), self.device)
-        share = torch.linspace(0, 1, steps, device=self.device)
-        share = share.view(-1, *(1,) * (start.ndim - 1))
-        way = torch.lerp(start, end, share)
-        if self.has_prior:
-            return self._decoded(way)
-        lengths = torch.lerp(start.norm(), end.norm(), share)
-        return way * lengths / way.flatten(1).norm(dim=1).view_as(share)
-
     def _decoded(self, drawn: Tensor) -> Tensor:
         if self.prior.decodes:
             drawn = self.network.decode(drawn)  # type: ignore[operator]
@@ -319,8 +301,7 @@ class NAIGN:
         return number
 
     def with_flow(self, **settings: float) -> "NAIGN":
-        """This model with other settings of its flow of codes, `steps` or `guidance`, and without a student, which has
-        learned the end points of the former ones; itself where only `guidance` is given, and is as trained.
+        """This model with other settings of its flow of codes: `steps` or `guidance`.
 
         Raises InputError for a prior that is no flow, and for unfit settings.
         """
@@ -328,32 +309,7 @@ class NAIGN:
         if known["name"] != "flow":
             other = f"{' and '.join(settings)} can be chosen for a flow of codes, and this prior is '{known['name']}'"
             raise InputError(f"{other}: leave it out")
-        if settings == {"guidance": known.get("guidance", 0.0)}:
-            return self
-        metadata = self.metadata | {"prior": known | {"student": 0} | settings}
-        state = self.state
-        for name in self.state:
-            if name.startswith("prior.student."):
-                del state[name]
-        state["prior.phase"] = state["prior.phase"].clamp(max=KEPT)  # the flow draws again
-        return NAIGN(self.network, metadata, state)
-
-    def bands(
-        self,
-        read: Read,
-        size: tuple[int, int],
-        times: int = 1,
-        advance: Advance = None,
-    ) -> Iterator[Tensor]:
-        """f of images of `size` (height, width) that need not be in memory, as bands of rows from top to bottom.
-
-        `read(first, last)` returns these rows as (n, C, last - first, W). Raises InputError as `project` does.
-        """
-
-        def f(tiles: Tensor) -> Tensor:
-            return self._apply(tiles, times, advance)
-
-        return blended(f, read, size, self.shape[1:])
+        return NAIGN(self.network, self.metadata | {"prior": known | settings}, self.state)
 
     @torch.no_grad()
     def _apply(self, x: Tensor, times: int, advance: Advance) -> Tensor:
@@ -387,7 +343,7 @@ class NAIGN:
 
 def _build(metadata: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     """The network that a file's header describes, with its weights; an error of any kind where these do not fit."""
-    config = recorded_network(metadata["model"])
+    config = read_settings("model", metadata["model"])
     shape = tuple(metadata["shape"])
     with torch.device("meta"):  # what the header claims is checked against the file before it is allocated
         network = build_network(config, shape)
@@ -407,11 +363,21 @@ def _expanded(mask: Tensor, x: Tensor) -> Tensor:
     raise InputError(f"the mask does not fit: give a bool tensor that broadcasts to {tuple(x.shape)}")
 
 
-def _read_settings(section: str, record: Mapping[str, Any], find: Callable[[str], tuple[Any, Any]]) -> Any:
-    """The settings that a model file recorded; those that earlier versions had for training alone are passed over."""
-    kind, _ = find(record["name"])
+def read_settings(section: str, record: Mapping[str, Any]) -> Any:
+    """The settings of a section that a model file recorded; those that other versions have are passed over.
+
+    Raises InputError, KeyError or TypeError for what no run wrote.
+    """
+    kind, _ = FIND[section](record["name"])
     known = {field.name for field in fields(kind)}
     settings = kind(**{key: value for key, value in record.items() if key in known})
     check_fields(settings, section)
     settings.check()
     return settings
+
+
+FIND: dict[str, Callable[[str], tuple[Any, Any]]] = {
+    "model": find_network,
+    "latents": find_latents,
+    "prior": find_prior,
+}

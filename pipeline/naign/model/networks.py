@@ -5,10 +5,9 @@ settings and the function that builds it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from naign.errors import InputError
-from naign.settings.constraints import between, check_fields
+from naign.settings.constraints import between
 from naign.settings.registry import lookup
 
 MOST_CHANNELS = 512  # the channels stop doubling here
@@ -100,14 +99,6 @@ def code_shape(network: nn.Module, setting: str) -> tuple[int, ...]:
 def find_network(name: str) -> tuple[type[NetworkConfig], Build]:
     """The settings and the build function of that name; InputError for an unknown one."""
     return lookup("model.name", name, NETWORKS, "naign.networks")
-
-
-def recorded_network(record: Mapping[str, Any]) -> NetworkConfig:
-    """The settings that a model file recorded. Raises InputError, KeyError or TypeError for what no run wrote."""
-    config = find_network(record["name"])[0](**record)
-    check_fields(config, "model")
-    config.check()
-    return config
 
 
 class PointNetwork(nn.Module):

@@ -1,6 +1,8 @@
-"""Pictures of any size and mode through a model of images: repaired, filled, and the map of what f changes."""
+"""Pictures of any size and mode through a model of images: repaired, filled, and the map of what f changes.
 
-from collections.abc import Iterator
+The model sees transparent pixels on white, as in training.
+"""
+
 from pathlib import Path
 
 import numpy as np
@@ -40,110 +42,58 @@ def read_hole(mask: Path, size: tuple[int, int]) -> Image.Image:
     return hole
 
 
-class Photo:
-    """A picture for a model of images, which sees transparent pixels on white, as in training."""
+def seen(picture: Image.Image, model: NAIGN) -> Image.Image:
+    """The picture as the model sees it, in mode L or RGB."""
+    return in_mode(picture, "L" if model.shape[0] == 1 else "RGB")
 
-    def __init__(self, picture: Image.Image, model: NAIGN, *, advance: Advance = None) -> None:
-        self.picture = picture
-        self.model = model
-        self.advance = advance  # called while f is applied
-        self.mode = "RGB"
-        if model.shape[0] == 1:
-            self.mode = "L"
 
-    @property
-    def profile(self) -> bytes | None:
-        """The colour profile, where it fits the repaired picture."""
-        profile: bytes = self.picture.info.get("icc_profile") or b""
-        space = b"RGB "
-        if self.mode == "L":
-            space = b"GRAY"
-        if profile[16:20] != space:
-            return None
-        return profile
+def to_values(picture: Image.Image, model: NAIGN) -> Tensor:
+    """(1, C, H, W) float32 in [-1, 1], with the model's C."""
+    return scaled(torch.from_numpy(to_pixels(seen(picture, model)).copy())[None])
 
-    @property
-    def alpha(self) -> Image.Image | None:
-        if self.picture.has_transparency_data:
-            return self.picture.convert("RGBA").getchannel("A")
-        return None
 
-    def values(self) -> Tensor:
-        """(1, C, H, W) float32 in [-1, 1], with the model's C."""
-        pixels = to_pixels(in_mode(self.picture, self.mode))
-        return scaled(torch.from_numpy(pixels.copy())[None])
+def shown(values: Tensor) -> Image.Image:
+    """Values (1, C, H, W) as a picture."""
+    return to_picture(eight_bits(values[0]).numpy())
 
-    def shown(self, values: Tensor, *, seen: bool = False) -> Image.Image:
-        """Values as a picture with this one's alpha, so that on white they show; `seen`: transparent pixels as well."""
-        alpha = self.alpha
-        if alpha and seen:
-            alpha = alpha.point([255, *range(1, 256)])
-        if alpha:
-            opacity = torch.from_numpy(np.array(alpha)) / 255
-            values = 1 - (1 - values) / opacity.clamp(min=1 / 255)
-        picture = to_picture(eight_bits(values[0]).numpy())
-        if alpha:
-            picture.putalpha(alpha)
-        return picture
 
-    def repaired(self, times: int) -> Image.Image:
-        """The picture after `times` applications of f."""
-        mode = self.mode
-        if self.picture.has_transparency_data:
-            mode += "A"
-        whole = Image.new(mode, self.picture.size)
-        for top, rows, made in self._applied(times):
-            whole.paste(rows.shown(made), (0, top))
-        return whole
+def colour_profile(picture: Image.Image, model: NAIGN) -> bytes | None:
+    """The colour profile, where it fits what the model makes of the picture."""
+    profile: bytes = picture.info.get("icc_profile") or b""
+    fits = profile[16:20] == (b"GRAY" if model.shape[0] == 1 else b"RGB ")
+    return profile if fits else None
 
-    def mapped(self, times: int) -> tuple[Image.Image, float]:
-        """The map of |f(x) - x|, its mean over channels, in grey: black is 0, white 1 or more; and the energy."""
-        whole = Image.new("L", self.picture.size)
-        total = 0.0
-        for top, rows, made in self._applied(times):
-            moved = made - rows.values()
-            shades = eight_bits(2 * moved.abs().mean(1) - 1)
-            whole.paste(to_picture(shades.numpy()), (0, top))
-            total += float(moved.double().square().mean(1).sum())
-        return whole, total / (whole.width * whole.height)
 
-    def _applied(self, times: int) -> Iterator[tuple[int, "Photo", Tensor]]:
-        """f of the picture as bands of rows: the first row, the rows, and what f makes of them."""
-        width, height = self.picture.size
+def mapped(values: Tensor, made: Tensor) -> Image.Image:
+    """The map of |made - values|, its mean over channels, in grey: black is 0, white 1 or more."""
+    moved = (made - values).abs().mean(1, keepdim=True)
+    return shown(2 * moved - 1)
 
-        def part(first: int, last: int) -> Photo:
-            return Photo(self.picture.crop((0, first, width, last)), self.model)
 
-        def read(first: int, last: int) -> Tensor:
-            return part(first, last).values()
-
-        top = 0
-        for made in self.model.bands(read, (height, width), times, self.advance):
-            bottom = top + made.shape[2]
-            yield top, part(top, bottom), made
-            top = bottom
-
-    def filled(self, hole: Image.Image, times: int | None) -> Image.Image:
-        """The picture with its hole (mode L, 255 in it) filled from what a tile sees around it; all else stays."""
-        _, height, width = self.model.shape
-        left, top, right, bottom = hole.getbbox() or (0, 0, *hole.size)
-        box = (
-            max(0, left - width),
-            max(0, top - height),
-            min(hole.width, right + width),
-            min(hole.height, bottom + height),
-        )
-        hole = hole.crop(box)
-        part = Photo(self.picture.crop(box), self.model)
-        mask = torch.from_numpy(np.array(hole) > 0)
-        made = self.model.project(
-            part.values(),
-            times=times,
-            mask=mask,
-            advance=self.advance,
-        )
-        whole = in_mode(self.picture, self.mode)
-        if self.alpha:
-            whole = self.picture.convert("RGBA").convert(f"{self.mode}A")
-        whole.paste(part.shown(made, seen=True), box[:2], hole)
-        return whole
+def filled(
+    picture: Image.Image,
+    hole: Image.Image,  # mode L, 255 in it
+    model: NAIGN,
+    *,
+    times: int | None,
+    advance: Advance = None,
+) -> Image.Image:
+    """The picture with its hole filled from what a tile sees around it; all else stays."""
+    _, height, width = model.shape
+    left, top, right, bottom = hole.getbbox() or (0, 0, *hole.size)
+    box = (
+        max(0, left - width),
+        max(0, top - height),
+        min(hole.width, right + width),
+        min(hole.height, bottom + height),
+    )
+    hole = hole.crop(box)
+    made = model.project(
+        to_values(picture.crop(box), model),
+        times=times,
+        mask=torch.from_numpy(np.array(hole) > 0),
+        advance=advance,
+    )
+    whole = seen(picture, model).copy()
+    whole.paste(shown(made), box[:2], hole)
+    return whole

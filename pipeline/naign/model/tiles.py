@@ -6,7 +6,7 @@ step is odd, so that patterns of a network, whose strides are even, lie the othe
 cancel alike everywhere. At a third of the side sharpness varied by a fifth. A smaller image is reflected.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,48 +15,30 @@ from torch import Tensor
 STEP = 1 / 4  # of a tile's side, between the starts of tiles
 PIXELS = 1 << 19  # of the tiles that are computed at once
 
-Read = Callable[[int, int], Tensor]
-"""Takes (first, last); returns these rows of an image as (n, C, last - first, W)."""
 
-
-def blended(
-    f: Callable[[Tensor], Tensor],
-    read: Read,
-    size: tuple[int, ...],
-    tile: tuple[int, ...],
-) -> Iterator[Tensor]:
-    """f of images of `size` (height, width), as bands of rows (n, C, r, W) from top to bottom.
-
-    f takes and returns tiles (m, C, *tile). Of the images one row of tiles is in memory at a time.
-    """
-    height, width = size
+def blended(f: Callable[[Tensor], Tensor], images: Tensor, tile: tuple[int, ...]) -> Tensor:
+    """f of images (n, C, H, W); f takes and returns tiles (m, C, *tile), one row of them at a time."""
+    height, width = images.shape[2:]
     high, wide = tile
-    tops, down = _windows(height, high)
-    lefts, across = _windows(width, wide)
-    overlap: Tensor | None = None  # rows of the tiles above that lie in this row of tiles as well
-    for number, top in enumerate(tops):
-        band = read(top, min(top + high, height))
-        band = _reflected(_reflected(band, high, dim=2), wide, dim=3)
+    rows, above = _reflected(height, high)
+    columns, before = _reflected(width, wide)
+    images = images[:, :, rows.to(images.device)][..., columns.to(images.device)]
+    tops, down = _windows(len(rows), high)
+    lefts, across = _windows(len(columns), wide)
+    made = torch.zeros_like(images)
+    for top, weights in zip(tops, down, strict=True):
+        band = images[:, :, top : top + high]
         tiles = torch.stack([band[..., left : left + wide] for left in lefts], dim=1)
         answers = f(tiles.flatten(0, 1)).view(tiles.shape)
-        rows = torch.zeros_like(band)
-        windows = across.to(band)
-        for turn, left in enumerate(lefts):
-            rows[..., left : left + wide] += windows[turn] * answers[:, turn]
-        rows *= down[number].to(band)[:, None]
-        if overlap is not None:
-            rows[:, :, : overlap.shape[2]] += overlap
-        end = high
-        if number + 1 < len(tops):
-            end = tops[number + 1] - top
-        overlap = rows[:, :, end:]
-        done = _middle(rows[:, :, :end], height, dim=2)
-        yield _middle(done, width, dim=3)
+        for number, left in enumerate(lefts):
+            window = weights[:, None] * across[number]
+            made[:, :, top : top + high, left : left + wide] += window.to(made) * answers[:, number]
+    return made[:, :, above : above + height, before : before + width]
 
 
 def _windows(length: int, side: int) -> tuple[list[int], Tensor]:
     """Where tiles of `side` pixels start along `length`, and their windows (tiles, side), which sum to 1."""
-    last = max(0, length - side)
+    last = length - side
     step = min(side, round(STEP * side) | 1)
     starts = np.array([*range(0, last, step), last])
     window = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
@@ -65,17 +47,9 @@ def _windows(length: int, side: int) -> tuple[list[int], Tensor]:
     return starts.tolist(), torch.from_numpy(window / total[places])
 
 
-def _reflected(band: Tensor, side: int, *, dim: int) -> Tensor:
-    """The band, continued at both ends of a dimension to `side` pixels if it is shorter."""
-    missing = side - band.shape[dim]
-    if missing <= 0:
-        return band
+def _reflected(length: int, side: int) -> tuple[Tensor, int]:
+    """The pixels along `length`, continued at both ends to `side` if there are fewer, and how many begin them."""
+    missing = max(0, side - length)
     before = missing // 2
-    index = np.pad(np.arange(band.shape[dim]), (before, missing - before), "reflect")
-    return band.index_select(dim, torch.from_numpy(index).to(band.device))
-
-
-def _middle(rows: Tensor, length: int, *, dim: int) -> Tensor:
-    """Rows without what _reflected added to the image."""
-    added = max(0, rows.shape[dim] - length)
-    return rows.narrow(dim, added // 2, rows.shape[dim] - added)
+    index = np.pad(np.arange(length), (before, missing - before), "reflect")
+    return torch.from_numpy(index), before

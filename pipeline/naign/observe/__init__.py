@@ -4,4 +4,4 @@ from naign.observe.doctor import preflight
 from naign.observe.logs import at_round, set_up, title
 from naign.observe.monitor import Monitor
 from naign.observe.pictures import grid, png, rows, scatter, to_image
-from naign.observe.speed import Profiler, fit_flops, forward_flops, parse_rounds, peak_memory
+from naign.observe.speed import Profiler, parse_rounds, peak_memory

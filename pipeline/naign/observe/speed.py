@@ -1,4 +1,4 @@
-"""Floating-point operations of a network, peak memory, and profiler traces of whole rounds."""
+"""Peak memory, and profiler traces of whole rounds."""
 
 import logging
 import re
@@ -6,38 +6,15 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity
-from torch.utils.flop_counter import FlopCounterMode
 
 from naign.errors import InputError
 
 log = logging.getLogger("naign.profile")
-
-
-def forward_flops(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Floating-point operations of one forward of (1, *shape) by a bare network, in products of matrices and in
-    convolutions, a multiply-add as two. A copy on the meta device is counted: no memory, no kernels.
-    """
-    empty = dict[int, Any]()
-    for value in (*network.parameters(), *network.buffers()):
-        empty[id(value)] = torch.empty_like(value, device="meta")
-    copy = deepcopy(network, empty).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy(torch.empty(1, *shape, device="meta"))
-    return int(counter.get_total_flops())
-
-
-def fit_flops(forward: int, forwards: float) -> float:
-    """Floating-point operations of training on one image: `forwards` evaluations of `forward` operations each, and a
-    backward through each, which costs two (arXiv 2001.08361, 2.1), without recomputation (MFU of 2204.02311, B).
-    """
-    return 3.0 * forward * forwards
 
 
 def peak_memory(device: torch.device) -> float:

@@ -12,13 +12,11 @@ from naign.errors import InputError, printable
 Entry = TypeVar("Entry")
 
 
-def lookup(
-    setting: str, name: str, builtin: Mapping[str, Entry], group: str, *, remedies: Mapping[str, str] | None = None
-) -> Entry:
+def lookup(setting: str, name: str, builtin: Mapping[str, Entry], group: str) -> Entry:
     """The entry of that name. Entry points of the group are looked up only for a name that is not built in.
 
-    Messages name the `setting`, as objective.name; `remedies` say what to do about a name that may not be installed.
-    Raises InputError for an unknown name, and for a package that fails to import or registers something else.
+    Messages name the `setting`, as objective.name. Raises InputError for an unknown name, and for a package that fails
+    to import or registers something else.
     """
     if name in builtin:
         return builtin[name]
@@ -27,10 +25,9 @@ def lookup(
         there = known(builtin, group)
         choice = f"choose one of {', '.join(there)}" if there else "none is built in"
         unknown = f"{setting} is '{printable(name)}': {choice}, or install a package with entry points of {group}"
+        unknown += " (baselines: pip install -e benchmarks/baselines)"
         near = difflib.get_close_matches(name, there, n=1)
-        if remedies and name in remedies:
-            unknown += f"; {remedies[name]}"
-        elif near:
+        if near:
             unknown += f"; did you mean {near[0]}?"
         raise InputError(unknown)
     package = point.dist.name if point.dist else point.module

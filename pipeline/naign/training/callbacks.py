@@ -3,11 +3,10 @@
 They are entry points of the group `naign.callbacks` that train.callbacks names, or an argument of `train`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from naign.errors import SHARED, require
+from naign.errors import require
 from naign.settings.registry import listed, lookup
 from naign.training.trainer import Trainer
 
@@ -29,33 +28,17 @@ def find_callbacks(names: str) -> list[Callback]:
     callbacks = []
     for name in listed(names):
         build: Callable[[], Callback] = lookup("train.callbacks", name, {}, "naign.callbacks")
-        with _blamed(f"the callback '{name}'", build.__module__):
-            callback = build()
-            is_one = isinstance(callback, Callback)
-            require((is_one, f"it made a {type(callback).__name__}, not a Callback: fix the package"))
+        callback = build()
+        is_one = isinstance(callback, Callback)
+        require((is_one, f"the callback '{name}' is a {type(callback).__name__}, not a Callback: fix the package"))
         callbacks.append(callback)
     return callbacks
 
 
-def call(run: Trainer, hook: str, *values: dict[str, float] | Path) -> None:
-    """Call that method of each callback. What it raises names the callback and its package."""
+def call(run: Trainer, hook: str, values: dict[str, float] | Path) -> None:
+    """Call that method of each callback, which may add numbers to `values`."""
     for callback in run.callbacks:
-        kind = type(callback)
-        with _blamed(f"{hook} of the callback {kind.__qualname__}", kind.__module__):
-            getattr(callback, hook)(run, *values)
-            for reported in values:
-                if isinstance(reported, dict):
-                    for name, value in reported.items():
-                        reported[name] = float(value)  # not text
-
-
-@contextmanager
-def _blamed(what: str, module: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        failed = f"{what}, of the package {module.partition('.')[0]}, failed"
-        if isinstance(error, SHARED):
-            raise type(error)(f"{failed}: {error}") from error
-        error.add_note(failed)  # the last line of the traceback
-        raise
+        getattr(callback, hook)(run, values)
+    if isinstance(values, dict):
+        for name, value in values.items():
+            values[name] = float(value)  # not text

@@ -8,7 +8,6 @@ import gc
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from shlex import quote
 
@@ -32,7 +31,7 @@ from naign.model.prior import Codes
 from naign.model.prior.base import KEPT
 from naign.observe import at_round
 from naign.training.callbacks import Callback, call
-from naign.training.report import headline, measure, report_prior, report_round
+from naign.training.report import headline, report_prior, report_round
 from naign.training.setup import count_codes, set_up_run
 from naign.training.state import Snapshot, snapshot
 from naign.training.steps import REMEDY, StepLosses, learning_rate, rows_of_steps
@@ -50,9 +49,7 @@ def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback
     run = set_up_run(config, accelerator, callbacks)
     with run.stream, run.monitor, run.watchdog:
         run.monitor.say(headline(run))
-        if not gc.isenabled():  # since the program's start
-            gc.freeze()  # objects that stay until the end are not searched again
-            gc.enable()
+        gc.enable()  # which it was not since the program's start
         run.phases.start()
         try:
             train_network(run)
@@ -66,7 +63,6 @@ def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback
             run.writer.join(within=config.stop.within)
             raise
         finished = finish(run)
-        gc.unfreeze()  # else Triton lists what it calls leaks when the program ends
     if run.lock:
         run.lock.release()
     if finished and run.rank == 0:
@@ -85,8 +81,6 @@ def train_network(run: Trainer) -> None:
         kept = None
         if longest > config.stop.within / 2:  # a stop may not wait for the end of the round
             kept = take_snapshot(run)
-            kept.copy()
-            kept = replace(kept, copy=run.engine.copied.set)  # nothing is left to copy
         with run.phases.round():
             try:
                 with run.phases.enter("take"):
@@ -108,12 +102,11 @@ def train_network(run: Trainer) -> None:
                 if kept:
                     save(run, kept)
                 raise
-        longest = max(longest, sum(run.phases.seconds.values()))
+        spent = total([sum(run.phases.seconds.values())], run.accelerator)[0] / run.world
+        longest = max(longest, spent)  # the same on every rank: a snapshot is collective
         state.round += 1
         if state.round == run.rounds and not run.prior.learns:
             state.fitted = 1.0  # nothing is left to fit
-        if run.quality and state.round % config.quality.rounds == 0:
-            losses |= measure(run, images)
         if run.callbacks:
             with run.phases.enter("callbacks"), together(run.accelerator):
                 call(run, "on_round", losses)
@@ -368,15 +361,13 @@ def save(run: Trainer, taken: Snapshot) -> None:
     """Begin to write a snapshot as a checkpoint in the background, unless it is there already. Collective."""
     writer = run.writer
     if taken.name == writer.newest or taken.name == "step-00000000":  # a new start does the same
-        run.engine.copied.set()
         return
     ready = writer.join(share=0.5)  # the one before may still be on its way to the bucket
     if total([float(not ready)], run.accelerator)[0]:
         log.warning("%s is not written: the one before it is still being sent, and time is short", taken.name)
-        run.engine.copied.set()
         return
     with together(run.accelerator):
-        writer.start(taken.name, taken.copy, taken.files)
+        writer.start(taken.name, taken.files)
 
 
 def finish(run: Trainer) -> bool:

@@ -14,11 +14,10 @@ from naign.distributed.host import count_ranks
 from naign.distributed.ranks import total
 from naign.errors import Diverged
 from naign.match import Match
-from naign.observe import fit_flops, grid, peak_memory, rows, scatter
+from naign.observe import grid, peak_memory, rows, scatter
 from naign.training.trainer import Trainer
 
 CLASSES = 20  # whose samples are drawn, at most
-MEASURED = 2**40  # first id of the latents that quality measures: no evaluation reports on the same ones
 
 
 def headline(run: Trainer) -> str:
@@ -45,13 +44,6 @@ def headline(run: Trainer) -> str:
         f"{run.world} ranks; {run.rounds} rounds of {config.match.round} images x {config.train.passes} passes for "
         f"{config.train.images}, pool {config.match.pool}{second}; {start} in {config.run.path}"
     )
-
-
-def measure(run: Trainer, images: Tensor | None) -> dict[str, float]:
-    """quality/* of samples, and of repairs of `images` (n, *shape) where they are given. Collective."""
-    assert run.quality is not None
-    with run.phases.enter("quality"):
-        return run.quality.measure(run.engine, lambda ids: draw_latents(run, ids + MEASURED), images)
 
 
 def draw_latents(run: Trainer, ids: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -97,7 +89,7 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
 
 
 def report_prior(run: Trainer) -> None:
-    """Report the fit of the prior: its metrics and, at the end, samples and their quality. Collective."""
+    """Report the fit of the prior: its metrics and, at the end, samples. Collective."""
     run.phases.count()
     values = run.prior.read_metrics()
     for name, value in values.items():
@@ -105,11 +97,8 @@ def report_prior(run: Trainer) -> None:
             raise Diverged(f"{name} is not finite: the prior cannot be fitted; lower prior.lr")
     values |= {"train/stage": 2, "prior/fitted": run.state.fitted, "seconds/training": run.state.seconds}
     pictures = {}
-    if run.state.fitted >= 1:
-        if run.quality:
-            values |= measure(run, None)
-        if run.config.report.pictures and (run.rank == 0 or run.engine.sharded):
-            pictures = _draw(run, None)
+    if run.state.fitted >= 1 and run.config.report.pictures and (run.rank == 0 or run.engine.sharded):
+        pictures = _draw(run, None)
     _send(run, values, pictures)
 
 
@@ -135,16 +124,13 @@ def _send(run: Trainer, values: dict[str, float], pictures: dict[str, Image.Imag
 
 
 def _speed(run: Trainer) -> dict[str, float]:
-    """Images/s of a round, the share of each phase, and arithmetic done."""
+    """Images/s of a round, the share of each phase, and memory."""
     phases = run.phases.seconds
     images = run.config.match.round * run.config.train.passes
     seconds = {phase: phases[phase] for phase in ("take", "match", "fit") if phase in phases}
     spent = sum(seconds.values())
-    flops = fit_flops(run.flops, run.config.objective.forwards) * images
     values = {
         "speed/images_per_second": images / spent,
-        "speed/images_per_second_and_rank": images / spent / run.world,
-        "speed/fit_tflops": flops / seconds["fit"] / 1e12,
         "memory/peak_gb": peak_memory(run.accelerator.device),
     }
     for phase, value in seconds.items():

@@ -62,8 +62,6 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
-            _refuse_never(config, f"'{folder}'", "choose another --run.path, or delete that folder")
         newest = find_newest(config)
         token = uuid.uuid4().hex
         write_atomically(folder / ".claim", token)
@@ -86,7 +84,6 @@ def find_newest(config: Config) -> Path | None:
     remote = config.run.remote
     sent = list(bucket.newest_first(remote)) if remote else []
     if sent:
-        _refuse_never(config, remote, "choose another --run.remote")
         recorded = recorded_at(remote)
         if recorded:
             compare(recorded, config, remote, "--run.remote")
@@ -153,7 +150,7 @@ def find_claimed(config: Config, name: str, token: str) -> Path | None:
 
 
 def is_done(config: Config) -> bool:
-    """Whether the bucket has the last checkpoint of this run in full; InputError if it has and resume=never."""
+    """Whether the bucket has the last checkpoint of this run in full."""
     remote = config.run.remote
     recorded = recorded_at(remote)
     if not recorded or differences(recorded, config):
@@ -161,7 +158,6 @@ def is_done(config: Config) -> bool:
     newest = next(bucket.newest_first(remote), None)
     if newest is None:
         return False
-    _refuse_never(config, remote, "choose another --run.remote")
     return budget.is_done(flatten(config), read_object(f"{remote}/checkpoints/{newest}", "trainer.json"))
 
 
@@ -197,12 +193,6 @@ def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
     recorded = from_dict(metadata.get("config"), where=str(checkpoint))
     for line in compare(recorded, config, f"'{config.run.path}'", "--run.path"):
         log.warning("goes on with another %s", line)
-
-
-def _refuse_never(config: Config, place: str, remedy: str) -> None:
-    """InputError, if resume=never, about a run that is there."""
-    if config.resume == "never":
-        raise InputError(f"{place} already holds a run and resume=never does not overwrite it: {remedy}")
 
 
 def read_model(checkpoint: Path, name: str) -> NAIGN:

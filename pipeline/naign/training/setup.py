@@ -29,20 +29,18 @@ from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network
 from naign.model.prior import Latents, Prior, build_latents, build_prior
-from naign.observe import Monitor, Profiler, fit_flops, forward_flops, preflight, set_up
+from naign.observe import Monitor, Profiler, preflight, set_up
 from naign.settings.budget import count_rounds
 from naign.storage.local import write_atomically
 from naign.storage.store import open_store
 from naign.training.callbacks import Callback, call, find_callbacks
 from naign.training.engines import build_engine, check_engine
-from naign.training.quality import Quality
 from naign.training.run_folder import claim, find_claimed
 from naign.training.state import State, restore, restore_draws, restore_weights
 from naign.training.trainer import Phases, Trainer
 
 log = logging.getLogger("naign.train")
 Start = tuple[str, dict[str, Tensor]]  # the name of a network, and its weights
-THREAD = 9e10  # FLOP/s of a thread, which mnist_imle_long reached on two
 
 
 def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback]) -> Trainer:
@@ -70,12 +68,8 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
         check_model(config, stream, prior)
         if start:
             warm_start(config, start, network)
-        flops = forward_flops(network, stream.shape)
         if rank == 0:
-            warn_before(config, network, prior, flops, accelerator)
-    quality = None
-    if config.quality.rounds:
-        quality = Quality(config, stream, accelerator)
+            warn_before(config, network)
 
     # The run's folder, and the newest checkpoint in it or in the bucket.
     checkpoint, lock = claim_together(config, accelerator)
@@ -107,13 +101,11 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
         latents=latents,
         prior=prior,
         stream=stream,
-        quality=quality,
         monitor=monitor,
         writer=writer,
         phases=Phases(state, watchdog, Profiler(Path(config.run.path), config.profile.rounds, rank)),
         stop=stop,
         watchdog=watchdog,
-        flops=flops,
         lock=lock,
         callbacks=every,
     )
@@ -166,24 +158,12 @@ def count_codes(config: Config, stream: Stream) -> int:
     return min(config.prior.images, stream.order.total)
 
 
-def warn_before(config: Config, network: nn.Module, prior: Prior, flops: int, accelerator: Accelerator) -> None:
-    """Warn of what the run lacks, or cannot do in sensible time."""
+def warn_before(config: Config, network: nn.Module) -> None:
+    """Warn of what the run lacks."""
     copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
     size = 4 * copies * sum(value.numel() for value in network.parameters())
     for warning in preflight(config.run.path, config.run.remote, size):
         log.warning("%s", warning)
-    samples = prior.decodes or config.objective.needs_latents
-    if config.objective.name == "naign" and not samples:
-        untrained = "objective.imle is 0, objective.third none and prior.name none"
-        log.warning("%s: f is not trained on noise, so it has no samples; set one of them", untrained)
-    if accelerator.device.type != "cpu":
-        return
-    threads = accelerator.num_processes * torch.get_num_threads()
-    images = count_rounds(flatten(config)) * config.match.round * config.train.passes
-    hours = fit_flops(flops, config.objective.forwards) * images / (THREAD * threads * 3600)
-    if hours > 24:
-        instead = "use a GPU, or a recipe for CPUs: --config pictures for 64x64, cifar10_cpu, photos"
-        log.warning("training f alone would take about %.0f hours on %d threads: %s", hours, threads, instead)
 
 
 def open_monitor(config: Config, accelerator: Accelerator, state: State, *, write: bool) -> Monitor:
@@ -289,21 +269,14 @@ def read_start(config: Config) -> Start | None:
 
 
 def warm_start(config: Config, start: Start, network: nn.Module) -> None:
-    """Load the weights whose name and shape agree, with model.blend or without; InputError for a model of another kind,
-    or without any weight that fits.
-    """
+    """Load the weights whose name and shape agree; InputError for a model of another kind, or without any that fits."""
     place = config.model.init
     name, weights = start
     if name != config.model.name:
         raise InputError(f"model.init={place} is a model of model.name={name}, this run's is {config.model.name}")
-    inner = "network."  # under this name a BlendedNetwork has the one without
-    named = {f"{inner}{key}": value for key, value in weights.items()}
-    named |= {key.removeprefix(inner): value for key, value in weights.items()}
-    named |= weights
     state = network.state_dict()
-    fits = {key: named[key] for key, value in state.items() if key in named and value.shape == named[key].shape}
+    fits = {key: weights[key] for key, value in state.items() if key in weights and value.shape == weights[key].shape}
     if not fits:
         raise InputError(f"model.init={place} fits nothing of this network: no weight has its name and its shape")
     network.load_state_dict(state | fits)
-    others = ", ".join(sorted(state.keys() - fits.keys()))
-    log.info("%d of %d weights are from %s%s", len(fits), len(state), place, f", not {others}" if others else "")
+    log.info("%d of %d weights are from %s", len(fits), len(state), place)

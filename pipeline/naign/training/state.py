@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -118,7 +118,6 @@ class Snapshot:
     """A copy of a run: what a checkpoint writes, whatever changes meanwhile."""
 
     name: str  # of the checkpoint
-    copy: Callable[[], None]  # called once, before `files` are written
     files: dict[str, Write]  # of this rank
 
 
@@ -130,42 +129,27 @@ def snapshot(
     latents: Latents,
     prior: Prior,
 ) -> Snapshot:
-    """Take a snapshot. Collective.
-
-    Its `copy` is for a background thread: training goes on with the next forward, and the next step waits for it.
-    """
+    """Take a snapshot, in this process's memory. Collective."""
     rank = engine.accelerator.process_index
     world = engine.accelerator.num_processes
     largest_first = sorted(engine.shapes, key=lambda name: -math.prod(engine.shapes[name]))
     owners = {name: number % world for number, name in enumerate(largest_first)}  # the rank that writes its state
-    # Gathered tensors would take room on the device until they are copied.
-    take: Callable[[Tensor], Tensor] = _copied if engine.gathers else Tensor.detach
     moments = dict[str, Tensor]()
     weights = dict[str, Tensor]()
     averaged = dict[str, Tensor]()
     for name, values in engine.states():
         if owners[name] == rank:
             for key in values.keys() - {"weight"}:
-                moments[f"{key}.{name}"] = take(values[key])
+                moments[f"{key}.{name}"] = _copied(values[key])
         if rank == 0:
-            weights[name] = take(values["weight"])
-    # Buffers are copied now: the next forward may change them. On all ranks, since FSDP2 drops gathered weights then.
+            weights[name] = _copied(values["weight"])
+    # On all ranks, since FSDP2 drops gathered weights then.
     for name, value in engine.bare.state_dict().items():
         if name not in engine.shapes:
             weights[name] = _copied(value)
     if engine.ema is not None and rank == 0:
-        averaged |= engine.ema.state_dict()
+        averaged = {name: _copied(value) for name, value in engine.ema.state_dict().items()}
 
-    def copy() -> None:
-        parts = [averaged] if engine.gathers else [moments, weights, averaged]
-        try:
-            for part in parts:
-                for name, value in part.items():
-                    part[name] = _copied(value)
-        finally:
-            engine.copied.set()
-
-    engine.copied.clear()
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": partial(save_file, moments)}
     if rank == 0:
         metadata = describe(config, stream, state)
@@ -187,7 +171,7 @@ def snapshot(
         }
         text = json.dumps(trainer, indent=2) + "\n"
         files["trainer.json"] = lambda file: write_atomically(file, text, sync=False)
-    return Snapshot(name=f"step-{state.step:08d}", copy=copy, files=files)
+    return Snapshot(name=f"step-{state.step:08d}", files=files)
 
 
 def _copied(value: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from naign.distributed.watchdog import Watchdog
 from naign.errors import InputError, one_line
 from naign.model.prior import Latents, Prior
 from naign.observe import Monitor, Profiler, title
-from naign.training.quality import Quality
 from naign.training.state import State
 
 SMALLER = {  # what halves the memory of a phase
@@ -28,7 +27,6 @@ SMALLER = {  # what halves the memory of a phase
     "match": "halve match.block, the samples that are generated at once, then match.round",
     "fit": "double train.accumulate, which halves what a forward holds, or set train.recompute",
     "prior": "halve prior.batch",
-    "quality": "measure without it (quality.rounds=0)",
 }
 
 
@@ -44,13 +42,11 @@ class Trainer:
     latents: Latents
     prior: Prior
     stream: Stream
-    quality: Quality | None
     monitor: Monitor
     writer: Writer
     phases: "Phases"
     stop: StopRequest
     watchdog: Watchdog
-    flops: int  # of f of one image
     lock: FileLock | None  # on the run's folder, held by rank 0
     callbacks: tuple[Any, ...] = ()  # of naign.training.callbacks
 

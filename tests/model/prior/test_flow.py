@@ -1,4 +1,4 @@
-"""The prior that is learned by gradient descent: a flow from noise to the codes of the data, and its student."""
+"""The prior that is learned by gradient descent: a flow from noise to the codes of the data."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from naign.model.prior import Codes
 from naign.model.prior import flow as flows
-from naign.model.prior.flow import KEPT, RIDGE, Flow, FlowConfig, cosine
+from naign.model.prior.flow import RIDGE, Flow, FlowConfig, cosine
 from naign.model.prior.learner import WARMUP
 from tests.match.problems import draw
 from tests.model.made import assert_near
@@ -23,12 +23,7 @@ SETTINGS = FlowConfig(
     batch=128,
     steps=6,
 )
-TAUGHT_SETTINGS = replace(
-    SETTINGS,
-    passes=2,
-    autoguidance=1.0,
-    student=300,
-)
+GUIDED_SETTINGS = replace(SETTINGS, passes=2, autoguidance=1.0)
 
 
 def make_codes(seed=0, count=1024):
@@ -52,16 +47,6 @@ def fitted(config=SETTINGS, codes=None):
     return prior
 
 
-@pytest.mark.slow
-def test_a_student_reaches_in_two_evaluations_what_the_flow_does_in_many():
-    prior = fitted(replace(SETTINGS, passes=60, student=1024))
-    noise = torch.randn(2000, 2)
-    reached = prior.solve(noise)
-    prior._enter(KEPT)
-    followed = prior.solve(noise)
-    assert (reached - followed).abs().mean() < 0.2 * followed.std()
-
-
 def test_each_code_is_learned_from_as_often_as_asked_in_chunks():
     prior = build()
     (_, first), (_, second) = prior._batches((300, 212), 0)
@@ -83,16 +68,16 @@ def test_the_learning_rate_falls_to_zero_after_its_warm_up():
     assert cosine(0.5) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("steps", [1, 5, 17])
+@pytest.mark.parametrize("steps", [1, 4, 9])
 def test_a_fit_goes_on_bit_for_bit(steps):
-    """From within the flow's training, before and after autoguidance keeps its weights, and within the student's."""
+    """Before and after autoguidance keeps its weights, and when it does."""
     codes = Codes.of(make_codes())
-    whole = build(TAUGHT_SETTINGS)
+    whole = build(GUIDED_SETTINGS)
     total = len(list(whole.fit(codes)))
-    assert total == 16 + 5
-    stopped = build(TAUGHT_SETTINGS)
+    assert total == 16
+    stopped = build(GUIDED_SETTINGS)
     list(islice(stopped.fit(codes), steps))
-    resumed = build(TAUGHT_SETTINGS)
+    resumed = build(GUIDED_SETTINGS)
     resumed.load_training_state(deepcopy(stopped.training_state()))
     assert len(list(resumed.fit(codes))) == total - steps
     found = resumed.training_state()
@@ -159,9 +144,9 @@ def test_of_many_directions_the_leading_ones_are_modelled(monkeypatch):
 
 
 def test_ranks_learn_what_one_would():
-    ranks = [build(TAUGHT_SETTINGS) for _ in range(3)]
+    ranks = [build(GUIDED_SETTINGS) for _ in range(3)]
     fit_on_ranks(ranks, make_codes())
-    alone = fitted(TAUGHT_SETTINGS).state_dict()
+    alone = fitted(GUIDED_SETTINGS).state_dict()
     for prior in ranks:
         for name, value in prior.state_dict().items():
             assert_close(value, alone[name], atol=1e-4, rtol=1e-4)

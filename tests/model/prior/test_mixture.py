@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from naign.model.prior import Codes, Mixture, MixtureConfig
-from naign.model.prior.mixture import ITERATIONS, k_means
+from naign.model.prior.mixture import ITERATIONS
 from tests.model.made import assert_near
 from tests.model.prior.ranks import fit_on_ranks
 from tests.refused import refused
@@ -89,10 +89,6 @@ def test_codes_of_more_values_than_directions_vary_along_the_leading_ones():
     drawn = prior.draw(0, 0, torch.arange(5000), "cpu").flatten(1)
     expected = wide.std(0)[-20:]
     assert_close(drawn.std(0)[-20:], expected, rtol=0.15, atol=0)
-
-
-def test_k_means_finds_as_many_clusters_as_there_are_points():
-    assert len(k_means(torch.eye(4), 9, 0).unique()) == 4
 
 
 def test_codes_that_are_all_the_same_are_refused():

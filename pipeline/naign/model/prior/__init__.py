@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from naign.errors import InputError, require
+from naign.errors import require
 from naign.model.networks import code_shape
 from naign.model.prior.base import Codes, CodesPrior, Prior, PriorConfig, Shape
 from naign.model.prior.flow import Flow, FlowConfig
@@ -23,8 +23,6 @@ PRIORS: dict[str, tuple[type[PriorConfig], type[Prior]]] = {
 
 def find_prior(name: str) -> tuple[type[PriorConfig], type[Prior]]:
     """The settings and the class of the prior of that name; InputError for an unknown one."""
-    if name in ("smooth", "gaussian", "halves", "fourier"):
-        raise InputError(f"prior.name={name} is now latents.name={name}, with prior.name=none")
     return lookup("prior.name", name, PRIORS, "naign.priors")
 
 

@@ -1,12 +1,8 @@
-"""Codes drawn by a rectified flow (arXiv 2209.03003) from noise, small beside f, and by a student of it in two steps.
+"""Codes drawn by a rectified flow (arXiv 2209.03003) from noise, small beside f.
 
 Codes are (n, c), of a network with a dense code, or (n, c, h, w), of one with a spatial code. They are whitened over
 their c channels first, so that no direction is lost in the noise; directions of little spread stay small. Of many
 channels only the DIRECTIONS of most spread are modelled: the others stay at their mean.
-
-The student begins as the flow's velocity and learns, once the flow has learned, to follow the flow's paths in two
-steps, by regression: from noise to where the path is at a time of about MIDDLE, and from there to its end. Both are
-smooth functions of where they begin (arXiv 2209.03003, section 2.2).
 """
 
 import math
@@ -14,34 +10,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from naign.errors import require
 from naign.model.prior.base import Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
 from naign.model.prior.learner import Learner
 from naign.model.prior.velocity import DenseVelocity, SpatialVelocity
 from naign.philox import LEARN, normal, uniform
-from naign.settings.constraints import AT_LEAST_0, POSITIVE, between
+from naign.settings.constraints import POSITIVE, between
 
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
 DROPPED = 0.1  # share of labels that the flow learns without, for guidance (arXiv 2207.12598)
 GUIDED = 0.6  # time from which guidance by classes acts; before, it costs variety and adds little (arXiv 2404.07724)
 EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
 RIDGE = 0.3  # share of the mean variance that is added to each: fully whitening low-variance directions costs the rest
-RATE = 0.5  # the student's learning rate over prior.lr
-MIDDLE = 0.4  # time at which the student's second step begins, rounded to a step of the flow
-SOLVED = 4096  # paths of a chunk that the student learns from
-AT_ONCE = 512  # of them, followed at once
-
-PATHS = 2**30  # "round" of the noise that paths begin at
-ORDER = 2**31  # "round" of the order of rows; below PATHS it is the step
-
-UNFITTED, LEARNS, KEPT, TAUGHT = range(4)
-"""Phases of a flow: before its first step; while it learns; once autoguidance has kept its weights; once the student
-has begun to learn."""
+ORDER = 2**31  # "round" of the order of rows; below it is the step
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,9 +51,6 @@ class FlowConfig(CodesConfig):
     guidance: float = field(default=0.0, metadata=between(0, 10))
     """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity
     over the last two fifths of the path, at one more evaluation a step; 0: none. Samples match their class more."""
-    student: int = field(default=0, metadata=AT_LEAST_0)
-    """Paths of the flow from which a student learns to reach a code in two evaluations; 0: no student. A quarter of
-    prior.images is enough."""
 
     def check(self) -> None:
         blind = f"prior.guidance is {self.guidance:g}, but there are no classes to guide by: set prior.classes"
@@ -76,13 +58,12 @@ class FlowConfig(CodesConfig):
 
 
 class Flow(CodesPrior):
-    """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1), and its student.
+    """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1).
 
     Whitened codes, and noise, are (n, d, ...), of at most DIRECTIONS channels. The state averages `learner`'s weights.
     """
 
     config: FlowConfig
-    phase: Tensor  # () int64, one of the phases above
     mean: Tensor  # (c,) of the channels, over positions
     inward: Tensor  # (d, c): from codes, less their mean, to whitened ones
     outward: Tensor  # (c, d), and back
@@ -115,22 +96,13 @@ class Flow(CodesPrior):
             )
         if config.autoguidance:
             self.early = deepcopy(self.velocity)
-        if config.student:
-            self.student = deepcopy(self.velocity)
-        self.register_buffer("phase", torch.full((), UNFITTED))
-        self._phase = UNFITTED  # the same, without waiting for a device
-        self.register_load_state_dict_post_hook(_read_phase)  # type: ignore[no-untyped-call]
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("inward", torch.eye(directions, channels))
         self.register_buffer("outward", torch.eye(channels, directions))
 
-    def _enter(self, phase: int) -> None:
-        self.phase.fill_(phase)
-        self._phase = phase
-
     @cached_property
     def learner(self) -> Learner:
-        """What trains the flow and, later, the student."""
+        """What trains the flow."""
         return Learner(self.velocity)
 
     def draw(
@@ -155,31 +127,19 @@ class Flow(CodesPrior):
         )
 
     def solve(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The codes (n, c, ...) of standard normals (n, d, ...), of the classes (n,) where there are any."""
-        if self._phase == TAUGHT:
-            early = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
-            middle = self._leap(self.student, noise, early, labels)
-            codes = self._leap(self.student, middle, ~early, labels)
-        else:
-            *_, codes = self.path(noise, labels)
-        return torch.einsum("ij,nj...->ni...", self.outward, codes) + self._mean_of(codes)
-
-    def path(self, noise: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
-        """`noise`, and the points (n, d, ...) that the flow's paths reach at times 1 / steps, 2 / steps, ..., 1.
+        """The codes (n, c, ...) of standard normals (n, d, ...), of the classes (n,) where there are any.
 
         The velocity is v + autoguidance * (v - early) + guidance * (v - that of no class), v and early of the classes;
         the last of these from GUIDED on.
         """
         steps = self.config.steps
-        autoguided = bool(self.config.autoguidance) and self._phase >= KEPT
         codes = noise
         before: Tensor | None = None
-        yield codes
         for step in range(steps):
             time = noise.new_full((len(noise),), step / steps)
             plain = self.velocity(codes, time, labels)
             velocity = plain
-            if autoguided:
+            if self.config.autoguidance:
                 velocity = velocity + self.config.autoguidance * (plain - self.early(codes, time, labels))
             if self.config.guidance and labels is not None and step >= GUIDED * steps:
                 no_class = torch.full_like(labels, len(self.labels))
@@ -190,7 +150,7 @@ class Flow(CodesPrior):
                 slope = 1.5 * velocity - 0.5 * before
             codes = codes + slope / steps
             before = velocity
-            yield codes
+        return torch.einsum("ij,nj...->ni...", self.outward, codes) + self._mean_of(codes)
 
     def whiten(self, codes: Tensor) -> Tensor:
         """(n, c, ...) -> (n, d, ...)"""
@@ -201,35 +161,21 @@ class Flow(CodesPrior):
         return self.mean.view(1, -1, *(1,) * (codes.ndim - 2))
 
     def fit(self, codes: Codes) -> Iterator[float]:
-        """Fit the flow, then the student; metrics are prior/loss, the squared error per value, and prior/student, the
-        absolute one. A function of the state, the codes and the seed, whatever the number of ranks, but for the order
-        in which gradients are added.
+        """Fit the flow; the metric is prior/loss, the squared error per value. A function of the state, the codes and
+        the seed, whatever the number of ranks, but for the order in which gradients are added.
         """
-        flow_steps = sum(self._count_steps(size) for size in codes.sizes)
-        whole, rest = divmod(self.config.student, SOLVED)
-        paths = [SOLVED] * whole + [rest] * (rest > 0)
-        steps = flow_steps + sum(self._count_steps(size) for size in paths)
-        if self._phase < TAUGHT:
-            for made in self._fit_flow(codes, flow_steps):
-                yield made / steps
-        if self.config.student:
-            for made in self._fit_student(codes, paths, steps - flow_steps):
-                yield (flow_steps + made) / steps
-
-    def _fit_flow(self, codes: Codes, steps: int) -> Iterator[int]:
-        """Train the velocity; yields the number of steps made."""
         learner = self.learner
+        steps = sum(self._count_steps(size) for size in codes.sizes)
         for chunk, batches in self._batches(codes.sizes, learner.made):
             read, labels = codes.read(chunk)
             if not self.labels:
                 labels = None
-            if self._phase == UNFITTED:
+            if not learner.made:
                 self._measure(read, labels)
             whitened = self.whiten(read)
             for rows in batches:
-                if self.config.autoguidance and self._phase == LEARNS and learner.made >= EARLY * steps:
+                if self.config.autoguidance and learner.made == math.ceil(EARLY * steps):
                     self.early.load_state_dict(self.velocity.state_dict())
-                    self._enter(KEPT)
                 mine = codes.part(rows.to(whitened.device))
                 numbers = codes.part(torch.arange(len(rows), device=whitened.device))
                 loss = self._error(
@@ -242,7 +188,7 @@ class Flow(CodesPrior):
                 scale = len(rows) * math.prod(self.noise_shape)
                 rate = self.config.lr * cosine(learner.made / steps)
                 learner.step(loss / scale, rate, self.velocity, codes.add)
-                yield learner.made
+                yield learner.made / steps
 
     def _measure(self, codes: Tensor, labels: Tensor | None) -> None:
         """Measure the whitening and the classes of the first chunk."""
@@ -256,7 +202,6 @@ class Flow(CodesPrior):
         self.mean.copy_(mean)
         self.inward.copy_((directions[:, -kept:] / deviations).T)
         self.outward.copy_(directions[:, -kept:] * deviations)
-        self._enter(LEARNS)
 
     def _error(
         self,
@@ -286,75 +231,6 @@ class Flow(CodesPrior):
             velocity = self.learner.network(share * wanted + (1 - share) * noise, time, labels)
         return (velocity.float() - (wanted - noise)).square().sum()
 
-    def _fit_student(self, codes: Codes, paths: Sequence[int], steps: int) -> Iterator[int]:
-        """Train the student on paths of the flow; yields the number of steps made."""
-        if self._phase != TAUGHT:
-            self.student.load_state_dict(self.velocity.state_dict())
-            self.learner = Learner(self.student)
-            self._enter(TAUGHT)
-        learner = self.learner
-        for chunk, batches in self._batches(paths, learner.made):
-            noise, halves, ends, labels = self._follow(chunk * SOLVED, paths[chunk], codes)
-            for rows in batches:
-                mine = codes.part(rows.to(noise.device))
-                late = (mine + learner.made) % 2 == 1  # rows that learn the second step
-                chosen = _as_rows(late, noise)
-                points = torch.where(chosen, halves[mine], noise[mine])
-                wanted = torch.where(chosen, ends[mine], halves[mine])
-                with codes.autocast():
-                    reached = self._leap(learner.network, points, late, labels_of(labels, mine))
-                error = (reached.float() - wanted).abs().sum()
-                rate = self.config.lr * RATE * cosine(learner.made / steps)
-                learner.step(
-                    error / (len(rows) * noise[0].numel()),
-                    rate,
-                    self.student,
-                    codes.add,
-                )
-                yield learner.made
-
-    @torch.no_grad()
-    def _follow(self, first: int, count: int, codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Noise (n, d, ...), the points on the flow's paths where the student's steps end, and the classes. Collective:
-        each rank follows its part.
-        """
-        device = self.mean.device
-        ids = torch.arange(first, first + count)
-        noise = normal(
-            self.seed,
-            PATHS,
-            ids,
-            self.noise_shape,
-            device,
-            stream=LEARN,
-        )
-        labels = self.choose(self.seed, PATHS, ids, device)
-        halves = torch.zeros_like(noise)
-        ends = torch.zeros_like(noise)
-        for rows in codes.part(torch.arange(count, device=device)).split(AT_ONCE):
-            path = list(self.path(noise[rows], labels_of(labels, rows)))
-            halves[rows] = path[self._half]
-            ends[rows] = path[-1]
-        return noise, codes.add(halves), codes.add(ends), labels
-
-    @property
-    def _half(self) -> int:
-        """The flow's steps that the student's first one takes."""
-        return max(1, round(MIDDLE * self.config.steps))
-
-    def _leap(
-        self,
-        student: nn.Module,
-        points: Tensor,
-        late: Tensor,
-        labels: Tensor | None,
-    ) -> Tensor:
-        """The first step of the student from points (n, d, ...), or the second of rows that are `late`, (n,) bool."""
-        middle = self._half / self.config.steps
-        length = torch.where(late, 1 - middle, middle)
-        moved: Tensor = student(points, late * middle, labels)
-        return points + _as_rows(length, points) * moved
-
     def _count_steps(self, size: int) -> int:
         """Steps on a chunk of so many rows."""
         return -(-size * self.config.passes // self.config.batch)
@@ -376,10 +252,7 @@ class Flow(CodesPrior):
             made = max(0, made - count)
 
     def read_metrics(self) -> dict[str, float]:
-        name = "prior/loss"
-        if self._phase == TAUGHT:
-            name = "prior/student"
-        return {name: self.learner.report()}
+        return {"prior/loss": self.learner.report()}
 
     def training_state(self) -> dict[str, Tensor]:
         return self.state_dict() | self.learner.tensors() | {"made": torch.tensor(self.learner.made)}
@@ -387,11 +260,6 @@ class Flow(CodesPrior):
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_training_state(state)
         self.learner.load(state, int(state["made"]))
-
-
-def _read_phase(flow: Any, _: Any) -> None:
-    """After a state was loaded."""
-    flow._phase = int(flow.phase)
 
 
 def cosine(share: float) -> float:

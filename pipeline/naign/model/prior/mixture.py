@@ -1,33 +1,30 @@
 """A Gaussian mixture of the codes of the data (arXiv 1903.12436), fitted by expectation maximisation.
 
-Codes are whitened on their principal directions first, at most DIRECTIONS of them; the others stay at the mean. Of
-several k-means starts on some of the codes, the one under which held-out codes are most likely is fitted to all.
+Codes are whitened on their principal directions first, at most DIRECTIONS of them; the others stay at the mean. The fit
+begins at the clusters that k-means finds among some of the codes.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from naign.data.order import shares as share_out
 from naign.errors import InputError, require
-from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
+from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device, Shape
 from naign.philox import SCALE, normal, uniform
 from naign.settings.constraints import between
 
 DIRECTIONS = 64  # principal directions of the codes that the mixture models, at most
 LARGEST = 2**26  # values of all covariances, at most
 FEW = 20  # codes a component, at least
-STARTS = 3
-STARTED = 20_000  # codes that starts are compared on, at most
-HELD_OUT = 10  # of these, one in so many is held out
-TRIED = 6  # iterations of each start
-ITERATIONS = 15  # of the best one, on all codes
+STARTED = 20_000  # codes that are clustered, about
 CLUSTERED = 10  # iterations of k-means
+SPREAD = 0.7  # deviation of the first Gaussians; that of all codes is 1
+ITERATIONS = 20  # of expectation maximisation
 SHRINKAGE = 0.5  # weight of the mean covariance in that of each component, in codes a direction
 FLOOR = 1e-3  # added to each variance; that of all codes is 1
 BLOCK = 4096  # codes whose densities are computed at once
@@ -155,52 +152,40 @@ class Mixture(CodesPrior):
             yield (iteration + 1) / ITERATIONS
 
     def _start(self, white: Tensor, labels: Tensor | None, codes: Codes) -> Gaussians:
-        """The best of STARTS mixtures of some codes, each after TRIED iterations; rank 0's on every rank."""
-        order = np.random.RandomState(self.seed % 2**32).permutation(len(white))
-        chosen = torch.from_numpy(np.sort(order[:STARTED]))
-        held = chosen[::HELD_OUT]
-        tried = chosen[torch.arange(len(chosen)) % HELD_OUT != 0]
-        if len(tried) < FEW * self.config.components:  # few codes: none can be spared
-            tried = chosen
-        tried_labels = labels_of(labels, tried)
-        best: Gaussians | None = None
-        highest = -math.inf
-        for start in range(STARTS):
-            gaussians = self._cluster(white[tried], tried_labels, self.seed + start)
-            for _ in range(TRIED):
-                moments, _ = self._expect(white[tried], tried_labels, gaussians)
-                gaussians = _maximise(moments)
-            _, likelihood = self._expect(white[held], labels_of(labels, held), gaussians)
-            if best is None or float(likelihood) > highest:
-                best = gaussians
-                highest = float(likelihood)
-        assert best is not None
-        mine = float(codes.rank == 0)  # other machines may round, and so cluster, otherwise
+        """Round Gaussians of equal weights at the clusters of some codes; with classes, those of each class share the
+        components. Rank 0's on every rank: other machines may round, and so cluster, otherwise.
+        """
+        chosen = torch.arange(0, len(white), math.ceil(len(white) / STARTED))
+        rows = white[chosen].cpu()
+        groups = [rows]
+        sizes = [self.config.components]
+        if labels is not None:
+            of_rows = labels[chosen].cpu()
+            groups = [rows[of_rows == label] for label in range(len(self.labels))]
+            shared = share_out(self.class_counts.tolist(), self.config.components - len(groups))
+            sizes = [size + 1 for size in shared]
+            self.owners.copy_(torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)))
+        means = []
+        for group, size in zip(groups, sizes, strict=True):
+            centers = torch.zeros(size, rows.shape[1], dtype=torch.float64)
+            if len(group):
+                found, _ = kmeans2(
+                    group.double().numpy(),
+                    min(size, len(group)),
+                    iter=CLUSTERED,
+                    minit="++",
+                    seed=self.seed % 2**32,
+                )
+                centers[: len(found)] = torch.from_numpy(found)
+            means.append(centers)
+        found_here = torch.cat(means).to(white.device)
+        number, directions = found_here.shape
+        factor = SPREAD * torch.eye(directions).to(found_here)
         return Gaussians(
-            weights=codes.add(best.weights * mine),
-            means=codes.add(best.means * mine),
-            factors=codes.add(best.factors * mine),
+            weights=torch.full_like(found_here[:, 0], 1 / number),
+            means=codes.add(found_here * (codes.rank == 0)),
+            factors=factor.expand(number, -1, -1),
         )
-
-    def _cluster(self, rows: Tensor, labels: Tensor | None, seed: int) -> Gaussians:
-        """A mixture of the clusters that k-means finds; with classes, those of each class share its components."""
-        number = self.config.components
-        if labels is None:
-            which = k_means(rows, number, seed)
-        else:
-            counts = torch.bincount(labels, minlength=len(self.labels)).tolist()
-            sizes = torch.tensor(share_out(counts, number - len(counts))) + 1  # components of each class
-            self.owners.copy_(torch.arange(len(counts)).repeat_interleave(sizes))
-            which = torch.empty_like(labels)
-            for label in labels.unique().tolist():
-                of_class = labels == label
-                first = int(sizes[:label].sum())
-                which[of_class] = first + k_means(rows[of_class], int(sizes[label]), seed)
-        shares = F.one_hot(which, number).float()
-        moments = rows.new_zeros(_features(rows[:1]).shape[1], number, dtype=torch.float64)
-        for block, share in zip(rows.split(BLOCK), shares.split(BLOCK), strict=True):
-            moments += (_features(block).T @ share).double()
-        return _maximise(moments)
 
     def _expect(self, rows: Tensor, labels: Tensor | None, gaussians: Gaussians) -> tuple[Tensor, Tensor]:
         """The expected moments (features, k) of each component, sums of the features of rows (n, d) in float64, and the
@@ -303,24 +288,3 @@ def _maximise(moments: Tensor) -> Gaussians:
     covariances = torch.lerp(covariances, within.expand_as(covariances), drawn[:, None, None])
     covariances.diagonal(dim1=1, dim2=2).add_(FLOOR)
     return Gaussians(weights, means, torch.linalg.cholesky(covariances))
-
-
-def k_means(rows: Tensor, number: int, seed: int) -> Tensor:
-    """The cluster (n,) int64 of each row (n, d), of at most `number`: k-means++ (Arthur and Vassilvitskii, 2007)."""
-    random = np.random.RandomState(seed % 2**32)
-    centers = rows[random.randint(len(rows))][None]
-    nearest = (rows - centers[0]).square().sum(1)
-    while len(centers) < min(number, len(rows)):
-        sums = nearest.double().cumsum(0)
-        drawn = random.random_sample() * float(sums[-1])
-        chosen = min(int(torch.searchsorted(sums, drawn)), len(rows) - 1)
-        centers = torch.cat([centers, rows[chosen][None]])
-        distances = (rows - rows[chosen]).square().sum(1)
-        nearest = torch.minimum(nearest, distances)
-    for _ in range(CLUSTERED):
-        which = torch.cdist(rows, centers).argmin(1)
-        counts = torch.bincount(which, minlength=len(centers))
-        sums = torch.zeros_like(centers).index_add_(0, which, rows)
-        counts = counts[:, None]
-        centers = torch.where(counts > 0, sums / counts.clamp(min=1), centers)
-    return torch.cdist(rows, centers).argmin(1)

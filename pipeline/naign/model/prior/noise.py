@@ -132,14 +132,7 @@ LATENTS: dict[str, tuple[type[LatentsConfig], type[Latents]]] = {
 
 def find_latents(name: str) -> tuple[type[LatentsConfig], type[Latents]]:
     """The settings and the class of the latents of that name; InputError for an unknown one."""
-    remedies = {"fourier": "fourier is IGN's, install it: pip install -e benchmarks/baselines"}
-    return lookup(
-        "latents.name",
-        name,
-        LATENTS,
-        "naign.latents",
-        remedies=remedies,
-    )
+    return lookup("latents.name", name, LATENTS, "naign.latents")
 
 
 def build_latents(config: LatentsConfig, shape: Shape) -> Latents:

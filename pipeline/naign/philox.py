@@ -11,15 +11,11 @@ The stream is part of the counter: its lower two bits are the top bits of the id
 block. Draws of different streams therefore never coincide under one key, as they could if the stream changed the key.
 """
 
-import logging
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger("naign.philox")
 
 # Streams, 16 at most: independent draws for one (seed, round, id).
 LATENT = 0
@@ -67,7 +63,6 @@ def _box_muller(first: Tensor, second: Tensor) -> list[Tensor]:
     return [radius * torch.cos(angle), radius * torch.sin(angle)]
 
 
-@torch.library.custom_op("naign::philox", mutates_args=())
 def _drawn(
     ids: Tensor,
     blocks: int,
@@ -76,18 +71,7 @@ def _drawn(
     stream: int,
     normals: bool,
 ) -> Tensor:
-    """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64. One operation for torch."""
-    if ids.is_cuda:
-        drawn = _by_one_kernel(
-            ids,
-            blocks,
-            seed,
-            round,
-            stream,
-            normals,
-        )
-        if drawn is not None:
-            return drawn
+    """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64."""
     device = ids.device
     out = torch.empty(
         len(ids),
@@ -111,38 +95,6 @@ def _drawn(
     return out
 
 
-@_drawn.register_fake
-def _(
-    ids: Tensor,
-    blocks: int,
-    seed: int,
-    round: int,
-    stream: int,
-    normals: bool,
-) -> Tensor:
-    return ids.new_empty(len(ids), blocks, 4, dtype=torch.float32)
-
-
-def _by_one_kernel(*arguments: Any) -> Tensor | None:
-    """The same by one Triton kernel; None if Triton is missing or cannot compile it."""
-    global _one_kernel
-    if _one_kernel:
-        try:
-            from naign.philox import triton_kernel
-
-            return triton_kernel.drawn(*arguments)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:  # no Triton, or none of what it needs, such as a C compiler
-            _one_kernel = False
-            kind = type(error).__name__
-            log.warning("random numbers take 160 launches a draw instead of one: Triton fails (%s: %s)", kind, error)
-    return None
-
-
-_one_kernel = True
-
-
 def normal(
     seed: int,  # any integer; its low 64 bits count
     round: int,  # 0 <= round < 2**32
@@ -163,12 +115,11 @@ def normal(
     assert blocks <= 2**30 and 0 <= round < 2**32 and 0 <= stream < 16
     if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
         raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
-    signed = (seed + 2**63) % 2**64 - 2**63  # as torch's operations take an integer
     where = "cpu" if torch.device(device).type == "mps" else device  # not tried there
-    out: Tensor = _drawn(
+    out = _drawn(
         ids.to(where, torch.int64),
         blocks,
-        signed,
+        seed,
         round,
         stream,
         normals,
