@@ -90,7 +90,7 @@ def smaller(words):
     """What to add to the arguments of a program, the last of equal options being the one that counts."""
     if {"copies", "evaluate"} & set(words):
         return ["--samples", "40"]
-    if words[:1] not in (["train"], ["launch"]) or "duplicates" in words:
+    if words[:1] not in (["train"], ["launch"]):
         return []
     recipe = "mnist"
     if "--config" in words:

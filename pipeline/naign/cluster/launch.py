@@ -1,5 +1,5 @@
 """`naign launch [options] [--config FILE] [--section.key=value ...]`: start this host's ranks of a training; or those
-of an audit: `naign launch [options] copies RUN ...` and `naign launch [options] duplicates --data PATH ...`.
+of an audit: `naign launch [options] copies RUN ...`.
 
 The same command runs on a single machine and on every host of a Kubernetes Job or JobSet, a Kubeflow TrainJob or a
 Slurm step. It waits for all hosts of this start, then starts the ranks, which connect through Accelerate. Where a lost
@@ -22,7 +22,7 @@ from typing import Any
 from naign.cluster.hosts import Hosts, Links, program, say, wait_for
 from naign.cluster.metrics import Metrics
 from naign.cluster.place import RANKS, Place, find_place, find_port
-from naign.cluster.ranks import AUDITS, MEANINGS, Ranks, become_rank, find_engine, require_gpus
+from naign.cluster.ranks import AUDIT, MEANINGS, Ranks, become_rank, find_engine, require_gpus
 from naign.errors import InputError, Outcome, PeerLost, Unavailable, kind_of
 from naign.process import on_signals
 from naign.terminal import outlive_terminal
@@ -107,7 +107,7 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
     for name in [*os.environ]:
         if name in around or name.startswith(("ACCELERATE_USE_", "FSDP_")):  # of a launcher around this one
             del os.environ[name]
-    is_audit = bool(training) and training[0] in AUDITS
+    is_audit = training[:1] == [AUDIT]
     config = parse([] if is_audit else list(training))  # so that one process reports a mistake at once
     gc.enable()  # disabled for the imports
     place = find_place(os.environ)

@@ -1,13 +1,9 @@
 """The stored images of a data set by number, and where each of them lies."""
 
-import csv
-import io
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,38 +19,34 @@ from naign.errors import require
 class Place(NamedTuple):
     """Where an image is stored."""
 
-    split: str
     shard: str
     key: str
-    broken: bool  # index.json records that it cannot be decoded
 
 
 class Stored(NamedTuple):
-    """A shard of one split of one data set."""
+    """A shard of the split of one data set."""
 
-    split: str
-    place: int  # of the data set among those that data.path names
-    number: int  # among the shards of both
+    reader: Reader  # of that data set
+    number: int  # among its shards
     shard: Shard
 
 
 class Images:
-    """The images of some splits of what data.path names, numbered in the order of splits, data sets and shards."""
+    """The images of a split of what data.path names, numbered in the order of data sets and shards."""
 
-    def __init__(self, config: DataConfig, *splits: str) -> None:
-        """Raises InputError where a data set or a split is missing, and for points."""
+    def __init__(self, config: DataConfig, split: str) -> None:
+        """Raises InputError where a data set or the split is missing, and for points."""
         self.sets = DataSets(config)
         require((self.sets.manifest.kind == "image", f"{config.path} holds points: only images can be compared"))
+        self.sets.manifest.split(split)
         self._shards = list[Stored]()
-        for split in splits:
-            self.sets.manifest.split(split)
-            for place, manifest in enumerate(self.sets.manifests):
-                if split in manifest.splits:
-                    for number, shard in enumerate(manifest.splits[split].shards):
-                        self._shards.append(Stored(split, place, number, shard))
+        for place, manifest in enumerate(self.sets.manifests):
+            if split in manifest.splits:
+                reader = self.sets.reader(place, split)
+                for number, shard in enumerate(manifest.splits[split].shards):
+                    self._shards.append(Stored(reader, number, shard))
         counts = [stored.shard.samples for stored in self._shards]
         self._edges = list(accumulate(counts, initial=0))
-        self._reader = lru_cache(None)(self.sets.reader)
 
     def __len__(self) -> int:
         return self._edges[-1]
@@ -64,8 +56,8 @@ class Images:
         data.broken=skip another image of the shard stands in for one that cannot be decoded.
         """
         images = torch.empty(last - first, *self.sets.shape, dtype=torch.uint8)
-        for number, _, reader, raw in self._stored(first, last):
-            images[number - first].numpy()[...] = reader.row(raw).array
+        for number, stored, raw in self._stored(first, last):
+            images[number - first].numpy()[...] = stored.reader.row(raw).array
         return images
 
     def places(self, numbers: Sequence[int]) -> dict[int, Place]:
@@ -73,45 +65,29 @@ class Images:
         places = dict[int, Place]()
         for _, group in groupby(numbers, key=self._find):
             wanted = set(group)
-            for number, stored, _, raw in self._stored(min(wanted), max(wanted) + 1):
+            for number, stored, raw in self._stored(min(wanted), max(wanted) + 1):
                 if number in wanted:
-                    name = stored.shard.name
-                    key = raw.sample["__key__"]
-                    broken = self.sets.manifests[stored.place].broken.get(name, ())
-                    places[number] = Place(stored.split, name, key, key in broken)
+                    places[number] = Place(stored.shard.name, raw.sample["__key__"])
         return places
 
     def _find(self, number: int) -> int:
         """The shard of an image."""
         return bisect_right(self._edges, number) - 1
 
-    def _stored(self, first: int, last: int) -> Iterator[tuple[int, Stored, Reader, Raw]]:
-        """Number, shard, reader and stored sample of the images [first, last)."""
+    def _stored(self, first: int, last: int) -> Iterator[tuple[int, Stored, Raw]]:
+        """Number, shard and stored sample of the images [first, last)."""
         at = self._find(first)
         while first < last:
             start = self._edges[at]
             end = min(last, self._edges[at + 1])
             stored = self._shards[at]
-            reader = self._reader(stored.place, stored.split)
             piece = Piece(
                 epoch=0,
                 shard=stored.number,
                 first=first - start,
                 last=end - start,
             )
-            for raw in reader.raw([piece]):
-                yield start + raw.number, stored, reader, raw
+            for raw in stored.reader.raw([piece]):
+                yield start + raw.number, stored, raw
             first = end
             at += 1
-
-
-def as_csv(lines: Sequence[Sequence[object]]) -> bytes:
-    """The file of a table."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue().encode()
-
-
-def as_json(document: Any) -> bytes:
-    text = json.dumps(document, indent=1)
-    return f"{text}\n".encode()
