@@ -77,7 +77,7 @@ $(VENV)/.tested: pyproject.toml benchmarks/baselines/pyproject.toml launch/const
 $(VENV)/.gpu: launch/faiss-gpu/pyproject.toml launch/faiss-gpu/which.py | $(VENV)/.installed
 	faiss=$$($(BIN)/python launch/faiss-gpu/which.py) && \
 	    $(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu faiss-gpu-cuvs && \
-	    $(PIP_INSTALL) ./launch/faiss-gpu "$$faiss" -e '.[gpu]'
+	    $(PIP_INSTALL) ./launch/faiss-gpu "$$faiss" -e .
 	@touch $@
 
 install: $(VENV)/.installed $(if $(filter-out 0,$(GPU)),$(VENV)/.gpu)

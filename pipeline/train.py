@@ -17,7 +17,6 @@ from naign.config import parse
 from naign.distributed.connect import build_accelerator
 from naign.distributed.host import keep_memory, set_threads
 from naign.distributed.ranks import part, peers_missed, together
-from naign.observe import trackers_hang
 from naign.terminal import outlive_terminal
 from naign.training.loop import train
 from naign.training.setup import pack_missing
@@ -38,8 +37,8 @@ def main() -> None:
         finished = train(config, accelerator)
         part()
         accelerator.end_training()
-        if not finished or trackers_hang():
-            leave(Outcome.DONE if finished else Outcome.INTERRUPTED)
+        if not finished:
+            leave(Outcome.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_the_in_place_component_is_valid_where_containers_have_restart_rules(tmp
     assert rule["exitCodes"] == {"operator": "NotIn", "values": [0, BAD_INPUT, INTERRUPTED, PEER_LOST]}
 
 
-def test_the_monitor_component_opens_the_port_and_probes_it(tmp_path):
+def test_the_monitor_component_opens_the_port(tmp_path):
     objects = with_component("monitor", tmp_path)
     validate(objects)
     assert problems(objects) == []  # the PodMonitor's selector and port, too
@@ -105,9 +105,6 @@ def test_the_monitor_component_opens_the_port_and_probes_it(tmp_path):
     options, settings = launch.build_parser().parse_known_args(train["command"][2:])
     assert {"name": "metrics", "containerPort": options.metrics} in train["ports"]
     assert settings == ["--config", "/etc/naign/run.yaml"]
-    probe = train["livenessProbe"]
-    assert probe["httpGet"] == {"path": "/healthz", "port": "metrics"}
-    assert probe["periodSeconds"] * probe["failureThreshold"] == 900
     dashboard = only(objects, "ConfigMap", name="naign-dashboard")
     assert json.loads(dashboard["data"]["naign.json"])["panels"]
 

@@ -30,7 +30,6 @@ from naign.checkpoint import bucket
 from naign.checkpoint.manifest import MANIFEST, by_step, is_whole, prune, read_manifest, sha256
 from naign.distributed.ranks import SideGroup
 from naign.errors import Conflict, InputError, StoreLost, Unavailable, unwritten
-from naign.observe.logs import title
 from naign.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 from naign.storage.prefetch import in_background
 
@@ -103,7 +102,6 @@ class Writer:
         self.left: Callable[[], float] = lambda: math.inf
         self.flush: Callable[[], None] = lambda: None
         self.done: Callable[[Path], object] = lambda folder: None
-        self.completed = time.monotonic()  # when the newest checkpoint was there and sent, or when this start began
         self.seconds = 0.0  # background seconds of the last checkpoint, uploading included
         self.uploaded = 0.0  # seconds of uploading
         self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
@@ -189,7 +187,6 @@ class Writer:
         copy: Callable[[], None],
         files: Mapping[str, Write],
     ) -> str:
-        title("write")
         start = time.perf_counter()
         problem = self._write(folder, copy, files)
         if problem:
@@ -197,8 +194,6 @@ class Writer:
             return f"{folder} could not be written ({problem}): {remedy}"
         self._names = list(files)
         conflict = self._upload(folder, self._names) if self._remote else ""
-        if not self.unsent:
-            self.completed = time.monotonic()
         self.seconds = time.perf_counter() - start
         if self._rank == 0 and not conflict:
             self.done(folder)
@@ -245,7 +240,6 @@ class Writer:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
         Returns why the run must end, the same on all ranks: another process has taken the bucket over.
         """
-        title("upload")
         start = time.perf_counter()
         is_first = self._rank == 0
         error = self._agreed(is_first, lambda: bucket.check_claim(self._remote, self._claim))

@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from naign.cluster.hosts import Hosts, Links, program, say, wait_for
-from naign.cluster.metrics import Metrics
 from naign.cluster.place import RANKS, Place, find_place, find_port
 from naign.cluster.ranks import AUDIT, MEANINGS, Ranks, become_rank, find_engine, require_gpus
 from naign.errors import InputError, Outcome, PeerLost, Unavailable, kind_of
@@ -44,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=port, default=find_port(os.environ), help="port where host 0 meets the others (%(default)s)"
     )
-    metrics = "port of this host for /metrics and /healthz; default: none"
+    metrics = "port of this host for /metrics; default: none"
     parser.add_argument("--metrics", type=port, default=0, help=metrics)
     wait = "seconds to wait for the other hosts (%(default)s)"
     parser.add_argument("--wait", type=_between(1, 10**6, float), default=900, help=wait)
@@ -107,14 +106,13 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
     for name in [*os.environ]:
         if name in around or name.startswith(("ACCELERATE_USE_", "FSDP_")):  # of a launcher around this one
             del os.environ[name]
-    is_audit = training[:1] == [AUDIT]
-    config = parse([] if is_audit else list(training))  # so that one process reports a mistake at once
+    settings = [] if training[:1] == [AUDIT] else list(training)
+    config = parse(settings)  # so that one process reports a mistake at once
     gc.enable()  # disabled for the imports
     place = find_place(os.environ)
     processes = options.processes or place.processes or count_gpus() or 1
     async with Hosts(place, port=options.port, ranks=processes, within=options.wait) as hosts:
         try:
-            server = Metrics(options.metrics, place.index) if options.metrics else None
             engine = find_engine(options.engine, config.train.precision, place.hosts * processes)
             wanted = options.gpus
             if place.orchestrator == "Slurm" and not options.engine:
@@ -126,7 +124,9 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
         except (InputError, Unavailable) as error:
             await hosts.tell(error)
             raise
-        if place.hosts * processes == 1 and not options.engine and not options.metrics:
+        if options.metrics:
+            os.environ["NAIGN_METRICS"] = str(options.metrics)  # observe/metrics.py
+        if place.hosts * processes == 1 and not options.engine:
             become_rank(engine, training)
         if place.hosts > 1:
             say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
@@ -135,8 +135,6 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
             links = await _meet(hosts, place)
             asked.at_once = False
             with TemporaryDirectory() as scratch:
-                if server and not is_audit:
-                    server.watch(Path(scratch) / "heartbeat", links.generation)
                 begun = time.monotonic()
                 ranks = Ranks(
                     training,

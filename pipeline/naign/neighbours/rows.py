@@ -7,7 +7,7 @@ candidates. A row may depend by rounding on those beside it, so results depend o
 import math
 import tempfile
 from collections.abc import Callable
-from typing import Never, NamedTuple
+from typing import NamedTuple, Never
 
 import numpy as np
 import torch

@@ -123,13 +123,6 @@ def _send(run: Trainer, values: dict[str, float], pictures: dict[str, Image.Imag
         "step": state.step,
     }
     run.monitor.scalars(values, state.seen, **counts)
-    if run.monitor.heartbeat:
-        run.monitor.heartbeat.beat(
-            values,
-            seen=state.seen,
-            phases=run.phases.total,
-            checkpoint=run.writer.completed,
-        )
     for name, picture in pictures.items():
         run.monitor.picture(name, picture, state.seen)
 
