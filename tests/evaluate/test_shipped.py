@@ -11,7 +11,7 @@ from PIL import Image
 
 from naign.cli import demo_page
 from naign.cli.main import main
-from naign.cli.model import demo, push
+from naign.cli.model import demo
 from naign.config import load, to_dict
 from naign.data.damage import KINDS, degrade
 from naign.data.scale import scaled
@@ -107,11 +107,6 @@ def test_a_damaged_or_absent_one_says_so(monkeypatch, tmp_path):
     file.write_bytes(b"x")
     with refused("is it truncated"):
         NAIGN.from_pretrained("mnist")
-
-
-def test_its_evaluation_is_not_advised_in_a_circle(tmp_path):
-    with refused("run `naign export mnist --to FOLDER` first"):
-        push("mnist", "me/x", dry_run=tmp_path / "o")
 
 
 def test_the_page_opens_with_it_without_a_run(monkeypatch):

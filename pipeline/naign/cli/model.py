@@ -1,10 +1,9 @@
-"""Commands that use a trained model: evaluate, sample, restore, score, export, push, demo."""
+"""Commands that use a trained model: evaluate, sample, restore, score, export, demo."""
 
 import csv
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,21 +31,15 @@ Played = Annotated[
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images, or folders of them.")]
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Options that say where z comes from; their comments are their help."""
-
-    # What z is drawn from: the run's prior, or a Gaussian mixture fitted to codes of its training images.
-    prior: Literal["trained", "gmm"] = "trained"
-    components: int = 50  # Gaussians of --prior gmm.
-    # Steps of a flow from noise to a code (prior.steps), without its student; default: as trained.
-    steps: int | None = None
-    # Strength of guidance by classes (prior.guidance), without a student; default: as trained.
-    guidance: float | None = None
-
-
-TRAINED = Latents()
-Drawn = Annotated[Latents, tyro.conf.arg(name="")]
+EXPORTED = {"model.safetensors", "model.onnx", "config.json"}  # files that an export writes, and may replace
+Steps = Annotated[
+    int | None,
+    tyro.conf.arg(help="Of a flow from noise to a code (prior.steps), without its student; default: as trained."),
+]
+Guidance = Annotated[
+    float | None,
+    tyro.conf.arg(help="By classes (prior.guidance), without a student; default: as trained."),
+]
 
 
 def evaluate(
@@ -106,7 +99,8 @@ def sample(
     to: Path | None = None,
     label: str | None = None,
     times: Times = 1,
-    latents: Drawn = TRAINED,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -121,7 +115,7 @@ def sample(
     from naign.cli.files import write_samples
 
     _check(n=n, times=times, seed=seed, to=to)
-    model = _open_with(latents, run, _find_device(device))
+    model = _open_with(run, _find_device(device), steps=steps, guidance=guidance)
     with counted("sampling", total=n, unit="sample") as bar:
         samples = model.sample(n, seed=seed, label=label, times=times, advance=bar.update).cpu()
     if to is None:
@@ -199,7 +193,8 @@ def export(
     to: Path,
     format: Literal["safetensors", "onnx"] = "safetensors",
     dtype: Literal["float32", "float16"] | None = None,
-    latents: Drawn = TRAINED,
+    steps: Steps = None,
+    guidance: Guidance = None,
 ) -> None:
     """Export a model: as safetensors for NAIGN.from_pretrained, or f alone as a program.
 
@@ -213,19 +208,17 @@ def export(
 
     _check(to=to)
     file = to / f"model.{format}"
-    place = to.resolve()
-    itself = place == Path(run.removesuffix(file.name)).resolve()
-    taken = file.exists() and (itself or (to / "README.md").exists())
-    within = (to / "manifest.json").exists()
-    for folder in (place, *place.parents):
-        within = within or (folder / "checkpoints").exists() and (folder / "config.yaml").exists()
+    others = set()
+    if to.is_dir():
+        others = {path.name for path in to.iterdir()} - EXPORTED
+    itself = to.resolve() in (Path(run).resolve(), Path(run).resolve().parent)
+    chosen = dtype or steps is not None or guidance is not None
     require(
-        (not within, f"--to {to} is a run or a checkpoint, or in one: give another folder"),
-        (not taken or format == "onnx", f"--to {to} is the model itself, or another with a card: give another folder"),
-        (format == "safetensors" or latents == TRAINED, "--format onnx is f alone: leave out what chooses its prior"),
-        (format == "safetensors" or not dtype, "--dtype is for --format safetensors"),
+        (not others, f"--to {to} holds more than an export, such as {sorted(others)[:1]}: give another folder"),
+        (format == "onnx" or not itself, f"--to {to} is the model itself: give another folder"),
+        (format == "safetensors" or not chosen, "--dtype, --steps and --guidance are for --format safetensors"),
     )
-    model = _open_with(latents, run, "cpu")
+    model = _open_with(run, "cpu", steps=steps, guidance=guidance)
     if dtype:
         model.metadata["dtype"] = dtype
     with busy("exporting"):
@@ -238,40 +231,6 @@ def export(
         print("not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')")
     elif format == "onnx":
         print(f"differs from f by at most {difference:.1g} in onnxruntime")
-
-
-def push(
-    run: Run,
-    name: Positional[str],
-    /,
-    *,
-    private: bool = False,
-    license: str | None = None,
-    dry_run: Path | None = None,
-) -> None:
-    """Upload a model to the Hugging Face hub, with a card written from its evaluation (`naign evaluate` first).
-
-    Args:
-        name: Repository on the Hugging Face hub: user/model. With --dry-run any name, which the card states.
-        private: A new repository is private; without it, as the account has it by default.
-        license: Licence of the weights, as the hub abbreviates it, such as apache-2.0; default: the card states none.
-        dry_run: Write what would be uploaded into this folder, and upload nothing.
-    """
-    from naign.evaluate.card import write_repository
-    from naign.model import files as model_files
-
-    _check(to=dry_run)
-    if dry_run is None:
-        model_files.check_login(name)
-    model = _open(run, "cpu")
-    if dry_run:
-        files = write_repository(dry_run, model, run, name=name, license=license)
-        print(f"wrote {files} files to {dry_run}/, uploaded nothing")
-        return
-    with tempfile.TemporaryDirectory() as place:
-        write_repository(Path(place), model, run, name=name, license=license)
-        address = model_files.upload(Path(place), name, private=private)
-    print(f"uploaded: {address}")
 
 
 def demo(
@@ -319,25 +278,21 @@ def _name_checkpoint(run: str, name: str | None) -> None:
         print(f"{run}: the newest checkpoint, {name}", file=sys.stderr)
 
 
-def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
-    """The model with its own prior, with other settings of it where they are given, or with a mixture."""
-    _check(components=latents.components)
-    mixed = latents.prior == "gmm"
-    other = latents.components != TRAINED.components
-    require((mixed or not other, "--components is of a mixture: add --prior gmm, or leave it out"))
+def _open_with(
+    run: str,
+    device: str,
+    *,
+    steps: int | None,
+    guidance: float | None,
+) -> "NAIGN":
+    """The model with its own prior, or with other settings of a flow where they are given."""
     model = _open(run, device)
-    given = {"steps": latents.steps, "guidance": latents.guidance}
+    given = {"steps": steps, "guidance": guidance}
     chosen = {name: value for name, value in given.items() if value is not None}
     if chosen:
-        require((not mixed, f"--{' and --'.join(chosen)} are of a flow: leave out --prior gmm"))
         model = model.with_flow(**chosen)
-    if mixed:
-        from naign.evaluate.refit import with_mixture
-
-        with busy("fitting a mixture to codes of training images"):
-            return with_mixture(model, run, components=latents.components)
     if not model.fitted:
-        print(f"warning: {run} stopped before its prior was fitted: train on, or add --prior gmm", file=sys.stderr)
+        print(f"warning: {run} stopped before its prior was fitted: train on", file=sys.stderr)
     return model
 
 

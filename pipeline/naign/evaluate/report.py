@@ -52,7 +52,7 @@ def render(
     title: str,
 ) -> str:
     """The page as HTML. `metrics` is the content of metrics.json, `config` the configuration of the run."""
-    template = templates(autoescape=True).get_template("report.html.jinja")
+    template = _templates().get_template("report.html.jinja")
     page = template.render(
         metrics,
         pictures=pictures,
@@ -72,14 +72,13 @@ def compared(fd: dict[str, Any], key: str) -> float:
     return float(ratio * fd["floor"])
 
 
-def templates(*, autoescape: bool) -> Environment:
+def _templates() -> Environment:
     """The templates of this folder, with the filters that they use."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         extensions=["jinja2.ext.do"],
-        autoescape=autoescape,
+        autoescape=True,
         undefined=StrictUndefined,
-        trim_blocks=not autoescape,  # Markdown, where empty lines count
     )
     environment.filters |= {
         "number": number,
