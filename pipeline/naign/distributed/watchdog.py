@@ -1,5 +1,7 @@
-"""Ends a rank that makes no progress, and says where it is. Each rank does so for itself, by its own clock: the rank that
-the others waited for is the one whose round, phase and beat are the lowest, or which says nothing since it is gone.
+"""Ends a rank that makes no progress, and says where it is.
+
+Each rank does so for itself, by its own clock: the one that the others waited for is in the earliest round, phase and
+beat, or says nothing since it is gone.
 """
 
 import faulthandler
