@@ -113,8 +113,8 @@ def test_the_page_opens_with_it_without_a_run(monkeypatch):
     pytest.importorskip("gradio")
     opened = []
 
-    def serve(player, about, port):
-        opened.append(player.model)
+    def serve(model, about, port):
+        opened.append(model)
         assert about.startswith("# mnist\n")
 
     monkeypatch.setattr(demo_page, "serve", serve)

@@ -257,10 +257,10 @@ def demo(
         # Read when Gradio is imported: nothing is sent, and its files are gone in the end.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": place}
         try:
-            from naign.cli.demo_page import Player, serve
+            from naign.cli.demo_page import serve
         except ModuleNotFoundError as error:
             raise InputError(f"naign demo needs Gradio ({error}): in a checkout, pip install -e '.[demo]'") from None
-        serve(Player(model), about=about, port=port)
+        serve(model, about=about, port=port)
 
 
 def _open(run: str, device: str) -> "NAIGN":
