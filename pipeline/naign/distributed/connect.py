@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, check_cuda_p2p_ib_support
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
-from naign.distributed.host import check_bf16, check_gpus, count_ranks, why_unfit
-from naign.errors import InputError, PeerLost
+from naign.distributed.host import check_gpus, count_ranks, why_unfit
+from naign.errors import InputError, PeerLost, require
 
 
 def build_accelerator(
@@ -72,12 +72,11 @@ def build_accelerator(
 def _check_cards(local: int, precision: str) -> None:
     """Raise InputError or Unavailable where the ranks of this host cannot each use a GPU."""
     check_gpus(f"{local} ranks were started here", local)
-    for index in range(local):
-        problem = why_unfit(index)
-        if problem:
-            raise InputError(problem)
-    if precision == "bf16":
-        check_bf16()
+    problem = why_unfit(int(os.environ.get("LOCAL_RANK", "0")))
+    require((not problem, problem))
+    emulated = precision == "bf16" and choose_precision(on_cpu=False) != "bf16"
+    only = f"train.precision is bf16, which {torch.cuda.get_device_name()} only emulates"
+    require((not emulated, f"{only}: use --train.precision=fp16, fp32 or auto"))
     if not check_cuda_p2p_ib_support():  # some cards with old drivers, which Accelerate refuses otherwise
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from naign.evaluate.measures import Subject
 from naign.model.naign import NAIGN
-from naign.observe.pictures import grid, png, rows, scatter
+from naign.observe.pictures import grid, histogram, png, rows
 
 DAMAGE = {"blur": "blur", "noise": "Gaussian noise", "salt_pepper": "salt and pepper", "rows": "black rows"}
 ASKED = 12  # samples of a class
@@ -104,12 +104,9 @@ def draw_pictures(subject: Subject) -> list[Picture]:
     if subject.test.shape[1] != 2:
         return []
     real = subject.test[:2000]
-    panels = [
-        ("test data", real[:0]),
-        ("f(z)", subject.once[:2000]),
-        ("f(f(z))", subject.twice[:2000]),
-    ]
-    return [Picture("samples", "Samples", "Orange over the test data in blue.", scatter(panels, behind=real))]
+    sets = {"test data": real, "f(z)": subject.once[:2000], "f(f(z))": subject.twice[:2000]}
+    lines = [(name, histogram(points, real)) for name, points in sets.items()]
+    return [Picture("samples", "Samples", "How dense points are, in one square.", rows(lines))]
 
 
 def _draw_samples(subject: Subject) -> list[Picture]:
