@@ -128,30 +128,6 @@ def test_a_pod_that_is_replaced_after_the_run_was_done_ends(
     assert "NAIGN_LAUNCHER" not in os.environ  # it would end what this process starts later
 
 
-BUCKET = """
-import contextlib, os, signal, threading, time
-from naign.cli import main as cli
-from naign.cluster import launch
-
-answers = iter((lambda: False, lambda: time.sleep(60)))  # of the bucket: not done; then it is silent
-launch._is_done = lambda *_: next(answers)()
-launch.Ranks = lambda *_, **__: contextlib.nullcontext()
-
-async def watch(*_):
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    return 0, False
-
-launch._watch = watch
-cli.main()
-"""
-
-
-@pytest.mark.slow
-def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_started_again(start):
-    job = start("--processes=2", "--run.remote=s3://bucket/run", program=("-c", BUCKET))
-    ends(job, INTERRUPTED, "stopped on request")
-
-
 def training(start, folder, *options):
     """A long run in `folder` that has trained for some rounds."""
     job = start(*options, *SMALL, "--train.images=307200", "--run.path=run")
