@@ -1,4 +1,4 @@
-"""`naign launch` itself: what signals do to it, and what the other hosts learn of a mistake on the first."""
+"""`naign launch` itself: what signals do to it, and to its ranks."""
 
 import asyncio
 import contextlib
@@ -320,13 +320,3 @@ def test_a_signal_ends_a_pack_that_is_the_first_process_of_a_container(tmp_path)
         first.terminate()
         ends(process, 128 + signal.SIGTERM, timeout=20)
     assert not list(tmp_path.rglob(".partial-*"))
-
-
-@pytest.mark.slow
-def test_a_mistake_on_the_first_host_ends_all(start):
-    named = {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost"}
-    port = f"--port={free_port()}"
-    first = start(port, "--engine=zero9", JOB_COMPLETION_INDEX="0", **named)
-    second = start(port, JOB_COMPLETION_INDEX="1", **named)
-    for host in (first, second):
-        assert "--engine zero9 is neither a file" in ends(host, BAD_INPUT).splitlines()[-1]
