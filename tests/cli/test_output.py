@@ -164,21 +164,12 @@ def test_commands_that_take_long_show_what_they_do(tmp_path, images, capsys, mon
         assert capsys.readouterr().err == ""  # no terminal, no progress
 
 
-def test_a_call_without_steps_shows_how_long_it_takes(monkeypatch):
-    shown = threading.Event()
-
-    class Watched(terminal.tqdm):
-        def refresh(self, *given, **named):
-            super().refresh(*given, **named)
-            shown.set()
-
+def test_a_call_without_steps_shows_what_it_does(monkeypatch):
     def wait():
         with terminal.busy("exporting"):
-            assert shown.wait(30)
+            pass
 
-    monkeypatch.setattr(terminal, "DELAY", 0.0)
-    monkeypatch.setattr(terminal, "tqdm", Watched)
-    assert "exporting 00:0" in on_terminal(wait, monkeypatch)
+    assert "exporting ..." in on_terminal(wait, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_commands_take_its_name(monkeypatch, capsys):
         main()
 
     naign("sample", "mnist", "--n", "4", "--to", "each")
-    naign("restore", "mnist", "each", "--damage", "noise")
+    naign("restore", "mnist", "each")
     naign("score", "mnist", "each")
     scored = re.findall(r"^each/00000(\d)\.png,0\.\d+$", capsys.readouterr().out, re.M)
     assert scored == ["0", "1", "2", "3"]

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
 Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
-Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}.")]
 _MODEL = f"{_RUN}; hf://user/model on Hugging Face; or mnist, which comes with naign, where no path has that name"
@@ -78,10 +77,8 @@ def evaluate(
     for fd in ({"encoder": metrics["encoder"]} | metrics["fd"], metrics["second"]):
         if fd:
             values = f"{compared(fd, 'once'):.4g} for f(z); floor {fd['floor']:.4g} (training against test)"
-            times = f"f(z) is {number(fd['once_ratio'])} times that"
-            if fd["noise"] is not None:
-                times += f", f of noise {number(fd['noise_ratio'])} times"
-            print(f"Frechet distance on {fd['encoder']}: {values}; {times}")
+            times = number(fd["once_ratio"])
+            print(f"Frechet distance on {fd['encoder']}: {values}; f(z) is {times} times that")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for text in metrics["warnings"]:
@@ -132,7 +129,6 @@ def restore(
     *,
     to: Path = Path("restored"),
     times: Annotated[int | None, tyro.conf.arg(help="How often f is applied; default: 1, with --mask 8.")] = None,
-    damage: Kind | None = None,
     mask: Path | None = None,
     size: Literal["picture", "model"] | None = None,
     device: Device = "auto",
@@ -141,7 +137,6 @@ def restore(
 
     Args:
         to: Folder to write; images in folders keep sub-folders and names. For one image also a .png or .jpg file.
-        damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
         mask: Fill holes: a picture of the images' size, white where a hole is. All other pixels stay as they are.
         size: Of what is written: the picture's, in tiles, or the model's, the default if f has one code for a picture.
     """
@@ -154,7 +149,6 @@ def restore(
         files,
         to=to,
         times=times,
-        damage=damage,
         mask=mask,
         size=size,
     )

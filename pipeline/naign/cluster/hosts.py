@@ -436,15 +436,14 @@ def _time_limit(within: float) -> Callable[[str], None]:
     return check
 
 
-def listen(port: int, option: str = "--port", host: int = 0) -> socket.socket:
-    """A listening socket of `host`, on the port that `option` names; InputError if it is in use."""
+def listen(port: int) -> socket.socket:
+    """A listening socket on the port; InputError if it is in use."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
     except OSError as error:
-        problem = f"port {port} cannot be opened on host {host} ({error.strerror})"
-        raise InputError(f"{problem}: choose another {option}") from None
+        raise InputError(f"port {port} cannot be opened ({error.strerror}): choose another --port") from None
 
 
 def free_port() -> int:

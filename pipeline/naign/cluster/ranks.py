@@ -47,7 +47,7 @@ def find_engine(name: str, precision: str = "", ranks: int = 2) -> dict[str, Any
     """
     if not name:
         return _without_engine(precision)
-    for file in (Path(name), shipped(f"launch/{name}.yaml"), shipped(f"launch/{name}")):
+    for file in (Path(name), shipped(f"launch/{name}.yaml")):
         if os.path.isfile(file):
             try:
                 return _read_engine(file, ranks)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
@@ -121,17 +120,6 @@ def _draw_samples(subject: Subject) -> list[Picture]:
     if asked:
         caption = "A row is a class, a column the same noise."
         drawn.append(Picture("classes", "Samples by class", caption, rows(asked)))
-    latents = model.latent(torch.arange(10), seed=subject.seed).cpu()
-    times = [
-        ("z", latents),
-        ("f once", subject.once[:10]),
-        ("f twice", subject.twice[:10]),
-    ]
-    for count in (3, 4, 5):
-        _, before = times[-1]
-        times.append((f"{count} times", model.project(before)))
-    alike = "A column is one z. For a perfect projection all rows below the first are alike."
-    drawn.append(Picture("applications", "The same z, f applied one to five times", alike, rows(times)))
     return drawn
 
 

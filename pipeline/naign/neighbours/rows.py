@@ -146,7 +146,8 @@ def find_nearest(
     values = VIEWS * space.dims * space.size  # of a block
     blocks = max(1, ASKED // (values * ranks.world))
     step = blocks * space.size
-    most = max(ranks.collect(queries.last - queries.first))
+    sizes = ranks.collect(queries.last - queries.first)
+    most = max(sizes)
     distances = []
     numbers = []
     mirrored = []
@@ -163,7 +164,6 @@ def find_nearest(
             numbers.append(torch.where(is_turned, other, number))
             mirrored.append(is_turned)
             bar.update(step)
-    sizes = ranks.collect(queries.last - queries.first)
     squares = ranks.gather(torch.cat(distances), sizes)
     return Nearest(
         (squares / space.scale).sqrt(),

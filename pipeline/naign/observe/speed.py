@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from naign.errors import InputError
+from naign.errors import require
 
 log = logging.getLogger("naign.profile")
 
@@ -54,12 +54,11 @@ def parse_rounds(text: str) -> range:
     if not text:
         return range(0)
     match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
+    rounds = range(0)
     if match:
-        first = int(match[1])
-        last = int(match[2] or first)
-        if first <= last:
-            return range(first, last + 1)
-    raise InputError(f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4")
+        rounds = range(int(match[1]), int(match[2] or match[1]) + 1)
+    require((rounds, f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4"))
+    return rounds
 
 
 @contextmanager
