@@ -38,7 +38,7 @@ help:
 	@echo "make quick   the inner loop: lint and the tests that are not slow"
 	@echo "make docs    write docs/settings.md from the code; build the pages of docs/ as a site in build/site"
 	@echo "make dist    the wheel and the source archive, in dist/; make sbom: what the wheel depends on, in build/sbom/"
-	@echo "make models  train the recipes of a release, measure, and pack each with its card, in build/models/; hours   [MODELS=mnist]"
+	@echo "make models  train the recipes of a release, measure, and pack each with its report, in build/models/; hours   [MODELS=mnist]"
 	@echo "make image   the container image, by docker   [TARGET=cuda VERSION=0.2.0 TORCH_INDEX=...]"
 	@echo "make constraints    pin what pyproject.toml asks for and launch/constraints.txt lacks   [OPTIONS=--upgrade]"
 	@echo "make clean   remove the virtual environment and caches (data/ and runs/ stay)"
@@ -77,7 +77,7 @@ $(VENV)/.tested: pyproject.toml benchmarks/baselines/pyproject.toml launch/const
 $(VENV)/.gpu: launch/faiss-gpu/pyproject.toml launch/faiss-gpu/which.py | $(VENV)/.installed
 	faiss=$$($(BIN)/python launch/faiss-gpu/which.py) && \
 	    $(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu faiss-gpu-cuvs && \
-	    $(PIP_INSTALL) ./launch/faiss-gpu "$$faiss" -e '.[gpu]'
+	    $(PIP_INSTALL) ./launch/faiss-gpu "$$faiss" -e .
 	@touch $@
 
 install: $(VENV)/.installed $(if $(filter-out 0,$(GPU)),$(VENV)/.gpu)
@@ -151,7 +151,7 @@ sbom: dist
 	$(BIN)/cyclonedx-py environment --output-reproducible --output-file build/sbom/naign.cdx.json $(VENV)-sbom
 	$(BIN)/pip-licenses --python $(VENV)-sbom/bin/python --format markdown --with-urls --output-file build/sbom/licenses.md
 
-# Of a release: NAME.tar for each recipe, a folder with float16 weights and their card, and SHA256SUMS. The card's numbers
+# Of a release: NAME.tar for each recipe, a folder with float16 weights and their evaluation, and SHA256SUMS. Its numbers
 # are measured with these weights. A finished run in runs/NAME is not trained again; delete build/ to export and measure anew.
 MODELS ?= mnist fashion_mnist cifar10_cpu
 models: $(MODELS:%=configs/%.yaml) $(MODELS:%=build/models/%.tar)
@@ -160,10 +160,9 @@ models: $(MODELS:%=configs/%.yaml) $(MODELS:%=build/models/%.tar)
 
 build/models/%.tar: | $(VENV)/.installed
 	$(BIN)/accelerate launch --quiet pipeline/train.py --config configs/$*.yaml --run.path runs/$*
-	$(BIN)/naign export runs/$* --to build/measured/$* --dtype float16
-	$(BIN)/naign evaluate build/measured/$*
 	rm -rf build/models/$*
-	$(BIN)/naign push build/measured/$* $* --license apache-2.0 --dry-run build/models/$*
+	$(BIN)/naign export runs/$* --to build/models/$* --dtype float16
+	$(BIN)/naign evaluate build/models/$*
 	tar -C build/models -cf $@.partial $*
 	mv $@.partial $@
 

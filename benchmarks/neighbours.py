@@ -3,7 +3,7 @@
     naign pack cifar10 --to data/cifar10
     python benchmarks/neighbours.py --threads 1 --to benchmarks/results/neighbours
 
-Compared in the same run: the search of `naign copies` and `naign duplicates`, and FAISS's exact and approximate
+Compared in the same run: the search of `naign copies`, and FAISS's exact and approximate
 indexes. Rows are grey windows of 16 x 32 pixels, also mirrored, of training images, and of test images for the queries.
 Candidates lie in a file: this search reads them in blocks, FAISS's indexes hold all of them, and filling them is not
 timed as reading. Each method runs in a process of its own, whose processor time and peak memory beyond the queries are

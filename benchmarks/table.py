@@ -7,8 +7,8 @@ columns. A run is one process of one thread, trained and measured by `naign eval
 other tables find it. The table (.md) and its numbers (.json) are written after each run. Numbers that the .json has are
 not measured again: to measure a row anew, remove it there or write to another place.
 
-`then: [naign.cli, export, --prior=gmm]` measures another model instead, made from the run by
-`python -m naign.cli export --prior=gmm RUN --to=FOLDER`. Such rows share one training.
+`then: [naign.cli, export, --steps=16]` measures another model instead, made from the run by
+`python -m naign.cli export --steps=16 RUN --to=FOLDER`. Such rows share one training.
 """
 
 import sys

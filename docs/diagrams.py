@@ -38,7 +38,7 @@ ROOMS = {
     "cli": "the naign program",
     "cluster": "naign launch and naign render",
     "training": "the loop: read, learn, match, fit, report, checkpoint",
-    "neighbours": "samples that copy images; near-duplicates",
+    "neighbours": "samples that copy images",
     "evaluate": "measurements and the report",
     "config": "every setting",
     "match": "the exact nearest sample of every image",

@@ -1,23 +1,17 @@
-"""A small Hugging Face hub on loopback that speaks what huggingface_hub asks for: models are made, written and read.
+"""A small Hugging Face hub on loopback that speaks what huggingface_hub asks for to read models.
 
-Files are kept by git LFS (.safetensors, .png) or sent within a commit, as the real hub decides. Xet, its protocol for
-chunks of files, is not spoken: programs are given HF_HUB_DISABLE_XET.
+Xet, its protocol for chunks of files, is not spoken: programs are given HF_HUB_DISABLE_XET.
 """
 
-import base64
 import hashlib
 import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import yaml
-
-LICENSES = ("apache-2.0", "mit", "cc-by-4.0")
-
 
 class Hub:
-    """A context manager; `endpoint` is its address, and `token` the one with which it may be written to.
+    """A context manager; `endpoint` is its address, and `token` the one with which private models may be read.
 
     `environment` holds the variables with which programs find it, and nobody's own login and cache.
     `models` holds the files of each model by path; `private` the names of those that are read with the token only;
@@ -30,7 +24,6 @@ class Hub:
         self.private = set()
         self.requests = []
         self.broken = 0
-        self._objects = {}  # of git LFS, by SHA-256
         hub = self
 
         class Handler(_Handler):
@@ -63,21 +56,8 @@ class Hub:
             return self.broken, {}, b"{}"
         if found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", path):
             return self._resolve(found[1], found[2], known)
-        if path == "/api/validate-yaml":
-            return _validate(json.loads(body)["content"])
-        if method == "PUT":
-            self._objects[path.rpartition("/")[2]] = body
-            return _said({})
         if not known:
             return _said({"error": "Invalid username or password."}, 401)
-        if path == "/api/repos/create":
-            return self._create(json.loads(body))
-        if path.endswith("/preupload/main"):
-            return _preupload(json.loads(body)["files"])
-        if path.endswith(".git/info/lfs/objects/batch"):
-            return self._batch(json.loads(body)["objects"])
-        if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/main", path):
-            return self._commit(found[1], body)
         if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/main)?", path):
             about = {
                 "id": found[1],
@@ -87,36 +67,6 @@ class Hub:
             }
             return _said(about | {"sha": self._version(found[1])})
         return _said({"error": f"this hub does not know {method} {path}"}, 404)
-
-    def _create(self, wanted):
-        name = f"{wanted['organization']}/{wanted['name']}"
-        address = {"url": f"{self.endpoint}/{name}"}
-        if name in self.models:
-            return _said(address, 409)
-        self.models[name] = {}
-        if wanted.get("visibility") == "private" or wanted.get("private"):
-            self.private.add(name)
-        return _said(address)
-
-    def _batch(self, objects):
-        """Where git LFS may send these objects."""
-        for one in objects:
-            one["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}
-        return _said({"transfer": "basic", "objects": objects})
-
-    def _commit(self, name, body):
-        for line in body.splitlines():
-            entry = json.loads(line)
-            value = entry["value"]
-            if entry["key"] == "file":
-                self.models[name][value["path"]] = base64.b64decode(value["content"])
-            elif entry["key"] == "lfsFile":
-                content = self._objects[value["oid"]]
-                assert hashlib.sha256(content).hexdigest() == value["oid"]
-                self.models[name][value["path"]] = content
-        commit = self._version(name)
-        where = f"{self.endpoint}/{name}/commit/{commit}"
-        return _said({"success": True, "commitOid": commit, "commitUrl": where, "hookOutput": ""})
 
     def _resolve(self, name, file, known):
         if name not in self.models or (name in self.private and not known):
@@ -129,22 +79,6 @@ class Hub:
 
     def _version(self, name):
         return hashlib.sha1(repr(sorted(self.models[name].items())).encode()).hexdigest()
-
-
-def _preupload(files):
-    """Whether each file is kept by git LFS or sent within the commit."""
-    for file in files:
-        large = file["path"].endswith((".safetensors", ".png"))
-        file["uploadMode"] = "lfs" if large else "regular"
-        file["shouldIgnore"] = False
-    return _said({"files": files})
-
-
-def _validate(card):
-    front = yaml.safe_load(card.split("---\n")[1])
-    if front.get("license", LICENSES[0]) in LICENSES:
-        return _said({"errors": [], "warnings": []})
-    return _said({"errors": [{"message": f'"license" must be one of {LICENSES}'}], "warnings": []}, 400)
 
 
 def _said(content, status=200):

@@ -91,7 +91,7 @@ def smaller(words):
         return ["--samples", "40"]
     if "evaluate" in words:
         return ["--samples", "40", "--encoder", "pixels"]  # and not one of ImageNet, which takes ten seconds
-    if words[:1] not in (["train"], ["launch"]) or "duplicates" in words:
+    if words[:1] not in (["train"], ["launch"]):
         return []
     recipe = "mnist"
     if "--config" in words:

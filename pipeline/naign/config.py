@@ -46,7 +46,7 @@ class TrainConfig:
     passes: int = field(default=1, metadata=POSITIVE)
     """Passes of SGD over a round's images before they are matched anew."""
     optimizer: str = "adamw"
-    """adamw, muon or adafactor (docs/training.md says what each does), or one that another package registers."""
+    """adamw, or one that another package registers."""
     lr: float = field(default=2e-3, metadata=MAY_CHANGE | POSITIVE)
     """Peak learning rate, after a linear warm-up; a cosine takes it to lr_end."""
     lr_end: float = field(default=1e-5, metadata=MAY_CHANGE | AT_LEAST_0)

@@ -1,16 +1,15 @@
-"""Progress of commands on stderr, where that is a terminal and they take more than two seconds."""
+"""Progress of commands on stderr, where that is a terminal."""
 
 import errno
 import io
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
-DELAY = 2.0  # seconds before which nothing is shown
+DELAY = 2.0  # seconds before which no bar is shown
 
 
 def counted(what: str, todo: Iterable[Any] | None = None, *, total: int | None = None, unit: str = "it") -> "tqdm[Any]":
@@ -20,22 +19,10 @@ def counted(what: str, todo: Iterable[Any] | None = None, *, total: int | None =
 
 @contextmanager
 def busy(what: str, *, shown: bool = True) -> Iterator[None]:
-    """Say what a call without steps to count is doing, and for how long, until it returns."""
-    ended = threading.Event()
+    """Say what a call without steps to count is doing, until it returns."""
     disable = None if shown else True  # None: where stderr is no terminal
-    with tqdm(desc=what, bar_format="{desc} {elapsed}", delay=DELAY, leave=False, disable=disable) as line:
-
-        def refresh() -> None:
-            while not ended.wait(1.0):
-                line.update(0)
-
-        thread = threading.Thread(target=refresh, name="progress", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+    with tqdm(desc=what, bar_format="{desc} ...", leave=False, disable=disable):
+        yield
 
 
 class _Terminal(io.FileIO):

@@ -19,7 +19,6 @@ from naign.cli.model import demo
 from naign.data.damage import KINDS, degrade
 from naign.data.scale import scaled
 from naign.errors import InputError
-from naign.evaluate.recorded import read_image
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
 from naign.observe.pictures import grid, to_image
@@ -104,19 +103,16 @@ def digit(tmp_path):
     return image, tmp_path / "digit.png"
 
 
-@pytest.mark.slow
 def test_a_repair_is_the_models(page, client, digit):
     image, file = digit
     strengths = (0.5, 0.0, 1.0, 2.0)
-    given, moved, repaired, text = client.predict(drawn(file), 2, 3, *strengths, api_name="/repair")
+    given, repaired, text = client.predict(drawn(file), 2, *strengths, api_name="/repair")
     damaged = image
     for kind, strength in zip(KINDS, strengths, strict=True):
-        damaged = degrade(damaged, kind, seed=3, strength=strength)
+        damaged = degrade(damaged, kind, strength=strength)
     answer = page.model.project(damaged, times=2)
     assert_shows(given, damaged[0])
     assert_shows(repaired, answer[0])
-    darkest = pixels(moved)[..., 0].argmin()
-    assert darkest == (page.model.project(damaged) - damaged).abs().argmax()
     energies = [f"{float(page.model.energy(x)):.4g}" for x in (damaged, answer)]
     assert re.findall(r"\*\*(.*?)\*\*", text) == energies
 
@@ -127,44 +123,16 @@ def test_samples_are_the_models(page, client):
     assert np.array_equal(pixels(shown), pixels(expected.convert("RGB")))
 
 
-def test_an_upload_is_shown_on_the_canvas(page, client, digit):
-    from gradio_client import handle_file
-
-    image = read_image(digit[1].read_bytes(), page.model)
-    shown = client.predict(handle_file(digit[1]), api_name="/upload")
-    expected = to_image(image[0], least=8 * FACTOR)
-    assert np.array_equal(pixels(shown["background"]), pixels(expected))
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 24), (1, 400, 8)])
-def test_the_canvas_is_exact_for_colour_and_any_shape(save_untrained, tmp_path, shape):
-    pytest.importorskip("gradio")
-    from naign.cli.demo_page import Player
-
-    folder = save_untrained(tmp_path / "other", data=None, shape=shape, config=TINY)
-    player = Player(NAIGN.from_pretrained(folder))
-    image = scaled(torch.randint(0, 256, (1, *shape), dtype=torch.uint8))
-    canvas = player.canvas(image[0])
-    assert torch.equal(player.from_canvas(canvas["background"]), image)
-    given, _, repaired, _ = player.repair(canvas, 1, 0, 0, 0, 0, 0)
-    assert given.size == repaired.size == (shape[2], shape[1])
-
-
-def test_bad_input_is_answered_with_a_message(page, client, digit, tmp_path):
-    from gradio_client import handle_file
+def test_bad_input_is_answered_with_a_message(page, client, digit):
     from gradio_client.exceptions import AppError
 
-    for content in (b"hello", digit[1].read_bytes()[:90]):
-        (tmp_path / "bad.png").write_bytes(content)
-        with pytest.raises(AppError, match="cannot be read as a picture"):
-            client.predict(handle_file(tmp_path / "bad.png"), api_name="/upload")
-    for values in ((9, 0, 0), (1, -1, 0), (1, 0, 2.5)):
+    for values in ((9, 0), (1, 2.5)):
         with pytest.raises(AppError, match="than m"):
             client.predict(drawn(digit[1]), *values, 0, 0, 0, api_name="/repair")
     with pytest.raises(AppError, match="than m"):
         client.predict(65, 0, 1, api_name="/sample")
     with pytest.raises(AppError, match="something is missing: draw or upload a picture, and fill in every field"):
-        client.predict(None, 1, 0, 0, 0, 0, 0, api_name="/repair")
+        client.predict(None, 1, 0, 0, 0, 0, api_name="/repair")
     test_samples_are_the_models(page, client)
 
 
@@ -202,9 +170,8 @@ def shown_in(tab, name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
-def test_draw_repair_and_a_bad_upload_in_a_browser(page, tmp_path):
+def test_draw_and_repair_in_a_browser(page):
     playwright = pytest.importorskip("playwright.sync_api")
-    (tmp_path / "text.png").write_text("hello")
     options = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"]}
     with playwright.sync_playwright() as driver, driver.chromium.launch(**options) as browser:
         tab = browser.new_page()
@@ -228,9 +195,5 @@ def test_draw_repair_and_a_bad_upload_in_a_browser(page, tmp_path):
         assert given[0, 0, 4, 4] > 0.5
         expected = to_image(page.model.project(given)[0])
         assert np.array_equal(shown_in(tab, "repaired"), pixels(expected))
-        with tab.expect_file_chooser() as chooser:
-            tab.get_by_role("button", name="Upload").click()
-        chooser.value.set_files(tmp_path / "text.png")
-        tab.get_by_text("the file cannot be read as a picture").first.wait_for()
         for url in asked:
             assert url.startswith((page.url, "blob:", "data:"))

@@ -23,7 +23,6 @@ from naign.data.sources.source import Made
 from naign.distributed import host
 from naign.evaluate.measures import STAGES
 from naign.model.networks import ConvConfig, PointConfig
-from naign.observe import doctor
 from tests.conftest import environment
 from tests.data.numbered import add
 from tests.programs import execute
@@ -93,11 +92,10 @@ def test_verify_prints_what_is_known_and_what_is_wrong(command, tmp_path):
 
 
 def test_doctor_prints_findings(command, monkeypatch):
-    monkeypatch.setattr(doctor, "CHECKS", (doctor.faiss, doctor.disk))  # others take seconds
     out, _ = command("doctor")
     assert "disk here: " in out
     assert out.endswith("ready\n")
-    monkeypatch.setattr(host, "faiss_builds", lambda: ["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"])
+    monkeypatch.setattr(host, "faiss_builds", lambda: ["faiss-cpu 1.15.1", "faiss-gpu 1.12.0"])
     _, err = command("doctor", code=2)
     assert "this machine is not ready" in err
 
@@ -166,21 +164,12 @@ def test_commands_that_take_long_show_what_they_do(tmp_path, images, capsys, mon
         assert capsys.readouterr().err == ""  # no terminal, no progress
 
 
-def test_a_call_without_steps_shows_how_long_it_takes(monkeypatch):
-    shown = threading.Event()
-
-    class Watched(terminal.tqdm):
-        def refresh(self, *given, **named):
-            super().refresh(*given, **named)
-            shown.set()
-
+def test_a_call_without_steps_shows_what_it_does(monkeypatch):
     def wait():
         with terminal.busy("exporting"):
-            assert shown.wait(30)
+            pass
 
-    monkeypatch.setattr(terminal, "DELAY", 0.0)
-    monkeypatch.setattr(terminal, "tqdm", Watched)
-    assert "exporting 00:0" in on_terminal(wait, monkeypatch)
+    assert "exporting ..." in on_terminal(wait, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -179,13 +179,12 @@ def test_one_picture_goes_to_the_file_and_format_that_is_named(colour, tmp_path)
     assert Image.open(tmp_path / "deep/whole.jpg").size == (SIDE, SIDE)
     with pytest.raises(InputError, match="would overwrite the input"):
         cli.restore(colour, (x,), to=x)
-    for files, to, damage in (
-        ((x,), "y.png", "blur"),
-        ((x,), "y.webp", None),
-        ((x, tmp_path / "deep/y.jpg"), "z.jpg", None),
+    for files, to in (
+        ((x,), "y.webp"),
+        ((x, tmp_path / "deep/y.jpg"), "z.jpg"),
     ):
-        with pytest.raises(InputError, match="only one picture, without --damage, may go to a file"):
-            cli.restore(colour, files, to=tmp_path / to, damage=damage)
+        with pytest.raises(InputError, match="only one picture may go to a file"):
+            cli.restore(colour, files, to=tmp_path / to)
     assert set(os.listdir(tmp_path)) == {"x.png", "deep"}
 
 
@@ -193,15 +192,6 @@ def test_a_jpeg_too_large_for_its_format_is_refused(colour, tmp_path, refused):
     Image.new("L", (65501, 1)).save(tmp_path / "x.png")
     assert "image" in refused(f"restore {colour} x.png --to=y.jpg --size=picture")
     assert not Path("y.jpg").exists()
-
-
-def test_damage_is_that_of_the_picture_s_size(colour, x, tmp_path):
-    repaired = restored(colour, x, damage="rows")
-    damaged = Image.open(tmp_path / "out/rows/x.png")
-    assert damaged.size == (40, 25)
-    assert (np.array(damaged) == 0).all((1, 2)).sum() == 4
-    damaged.save(tmp_path / "again.png")
-    assert_same(restored(colour, tmp_path / "again.png"), repaired)
 
 
 def write_truncated(path):
@@ -313,13 +303,6 @@ def test_a_mask_that_cannot_be_used_is_refused(colour, x, tmp_path, refused, pro
     assert not Path("restored").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"size": "model"}, "--mask is for pictures at their own size: leave out --size model"),
-        ({"damage": "noise"}, "--mask keeps what is outside holes, --damage changes it: leave out one"),
-    ],
-)
-def test_options_that_contradict_a_mask_are_refused(colour, tmp_path, options, problem):
-    with pytest.raises(InputError, match=problem):
-        cli.restore(colour, (tmp_path / "x.png",), mask=tmp_path / "mask.png", **options)
+def test_a_size_that_contradicts_a_mask_is_refused(colour, tmp_path):
+    with pytest.raises(InputError, match="--mask is for pictures at their own size: leave out --size model"):
+        cli.restore(colour, (tmp_path / "x.png",), mask=tmp_path / "mask.png", size="model")

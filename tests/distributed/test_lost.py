@@ -36,7 +36,7 @@ class Stream:
 with exit_on_input_error("train"), peers_missed():
     accelerator, stop = build_accelerator(), StopRequest(world=2, timeout=60)
     accelerator.wait_for_everyone()
-    watchdog = Watchdog(rank=rank, world=2, timeout=60)
+    watchdog = Watchdog(rank=rank, timeout=60)
     read_round(SimpleNamespace(accelerator=accelerator, stop=stop, watchdog=watchdog, stream=Stream()), 0)
 """
 

@@ -43,10 +43,6 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     assert 0 <= metrics_of(tmp_path / "run")["asked"]["share"] <= 1
     assert (made / "classes.png").exists()
     assert "of the class that they were drawn from" in (made / "report.html").read_text()
-    succeeded(naign("push run user/digits --dry-run card"))
-    card = (tmp_path / "card/README.md").read_text()
-    assert 'label="0"' in card and "asked for by class: 0, 1, 2" in card
-    assert NAIGN.from_pretrained(tmp_path / "card").labels == model.labels
     guided = naign("export run --guidance 2 --to guided")
     if name == "gmm":
         refused(guided, "guidance can be chosen for a flow of codes")
@@ -61,8 +57,6 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     succeeded(train(*options, "--run.path=new", "--model.init=run"))
     assert int(NAIGN.from_pretrained(tmp_path / "new").prior.class_counts.sum()) == 1024
     refused(naign("sample run --label ten"), "no class 'ten' among its 10 classes")
-    done = naign("sample run --prior gmm --components 3 --label 3")
-    refused(done, "trained without classes")
 
 
 def test_data_without_all_labels_are_refused(train, digits, small, tmp_path):

@@ -43,7 +43,7 @@ def test_the_steps_of_the_readme(naign, train, tmp_path):
     run("sample runs/digits --n 3 --to each --seed 7 --times 2")
     images = sorted((tmp_path / "each").iterdir())
     assert len(images) == 3
-    run("restore runs/digits each --to repaired --damage noise")
+    run("restore runs/digits each --to repaired")
     assert Image.open(tmp_path / "repaired" / images[0].name).size == (8, 8)
     rows = list(csv.DictReader(run("score runs/digits each --times 2").splitlines()))
     model = NAIGN.from_pretrained(folder)

@@ -97,7 +97,7 @@ def test_metrics_and_pictures_lie_in_the_folder(evaluated):
     assert metrics["seed"] == 7
     assert metrics["images_seen"] == 12_345
     assert metrics["counts"]["samples"] == 300
-    pictures = {"samples", "applications", "neighbours", *(f"restoration_{kind}" for kind in KINDS)}
+    pictures = {"samples", "neighbours", *(f"restoration_{kind}" for kind in KINDS)}
     files = set(os.listdir(folder / "evaluation"))
     assert files == {f"{name}.png" for name in pictures} | {"metrics.json", "report.html"}
     for name in pictures:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from naign.cli import demo_page
 from naign.cli.main import main
-from naign.cli.model import demo, push
+from naign.cli.model import demo
 from naign.config import load, to_dict
 from naign.data.damage import KINDS, degrade
 from naign.data.scale import scaled
@@ -69,7 +69,7 @@ def test_commands_take_its_name(monkeypatch, capsys):
         main()
 
     naign("sample", "mnist", "--n", "4", "--to", "each")
-    naign("restore", "mnist", "each", "--damage", "noise")
+    naign("restore", "mnist", "each")
     naign("score", "mnist", "each")
     scored = re.findall(r"^each/00000(\d)\.png,0\.\d+$", capsys.readouterr().out, re.M)
     assert scored == ["0", "1", "2", "3"]
@@ -109,17 +109,12 @@ def test_a_damaged_or_absent_one_says_so(monkeypatch, tmp_path):
         NAIGN.from_pretrained("mnist")
 
 
-def test_its_evaluation_is_not_advised_in_a_circle(tmp_path):
-    with refused("run `naign export mnist --to FOLDER` first"):
-        push("mnist", "me/x", dry_run=tmp_path / "o")
-
-
 def test_the_page_opens_with_it_without_a_run(monkeypatch):
     pytest.importorskip("gradio")
     opened = []
 
-    def serve(player, about, port):
-        opened.append(player.model)
+    def serve(model, about, port):
+        opened.append(model)
         assert about.startswith("# mnist\n")
 
     monkeypatch.setattr(demo_page, "serve", serve)

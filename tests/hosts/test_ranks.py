@@ -16,7 +16,7 @@ from naign.cluster.place import Place
 from naign.cluster.ranks import Ranks, environment_of, find_engine
 from naign.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PEER_LOST, InputError
 
-ALONE = Links(Answer(generation=1, since=1, port=29555), "127.0.0.1", {})
+ALONE = Links(Answer(generation=1, port=29555), "127.0.0.1", {})
 PLACE = Place(orchestrator="none")
 
 

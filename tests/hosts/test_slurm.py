@@ -1,11 +1,9 @@
-"""launch/slurm.sbatch: what is rendered of it; on a real Slurm of two nodes it is signalled, goes on, and ends."""
+"""launch/slurm.sbatch: on a real Slurm of two nodes it is signalled, goes on, and ends."""
 
 import time
 
 import pytest
 
-from naign.cluster.job import Job
-from naign.cluster.render import render_slurm
 from tests.conftest import ROOT
 from tests.e2e.runs import rounds_of
 from tests.hosts.slurm import Slurm, possible
@@ -26,31 +24,6 @@ def with_programs(folder, script, **programs):
         "SLURM_RESTART_COUNT": "10",
     }
     return execute(["bash", "-c", script], folder, env=environ)
-
-
-def options_of(script, folder):
-    """What a script gives to `naign launch`."""
-    done = succeeded(with_programs(folder, script, srun='printf "%s\\n" "$@"'))
-    words = done.stderr.splitlines()
-    return words[words.index("launch") + 1 :]
-
-
-def test_a_script_is_rendered(tmp_path):
-    script = render_slurm(Job(nodes=4, gpus=2, data="/shared/my mnist", run="/shared/runs/a"))
-    lines = script.splitlines()
-    assert lines[0] == "#!/bin/bash"
-    for option in ("job-name=a", "nodes=4", "gpus-per-node=2", "mem=32G", "signal=USR1@120", "requeue"):
-        name = option.partition("=")[0]
-        assert f"#SBATCH --{option}" in lines
-        assert script.count(f"#SBATCH --{name}") == 1
-    options = options_of(script, tmp_path)
-    assert {"--data.path=/shared/my mnist", "--run.path=/shared/runs/a", "--run.remote="} <= set(options)
-
-
-def test_no_other_user_can_own_the_folder_of_a_run_in_a_bucket(tmp_path):
-    options = options_of(render_slurm(Job(data="s3://bucket/d", run="s3://bucket/runs/a")), tmp_path)
-    assert "--run.remote=s3://bucket/runs/a" in options
-    assert "--run.path=/home/me/naign-runs/bucket-runs-a" in options
 
 
 def test_a_host_that_is_lost_after_ten_planned_stops_does_not_end_the_job(tmp_path):

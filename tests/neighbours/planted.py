@@ -1,14 +1,12 @@
-"""A data set of unlike images in which copies are planted, and audits with blocks so small that there are many."""
+"""A data set of unlike images in which copies are planted, and blocks so small that there are many."""
 
 import csv
 
 import numpy as np
-from accelerate import Accelerator
 
 from naign.data.format.writer import pack
 from naign.data.sources.source import Made, Source
-from naign.neighbours import DuplicatesOptions, rows
-from naign.neighbours.duplicates import duplicates
+from naign.neighbours import rows
 from tests.data.numbered import noise
 
 TRAIN = 700
@@ -22,14 +20,6 @@ COPIES = {  # what each planted image is: the original, mirrored or not, and its
     ("test", 3): ("train", 20, False, 0),
     ("test", 4): ("train", 21, True, 3),
     ("test", 7): ("test", 60, True, 0),
-}
-GROUPS = {
-    frozenset({"train-005", "train-006", "train-640"}),
-    frozenset({"train-009", "train-300"}),
-    frozenset({"train-011", "train-310"}),
-    frozenset({"test-003", "train-020"}),
-    frozenset({"test-004", "train-021"}),
-    frozenset({"test-007", "test-060"}),
 }
 
 
@@ -72,7 +62,3 @@ def small_blocks(patch):
 
 def read_csv(file):
     return list(csv.DictReader(file.read_text().splitlines()))
-
-
-def audit(path, to, **options):
-    return duplicates(DuplicatesOptions(data=path, to=str(to), **options), Accelerator(cpu=True))

@@ -3,17 +3,19 @@
 import json
 
 import pytest
+from accelerate import Accelerator
 
 from naign.model.networks import ConvConfig
+from naign.neighbours import CopiesOptions
+from naign.neighbours.copies import copies
 from naign.storage.store import open_store
 from tests.conftest import train_command
 from tests.distributed.audit_cases import FOLDER
 from tests.distributed.ranks import on_ranks
-from tests.neighbours.planted import audit, plant
 from tests.programs import execute, succeeded
 
 pytestmark = pytest.mark.slow
-RESULTS = ("duplicates.json", "groups.csv", "groups.png")
+RESULTS = ("copies.csv", "copies.json", "copies.png")
 
 
 def contents(folder):
@@ -30,7 +32,6 @@ def test_one_to_three_ranks_write_the_same_bytes(
     tmp_path,
     monkeypatch,
 ):
-    plant(f"{tmp_path}/data")
     save_untrained(
         tmp_path / "model",
         data=digits,
@@ -46,45 +47,31 @@ def test_one_to_three_ranks_write_the_same_bytes(
         assert contents(tmp_path / str(world)) == alone
 
 
-def test_launchers_start_audits(tmp_path, naign):
-    path = plant(f"{tmp_path}/data")
-    audit(path, tmp_path / "alone")
-    launched = naign(
-        "launch",
-        "--processes=2",
-        "duplicates",
-        "--data",
-        path,
-        "--to",
-        "two",
-    )
+def test_launchers_start_audits(digits, save_untrained, tmp_path, naign):
+    config = ConvConfig(width=4, code=8)
+    save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=config)
+    alone = naign("copies", "model", "--to=alone", real=True)
+    assert alone.returncode == 0, alone.stderr
+    launched = naign("launch", "--processes=2", "copies", "model", "--to=two", real=True)
     assert launched.returncode == 0, launched.stderr
-    assert "13 of 790 images are in 6 groups" in launched.stdout
+    assert "of a training image:" in launched.stdout
     command = [option for option in train_command(ranks=2) if not option.endswith("train.py")]
-    command += ["-m", "naign.cli", "duplicates", "--data", path, "--to", "by-accelerate"]
+    command += ["-m", "naign.cli", "copies", "model", "--to=by-accelerate"]
     succeeded(execute(command, tmp_path))
     for name in RESULTS:
         expected = (tmp_path / "alone" / name).read_bytes()
         for to in ("two", "by-accelerate"):
             assert (tmp_path / to / name).read_bytes() == expected
-    refused = naign(
-        "launch",
-        "--processes=2",
-        "duplicates",
-        "--data",
-        "none",
-    )
+    refused = naign("launch", "--processes=2", "copies", "none", real=True)
     assert refused.returncode == 2
-    assert "none: no data set here" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
-def test_everything_may_lie_in_a_bucket(bucket, tmp_path):
-    plant(f"{bucket}/data")
-    found = audit(f"{bucket}/data", f"{bucket}/audit")
-    audit(plant(f"{tmp_path}/data"), tmp_path / "local")
+def test_everything_may_lie_in_a_bucket(bucket, digits, save_untrained, tmp_path):
+    config = ConvConfig(width=4, code=8)
+    save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=config)
+    options = CopiesOptions(samples=300, to=f"{bucket}/audit")
+    found = copies(str(tmp_path / "model"), options, Accelerator(cpu=True))
     store = open_store(f"{bucket}/audit")
     assert store.list() == sorted(RESULTS)
-    assert json.loads(store.read("duplicates.json")) == found
-    for name in RESULTS:
-        assert store.read(name) == (tmp_path / "local" / name).read_bytes()
+    assert json.loads(store.read("copies.json")) == found

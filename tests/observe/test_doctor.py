@@ -7,10 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 
+from naign.distributed.host import faiss_builds, why_no_faiss
 from naign.match.exact import load_faiss
-from naign.observe.doctor import examine, faiss, preflight
+from naign.observe.doctor import examine, preflight
 from tests.refused import refused
 
 ROOT = Path(__file__).parents[2]
@@ -59,15 +59,15 @@ def site(monkeypatch, tmp_path):
 )
 def test_one_build_of_faiss_is_fine(builds, shown, site):
     site(*builds)
-    assert list(faiss()) == [(f"FAISS: {shown}", "")]
+    assert faiss_builds() == [shown]
+    assert why_no_faiss() == ""
 
 
 def test_two_builds_of_faiss_are_refused(site, tmp_path):
     site("faiss-cpu 1.15.1", "faiss-gpu 1.15.1")
-    remedy = "pip uninstall -y faiss-cpu faiss-gpu, then pip install faiss-cpu, or"
-    ((text, found),) = faiss()
-    assert text == "FAISS: faiss-cpu 1.15.1, faiss-gpu 1.15.1"
-    assert remedy in found
+    remedy = "pip uninstall -y faiss-cpu faiss-gpu faiss-gpu-cuvs, then pip install faiss-cpu, or"
+    found = dict(examine())
+    assert remedy in found["FAISS: faiss-cpu 1.15.1, faiss-gpu 1.15.1"]
     with refused(remedy):
         preflight(f"{tmp_path}/run", "", 0)
     with refused(remedy):
@@ -80,26 +80,8 @@ def test_a_build_of_faiss_that_lost_files(site, monkeypatch):
         load_faiss.__wrapped__()
     (folder / "faiss/__init__.py").unlink()  # as if the other of two builds had been uninstalled
     monkeypatch.setattr(sys, "path", [str(folder)])
-    with refused("FAISS is missing: pip uninstall -y faiss-cpu faiss-gpu, then"):
+    with refused("FAISS is missing: pip uninstall -y faiss-cpu faiss-gpu faiss-gpu-cuvs, then"):
         load_faiss.__wrapped__()
-
-
-@pytest.mark.parametrize(
-    "cuda, fitting",
-    [
-        (None, ""),
-        ("12.6", "faiss-gpu"),
-        ("13.2", "faiss-gpu-cuvs"),
-    ],
-)
-def test_the_build_that_fits_cuda_is_named(cuda, fitting, monkeypatch, site):
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    site("faiss-cpu 1.15.1")
-    ((text, remedy),) = faiss()
-    hint = f"{fitting} {FAISS_VERSION} fits CUDA {cuda} (docs/gpus.md)"
-    assert not remedy
-    assert text.startswith("FAISS: faiss-cpu 1.15.1")
-    assert (hint in text) == ("fits" in text) == bool(fitting)
 
 
 def test_the_name_that_is_held_has_the_pinned_version():

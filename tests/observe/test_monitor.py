@@ -1,12 +1,15 @@
-"""What is reported goes to every tracker, and one of another package harms nobody."""
+"""What is reported goes to every tracker, and one of another package that fails harms nobody."""
 
 import errno
 import json
 import math
 import os
-import time
+import re
+import shutil
+import socket
+import subprocess
+import urllib.request
 from importlib.metadata import EntryPoint
-from threading import Event
 from unittest.mock import Mock
 
 import pytest
@@ -17,24 +20,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from naign.errors import Unavailable
 from naign.observe import monitor
-from naign.observe.heartbeat import Heartbeat
-from naign.observe.monitor import WAITING, Background, Monitor
+from naign.observe.monitor import Monitor
 from naign.observe.trackers import JsonLines, find_trackers
 from naign.settings import registry
+from tests.conftest import ROOT
 from tests.refused import refused
+from tests.servers import free_port
+
+DASHBOARD = ROOT / "k8s/components/monitor/dashboard.json"
 
 calls = []
 
 
 class Recorder(GeneralTracker):
-    """A tracker of another package. `fail` names the method that raises, `hold` the one that waits for `go`."""
+    """A tracker of another package. `fail` names the method that raises."""
 
     name = "recorder"
     requires_logging_directory = True
     tracker = None
     fail = ""
-    hold = ""
-    go = Event()
 
     def __init__(self, project, folder):
         super().__init__()
@@ -44,8 +48,6 @@ class Recorder(GeneralTracker):
         calls.append((name, *values))
         if name == self.fail:
             raise ConnectionError("no network")
-        if name == self.hold:
-            self.go.wait()
 
     def store_init_configuration(self, values):
         self.record("configuration", values)
@@ -67,10 +69,7 @@ def points(monkeypatch):
         "broken": EntryPoint("broken", "no_such_module:X", "naign.trackers"),
     }
     monkeypatch.setattr(registry, "_entry_points", lambda group: entry_points)
-    monkeypatch.setattr(Recorder, "go", Event())
     calls.clear()
-    yield
-    Recorder.go.set()
 
 
 def opened(folder, trackers, seen=0, active=True):
@@ -173,46 +172,63 @@ def test_a_tracker_that_fails_is_left_out(tmp_path, caplog, monkeypatch, method)
     assert len(entries(tmp_path)) == 1
 
 
-def test_a_panic_leaves_a_tracker_out(caplog):
-    class Panic(BaseException):
-        """As a library in Rust raises it."""
-
-    tracker = Background("rusty", Mock(side_effect=Panic("in Rust")))
-    tracker.wait(time.monotonic() + 10)
-    assert tracker.failed
-    assert "tracker rusty failed and is left out from now on: Panic: in Rust" in caplog.text
-
-
-@pytest.mark.parametrize("method", ["build", "finish"])
-def test_a_tracker_that_hangs_is_not_waited_for(tmp_path, caplog, monkeypatch, method):
-    monkeypatch.setattr(Recorder, "hold", method)
-    monkeypatch.setattr(monitor, "PATIENCE", 0.2)
+def test_a_tracker_that_takes_no_lists_gets_no_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "SINGLE", ("recorder",))
     report(tmp_path, "recorder")
-    assert calls[-1][0] == method
-    assert caplog.text.count("tracker recorder has not finished") == 1
-    assert len(entries(tmp_path)) == 1
+    assert "log_images" not in {call[0] for call in calls}
 
 
-def test_reports_that_a_tracker_has_no_room_for_are_dropped(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(Recorder, "hold", "configuration")
-    with opened(tmp_path, "recorder") as monitor:
-        while len(calls) < 2:  # until the tracker waits
-            time.sleep(0.001)
-        for seen in range(WAITING + 10):
-            monitor.scalars({"loss/total": 0.5}, seen)
-        Recorder.go.set()
-    assert [call[2] for call in calls if call[0] == "log"] == list(range(WAITING))
-    assert caplog.text.count("tracker recorder does not keep up") == 1
-    assert len(entries(tmp_path)) == WAITING + 10
+def get(port, page="/metrics"):
+    with urllib.request.urlopen(f"http://localhost:{port}{page}", timeout=10) as answer:
+        return answer.read().decode()
 
 
-def test_a_launcher_hears_of_the_fit_of_the_prior(tmp_path):
-    heartbeat = Heartbeat(tmp_path / "beat", images=100, seen=0)
-    values = {"train/stage": 2, "prior/likelihood": 3.5}  # no images are read meanwhile
-    heartbeat.beat(values, seen=60, phases={}, checkpoint=0.0)
-    series = json.loads((tmp_path / "beat").read_text())["series"]
-    assert series["images_seen"] == 60
-    assert series["data_read_bytes_total"] == 0
+def test_prometheus_reads_the_newest_values(tmp_path, monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("NAIGN_METRICS", str(port))
+    with opened(tmp_path, "", active=False) as monitor:  # of another host
+        for seen in (10, 20):
+            monitor.scalars({"loss/total": 0.25, "loss/imle": math.nan}, seen, images_seen=seen, round=1)
+        text = get(port)
+    lines = set(text.splitlines())
+    assert lines >= {
+        "naign_loss_total 0.25",
+        "naign_loss_imle nan",
+        "naign_images_seen 20.0",
+        "naign_images_goal 100.0",
+        "naign_round 1.0",
+    }
+    if promtool := shutil.which("promtool"):
+        checked = subprocess.run(
+            [promtool, "check", "metrics"], input=text, text=True, capture_output=True, check=False
+        )
+        assert not [line for line in checked.stderr.splitlines() if "no help text" not in line]
+    series = {name.replace("naign_", "") for name in re.findall(r"naign_\w+", DASHBOARD.read_text())}
+    table = (ROOT / "docs/tracking.md").read_text().partition("## What a run reports")[2]
+    reported = {name.replace("/", "_") for name in re.findall(r"`(\w+/\w+|\w+_seen|round)`", table)}
+    assert series <= reported | {"images_goal", "reported_timestamp_seconds"}
+    with pytest.raises(OSError):  # it is closed
+        get(port)
+
+
+def test_clients_that_hang_do_not_keep_others_from_an_answer(tmp_path, monkeypatch, capfd):
+    port = free_port()
+    monkeypatch.setenv("NAIGN_METRICS", str(port))
+    with opened(tmp_path, ""):
+        hanging = [socket.create_connection(("localhost", port)) for _ in range(40)]
+        get(port)
+        for client in hanging:
+            client.close()
+        get(port)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_port_in_use_is_refused(tmp_path, monkeypatch):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("NAIGN_METRICS", str(port))
+        with refused(f"port {port} cannot be opened .*choose another --metrics"):
+            opened(tmp_path, "")
 
 
 def test_a_disk_that_fails_is_the_user_s_to_mend(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from naign.observe.pictures import CELL, GAP, PANEL, grid, legible, scatter, to_image
+from naign.observe.pictures import BINS, CELL, GAP, grid, histogram, legible, to_image
 
 
 def test_an_image_keeps_its_size_and_values():
@@ -35,10 +35,7 @@ def test_letters_of_a_label_that_cannot_be_drawn_are_replaced():
 
 def test_points_are_drawn_where_they_are():
     square = torch.tensor([[-1.0, -1.0, 7.0], [1.0, 1.0, 0.0]])  # the third coordinate is not drawn
-    panels = [("left", square), ("right", square * 100)]  # far points stay on the edge
-    picture = scatter(panels, behind=square)
-    assert picture.size == (2 * PANEL + GAP, PANEL + 22)
-    panel = np.asarray(picture)[22:, :PANEL]
-    orange = np.argwhere((panel[..., 0] > 200) & (panel[..., 2] < 60))
-    assert len(orange) == 8  # two dots of two by two pixels
-    assert orange[0, 1] > PANEL // 2 > orange[-1, 1]  # (1, 1) is at the upper right
+    ((drawn,),) = histogram(square, square)
+    assert drawn.shape == (BINS, BINS)
+    assert (drawn == 1).nonzero().tolist() == [[8, 87], [87, 8]]  # (1, 1) is at the upper right
+    assert (histogram(square * 100, square) == -1).all()  # far points are outside

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from naign.observe.speed import Profiler, parse_rounds, peak_memory
+from naign.observe.speed import parse_rounds, peak_memory, profiled
 from tests.refused import refused
 
 
@@ -29,46 +29,17 @@ def test_rounds_that_are_not_understood(text):
         parse_rounds(text)
 
 
-def run(profiler, rounds):
-    for number in rounds:
-        with profiler.round(number):
-            for name in ("take", "match", "fit"):
-                with profiler.phase(name):
-                    torch.ones(8, 8) @ torch.ones(8, 8)
-
-
-def names_in(file):
-    """The names of what a trace holds."""
-    trace = json.loads(gzip.decompress(file.read_bytes()))
-    return {event["name"] for event in trace["traceEvents"]}
-
-
-def test_a_trace_of_each_wanted_round(tmp_path):
-    run(Profiler(tmp_path, "2-3", rank=5), range(5))
-    files = sorted((tmp_path / "profile").iterdir())
-    assert sorted(os.listdir(tmp_path / "profile")) == ["rank-00005-round-2.json.gz", "rank-00005-round-3.json.gz"]
-    second = names_in(files[0])
-    assert {"round 2", "take", "match", "fit", "aten::mm", "[memory]"} <= second
-    assert not {"round 1", "round 3"} & second
-    assert "round 3" in names_in(files[1])
-
-
-def test_without_rounds_nothing_is_traced(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.profiler.profile", None)
-    for rounds in ("", "7"):
-        run(Profiler(tmp_path, rounds, 0), range(3))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_round_that_raises_is_written(tmp_path):
-    profiler = Profiler(tmp_path, "1-2", 0)
-    with pytest.raises(FloatingPointError), profiler.round(1), profiler.phase("fit"):
-        raise FloatingPointError
-    (file,) = (tmp_path / "profile").iterdir()
-    assert {"round 1", "fit"} <= names_in(file)
+def test_a_trace_of_a_round(tmp_path):
+    with profiled(tmp_path, 5, 2), torch.profiler.record_function("fit"):
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    assert os.listdir(tmp_path / "profile") == ["rank-00005-round-2.json.gz"]
+    trace = json.loads(gzip.decompress((tmp_path / "profile/rank-00005-round-2.json.gz").read_bytes()))
+    names = {event["name"] for event in trace["traceEvents"]}
+    assert {"fit", "aten::mm", "[memory]"} <= names
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / "profile").write_text("in the way")
-    run(Profiler(tmp_path, "0", 3), range(2))
+    with profiled(tmp_path, 3, 0):
+        pass
     assert "no trace of rank 3" in caplog.text

@@ -2,13 +2,13 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from naign.config import Config
 from naign.errors import InputError, Stopped
 from naign.training import loop
 from naign.training.trainer import Phases
@@ -101,9 +101,10 @@ def test_all_ranks_leave_together_where_one_fails_or_is_stopped(monkeypatch):
 )
 def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
     phases = Phases(
+        Config(),
         SimpleNamespace(round=3),
         SimpleNamespace(enter=lambda *_: None),
-        SimpleNamespace(phase=lambda _: nullcontext()),
+        rank=0,
     )
     full = rf"full in round 3, phase {phase}: .*{remedy}.* 2 GiB"
     with pytest.raises(InputError, match=full), phases.enter(phase):

@@ -30,7 +30,6 @@ from naign.checkpoint import bucket
 from naign.checkpoint.manifest import MANIFEST, by_step, is_whole, prune, read_manifest, sha256
 from naign.distributed.ranks import SideGroup
 from naign.errors import Conflict, InputError, StoreLost, Unavailable, unwritten
-from naign.observe.logs import title
 from naign.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 from naign.storage.prefetch import in_background
 
@@ -103,7 +102,6 @@ class Writer:
         self.left: Callable[[], float] = lambda: math.inf
         self.flush: Callable[[], None] = lambda: None
         self.done: Callable[[Path], object] = lambda folder: None
-        self.completed = time.monotonic()  # when the newest checkpoint was there and sent, or when this start began
         self.seconds = 0.0  # background seconds of the last checkpoint, uploading included
         self.uploaded = 0.0  # seconds of uploading
         self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
@@ -186,7 +184,6 @@ class Writer:
         folder: Path,
         files: Mapping[str, Write],
     ) -> None:
-        title("write")
         start = time.perf_counter()
         self._write(folder, files)
         self._names = list(files)
@@ -236,7 +233,6 @@ class Writer:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local. All
         ranks raise Conflict where another process has taken the bucket over.
         """
-        title("upload")
         start = time.perf_counter()
         is_first = self._rank == 0
         error = self._agreed(is_first, lambda: bucket.check_claim(self._remote, self._claim))

@@ -45,21 +45,18 @@ def launch() -> None:
 
 
 def render(
-    what: Positional[Literal["k8s", "slurm"]],
+    what: Positional[Literal["k8s"]],
     /,
     *,
     job: Annotated[Job, tyro.conf.arg(name="")],
 ) -> None:
-    """Print the manifests or the Slurm script of a training.
+    """Print the manifests of a training. For Slurm submit launch/slurm.sbatch, whose head has the options.
 
     Args:
-        what: k8s for kubectl apply -f -, slurm for sbatch.
+        what: k8s, for kubectl apply -f -.
     """
-    from naign.cluster.render import render_k8s, render_slurm
+    from naign.cluster.render import render_k8s
 
-    if what == "slurm":
-        print(render_slurm(job))
-        return
     print(render_k8s(job))
     if not job.endpoint and "AWS_ENDPOINT_URL" in os.environ:
         print("AWS_ENDPOINT_URL is set here and not in the manifests: give --endpoint", file=sys.stderr)

@@ -4,7 +4,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.request import getproxies
 
@@ -12,12 +11,10 @@ import gradio
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from naign.data.damage import KINDS, degrade
 from naign.data.scale import scaled
 from naign.errors import InputError, one_line, require
-from naign.evaluate.recorded import read_image
 from naign.evaluate.report import DAMAGE
 from naign.model.naign import NAIGN
 from naign.observe.pictures import grid, to_image
@@ -25,14 +22,8 @@ from naign.observe.pictures import grid, to_image
 HOST = "127.0.0.1"
 SIDE = 320  # pixels of the canvas' longer side, about
 SAMPLES = 64  # at once at most
-SEEDS = 9999
-TIMES = 8
-HELP = "Draw or upload an image, damage it, and press **Repair**."
-STYLE = """
-#canvas button[aria-label=Color] {background: #606060}  /* its icon has the brush's colour: white */
-.pixels img {object-fit: contain !important; image-rendering: pixelated}
-input:focus-visible {outline: 2px solid var(--color-accent)}
-"""
+HELP = "Draw or upload an image, damage it, and let f repair it."
+STYLE = ".pixels img {object-fit: contain !important; image-rendering: pixelated}"
 
 
 def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,144 +40,70 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class Player:
-    """What the page's buttons do: pictures in, pictures and text out."""
+def build(model: NAIGN, *, about: str) -> gradio.Blocks:
+    """The page; `about` is Markdown at its top."""
+    _, height, width = model.shape
+    factor = max(1, SIDE // max(height, width))
 
-    def __init__(self, model: NAIGN) -> None:
-        self.model = model
-        _, self.height, self.width = model.shape
-        self.factor = max(1, SIDE // max(self.height, self.width))
-
-    def canvas(self, image: Tensor) -> dict[str, Any]:
-        """(C, H, W) in [-1, 1] as the canvas shows it: enlarged by a whole factor, which `from_canvas` undoes."""
-        picture = to_image(image, least=self.factor * min(self.height, self.width))
-        return {"background": picture, "layers": [], "composite": None}
-
-    def from_canvas(self, picture: Image.Image) -> Tensor:
-        """(1, C, H, W): the mean of the pixels that stand for one of the model's."""
-        small = picture.resize((self.width, self.height), Image.Resampling.BOX)
-        values = np.array(small.convert("RGB"))
-        pixels = torch.from_numpy(values).permute(2, 0, 1)
-        return scaled(pixels[None, : self.model.shape[0]])
-
-    def upload(self, file: str) -> dict[str, Any]:
-        try:
-            image = read_image(Path(file).read_bytes(), self.model)
-        except InputError as error:
-            raise InputError(f"the file cannot be read as a picture: {error}") from None
-        return self.canvas(image[0])
-
-    def repair(
-        self,
-        canvas: dict[str, Any],
-        times: int,
-        seed: int,
-        *strengths: float,
-    ) -> tuple[Any, ...]:
-        """What f is given, the map of what it changes, its answer, and the energies of both as text."""
-        model = self.model
+    def repair(canvas: dict[str, Any], times: int, *strengths: float) -> tuple[Image.Image, Image.Image, str]:
+        """What f is given, its answer, and the energies of both as text."""
         picture = canvas["composite"] or canvas["background"]
         require((picture, "there is no picture: draw one, or upload one"))
-        given = self.from_canvas(picture)
+        small = picture.resize((width, height), Image.Resampling.BOX)
+        pixels = torch.from_numpy(np.array(small.convert("RGB"))).permute(2, 0, 1)
+        given = scaled(pixels[None, : model.shape[0]])
         for kind, strength in zip(KINDS, strengths, strict=True):
-            given = degrade(given, kind, seed=seed, strength=strength)
+            given = degrade(given, kind, strength=strength)
         answer = model.project(given, times=times)
-        moved = (model.project(given) - given).abs().mean(1)
-        darkness = (moved / moved.max().clamp(min=1e-12)).sqrt()
-        text = (
-            f"Energy, the mean of (f(x) − x)²: **{float(model.energy(given)):.4g}** of what f was given, "
-            f"**{float(model.energy(answer)):.4g}** of its answer. Black in the map: |f(x) − x| = {moved.max():.3g}."
-        )
-        pictures = [to_image(image) for image in (given[0], 1 - 2 * darkness, answer[0])]
-        return *pictures, text
+        before = float(model.energy(given))
+        after = float(model.energy(answer))
+        text = f"Energy: **{before:.4g}** of what f was given, **{after:.4g}** of its answer."
+        return to_image(given[0]), to_image(answer[0]), text
 
-    def sample(self, n: int, seed: int, times: int) -> Image.Image:
-        samples = self.model.sample(n, seed=seed, times=times)
+    def sample(n: int, seed: int, times: int) -> Image.Image:
+        samples = model.sample(n, seed=seed, times=times)
         return grid(samples.cpu(), columns=min(n, 8))
 
-
-def build(player: Player, *, about: str) -> gradio.Blocks:
-    """The page; `about` is Markdown at its top."""
+    canvas = gradio.ImageEditor(
+        {"background": Image.new("RGB", (width * factor, height * factor)), "layers": [], "composite": None},
+        label="Draw",
+        type="pil",
+        image_mode="RGB",
+        format="png",
+        sources=("upload", "clipboard"),
+        transforms=(),
+        layers=False,
+        brush=gradio.Brush(factor, colors=["#ffffff", "#808080", "#000000"]),
+        canvas_size=(width * factor, height * factor),
+        fixed_canvas=True,
+        elem_id="canvas",
+    )
+    strengths = [gradio.Slider(0, 2, step=0.1, label=f"Damage: {DAMAGE[kind]}") for kind in KINDS]
+    repairs = gradio.Interface(
+        _refusing(repair),
+        [canvas, _slider("Applications of f", 1, 8), *strengths],
+        [_shown("What f is given", "given"), _shown("Repaired", "repaired"), gradio.Markdown()],
+        description=HELP,
+        submit_btn="Repair",
+        api_name="repair",
+        flagging_mode="never",
+    )
+    samples = gradio.Interface(
+        _refusing(sample),
+        [_slider("Samples", 1, SAMPLES), _slider("Seed", 0, 9999), _slider("Applications of f", 1, 8)],
+        _shown("Samples f(z)", "samples"),
+        submit_btn="Sample",
+        api_name="sample",
+        flagging_mode="never",
+    )
     with gradio.Blocks(title="naign demo", delete_cache=(600, 600)) as page:
         gradio.Markdown(about)
-        with gradio.Tab("Repair"):
-            _build_repair(player)
-        with gradio.Tab("Sample"):
-            gradio.Interface(
-                _refusing(player.sample),
-                [
-                    _slider("Samples", 1, SAMPLES, value=16),
-                    _slider("Seed", 0, SEEDS),
-                    _slider("Applications of f", 1, TIMES),
-                ],
-                _shown("Samples f(z)", "samples"),
-                api_name="sample",
-                flagging_mode="never",
-            )
+        gradio.TabbedInterface([repairs, samples], ["Repair", "Sample"])
     return page
 
 
-def _build_repair(player: Player) -> None:
-    """The tab to draw on."""
-    gradio.Markdown(HELP)
-    with gradio.Row():
-        with gradio.Column():
-            canvas = gradio.ImageEditor(
-                player.canvas(-torch.ones(player.model.shape)),
-                label="Draw",
-                type="pil",
-                image_mode="RGB",
-                format="png",
-                sources=(),
-                transforms=(),
-                layers=False,
-                brush=gradio.Brush(
-                    player.factor,
-                    colors=["#ffffff", "#808080", "#000000"],
-                    default_color="#ffffff",
-                ),
-                canvas_size=(player.width * player.factor, player.height * player.factor),
-                fixed_canvas=True,
-                elem_id="canvas",
-            )
-            upload = gradio.UploadButton("Upload")
-        with gradio.Column():
-            strengths = []
-            for kind in KINDS:
-                label = f"Damage: {DAMAGE[kind]}"
-                strengths.append(gradio.Slider(0, 2, step=0.1, label=label))
-            seed = _slider("Seed of the damage", 0, SEEDS)
-            times = _slider("Applications of f", 1, TIMES)
-            button = gradio.Button("Repair", variant="primary")
-    with gradio.Row():
-        given = _shown("What f is given", "given")
-        changes = _shown("|f(x) − x|", "map")
-        repaired = _shown("Repaired", "repaired")
-    text = gradio.Markdown()
-    upload.upload(
-        _refusing(player.upload),
-        upload,
-        canvas,
-        api_name="upload",
-        show_progress="hidden",  # that of a refused upload would cover the canvas
-    )
-    button.click(
-        _refusing(player.repair),
-        [canvas, times, seed, *strengths],
-        [given, changes, repaired, text],
-        api_name="repair",
-    )
-
-
-def _slider(label: str, least: int, most: int, *, value: int | None = None) -> gradio.Slider:
-    return gradio.Slider(
-        least,
-        most,
-        value=value,
-        step=1,
-        label=label,
-        precision=0,
-    )
+def _slider(label: str, least: int, most: int) -> gradio.Slider:
+    return gradio.Slider(least, most, step=1, label=label, precision=0)
 
 
 def _shown(label: str, name: str) -> gradio.Image:
@@ -195,7 +112,6 @@ def _shown(label: str, name: str) -> gradio.Image:
         format="png",
         type="pil",
         label=label,
-        alt_text=label,
         buttons=["download"],
         height=260,
         elem_id=name,
@@ -203,9 +119,9 @@ def _shown(label: str, name: str) -> gradio.Image:
     )
 
 
-def serve(player: Player, *, about: str, port: int) -> None:
+def serve(model: NAIGN, *, about: str, port: int) -> None:
     """Serve the page until Ctrl-C; port 0 is any free one. Raises InputError where it cannot listen."""
-    page = build(player, about=about)
+    page = build(model, about=about)
     os.environ["no_proxy"] = f"{HOST},{getproxies().get('no', '')}"  # gradio asks its own server
     try:
         page.launch(
@@ -214,7 +130,6 @@ def serve(player: Player, *, about: str, port: int) -> None:
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none is fetched
             css=STYLE,
             ssr_mode=False,
-            mcp_server=False,
             enable_monitoring=False,
             footer_links=[],
             prevent_thread_lock=True,

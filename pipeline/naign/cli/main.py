@@ -30,8 +30,8 @@ import tyro
 from naign import find_version
 from naign.cli.cluster import doctor, fetch, launch, render, train
 from naign.cli.data import index, pack, verify
-from naign.cli.model import demo, evaluate, export, push, restore, sample, score
-from naign.cli.neighbours import copies, duplicates
+from naign.cli.model import demo, evaluate, export, restore, sample, score
+from naign.cli.neighbours import copies
 from naign.errors import InputError, Unavailable, check_address, exit_on_input_error, one_line
 from naign.storage import local
 
@@ -40,7 +40,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pack": pack,
     "index": index,
     "verify": verify,
-    "duplicates": duplicates,
     "train": train,
     "launch": launch,
     "render": render,
@@ -51,7 +50,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "restore": restore,
     "score": score,
     "export": export,
-    "push": push,
     "demo": demo,
     "doctor": doctor,
 }

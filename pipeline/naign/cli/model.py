@@ -1,10 +1,9 @@
-"""Commands that use a trained model: evaluate, sample, restore, score, export, push, demo."""
+"""Commands that use a trained model: evaluate, sample, restore, score, export, demo."""
 
 import csv
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
 Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
-Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}.")]
 _MODEL = f"{_RUN}; hf://user/model on Hugging Face; or mnist, which comes with naign, where no path has that name"
@@ -32,21 +30,14 @@ Played = Annotated[
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images, or folders of them.")]
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Options that say where z comes from; their comments are their help."""
-
-    # What z is drawn from: the run's prior, or a Gaussian mixture fitted to codes of its training images.
-    prior: Literal["trained", "gmm"] = "trained"
-    components: int = 50  # Gaussians of --prior gmm.
-    # Steps of a flow from noise to a code (prior.steps); default: as trained.
-    steps: int | None = None
-    # Strength of guidance by classes (prior.guidance); default: as trained.
-    guidance: float | None = None
-
-
-TRAINED = Latents()
-Drawn = Annotated[Latents, tyro.conf.arg(name="")]
+Steps = Annotated[
+    int | None,
+    tyro.conf.arg(help="Of a flow from noise to a code (prior.steps); default: as trained."),
+]
+Guidance = Annotated[
+    float | None,
+    tyro.conf.arg(help="By classes (prior.guidance); default: as trained."),
+]
 
 
 def evaluate(
@@ -85,10 +76,8 @@ def evaluate(
     for fd in ({"encoder": metrics["encoder"]} | metrics["fd"], metrics["second"]):
         if fd:
             values = f"{compared(fd, 'once'):.4g} for f(z); floor {fd['floor']:.4g} (training against test)"
-            times = f"f(z) is {number(fd['once_ratio'])} times that"
-            if fd["noise"] is not None:
-                times += f", f of noise {number(fd['noise_ratio'])} times"
-            print(f"Frechet distance on {fd['encoder']}: {values}; {times}")
+            times = number(fd["once_ratio"])
+            print(f"Frechet distance on {fd['encoder']}: {values}; f(z) is {times} times that")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for text in metrics["warnings"]:
@@ -106,7 +95,8 @@ def sample(
     to: Path | None = None,
     label: str | None = None,
     times: Times = 1,
-    latents: Drawn = TRAINED,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -121,7 +111,7 @@ def sample(
     from naign.cli.files import write_samples
 
     _check(n=n, times=times, seed=seed, to=to)
-    model = _open_with(latents, run, _find_device(device))
+    model = _open_with(run, _find_device(device), steps=steps, guidance=guidance)
     with counted("sampling", total=n, unit="sample") as bar:
         samples = model.sample(n, seed=seed, label=label, times=times, advance=bar.update).cpu()
     if to is None:
@@ -138,7 +128,6 @@ def restore(
     *,
     to: Path = Path("restored"),
     times: Annotated[int | None, tyro.conf.arg(help="How often f is applied; default: 1, with --mask 8.")] = None,
-    damage: Kind | None = None,
     mask: Path | None = None,
     size: Literal["picture", "model"] | None = None,
     device: Device = "auto",
@@ -147,7 +136,6 @@ def restore(
 
     Args:
         to: Folder to write; images in folders keep sub-folders and names. For one image also a .png or .jpg file.
-        damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
         mask: Fill holes: a picture of the images' size, white where a hole is. All other pixels stay as they are.
         size: Of what is written: the picture's, in tiles, or the model's, the default if f has one code for a picture.
     """
@@ -160,7 +148,6 @@ def restore(
         files,
         to=to,
         times=times,
-        damage=damage,
         mask=mask,
         size=size,
     )
@@ -198,7 +185,8 @@ def export(
     *,
     to: Path,
     dtype: Literal["float32", "float16"] | None = None,
-    latents: Drawn = TRAINED,
+    steps: Steps = None,
+    guidance: Guidance = None,
 ) -> None:
     """Export a model as safetensors, for NAIGN.from_pretrained.
 
@@ -210,54 +198,19 @@ def export(
     file = to / "model.safetensors"
     place = to.resolve()
     itself = place == Path(run.removesuffix(file.name)).resolve()
-    taken = file.exists() and (itself or (to / "README.md").exists())
     within = (to / "manifest.json").exists()
     for folder in (place, *place.parents):
         within = within or (folder / "checkpoints").exists() and (folder / "config.yaml").exists()
     require(
         (not within, f"--to {to} is a run or a checkpoint, or in one: give another folder"),
-        (not taken, f"--to {to} is the model itself, or another with a card: give another folder"),
+        (not itself, f"--to {to} is the model itself: give another folder"),
     )
-    model = _open_with(latents, run, "cpu")
+    model = _open_with(run, "cpu", steps=steps, guidance=guidance)
     if dtype:
         model.metadata["dtype"] = dtype
     with busy("exporting"):
         model.save_pretrained(to)
     print(f"exported: {file}")
-
-
-def push(
-    run: Run,
-    name: Positional[str],
-    /,
-    *,
-    private: bool = False,
-    license: str | None = None,
-    dry_run: Path | None = None,
-) -> None:
-    """Upload a model to the Hugging Face hub, with a card written from its evaluation (`naign evaluate` first).
-
-    Args:
-        name: Repository on the Hugging Face hub: user/model. With --dry-run any name, which the card states.
-        private: A new repository is private; without it, as the account has it by default.
-        license: Licence of the weights, as the hub abbreviates it, such as apache-2.0; default: the card states none.
-        dry_run: Write what would be uploaded into this folder, and upload nothing.
-    """
-    from naign.evaluate.card import write_repository
-    from naign.model import files as model_files
-
-    _check(to=dry_run)
-    if dry_run is None:
-        model_files.check_login(name)
-    model = _open(run, "cpu")
-    if dry_run:
-        files = write_repository(dry_run, model, run, name=name, license=license)
-        print(f"wrote {files} files to {dry_run}/, uploaded nothing")
-        return
-    with tempfile.TemporaryDirectory() as place:
-        write_repository(Path(place), model, run, name=name, license=license)
-        address = model_files.upload(Path(place), name, private=private)
-    print(f"uploaded: {address}")
 
 
 def demo(
@@ -284,10 +237,10 @@ def demo(
         # Read when Gradio is imported: nothing is sent, and its files are gone in the end.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": place}
         try:
-            from naign.cli.demo_page import Player, serve
+            from naign.cli.demo_page import serve
         except ModuleNotFoundError as error:
             raise InputError(f"naign demo needs Gradio ({error}): in a checkout, pip install -e '.[demo]'") from None
-        serve(Player(model), about=about, port=port)
+        serve(model, about=about, port=port)
 
 
 def _open(run: str, device: str) -> "NAIGN":
@@ -305,25 +258,21 @@ def _name_checkpoint(run: str, name: str | None) -> None:
         print(f"{run}: the newest checkpoint, {name}", file=sys.stderr)
 
 
-def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
-    """The model with its own prior, with other settings of it where they are given, or with a mixture."""
-    _check(components=latents.components)
-    mixed = latents.prior == "gmm"
-    other = latents.components != TRAINED.components
-    require((mixed or not other, "--components is of a mixture: add --prior gmm, or leave it out"))
+def _open_with(
+    run: str,
+    device: str,
+    *,
+    steps: int | None,
+    guidance: float | None,
+) -> "NAIGN":
+    """The model with its own prior, or with other settings of a flow where they are given."""
     model = _open(run, device)
-    given = {"steps": latents.steps, "guidance": latents.guidance}
+    given = {"steps": steps, "guidance": guidance}
     chosen = {name: value for name, value in given.items() if value is not None}
     if chosen:
-        require((not mixed, f"--{' and --'.join(chosen)} are of a flow: leave out --prior gmm"))
         model = model.with_flow(**chosen)
-    if mixed:
-        from naign.evaluate.refit import with_mixture
-
-        with busy("fitting a mixture to codes of training images"):
-            return with_mixture(model, run, components=latents.components)
     if not model.fitted:
-        print(f"warning: {run} stopped before its prior was fitted: train on, or add --prior gmm", file=sys.stderr)
+        print(f"warning: {run} stopped before its prior was fitted: train on", file=sys.stderr)
     return model
 
 

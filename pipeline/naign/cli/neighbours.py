@@ -1,4 +1,4 @@
-"""Commands that compare whole data sets, on any number of ranks: copies, duplicates."""
+"""The command that compares samples with a whole data set, on any number of ranks: copies."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import tyro
 
 from naign.cli.model import Run
 from naign.errors import exit_on_input_error
-from naign.neighbours import CopiesOptions, DuplicatesOptions
+from naign.neighbours import CopiesOptions
 from naign.process import leave_on_failure, leave_when_asked
 
 if TYPE_CHECKING:
@@ -33,18 +33,6 @@ def copies(
             print("a much larger share of samples than of test images is a sign of copies")
             if not result["threshold"]:
                 print("the threshold is 0, as test images are training images, too: give --threshold, or drop them")
-
-
-def duplicates(*, options: Annotated[DuplicatesOptions, tyro.conf.arg(name="")]) -> None:
-    """Find near-duplicates in a data set, within and across its splits, also mirrored."""
-    from naign.neighbours.duplicates import duplicates as find
-
-    with _ranks() as ranks:
-        result = find(options, ranks)
-        if ranks.is_main_process:
-            print(f"{result['images_in_groups']} of {result['images']} images are in {result['groups']} groups")
-            print(f"test images near a training image: {result['test_images_near_training']}")
-            print(f"redundant training images: {result['redundant']}")
 
 
 @contextmanager

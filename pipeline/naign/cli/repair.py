@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from naign.cli.files import FORMATS, IMAGES, MAP, find_files, read_images, refuse_overwriting, save
-from naign.data.damage import Kind, degrade
 from naign.errors import require
 from naign.evaluate.recorded import sees_wholes
 from naign.model.naign import NAIGN
@@ -21,7 +20,6 @@ def restore_files(
     *,
     to: Path,
     times: int | None,
-    damage: Kind | None,
     mask: Path | None,
     size: str | None,
 ) -> None:
@@ -30,25 +28,17 @@ def restore_files(
     resized = size == "model"
     if not (size or mask):
         resized = sees_wholes(model)
-    require(
-        (not (resized and mask), "--mask is for pictures at their own size: leave out --size model"),
-        (not (damage and mask), "--mask keeps what is outside holes, --damage changes it: leave out one"),
-    )
+    require((not (resized and mask), "--mask is for pictures at their own size: leave out --size model"))
     paths = [path for path, _ in found]
-    names = [name.with_suffix(".png") for _, name in found]
-    outputs = [to / name for name in names]
+    outputs = [to / name.with_suffix(".png") for _, name in found]
     place = f"{to}/"
     if to.suffix.lower() in IMAGES and not to.is_dir():
-        single = len(found) == 1 and not damage and to.suffix.lower() in FORMATS
-        remedy = "give a folder; only one picture, without --damage, may go to a file, .png or .jpg"
+        single = len(found) == 1 and to.suffix.lower() in FORMATS
+        remedy = "give a folder; only one picture may go to a file, .png or .jpg"
         require((single, f"--to {to} ends like a file: {remedy}"))
         outputs = [to]
         place = str(to)
-    keep = [mask] if mask else []
-    refuse_overwriting(paths, outputs, keep)
-    if damage:
-        damaged = [to / damage / name for name in names]
-        refuse_overwriting(paths + paths, outputs + damaged)
+    refuse_overwriting(paths, outputs, [mask] if mask else [])
     if resized:
         images = read_images(paths, model)
     else:
@@ -60,11 +50,7 @@ def restore_files(
 
         for number, output in enumerate(bar):
             if resized:
-                given = images[number]
-                if damage:
-                    given = degrade(given, damage, seed=number)
-                    save(to_image(given[0]), damaged[number])
-                save(to_image(model.project(given, times=times)[0].cpu()), output)
+                save(to_image(model.project(images[number], times=times)[0].cpu()), output)
                 continue
             picture = read_picture(paths[number])
             profile = colour_profile(picture, model)
@@ -72,14 +58,9 @@ def restore_files(
                 hole = read_hole(mask, picture.size)
                 save(filled(picture, hole, model, times=times, advance=advance), output, profile)
                 continue
-            if damage:
-                picture = shown(degrade(to_values(picture, model), damage))
-                save(picture, damaged[number], profile)
             made = model.project(to_values(picture, model), times=times, advance=advance)
             save(shown(made), output, profile)
     print(f"{len(paths)} restored: {place}")
-    if damage:
-        print(f"as they were damaged: {to / damage}/")
     if resized and size is None:
         _, height, width = model.shape
         print(f"each is {width} x {height}, as f has one code for a picture; --size picture: in tiles")

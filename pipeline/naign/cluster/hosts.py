@@ -33,10 +33,9 @@ from naign.errors import InputError, Outcome, PeerLost, Unavailable, printable
 
 EVERY = 10.0  # seconds between two messages about the missing hosts
 SILENCE = 10.0  # seconds within which a connection must send its greeting
-TELLING = 30.0  # seconds for which host 0 stays to tell hosts that start later why it ends
 GRACE = 10.0  # seconds to wait for another host's code
 SOON = 3.0  # seconds that ranks have to notice by themselves that another host is gone
-LIMIT = 5  # starts in a row of the same hosts that may end early
+LIMIT = 5  # starts in a row that may end early where no host was lost
 LONG = 600.0  # seconds of training after which a start has not ended early
 LINE = 4096  # bytes of a message, at most
 
@@ -91,7 +90,6 @@ class Answer(Message):
 
     go: bool = False
     generation: int = 0  # the number of this meeting
-    since: int = 0  # the generation since which the hosts are the same, and none trained for long
     port: int = 0  # of the ranks' store on host 0
     reason: str = ""
     code: int = 0  # the host ends with it; 0: it may come again
@@ -112,7 +110,6 @@ class Links:
         self.address = address  # of host 0
         self.port = answer.port
         self.generation = answer.generation
-        self.since = answer.since
         self.codes: dict[int, int | None] = {}  # of hosts that ended; None: it vanished
         self.lost = False  # another host vanished
         self.ended_at = 0.0  # when the first of them ended, or vanished
@@ -197,7 +194,7 @@ class Hosts:
 
     def __init__(self, place: Place, *, port: int, ranks: int, within: float) -> None:
         self.generation = 0  # of the last meeting
-        self.since = 0
+        self._early = 0  # starts in a row that ended early
         self._place = place
         self._port = port
         self._ranks = ranks
@@ -206,7 +203,6 @@ class Hosts:
         self._is_meeting = True
         self._guests: dict[int, Guest] = {}
         self._newest = 0  # of all hosts ever admitted, including those that had to leave again
-        self._informed: set[int] = set()  # hosts that were told why all end
         self._failure: InputError | Unavailable | PeerLost | None = None
         self._server: asyncio.Server | None = None
         self._task: asyncio.Task[None] | None = None
@@ -225,36 +221,27 @@ class Hosts:
         """Wait until every host of this start is connected.
 
         Raises PeerLost when time is up or another host has this index, InputError if hosts count each other
-        differently, Unavailable if their ranks are not equally many or starts end early again and again.
+        differently, Unavailable if their ranks are not equally many.
         """
         if self._place.hosts == 1:
-            links = Links(Answer(generation=1, since=1, port=free_port()), "127.0.0.1", {})
+            links = Links(Answer(generation=1, port=free_port()), "127.0.0.1", {})
         elif self._place.index == 0:
             links = await self._gather()
         else:
             links = await self._join()
         self.generation = links.generation
-        self.since = links.since
-        if links.generation - links.since >= LIMIT:
-            remedy = "see the ranks' messages above, and whether hosts reach each other on all ports"
-            raise Unavailable(f"{LIMIT} starts in a row ended early, and no host was lost: {remedy}")
         return links
 
-    def note_training(self, seconds: float, *, timeout: float) -> None:
-        """The ranks ran for so many seconds, of which they may have waited `timeout` for each other in vain."""
-        if seconds >= LONG + timeout:
-            self.since = self.generation
-
-    async def tell(self, error: InputError | Unavailable) -> None:
-        """Host 0: tell the other hosts as they connect why all end, for TELLING seconds or until all of them know."""
-        if self._server is None:
-            return
-        say(f"telling the other hosts, for {TELLING:.0f} s at most: {error}")
-        self._is_meeting = True
-        self._failure = error
-        for guest in list(self._guests.values()):
-            self._tell(guest.hello.index, guest.writer)
-        await wait_for(lambda: len(self._informed) >= self._place.hosts - 1, TELLING)
+    def note_training(self, links: Links, seconds: float, *, timeout: float) -> None:
+        """The ranks ran for so many seconds, of which they may have waited `timeout` for each other in vain. Raises
+        Unavailable if starts end early again and again, without the loss of a host.
+        """
+        self._early += 1
+        if seconds >= LONG + timeout or links.lost:
+            self._early = 0
+        if self._early >= LIMIT:
+            remedy = "see the ranks' messages above, and whether hosts reach each other on all ports"
+            raise Unavailable(f"{LIMIT} starts in a row ended early, and no host was lost: {remedy}")
 
     # Host 0.
 
@@ -269,18 +256,14 @@ class Hosts:
             await asyncio.sleep(0.1)
         if self._failure:
             raise self._failure
-        generation = self._newest + 1
-        since = generation
-        if self.generation == self._newest and all(guest.hello.generation for guest in self._guests.values()):
-            since = self.since  # the same hosts
-        answer = Answer(go=True, generation=generation, since=since, port=free_port())
+        self._newest += 1
+        answer = Answer(go=True, generation=self._newest, port=free_port())
         writers = {index: guest.writer for index, guest in self._guests.items()}
         address = _plain(writers[1].get_extra_info("sockname"))
         links = Links(answer, address, writers)
         for guest in self._guests.values():
             guest.links = links
             guest.writer.write(answer.line())
-        self._newest = generation
         self._is_meeting = False
         return links
 
@@ -321,7 +304,9 @@ class Hosts:
             return False
         self._failure = self._failure or self._why_all_end(hello)
         if self._failure:
-            self._tell(index, writer)
+            for guest in self._guests.values():
+                self._tell(guest.writer)
+            self._tell(writer)
             return False
         before = self._guests.get(index)
         if before and before.hello.member != hello.member:
@@ -353,11 +338,10 @@ class Hosts:
             return PeerLost(f"{missed} ({self.generation}): another host 0 has its place")
         return None
 
-    def _tell(self, index: int, writer: asyncio.StreamWriter) -> None:
+    def _tell(self, writer: asyncio.StreamWriter) -> None:
         """Tell a host why all end; one that has to leave alone tells others nothing: they find the other host 0."""
         error = self._failure
         if isinstance(error, InputError | Unavailable):
-            self._informed.add(index)
             self._refuse(writer, f"host 0: {error}"[:400], error.code)
         writer.close()
 
@@ -414,10 +398,7 @@ async def _read_answer(reader: asyncio.StreamReader, check: Callable[[], None]) 
             line = await asyncio.wait_for(reader.readline(), 1)
     if not line:
         raise ConnectionAbortedError
-    answer = Answer.read(line)
-    if answer.go and not 0 < answer.since <= answer.generation:
-        raise ValueError("a generation before its first")
-    return answer
+    return Answer.read(line)
 
 
 async def _read_end(reader: asyncio.StreamReader) -> End | None:
@@ -455,15 +436,14 @@ def _time_limit(within: float) -> Callable[[str], None]:
     return check
 
 
-def listen(port: int, option: str = "--port", host: int = 0) -> socket.socket:
-    """A listening socket of `host`, on the port that `option` names; InputError if it is in use."""
+def listen(port: int) -> socket.socket:
+    """A listening socket on the port; InputError if it is in use."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
     except OSError as error:
-        problem = f"port {port} cannot be opened on host {host} ({error.strerror})"
-        raise InputError(f"{problem}: choose another {option}") from None
+        raise InputError(f"port {port} cannot be opened ({error.strerror}): choose another --port") from None
 
 
 def free_port() -> int:

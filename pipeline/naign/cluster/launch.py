@@ -1,5 +1,5 @@
 """`naign launch [options] [--config FILE] [--section.key=value ...]`: start this host's ranks of a training; or those
-of an audit: `naign launch [options] copies RUN ...` and `naign launch [options] duplicates --data PATH ...`.
+of an audit: `naign launch [options] copies RUN ...`.
 
 The same command runs on a single machine and on every host of a Kubernetes Job or JobSet, a Kubeflow TrainJob or a
 Slurm step. It waits for all hosts of this start, then starts the ranks, which connect through Accelerate. Where a lost
@@ -19,10 +19,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from naign.cluster.hosts import Hosts, Links, program, say, wait_for
-from naign.cluster.metrics import Metrics
+from naign.cluster.hosts import Hosts, Links, program, say
 from naign.cluster.place import RANKS, Place, find_place, find_port
-from naign.cluster.ranks import AUDITS, MEANINGS, Ranks, become_rank, find_engine, require_gpus
+from naign.cluster.ranks import AUDIT, MEANINGS, Ranks, become_rank, find_engine, require_gpus
 from naign.errors import InputError, Outcome, PeerLost, Unavailable, kind_of
 from naign.process import on_signals
 from naign.terminal import outlive_terminal
@@ -44,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=port, default=find_port(os.environ), help="port where host 0 meets the others (%(default)s)"
     )
-    metrics = "port of this host for /metrics and /healthz; default: none"
+    metrics = "port of this host for /metrics; default: none"
     parser.add_argument("--metrics", type=port, default=0, help=metrics)
     wait = "seconds to wait for the other hosts (%(default)s)"
     parser.add_argument("--wait", type=_between(1, 10**6, float), default=900, help=wait)
@@ -107,37 +106,34 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
     for name in [*os.environ]:
         if name in around or name.startswith(("ACCELERATE_USE_", "FSDP_")):  # of a launcher around this one
             del os.environ[name]
-    is_audit = bool(training) and training[0] in AUDITS
-    config = parse([] if is_audit else list(training))  # so that one process reports a mistake at once
+    settings = [] if training[:1] == [AUDIT] else list(training)
+    config = parse(settings)  # so that one process reports a mistake at once
     gc.enable()  # disabled for the imports
     place = find_place(os.environ)
     processes = options.processes or place.processes or count_gpus() or 1
+    engine = find_engine(options.engine, config.train.precision, place.hosts * processes)
+    wanted = options.gpus
+    if place.orchestrator == "Slurm" and not options.engine:
+        wanted = wanted or place.processes  # the GPUs of this node that are the job's
+    require_gpus(wanted, processes, engine)
+    if _is_done(config, place):
+        say(f"nothing left to do: the run in {config.run.remote or config.run.path} is done")
+        return Outcome.DONE
+    if options.metrics:
+        os.environ["NAIGN_METRICS"] = str(options.metrics)  # observe/metrics.py
+    if place.hosts * processes == 1 and not options.engine:
+        become_rank(engine, training)
+    if place.hosts > 1:
+        say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
     async with Hosts(place, port=options.port, ranks=processes, within=options.wait) as hosts:
-        try:
-            server = Metrics(options.metrics, place.index) if options.metrics else None
-            engine = find_engine(options.engine, config.train.precision, place.hosts * processes)
-            wanted = options.gpus
-            if place.orchestrator == "Slurm" and not options.engine:
-                wanted = wanted or place.processes  # the GPUs of this node that are the job's
-            require_gpus(wanted, processes, engine)
-            if _is_done(config, place):
-                say(f"nothing left to do: the run in {config.run.remote or config.run.path} is done")
-                return Outcome.DONE
-        except (InputError, Unavailable) as error:
-            await hosts.tell(error)
-            raise
-        if place.hosts * processes == 1 and not options.engine and not options.metrics:
-            become_rank(engine, training)
-        if place.hosts > 1:
-            say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
         while True:
             asked.at_once = True
-            links = await _meet(hosts, place)
+            links = await hosts.meet()
+            if place.hosts > 1:
+                say(f"all hosts are here; host 0 is {links.address}")
             asked.at_once = False
+            begun = time.monotonic()
             with TemporaryDirectory() as scratch:
-                if server and not is_audit:
-                    server.watch(Path(scratch) / "heartbeat", links.generation)
-                begun = time.monotonic()
                 ranks = Ranks(
                     training,
                     engine,
@@ -149,23 +145,15 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
                 )
                 with ranks:
                     code, killed = await _watch(ranks, links, asked)
-            hosts.note_training(time.monotonic() - begun, timeout=config.train.timeout)
-            code = await _end(code, killed, links, config, place, asked)
+            if code == Outcome.PEER_LOST:
+                links.leave(code, lost=links.lost)  # before waiting for the code of a host that may wait for this one's
+            code = await links.judge(code, killed=killed, asked=lambda: bool(asked))
+            links.leave(code, lost=links.lost or killed)
             if asked or not place.is_replaced or not links.may_meet_again(code):
                 return code
             links.close()
+            hosts.note_training(links, time.monotonic() - begun, timeout=config.train.timeout)
             say(f"this host stays, and waits for the others to meet again (they have met {links.generation} times)")
-
-
-async def _meet(hosts: Hosts, place: Place) -> Links:
-    try:
-        links = await hosts.meet()
-    except (InputError, Unavailable) as error:
-        await hosts.tell(error)
-        raise
-    if place.hosts > 1:
-        say(f"all hosts are here; host 0 is {links.address}")
-    return links
 
 
 async def _watch(ranks: Ranks, links: Links, asked: Asked) -> tuple[int, bool]:
@@ -188,28 +176,6 @@ async def _watch(ranks: Ranks, links: Links, asked: Asked) -> tuple[int, bool]:
     if reason:
         say(reason)
     return code, killed
-
-
-async def _end(code: int, killed: bool, links: Links, config: Any, place: Place, asked: Asked) -> int:
-    """The exit code of this host, which it tells the others. A run is done when its bucket holds the end."""
-    if code == Outcome.PEER_LOST:
-        links.leave(code, lost=links.lost)  # before waiting for the code of a host that may wait for this one's
-    code = await links.judge(code, killed=killed, asked=lambda: bool(asked))
-    must_arrive = code == Outcome.DONE and config.run.remote
-    if must_arrive and place.index == 0:
-        asked.at_once = True
-        if asked:
-            asked(asked.number)
-        if not _is_done(config, place):
-            code = Outcome.FAILED
-            say(f"the run is done, but {config.run.remote} does not hold its end: start again to send it once more")
-        asked.at_once = False
-    links.leave(code, lost=links.lost or killed)
-    if must_arrive and place.index:
-        await wait_for(lambda: 0 in links.codes or asked, REACH + 60)
-        if links.codes.get(0) != Outcome.DONE:
-            code = Outcome.INTERRUPTED if asked else Outcome.PEER_LOST
-    return code
 
 
 def _is_done(config: Any, place: Place) -> bool:

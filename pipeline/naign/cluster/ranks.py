@@ -21,7 +21,7 @@ from naign.cluster.place import Place
 from naign.errors import InputError, Outcome, one_line
 from naign.process import SIGNALS
 
-AUDITS = ("copies", "duplicates")  # commands of `naign` that ranks run instead of a training
+AUDIT = "copies"  # a command of `naign` that ranks run instead of a training
 MEANINGS: dict[int, str] = {
     Outcome.BAD_INPUT: "bad configuration or input, which is not tried again",
     Outcome.INTERRUPTED: "stopped on request; the same command goes on from the newest checkpoint",
@@ -47,7 +47,7 @@ def find_engine(name: str, precision: str = "", ranks: int = 2) -> dict[str, Any
     """
     if not name:
         return _without_engine(precision)
-    for file in (Path(name), shipped(f"launch/{name}.yaml"), shipped(f"launch/{name}")):
+    for file in (Path(name), shipped(f"launch/{name}.yaml")):
         if os.path.isfile(file):
             try:
                 return _read_engine(file, ranks)
@@ -122,7 +122,7 @@ def require_gpus(wanted: int, processes: int, engine: Mapping[str, Any]) -> None
 
 def command_of(arguments: Sequence[str]) -> list[str]:
     """The command line of a rank."""
-    if arguments and arguments[0] in AUDITS:
+    if arguments[:1] == [AUDIT]:
         return [sys.executable, "-m", "naign.cli", *arguments]
     return [sys.executable, str(shipped("pipeline/train.py")), *arguments]
 

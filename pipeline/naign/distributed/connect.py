@@ -3,19 +3,16 @@
 import importlib.util
 import os
 import shutil
-import socket
-import time
-from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, check_cuda_p2p_ib_support
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
-from naign.distributed.host import check_bf16, check_gpus, count_ranks, why_unfit
-from naign.errors import InputError, PeerLost
+from naign.distributed.host import check_gpus, count_ranks, why_unfit
+from naign.errors import InputError, require
 
 
 def build_accelerator(
@@ -72,12 +69,11 @@ def build_accelerator(
 def _check_cards(local: int, precision: str) -> None:
     """Raise InputError or Unavailable where the ranks of this host cannot each use a GPU."""
     check_gpus(f"{local} ranks were started here", local)
-    for index in range(local):
-        problem = why_unfit(index)
-        if problem:
-            raise InputError(problem)
-    if precision == "bf16":
-        check_bf16()
+    problem = why_unfit(int(os.environ.get("LOCAL_RANK", "0")))
+    require((not problem, problem))
+    emulated = precision == "bf16" and choose_precision(on_cpu=False) != "bf16"
+    only = f"train.precision is bf16, which {torch.cuda.get_device_name()} only emulates"
+    require((not emulated, f"{only}: use --train.precision=fp16, fp32 or auto"))
     if not check_cuda_p2p_ib_support():  # some cards with old drivers, which Accelerate refuses otherwise
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
@@ -134,33 +130,22 @@ def choose_precision(on_cpu: bool) -> str:
 
 
 def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
-    """Initialize the process group over a store that rank 0 opens: at MASTER_PORT, or on a port of its own where the
-    launcher's store has that port (torchrun, accelerate launch). That one, which survives restarts and keeps addresses
-    of dead ranks, then only publishes the port.
+    """Initialize the process group over a store at MASTER_PORT: that of the launcher where it has one (torchrun,
+    accelerate launch), else rank 0's. The launcher's survives restarts, and each of them has its own keys.
     """
-    host = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
     rank = int(os.environ["RANK"])
     world = int(os.environ["WORLD_SIZE"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        store = TCPStore(host, port, world, is_master=rank == 0, timeout=connecting, wait_for_workers=False)
-    elif rank == 0:
-        store = TCPStore(host, 0, world, is_master=True, timeout=connecting, wait_for_workers=False)
-        launcher = TCPStore(host, port, world, is_master=False, timeout=connecting)
-        launcher.set("port", str(store.port))
-    else:
-        launcher = TCPStore(host, port, world, is_master=False, timeout=connecting)
-        end = time.monotonic() + connecting.total_seconds()
-        while True:
-            port = int(launcher.get("port"))
-            with suppress(OSError):  # a port that refuses connections is an earlier attempt's
-                socket.create_connection((host, port), timeout=5).close()
-                break
-            if time.monotonic() > end:
-                raise PeerLost(f"rank {rank} waited {connecting} for rank 0, on {host}")
-            time.sleep(0.1)
-        store = TCPStore(host, port, world, is_master=False, timeout=connecting)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=collective)
+    is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        is_master=rank == 0 and not is_launchers,
+        timeout=connecting,
+        wait_for_workers=False,
+    )
+    own = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=collective)
 
 
 def _check_deepspeed(on_cpu: bool) -> None:
@@ -175,6 +160,3 @@ def _check_deepspeed(on_cpu: bool) -> None:
         raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from naign.distributed.zero import compile_communication
-
-        compile_communication()

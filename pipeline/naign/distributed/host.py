@@ -3,19 +3,20 @@
 import ctypes
 import importlib.util
 import os
-import runpy
 import sys
+from collections.abc import Iterable
 from importlib.metadata import Distribution
 from pathlib import Path
 
 import joblib
 import torch
 
-from naign import shipped
 from naign.errors import InputError, Unavailable, one_line
 
 MAY_PASS = ("CUDA driver initialization failed", "CUDA unknown error", "No CUDA GPUs are available")
 """Parts of what torch says where GPUs or their driver are out of order: another host, or a reboot, may help."""
+
+FAISS = "faiss-cpu faiss-gpu faiss-gpu-cuvs"  # the builds that write to one folder
 
 
 def count_ranks(name: str = "LOCAL_WORLD_SIZE") -> int:
@@ -80,36 +81,19 @@ def why_none() -> str:
 
 
 def why_unfit(index: int = 0) -> str:
-    """Why the installed torch has no code for a GPU, and what to do about it; "" if it has."""
-    major, minor = torch.cuda.get_device_capability(index)
-    built = torch.cuda.get_arch_list()
-    if not torch.version.cuda or not built:
-        return ""
-    for name in built:
-        kind, _, number = name.partition("_")
-        code = int(number.rstrip("af"))
-        # Machine code (sm_86) runs on later GPUs of its major version, PTX (compute_86) on all later ones.
-        if code <= 10 * major + minor and (kind == "compute" or code // 10 == major):
-            return ""
-    remedy = f"built for {' '.join(built)}: use another GPU or the CPU, or another build of torch"
-    card = f"GPU {index}, {torch.cuda.get_device_name(index)}, has compute capability {major}.{minor}"
-    return f"{card}, torch {torch.__version__} is {remedy}"
-
-
-def check_bf16() -> None:
-    """Raise InputError where the GPU has no bfloat16 arithmetic of its own."""
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        emulated = f"train.precision is bf16, which {torch.cuda.get_device_name()} only emulates"
-        raise InputError(f"{emulated}: use --train.precision=fp16, fp32 or auto")
+    """Why the installed torch cannot compute on a GPU, as where it has no code for it; "" if it can."""
+    try:
+        torch.ones(1, device=f"cuda:{index}").add(1).item()
+    except RuntimeError as error:
+        card = f"GPU {index}, {torch.cuda.get_device_name(index)}, cannot be used by torch {torch.__version__}"
+        return f"{card}: {one_line(error, 400)}: use another GPU or the CPU, or another build of torch"
+    return ""
 
 
 def faiss_builds() -> list[str]:
     """The builds of FAISS that share the package folder `faiss`, by name and version. Does not import FAISS."""
-    spec = importlib.util.find_spec("faiss")
-    if spec is None:
-        return []
     builds = []
-    for place in spec.submodule_search_locations or ():
+    for place in _find_faiss():
         for info in Path(place).parent.glob("faiss*-info"):
             package = Distribution.at(info)
             if any(file.parts[0] == "faiss" for file in package.files or ()):
@@ -117,30 +101,20 @@ def faiss_builds() -> list[str]:
     return sorted(builds)
 
 
-def describe_faiss() -> str:
-    """The installed build of FAISS, and the GPU build that fits torch's CUDA."""
-    builds = faiss_builds()
-    which = runpy.run_path(str(shipped("launch/faiss-gpu/which.py")))
-    fitting = str(which["build"](torch.version.cuda)).replace("==", " ")
-    text = f"FAISS: {', '.join(builds) or 'none'}"
-    if fitting and fitting not in builds:
-        text += f"; {fitting} fits CUDA {torch.version.cuda} (docs/gpus.md)"
-    return text
-
-
 def why_no_faiss() -> str:
     """Why FAISS cannot be used, and the remedy: it is missing, or two builds wrote over each other's files in one
     folder. Then it is an accident which code runs, and uninstalling one removes files of the other. "" if it can.
     """
     builds = faiss_builds()
-    spec = importlib.util.find_spec("faiss")
-    if len(builds) < 2 and spec and spec.origin:
-        return ""
-    problem = "FAISS is missing"
+    remedy = f"pip uninstall -y {FAISS}, then pip install faiss-cpu, or the GPU build as docs/gpus.md has it"
     if len(builds) > 1:
-        problem = f"FAISS is a mixture of {' and '.join(builds)}"
-    names = {"faiss-cpu"}
-    for build in builds:
-        names.add(build.split()[0])
-    remove = " ".join(sorted(names))
-    return f"{problem}: pip uninstall -y {remove}, then pip install faiss-cpu, or the GPU build as docs/gpus.md has it"
+        return f"FAISS is a mixture of {' and '.join(builds)}: {remedy}"
+    if not any(Path(place, "__init__.py").exists() for place in _find_faiss()):
+        return f"FAISS is missing: {remedy}"
+    return ""
+
+
+def _find_faiss() -> Iterable[str]:
+    """The folders of the package `faiss`."""
+    spec = importlib.util.find_spec("faiss")
+    return (spec and spec.submodule_search_locations) or ()

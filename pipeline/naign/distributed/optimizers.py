@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adafactor, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from naign.errors import InputError, one_line, require
 from naign.settings.registry import lookup
@@ -23,68 +23,8 @@ def adamw(parameters: list[Tensor], *, fused: bool, **settings: Any) -> Optimize
     return AdamW(parameters, betas=BETAS, **settings, fused=fused or None)
 
 
-def adafactor(
-    parameters: list[Tensor],
-    *,
-    lr: float,
-    weight_decay: float,
-    **_: Any,
-) -> Optimizer:
-    """torch's: `lr` is relative to the RMS of each weight, and at most 1 / sqrt(step). arXiv 1804.04235."""
-    return Adafactor(parameters, lr=lr, weight_decay=weight_decay)
-
-
-class Muon(Optimizer):
-    """torch's Muon for matrices and, flattened to (out, in x height x width) as its author does, for the kernels of
-    convolutions; AdamW for vectors. Updates have AdamW's RMS, so that `lr` and `weight_decay` are those of AdamW
-    (arXiv 2502.16982). Weights must be contiguous.
-    """
-
-    def __init__(
-        self,
-        parameters: list[Tensor],
-        *,
-        lr: float,
-        weight_decay: float,
-        **_: Any,
-    ) -> None:
-        super().__init__(parameters, {"lr": lr})
-        self._views: dict[Tensor, Tensor] = {}  # of each matrix or kernel, as a matrix
-        vectors = []
-        for value in parameters:
-            if value.ndim > 1:
-                self._views[value] = value.detach().flatten(1)
-            else:
-                vectors.append(value)
-        self._parts: list[Optimizer] = []
-        if self._views:
-            matrices: Any = self._views.values()
-            self._parts.append(
-                torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            )
-        if vectors:
-            self._parts.append(AdamW(vectors, betas=BETAS, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for value, view in self._views.items():
-            if value.grad is not None:
-                view.grad = value.grad.flatten(1)
-            else:
-                view.grad = None
-        states: dict[Tensor, Any] = {}
-        for part in self._parts:
-            part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-            part.step()
-            states |= part.state
-        for value in self.param_groups[0]["params"]:
-            kept = states.get(self._views.get(value, value))
-            if kept is not None:
-                self.state[value] = kept
-
-
 Build = Callable[..., Optimizer]
-OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": Muon, "adafactor": adafactor}
+OPTIMIZERS: dict[str, Build] = {"adamw": adamw}
 
 
 @cache  # the trial is made once

@@ -1,16 +1,13 @@
 """The engine under DeepSpeed, ZeRO 0 to 3. The only file that imports DeepSpeed."""
 
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock
 from torch import Tensor, nn
 
 from naign.distributed.engine import Engine, State
@@ -159,23 +156,6 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 def _refuse_version(missing: str) -> NoReturn:
     raise InputError(f"this version of DeepSpeed has no {missing}: pip install 'deepspeed>=0.17,<0.20'")
-
-
-def compile_communication() -> None:
-    """Compile DeepSpeed's communication for CPUs, one process at a time: torch's lock file outlives a kill."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import get_default_build_root
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{builder.name}.lock"):
-        for left in (*root.glob(f"{builder.name}/lock"), *root.glob(f"*/{builder.name}/lock")):
-            left.unlink(missing_ok=True)
-        builder.load()
 
 
 def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: float) -> None:

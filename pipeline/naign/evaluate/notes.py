@@ -34,10 +34,8 @@ def write_notes(
     if least < FEW or second and least < 4 * second["features"]:
         biased = f"Fréchet distances rest on as few as {least:,} examples: much of their value is bias"
         notes.append(f"{biased}. Compare them with others of the same counts only.")
-    if not subject.is_image:
-        notes.append("Points: repair, classes and energy against image outliers do not apply.")
-    elif not subject.repairs:
-        notes.append("This f carries latents to images and repairs none: repair and energy do not apply.")
+    if not subject.repairs:
+        notes.append("This f takes points, or repairs none of its images: repair and energy do not apply.")
     if lost:
         notes.append(f"{lost} numbers are left out, since they are not finite: the network has diverged.")
     return notes

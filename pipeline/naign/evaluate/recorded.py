@@ -1,7 +1,5 @@
 """What the header of a model file records of the data of its training."""
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,20 +55,6 @@ def recorded(
         other = f"{config.path} ({dataset.manifest.name}) holds examples of shape {shape}"
         raise InputError(f"{other}, the model in {folder} is for {model.shape}; {remedy}")
     return config, replace(dataset.manifest, shape=shape)
-
-
-def fingerprint(model: NAIGN) -> str:
-    """SHA-256 of the weights and of the prior: by it an evaluation is known to be of this model."""
-    prior = json.dumps(model.metadata["prior"], sort_keys=True)
-    digest = hashlib.sha256(prior.encode())
-    state = model.network.state_dict()
-    for name, value in model.prior.state_dict().items():
-        state[f"prior.{name}"] = value
-    for name, value in sorted(state.items()):
-        digest.update(f"{name} {tuple(value.shape)} ".encode())
-        values = value.detach().cpu().numpy()
-        digest.update(values.tobytes())
-    return digest.hexdigest()
 
 
 def read_image(data: bytes, model: NAIGN) -> Tensor:

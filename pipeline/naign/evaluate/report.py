@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from naign.evaluate.measures import Subject
 from naign.model.naign import NAIGN
-from naign.observe.pictures import grid, png, rows, scatter
+from naign.observe.pictures import grid, histogram, png, rows
 
 DAMAGE = {"blur": "blur", "noise": "Gaussian noise", "salt_pepper": "salt and pepper", "rows": "black rows"}
 ASKED = 12  # samples of a class
@@ -52,7 +51,7 @@ def render(
     title: str,
 ) -> str:
     """The page as HTML. `metrics` is the content of metrics.json, `config` the configuration of the run."""
-    template = templates(autoescape=True).get_template("report.html.jinja")
+    template = _templates().get_template("report.html.jinja")
     page = template.render(
         metrics,
         pictures=pictures,
@@ -72,14 +71,13 @@ def compared(fd: dict[str, Any], key: str) -> float:
     return float(ratio * fd["floor"])
 
 
-def templates(*, autoescape: bool) -> Environment:
+def _templates() -> Environment:
     """The templates of this folder, with the filters that they use."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         extensions=["jinja2.ext.do"],
-        autoescape=autoescape,
+        autoescape=True,
         undefined=StrictUndefined,
-        trim_blocks=not autoescape,  # Markdown, where empty lines count
     )
     environment.filters |= {
         "number": number,
@@ -105,12 +103,9 @@ def draw_pictures(subject: Subject) -> list[Picture]:
     if subject.test.shape[1] != 2:
         return []
     real = subject.test[:2000]
-    panels = [
-        ("test data", real[:0]),
-        ("f(z)", subject.once[:2000]),
-        ("f(f(z))", subject.twice[:2000]),
-    ]
-    return [Picture("samples", "Samples", "Orange over the test data in blue.", scatter(panels, behind=real))]
+    sets = {"test data": real, "f(z)": subject.once[:2000], "f(f(z))": subject.twice[:2000]}
+    lines = [(name, histogram(points, real)) for name, points in sets.items()]
+    return [Picture("samples", "Samples", "How dense points are, in one square.", rows(lines))]
 
 
 def _draw_samples(subject: Subject) -> list[Picture]:
@@ -125,17 +120,6 @@ def _draw_samples(subject: Subject) -> list[Picture]:
     if asked:
         caption = "A row is a class, a column the same noise."
         drawn.append(Picture("classes", "Samples by class", caption, rows(asked)))
-    latents = model.latent(torch.arange(10), seed=subject.seed).cpu()
-    times = [
-        ("z", latents),
-        ("f once", subject.once[:10]),
-        ("f twice", subject.twice[:10]),
-    ]
-    for count in (3, 4, 5):
-        _, before = times[-1]
-        times.append((f"{count} times", model.project(before)))
-    alike = "A column is one z. For a perfect projection all rows below the first are alike."
-    drawn.append(Picture("applications", "The same z, f applied one to five times", alike, rows(times)))
     return drawn
 
 

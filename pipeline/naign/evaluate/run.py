@@ -15,7 +15,7 @@ from naign.evaluate import measures
 from naign.evaluate.coverage import NEIGHBOURS
 from naign.evaluate.measures import STAGES, Subject
 from naign.evaluate.notes import write_notes
-from naign.evaluate.recorded import fingerprint, folder_of, recorded
+from naign.evaluate.recorded import folder_of, recorded
 from naign.evaluate.report import Picture, draw_pictures, render
 from naign.model.encoders import Encoder, choose_encoder, open_encoder
 from naign.model.files import PREFIX, shipped_model
@@ -93,7 +93,6 @@ def evaluate(
         "counts": subject.counts,
         "warnings": warnings,
         "notes": write_notes(subject, metrics, len(lost)) + missing,
-        "weights": fingerprint(model),
         "checkpoint": model.checkpoint or None,
         "device": where,
     }

@@ -1,5 +1,5 @@
 """Files of a model: where they are read from (a run, a checkpoint, a folder, a bucket, the hub or models/ of this
-package), how they are written as safetensors, and how they are uploaded. No pickle is ever read.
+package), and how they are written, as safetensors. No pickle is ever read.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor
 from naign import shipped
 from naign.checkpoint.bucket import fetch_file, newest_first
 from naign.checkpoint.writer import is_complete
-from naign.errors import Damaged, InputError, Unavailable, check_address, one_line
+from naign.errors import Damaged, InputError, check_address, one_line
 from naign.storage.store import is_in_bucket, open_store
 
 log = logging.getLogger("naign.model")
@@ -191,14 +191,6 @@ def download(name: str, **options: Any) -> Path:
     raise InputError(f"no model at {PREFIX}{name} ({one_line(constants.ENDPOINT)}): {reason}; {hint}")
 
 
-def check_login(name: str) -> None:
-    """Raise InputError unless `name` is user/model and there is a token: HF_TOKEN or that of a login."""
-    if "/" not in name:
-        raise InputError(f"'{name}' is no name on the hub: write user/{name}")
-    if not _read_token():
-        raise InputError(f"uploading {name} needs a login to the hub {LOGIN}")
-
-
 def _read_token(token: Any = None) -> str:
     """The token for the hub, "" if there is none. InputError where a message of the HTTP library could show it."""
     from huggingface_hub import get_token
@@ -208,30 +200,3 @@ def _read_token(token: Any = None) -> str:
     if not (token.isascii() and token.isprintable()):
         raise InputError(f"the token for the hub has characters that no token has: renew the login {LOGIN}")
     return token
-
-
-def upload(folder: Path, name: str, *, private: bool = False) -> str:
-    """Upload all files of a folder to a repository of the hub, which is made if there is none; returns its address.
-
-    Nothing is sent to a public repository that should be private. Raises InputError without a login or where the hub
-    refuses, Unavailable where a retry may help. No message holds the token.
-    """
-    from huggingface_hub import HfApi
-
-    check_login(name)
-    try:
-        api = HfApi()
-        address = api.create_repo(name, private=private or None, exist_ok=True)
-        if private and not api.model_info(name).private:
-            raise InputError(f"{name} is public: make it private on the hub first, or leave out --private")
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a NAIGN model")
-    except InputError:
-        raise
-    except Exception as error:  # as in `download`
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        where = one_line(constants.ENDPOINT)
-        text = f"{name} was not uploaded to the hub ({where}): {type(error).__name__}: {one_line(error)}"
-        if 400 <= status < 500 or isinstance(error, ValueError):
-            raise InputError(text) from None
-        raise Unavailable(text) from None
-    return str(address)

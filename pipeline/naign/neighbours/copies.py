@@ -3,6 +3,9 @@ test image, which is no copy: as many samples as test images should be as near. 
 that QUANTILE of the test images do not exceed.
 """
 
+import csv
+import io
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,22 +24,14 @@ from naign.match.exchange import ranks_of
 from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
 from naign.neighbours import CopiesOptions
-from naign.neighbours.images import Images, as_csv, as_json
-from naign.neighbours.rows import ImageRows, Space, check_threshold, find_near, firsts
+from naign.neighbours.images import Images
+from naign.neighbours.rows import ImageRows, Nearest, Space, find_nearest
 from naign.observe.pictures import eight_bits, png, rows
 from naign.storage.store import open_store
 
 QUANTILE = 0.01
 SHOWN = 24  # pairs in the picture
-COLUMNS = [0, 2, 1, 3]  # of what `find_near` returns: query, bits, candidate, view
-HEADER: tuple[object, ...] = (
-    "query",
-    "number",
-    "distance",
-    "shard",
-    "key",
-    "mirrored",
-)
+HEADER = ("query", "number", "distance", "shard", "key", "mirrored")
 
 Draw = Callable[[int, int], Tensor]
 """Samples [first, last) as they would be stored."""
@@ -69,9 +64,8 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         candidates = ImageRows("training images", len(train), train.read, space, ranks)
         drawn = ImageRows("samples", options.samples, draw, space, ranks)
         tests = ImageRows("test images", len(test), test.read, space, ranks)
-    near = []
-    for queries in (drawn, tests):
-        near.append(find_near(queries, candidates, ranks, accelerator.device))
+    samples = find_nearest(drawn, candidates, ranks, accelerator.device)
+    unseen = find_nearest(tests, candidates, ranks, accelerator.device)
     result = {
         "dataset": manifest.name,
         "training_images": len(train),
@@ -82,63 +76,38 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
     }
     with together(accelerator):
         if accelerator.is_main_process:
-            to = options.to or f"{folder_of(run)}/evaluation"
-            _write(
-                near,
-                result,
-                options.threshold,
-                train,
-                draw,
-                space,
-                to,
-            )
+            result |= judge(samples.distances, unseen.distances, options.threshold)
+            store = open_store(options.to or f"{folder_of(run)}/evaluation")
+            store.put("copies.csv", _table({"sample": samples, "test": unseen}, train))
+            store.put("copies.png", png(_draw_pairs(samples, draw, train)))
+            store.put("copies.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
 def _check(run: str, options: CopiesOptions) -> None:
     writable = not run.startswith(PREFIX) and not shipped_model(run)
+    threshold = options.threshold
     require(
         (options.to or writable, f"{run} is not in a folder of yours: give one for the results with --to"),
         (1 <= options.samples < 2**40, f"--samples is {options.samples}: it must be at least 1"),
         (0 <= options.seed < 2**63, f"--seed is {options.seed}: it must be 0 to {2**63 - 1}"),
+        (threshold is None or 0 <= threshold < 1e6, f"--threshold is {threshold}: it must be 0 or more, below 1e6"),
     )
-    check_threshold(options.threshold)
 
 
-def _write(
-    near: list[Tensor],  # what `find_near` returned, of samples and of test images
-    result: dict[str, Any],  # for copies.json; what `judge` returns is added
-    threshold: float | None,
-    train: Images,
-    draw: Draw,
-    space: Space,
-    to: str,
-) -> None:
-    """Write all results."""
-    store = open_store(to)
-    tables = [firsts(table[:, COLUMNS], 1) for table in near]
-    distances = [space.distances(table[:, 1]) for table in tables]
-    found = torch.cat(tables)[:, 2].unique()
+def _table(near: dict[str, Nearest], train: Images) -> bytes:
+    """copies.csv: a line for each query of each kind."""
+    found = torch.cat([nearest.candidates for nearest in near.values()]).unique()
     places = train.places(found.tolist())
-    lines = [HEADER]
-    for query, table, values in zip(("sample", "test"), tables, distances, strict=True):
-        for row, distance in zip(table.tolist(), values.tolist(), strict=True):
-            number, _, nearest, view = row
-            place = places[nearest]
-            line = (
-                query,
-                number,
-                distance,
-                place.shard,
-                place.key,
-                view,
-            )
-            lines.append(line)
-    store.put("copies.csv", as_csv(lines))
-    picture = _draw_pairs(tables[0], distances[0], draw, train)
-    store.put("copies.png", png(picture))
-    result |= judge(distances[0], distances[1], threshold)
-    store.put("copies.json", as_json(result))
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(HEADER)
+    for query, nearest in near.items():
+        columns = [column.tolist() for column in nearest]
+        for number, (distance, candidate, mirrored) in enumerate(zip(*columns, strict=True)):
+            place = places[candidate]
+            table.writerow((query, number, distance, place.shard, place.key, int(mirrored)))
+    return text.getvalue().encode()
 
 
 def judge(
@@ -156,20 +125,15 @@ def judge(
     }
 
 
-def _draw_pairs(
-    table: Tensor,
-    distances: Tensor,
-    draw: Draw,
-    train: Images,
-) -> Image.Image:
+def _draw_pairs(samples: Nearest, draw: Draw, train: Images) -> Image.Image:
     """The nearest SHOWN pairs: distance, sample, training image, mirrored where that is nearer."""
     pairs = []
-    nearest_first = torch.sort(distances, stable=True).indices
-    for row in nearest_first[:SHOWN].tolist():
-        _, _, nearest, view = table[row].tolist()
-        image = train.read(nearest, nearest + 1)
-        if view:
+    nearest_first = torch.sort(samples.distances, stable=True).indices
+    for number in nearest_first[:SHOWN].tolist():
+        candidate = int(samples.candidates[number])
+        image = train.read(candidate, candidate + 1)
+        if samples.mirrored[number]:
             image = image.flip(-1)
-        pair = torch.cat([draw(row, row + 1), image])
-        pairs.append((f"{distances[row]:.3g}", scaled(pair)))
+        pair = torch.cat([draw(number, number + 1), image])
+        pairs.append((f"{samples.distances[number]:.3g}", scaled(pair)))
     return rows(pairs)

@@ -1,12 +1,9 @@
 """The stored images of a data set by number, and where each of them lies."""
 
-import csv
-import io
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,34 +18,28 @@ from naign.errors import require
 class Place(NamedTuple):
     """Where an image is stored."""
 
-    split: str
     shard: str
     key: str
-    broken: bool  # index.json records that it cannot be decoded
 
 
 class Stored(NamedTuple):
-    """A shard of one split."""
+    """A shard of the split."""
 
-    split: str
-    number: int  # among the shards of the split
+    number: int  # among its shards
     shard: Shard
 
 
 class Images:
-    """The images of some splits of a data set, numbered in the order of splits and shards."""
+    """The images of a split, numbered in the order of its shards."""
 
-    def __init__(self, config: DataConfig, *splits: str) -> None:
-        """Raises InputError where a data set or a split is missing, and for points."""
+    def __init__(self, config: DataConfig, split: str) -> None:
+        """Raises InputError where the data set or the split is missing, and for points."""
         dataset = DataSet(config)
         self.manifest = dataset.manifest
         self.shape = dataset.shape
         require((self.manifest.kind == "image", f"{config.path} holds points: only images can be compared"))
-        self._shards = list[Stored]()
-        self._readers = {split: dataset.reader(split) for split in splits}
-        for split in splits:
-            for number, shard in enumerate(self.manifest.split(split).shards):
-                self._shards.append(Stored(split, number, shard))
+        self._reader = dataset.reader(split)
+        self._shards = [Stored(number, shard) for number, shard in enumerate(self.manifest.split(split).shards)]
         counts = [stored.shard.samples for stored in self._shards]
         self._edges = list(accumulate(counts, initial=0))
 
@@ -60,8 +51,8 @@ class Images:
         data.broken=skip another image of the shard stands in for one that cannot be decoded.
         """
         images = torch.empty(last - first, *self.shape, dtype=torch.uint8)
-        for number, stored, raw in self._stored(first, last):
-            images[number - first].numpy()[...] = self._readers[stored.split].row(raw).array
+        for number, _, raw in self._stored(first, last):
+            images[number - first].numpy()[...] = self._reader.row(raw).array
         return images
 
     def places(self, numbers: Sequence[int]) -> dict[int, Place]:
@@ -71,10 +62,7 @@ class Images:
             wanted = set(group)
             for number, stored, raw in self._stored(min(wanted), max(wanted) + 1):
                 if number in wanted:
-                    name = stored.shard.name
-                    key = raw.sample["__key__"]
-                    broken = self.manifest.broken.get(name, ())
-                    places[number] = Place(stored.split, name, key, key in broken)
+                    places[number] = Place(stored.shard.name, raw.sample["__key__"])
         return places
 
     def _find(self, number: int) -> int:
@@ -94,19 +82,7 @@ class Images:
                 first=first - start,
                 last=end - start,
             )
-            for raw in self._readers[stored.split].raw([piece]):
+            for raw in self._reader.raw([piece]):
                 yield start + raw.number, stored, raw
             first = end
             at += 1
-
-
-def as_csv(lines: Sequence[Sequence[object]]) -> bytes:
-    """The file of a table."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue().encode()
-
-
-def as_json(document: Any) -> bytes:
-    text = json.dumps(document, indent=1)
-    return f"{text}\n".encode()

@@ -1,4 +1,4 @@
-"""Images as rows of values, in blocks that are the same for every number of ranks, and which rows are near each other.
+"""Images as rows of values, in blocks that are the same for every number of ranks, and the nearest row of each.
 
 Each rank makes the blocks of its part once, and keeps them in a temporary file: all queries are compared with all
 candidates. A row may depend by rounding on those beside it, so results depend on blocks, and never on ranks.
@@ -7,7 +7,7 @@ candidates. A row may depend by rounding on those beside it, so results depend o
 import math
 import tempfile
 from collections.abc import Callable
-from typing import Never
+from typing import NamedTuple, Never
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from naign.data.scale import scaled
-from naign.errors import InputError, require
+from naign.errors import InputError
 from naign.match import Blocks, search
-from naign.match.exact import sort_lexically
 from naign.match.exchange import Ranks
 from naign.match.pool import block_range
 from naign.model.encoders import open_encoder
@@ -31,15 +30,6 @@ MOST = 4096
 VALUES = 2**24
 """Rows of a block, and its float32 values: at most these, but at least ROWS rows."""
 ASKED = 2**25  # float32 values of the queries of a search, of all ranks, unless those of one block are more
-NEIGHBOURS = 8  # k of the first search within a distance, which grows by this factor
-MOST_PAIRS = 2**25  # of a rank's queries: 1 GB
-MANY = f"more than {MOST_PAIRS} pairs may be within the threshold: lower --threshold"
-
-
-def check_threshold(threshold: float | None) -> None:
-    """Raise InputError for what is not a distance."""
-    sound = threshold is None or 0 <= threshold < 1e6
-    require((sound, f"--threshold is {threshold}: it must be 0 or more, below 1e6"))
 
 
 class Space:
@@ -74,10 +64,6 @@ class Space:
             return values.transpose(0, 1)
         views = torch.stack([values, values.flip(-1)])
         return views.flatten(2).float()
-
-    def distances(self, bits: Tensor) -> Tensor:
-        """Distances (n,) float64, of the bits of squared distances of rows."""
-        return (bits.contiguous().view(torch.float64) / self.scale).sqrt()
 
     def _features(self, images: Tensor) -> Tensor:
         assert self._encoder is not None
@@ -141,98 +127,49 @@ class ImageRows:
         )
 
 
-def find_near(
+class Nearest(NamedTuple):
+    """The nearest candidate of each query, by the query's number."""
+
+    distances: Tensor  # (q,) float64, as Space has them
+    candidates: Tensor  # (q,) int64
+    mirrored: Tensor  # (q,) bool: whether the query is nearer mirrored
+
+
+def find_nearest(
     queries: ImageRows,
     candidates: ImageRows,
     ranks: Ranks,
     device: torch.device,
-    *,
-    within: float = math.inf,
-) -> Tensor:
-    """Collective: the nearest candidate of each query and view, or all candidates `within` a distance. Rows (m, 4)
-    int64 of a query's number, its candidate's, the bits of their squared distance, which sort as it does, and the view.
-    """
+) -> Nearest:
+    """Collective: the nearest candidate of each query, which is also mirrored; the first by (distance, number)."""
     space = queries.space
     values = VIEWS * space.dims * space.size  # of a block
     blocks = max(1, ASKED // (values * ranks.world))
     step = blocks * space.size
-    most = max(ranks.collect(queries.last - queries.first))
-    parts = []
+    sizes = ranks.collect(queries.last - queries.first)
+    most = max(sizes)
+    distances = []
+    numbers = []
+    mirrored = []
     with progress(f"comparing {queries.name}", most, ranks) as bar:
         for start in range(0, most, step):
             low = min(queries.first + start, queries.last)
             high = min(low + step, queries.last)
             rows = queries.block(low, high).to(device)
-            parts += find_candidates(
-                rows,
-                low,
-                candidates,
-                within**2 * space.scale,
-                ranks,
-            )
-            many = sum(map(len, parts)) > MOST_PAIRS
-            require((not any(ranks.collect(many)), MANY))
+            result = search(rows.flatten(0, 1), candidates.candidates(), candidates.first)
+            straight, turned = result.distances.cpu().view(VIEWS, -1)
+            number, other = result.ids.cpu().view(VIEWS, -1)
+            is_turned = (turned < straight) | (turned == straight) & (other < number)
+            distances.append(torch.where(is_turned, turned, straight))
+            numbers.append(torch.where(is_turned, other, number))
+            mirrored.append(is_turned)
             bar.update(step)
-    near = torch.cat(parts)
-    return ranks.gather(near, ranks.collect(len(near)))
-
-
-def find_candidates(
-    rows: Tensor,
-    first: int,
-    candidates: ImageRows,
-    limit: float,
-    ranks: Ranks,
-) -> list[Tensor]:
-    """Collective: as `find_near`, in parts, for the images from `first` on, whose rows are (VIEWS, n, d). Where the
-    k-th neighbour is within the limit, k grows.
-    """
-    count = max(1, rows.shape[1])
-    queries = rows.flatten(0, 1)
-    asked = torch.arange(len(queries))
-    neighbours = 1
-    if limit < math.inf:
-        neighbours = min(NEIGHBOURS, candidates.count)
-    parts = []
-    while True:
-        result = search(
-            queries[asked.to(queries.device)],
-            candidates.candidates(),
-            candidates.first,
-            neighbours=neighbours,
-            within=limit,
-        )
-        squares = result.distances.cpu()
-        ids = result.ids.cpu()
-        near = (squares <= limit) & (ids >= 0)
-        more = near[:, -1].clone()
-        if limit == math.inf or neighbours == candidates.count:
-            more[:] = False
-        near[more] = False
-        row, column = near.nonzero(as_tuple=True)
-        query = asked[row]
-        columns = (
-            first + query % count,
-            ids[row, column],
-            squares[row, column].view(torch.int64),
-            query // count,
-        )
-        parts.append(torch.stack(columns, dim=1))
-        asked = asked[more]
-        left = max(ranks.collect(len(asked)))
-        if not left:
-            return parts
-        neighbours = min(NEIGHBOURS * neighbours, candidates.count)
-        require((left * neighbours <= MOST_PAIRS, MANY))
-
-
-def firsts(table: Tensor, columns: int) -> Tensor:
-    """Of the rows (n, c) that agree in their first columns the least, in lexical order."""
-    table = table[sort_lexically(*table.T.contiguous())]
-    keys = table[:, :columns]
-    first = torch.ones(len(table), dtype=torch.bool)
-    first[1:] = (keys[1:] != keys[:-1]).any(1)
-    return table[first]
+    squares = ranks.gather(torch.cat(distances), sizes)
+    return Nearest(
+        (squares / space.scale).sqrt(),
+        ranks.gather(torch.cat(numbers), sizes),
+        ranks.gather(torch.cat(mirrored), sizes),
+    )
 
 
 def progress(what: str, total: int, ranks: Ranks) -> "tqdm[Never]":

@@ -4,17 +4,16 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import joblib
 import psutil
 import torch
-import torch.distributed as dist
 
 from naign.distributed.connect import choose_precision
-from naign.distributed.host import count_gpus, describe_faiss, why_no_faiss, why_none, why_unfit
+from naign.distributed.host import count_gpus, faiss_builds, why_no_faiss, why_none, why_unfit
 from naign.errors import InputError, bytes_in_words, require
 from naign.storage.store import check_writable, open_store
 
@@ -22,55 +21,24 @@ LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tenso
 LEAST_DISK = 2**30  # free bytes that `naign doctor`, which knows no run, asks for
 CHECKPOINTS = 3  # how many should fit on the disk: the two that are kept and the one being written
 
-Findings = Iterator[tuple[str, str]]
-"""What a check observes, and the remedy: "" where nothing is wrong."""
 
-
-def libraries() -> Findings:
+def examine() -> Iterator[tuple[str, str]]:
+    """What is found on this machine, one by one, and the remedy: "" where nothing is wrong."""
+    versions = [f"{name} {version(name)}" for name in LIBRARIES]
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}", ""
-    for name in LIBRARIES:
-        try:
-            yield f"{name} {version(name)}", ""
-        except PackageNotFoundError:
-            yield f"{name} is not installed", "install again: pip install -e ."
-
-
-def machine() -> Findings:
+    yield ", ".join(versions), ""
     memory = bytes_in_words(psutil.virtual_memory().total)
     yield f"{joblib.cpu_count()} cores, {memory} of memory", ""
-    yield f"train.precision=auto is {choose_precision(on_cpu=count_gpus() == 0)}", ""
-
-
-def gpus() -> Findings:
     count = count_gpus()
+    yield f"train.precision=auto is {choose_precision(on_cpu=count == 0)}", ""
     if count == 0:
         yield f"no CUDA device ({why_none()}): training runs on the processor, ranks communicate by gloo", ""
-    if count > 1 and not dist.is_nccl_available():
-        yield "torch has no NCCL, by which GPUs communicate", "install a build with it from https://pytorch.org"
     for index in range(count):
         device = torch.cuda.get_device_properties(index)
         yield f"GPU {index}: {device.name}, {bytes_in_words(device.total_memory)}", why_unfit(index)
-
-
-def faiss() -> Findings:
-    yield describe_faiss(), why_no_faiss()
-
-
-def disk() -> Findings:
+    yield f"FAISS: {', '.join(faiss_builds()) or 'none'}", why_no_faiss()
     free = shutil.disk_usage(".").free
-    remedy = ""
-    if free < LEAST_DISK:
-        remedy = "free some"
-    yield f"disk here: {bytes_in_words(free)} free", remedy
-
-
-CHECKS: tuple[Callable[[], Findings], ...] = (libraries, machine, gpus, faiss, disk)
-
-
-def examine() -> Findings:
-    """What all checks find, one by one."""
-    for check in CHECKS:
-        yield from check()
+    yield f"disk here: {bytes_in_words(free)} free", "" if free >= LEAST_DISK else "free some"
 
 
 def preflight(run: str, remote: str, checkpoint_bytes: int) -> list[str]:

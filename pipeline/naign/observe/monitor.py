@@ -3,12 +3,8 @@
 import contextlib
 import logging
 import os
-import queue
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from naign.errors import InputError, Unavailable, one_line, unwritten
-from naign.observe.heartbeat import Heartbeat
+from naign.observe.metrics import Metrics
 from naign.observe.trackers import FILES, Settings, find_trackers, start_tracker
 
 log = logging.getLogger("naign.monitor")
 
-WAITING = 256  # most reports that wait for a tracker; a round makes up to five
-PATIENCE = 5.0  # seconds that a run waits at its end for all trackers together
+SINGLE = ("aim", "clearml")  # trackers of Accelerate that take no lists of pictures
 LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines if stderr is no terminal
 
 
@@ -43,12 +38,13 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self.active = active
         self.folder = folder
         self.described = ""  # the last message about the method of a match
-        self.heartbeat: Heartbeat | None = None
-        file = os.environ.get("NAIGN_HEARTBEAT")
-        if file and os.environ.get("LOCAL_RANK", "0") == "0":
-            self.heartbeat = Heartbeat(Path(file), images=images, seen=seen)
+        self._images = images
+        self._metrics: Metrics | None = None
+        port = os.environ.get("NAIGN_METRICS")
+        if port and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._metrics = Metrics(int(port))
         self._files = list[Any]()
-        self._others = list[Background]()
+        self._others = dict[str, Any]()
         if active:
             self._open(trackers, seen, settings)
         self._bar = _progress_bar(images, seen, active)
@@ -59,15 +55,27 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
                 with self._writing():
                     self._files.append(kind(self.folder, seen))
             else:
-                open_tracker = partial(start_tracker, name, kind, self.folder, settings)
-                self._others.append(Background(name, open_tracker))
+                with self._excused(name):
+                    self._others[name] = start_tracker(name, kind, self.folder, settings)
         self._write("store_init_configuration", settings)
 
     def _report(self, method: str, *arguments: Any) -> None:
         """Call a method of all trackers that have it."""
         self._write(method, *arguments)
-        for other in self._others:
-            other.put(method, *arguments)
+        for name, tracker in list(self._others.items()):
+            if method != "log_images" or name not in SINGLE:
+                with self._excused(name):
+                    _call(tracker, method, *arguments)
+
+    @contextlib.contextmanager
+    def _excused(self, name: str) -> Iterator[None]:
+        """Leave a tracker out that fails, with a warning: metrics.jsonl has all reports."""
+        try:
+            yield
+        except Exception as error:  # whatever its library may raise
+            self._others.pop(name, None)
+            why = f"{type(error).__name__}: {one_line(error)}"
+            log.warning("tracker %s failed and is left out from now on: %s", name, why)
 
     def _write(self, method: str, *arguments: Any) -> None:
         """Call a method of the trackers that write to the run's folder."""
@@ -91,6 +99,8 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
 
     def scalars(self, values: dict[str, float], seen: int, **counts: int) -> None:
         """One point of each series. `counts` are what was learned from, the round and the step."""
+        if self._metrics:
+            self._metrics.update(counts | values | {"images_goal": self._images})
         self._report("log", counts | values, seen)
         shown = {}
         if "loss/total" in values:
@@ -115,14 +125,12 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._write("flush")
 
     def close(self) -> None:
-        """Close all trackers. Waits at most PATIENCE seconds for those with a thread."""
+        """Close all trackers."""
         self._bar.close()
-        until = time.monotonic() + PATIENCE
-        for other in self._others:
-            other.end()
-        self._write("finish")
-        for other in self._others:
-            other.wait(until)
+        self._report("finish")
+        if self._metrics:
+            self._metrics.shutdown()
+            self._metrics.server_close()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
@@ -169,52 +177,3 @@ class _Lines:
             print(text, file=sys.stderr, flush=True)
 
     def flush(self) -> None: ...
-
-
-class Background(threading.Thread):
-    """A tracker of Accelerate in a thread, so that the run never waits for it. Reports are made in order, and dropped
-    while WAITING of them are queued.
-    """
-
-    def __init__(self, name: str, open_tracker: Callable[[], Any]) -> None:
-        super().__init__(name=f"tracker {name}", daemon=True)
-        self.pictures = name not in ("aim", "clearml")  # which do not take lists of them
-        self.dropped = False
-        self.failed = False
-        self._open_tracker = open_tracker
-        self._queue: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
-        self.start()
-
-    def put(self, method: str, *arguments: Any) -> None:
-        """Queue a call of the tracker, or drop it. Returns at once; any thread may call it."""
-        if self.failed or (method == "log_images" and not self.pictures):
-            return
-        if self._queue.qsize() < WAITING:
-            self._queue.put((method, *arguments))
-            return
-        if not self.dropped:
-            log.warning("%s does not keep up: reports are dropped while %d wait", self.name, WAITING)
-        self.dropped = True
-
-    def end(self) -> None:
-        """Close the tracker after everything in the queue. Returns at once."""
-        self._queue.put(None)
-
-    def wait(self, until: float) -> None:
-        """Wait for the tracker to close, at most until a time of time.monotonic()."""
-        self.join(max(0.0, until - time.monotonic()))
-        if self.is_alive():
-            problem = "has not finished after %.0f s: the run ends without it, metrics.jsonl has all reports"
-            log.warning("%s " + problem, self.name, PATIENCE)
-
-    def run(self) -> None:
-        try:
-            tracker = self._open_tracker()
-            for call in iter(self._queue.get, None):
-                _call(tracker, *call)
-            tracker.finish()
-        except BaseException as error:  # any, such as the panics of Rust, which are not an Exception
-            self.failed = True
-            why = f"{type(error).__name__}: {one_line(error)}"
-            log.warning("%s failed and is left out from now on: %s", self.name, why)
-            self._queue = queue.SimpleQueue()  # frees what is waiting

@@ -1,4 +1,4 @@
-"""Grids of images and drawings of 2-D point sets, as PIL images. No plotting library."""
+"""Grids of images and of histograms of 2-D point sets, as PIL images. No plotting library."""
 
 import io
 import unicodedata
@@ -11,13 +11,9 @@ from torch import Tensor
 
 CELL = 48  # pixels: smallest side of an image in a grid, to which smaller ones are enlarged
 GAP = 3  # pixels between images
-PANEL = 320  # pixels: side of a panel of points
-TITLE = 22  # pixels: height of its title
+BINS = 96  # pixels of a side of a picture of points
 SIZE = 14  # pixels: of text
 TEXT = (118, 118, 118, 255)  # contrast of 4.5 on white and on black
-GREY = (127, 127, 127, 24)
-BLUE = (45, 108, 223, 255)
-ORANGE = (224, 122, 31, 255)
 
 
 def to_image(image: Tensor, *, least: int = 1) -> Image.Image:
@@ -79,29 +75,18 @@ def rows(labelled: Sequence[tuple[str, Tensor]]) -> Image.Image:
     return canvas
 
 
-def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Image:
-    """Panels (title, points (n, d)), the first two coordinates in orange, over `behind` (m, d) in blue, the scale."""
-    font = ImageFont.load_default(SIZE)
-    low = behind[:, :2].amin(0)
-    high = behind[:, :2].amax(0)
-    half = 1.25 * max(float((high - low).max()) / 2, 1e-6)  # of a square, with a margin
-    width = len(panels) * (PANEL + GAP) - GAP
-    canvas = Image.new("RGBA", (width, PANEL + TITLE))
-    pen = ImageDraw.Draw(canvas)
-    for number, (title, points) in enumerate(panels):
-        left = number * (PANEL + GAP)
-        pen.text((left, 3), legible(title), fill=TEXT, font=font)
-        corner = (left + PANEL - 1, TITLE + PANEL - 1)
-        pen.rectangle((left, TITLE, *corner), fill=GREY)
-        for cloud, colour in ((behind, BLUE), (points, ORANGE)):
-            dots = (cloud[:, :2] - (low + high) / 2) / half
-            dots[:, 1] *= -1  # upwards
-            places = (dots.clamp(-1, 1) + 1) / 2 * (PANEL - 3)
-            for x, y in places.round().int().tolist():
-                x += left
-                y += TITLE
-                pen.rectangle((x, y, x + 1, y + 1), fill=colour)
-    return canvas
+def histogram(points: Tensor, around: Tensor) -> Tensor:
+    """An image (1, 1, BINS, BINS) in [-1, 1] of how dense points (n, d) are in their first two coordinates, within the
+    square that holds `around` (m, d), with a margin.
+    """
+    low = around[:, :2].amin(0)
+    high = around[:, :2].amax(0)
+    middle = (low + high) / 2
+    half = 0.6 * float((high - low).max()) + 1e-6
+    edges = torch.linspace(-half, half, BINS + 1)
+    counts = torch.histogramdd(points[:, :2] - middle, (edges, edges)).hist
+    shades = (counts / counts.max().clamp(min=1)).sqrt()
+    return shades.T.flip(0)[None, None] * 2 - 1  # the second coordinate points upwards
 
 
 def legible(text: str) -> str:

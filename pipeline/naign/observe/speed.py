@@ -5,14 +5,12 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity
 
-from naign.errors import InputError
+from naign.errors import require
 
 log = logging.getLogger("naign.profile")
 
@@ -32,51 +30,21 @@ def parse_rounds(text: str) -> range:
     if not text:
         return range(0)
     match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
+    rounds = range(0)
     if match:
-        first = int(match[1])
-        last = int(match[2] or first)
-        if first <= last:
-            return range(first, last + 1)
-    raise InputError(f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4")
+        rounds = range(int(match[1]), int(match[2] or match[1]) + 1)
+    require((rounds, f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4"))
+    return rounds
 
 
-class Profiler:
-    """Writes a trace of each chosen round to profile/ in the run's folder, for https://ui.perfetto.dev."""
-
-    def __init__(self, folder: Path, rounds: str, rank: int) -> None:  # of the run; as parse_rounds takes it
-        self._folder = folder / "profile"
-        self._rank = rank
-        self._rounds = parse_rounds(rounds)
-
-    @contextmanager
-    def round(self, number: int) -> Iterator[None]:
-        """Around each round of the run. Its trace is written however the round ends."""
-        if number not in self._rounds:
-            yield
-            return
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        trace = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
-        trace.start()
-        try:
-            with self.phase(f"round {number}"):
-                yield
-        finally:
-            self._write(trace, f"rank-{self._rank:05d}-round-{number}.json.gz")
-
-    def phase(self, name: str) -> AbstractContextManager[Any]:
-        """Around a part of a round, which the trace shows under this name."""
-        return torch.profiler.record_function(name)
-
-    def _write(self, trace: torch.profiler.profile, name: str) -> None:
-        """Write a trace. A failure is logged and does not end the run."""
-        try:
-            trace.stop()
-            self._folder.mkdir(parents=True, exist_ok=True)
-            trace.export_chrome_trace(str(self._folder / name))
-        except (OSError, RuntimeError) as error:
-            log.warning("no trace of rank %d in %s: %s", self._rank, self._folder, error)
-            return
-        if self._rank == 0:
-            log.info("the trace is %s: open it at https://ui.perfetto.dev", self._folder / name)
+@contextmanager
+def profiled(folder: Path, rank: int, number: int) -> Iterator[None]:
+    """Around a round of a run in `folder`: its trace is written to profile/, for https://ui.perfetto.dev."""
+    with torch.profiler.profile(record_shapes=True, profile_memory=True) as trace:
+        yield
+    file = folder / "profile" / f"rank-{rank:05d}-round-{number}.json.gz"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(file))
+    except (OSError, RuntimeError) as error:
+        log.warning("no trace of rank %d in %s: %s", rank, file.parent, error)

@@ -21,7 +21,7 @@ LAUNCHER = "the launcher's DeepSpeed configuration"
 def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
     """The engine that trains `bare` on samples of `shape`; InputError if DeepSpeed is set up otherwise. Collective."""
     plain = accelerator.distributed_type != DistributedType.DEEPSPEED and "FSDP_VERSION" not in os.environ
-    if accelerator.device.type == "cuda" and plain and config.train.optimizer != "muon":  # which flattens kernels
+    if accelerator.device.type == "cuda" and plain:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]  # torch 2.15 declares it
     kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
     if "FSDP_VERSION" in os.environ:

@@ -29,7 +29,7 @@ from naign.errors import InputError
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network
 from naign.model.prior import Latents, Prior, build_latents, build_prior
-from naign.observe import Monitor, Profiler, preflight, set_up
+from naign.observe import Monitor, preflight, set_up
 from naign.settings.budget import count_rounds
 from naign.storage.local import write_atomically
 from naign.storage.store import open_store
@@ -52,7 +52,7 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
     world = accelerator.num_processes
     set_up(rank, world)
     stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
-    watchdog = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
+    watchdog = Watchdog(rank=rank, timeout=config.train.timeout)
 
     # What can be refused without weights.
     start = None
@@ -103,7 +103,7 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
         stream=stream,
         monitor=monitor,
         writer=writer,
-        phases=Phases(state, watchdog, Profiler(Path(config.run.path), config.profile.rounds, rank)),
+        phases=Phases(config, state, watchdog, rank),
         stop=stop,
         watchdog=watchdog,
         lock=lock,

@@ -1,10 +1,10 @@
 """A run while it trains: what `setup` made once, and the phases of its rounds."""
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from naign.distributed.signals import StopRequest
 from naign.distributed.watchdog import Watchdog
 from naign.errors import InputError, one_line
 from naign.model.prior import Latents, Prior
-from naign.observe import Monitor, Profiler, title
+from naign.observe import Monitor, parse_rounds, profiled
 from naign.training.state import State
 
 SMALLER = {  # what halves the memory of a phase
@@ -67,14 +67,14 @@ class Trainer:
 class Phases:
     """The phases of a run on this rank: what they tell the watchdog and the profiler, and the time they take."""
 
-    def __init__(self, state: State, watchdog: Watchdog, profiler: Profiler) -> None:
+    def __init__(self, config: Config, state: State, watchdog: Watchdog, rank: int) -> None:
+        self._config = config
+        self._rank = rank
         self._state = state
         self._watchdog = watchdog
-        self._profiler = profiler
         self._wall = time.perf_counter()
         self._cpu = time.process_time()
         self.seconds = dict[str, float]()  # that each phase of the current round took
-        self.total = defaultdict[str, float](float)  # the same of all rounds of this start
         self.cpu_seconds = 0.0  # processor time of this rank since the newest checkpoint
 
     def start(self) -> None:
@@ -95,8 +95,11 @@ class Phases:
     def round(self) -> Iterator[None]:
         """A round of stage 1."""
         self.seconds.clear()
+        traced: AbstractContextManager[None] = nullcontext()
+        if self._state.round in parse_rounds(self._config.profile.rounds):
+            traced = profiled(Path(self._config.run.path), self._rank, self._state.round)
         try:
-            with self._profiler.round(self._state.round):
+            with traced:
                 yield
         finally:
             self.count()
@@ -105,14 +108,12 @@ class Phases:
     def enter(self, name: str) -> Iterator[None]:
         """A phase of the round. Raises InputError, with a remedy, where the GPU's memory is full."""
         self._watchdog.enter(name, self._state.round)
-        title(name)
         start = time.perf_counter()
         try:
-            with self._profiler.phase(name):
+            with torch.profiler.record_function(name):
                 yield
         except torch.cuda.OutOfMemoryError as error:
             remedy = SMALLER.get(name, "take a smaller network, or a larger GPU")
             full = f"the GPU's memory is full in round {self._state.round}, phase {name}"
             raise InputError(f"{full}: {remedy}. {one_line(error)}") from None
         self.seconds[name] = time.perf_counter() - start
-        self.total[name] += self.seconds[name]
