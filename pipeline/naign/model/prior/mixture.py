@@ -1,7 +1,8 @@
 """A Gaussian mixture of the codes of the data (arXiv 1903.12436), fitted by expectation maximisation.
 
 Codes are whitened on their principal directions first, at most DIRECTIONS of them; the others stay at the mean. The fit
-begins at the clusters that k-means finds among some of the codes.
+begins at clusters of some of the codes: k-means has several starts, and the mixture under which codes held out are most
+likely is fitted to all.
 """
 
 import math
@@ -14,17 +15,20 @@ from torch import Tensor
 
 from naign.data.order import shares as share_out
 from naign.errors import InputError, require
-from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device, Shape
+from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
 from naign.philox import SCALE, normal, uniform
 from naign.settings.constraints import between
 
 DIRECTIONS = 64  # principal directions of the codes that the mixture models, at most
 LARGEST = 2**26  # values of all covariances, at most
 FEW = 20  # codes a component, at least
-STARTED = 20_000  # codes that are clustered, about
+STARTS = 3
+STARTED = 20_000  # codes that starts are compared on, about
+HELD_OUT = 10  # of these, one in so many is held out
 CLUSTERED = 10  # iterations of k-means
 SPREAD = 0.7  # deviation of the first Gaussians; that of all codes is 1
-ITERATIONS = 20  # of expectation maximisation
+TRIED = 6  # iterations of expectation maximisation of each start
+ITERATIONS = 15  # of the best one, on all codes
 SHRINKAGE = 0.5  # weight of the mean covariance in that of each component, in codes a direction
 FLOOR = 1e-3  # added to each variance; that of all codes is 1
 BLOCK = 4096  # codes whose densities are computed at once
@@ -152,38 +156,64 @@ class Mixture(CodesPrior):
             yield (iteration + 1) / ITERATIONS
 
     def _start(self, white: Tensor, labels: Tensor | None, codes: Codes) -> Gaussians:
-        """Round Gaussians of equal weights at the clusters of some codes; with classes, those of each class share the
-        components. Rank 0's on every rank: other machines may round, and so cluster, otherwise.
+        """The best of STARTS mixtures of some codes, each after TRIED iterations; rank 0's on every rank: other machines
+        may round, and so cluster, otherwise.
         """
         chosen = torch.arange(0, len(white), math.ceil(len(white) / STARTED))
-        rows = white[chosen].cpu()
+        held = chosen[::HELD_OUT]
+        tried = chosen[torch.arange(len(chosen)) % HELD_OUT != 0]
+        if len(tried) < FEW * self.config.components:  # few codes: none can be spared
+            tried = chosen
+        best: Gaussians | None = None
+        highest = -math.inf
+        for start in range(STARTS):
+            gaussians = self._cluster(white[tried], labels_of(labels, tried), self.seed + start)
+            for _ in range(TRIED):
+                moments, _ = self._expect(white[tried], labels_of(labels, tried), gaussians)
+                gaussians = _maximise(moments)
+            _, likelihood = self._expect(white[held], labels_of(labels, held), gaussians)
+            if best is None or float(likelihood) > highest:
+                best = gaussians
+                highest = float(likelihood)
+        assert best is not None
+        mine = float(codes.rank == 0)
+        return Gaussians(
+            weights=codes.add(best.weights * mine),
+            means=codes.add(best.means * mine),
+            factors=codes.add(best.factors * mine),
+        )
+
+    def _cluster(self, rows: Tensor, labels: Tensor | None, seed: int) -> Gaussians:
+        """Round Gaussians of equal weights at the clusters that k-means finds; with classes, those of each class share
+        the components.
+        """
         groups = [rows]
         sizes = [self.config.components]
         if labels is not None:
-            of_rows = labels[chosen].cpu()
-            groups = [rows[of_rows == label] for label in range(len(self.labels))]
+            groups = [rows[labels == label] for label in range(len(self.labels))]
             shared = share_out(self.class_counts.tolist(), self.config.components - len(groups))
             sizes = [size + 1 for size in shared]
-            self.owners.copy_(torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes)))
+            owners = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes))
+            self.owners.copy_(owners)
         means = []
         for group, size in zip(groups, sizes, strict=True):
             centers = torch.zeros(size, rows.shape[1], dtype=torch.float64)
             if len(group):
                 found, _ = kmeans2(
-                    group.double().numpy(),
+                    group.cpu().double().numpy(),
                     min(size, len(group)),
                     iter=CLUSTERED,
                     minit="++",
-                    seed=self.seed % 2**32,
+                    seed=seed % 2**32,
                 )
                 centers[: len(found)] = torch.from_numpy(found)
             means.append(centers)
-        found_here = torch.cat(means).to(white.device)
+        found_here = torch.cat(means).to(rows.device)
         number, directions = found_here.shape
         factor = SPREAD * torch.eye(directions).to(found_here)
         return Gaussians(
             weights=torch.full_like(found_here[:, 0], 1 / number),
-            means=codes.add(found_here * (codes.rank == 0)),
+            means=found_here,
             factors=factor.expand(number, -1, -1),
         )
 
