@@ -110,8 +110,8 @@ def test_a_job_loses_pods_and_ends_as_if_nothing_had_happened(cluster, naign):
 
 
 @pytest.mark.timeout(1800)
-def test_a_job_of_three_pods_loses_the_node_of_its_first(cluster):
-    lose_pods(cluster, 3, [(0, "node")])
+def test_a_job_of_four_pods_loses_the_node_of_its_first(cluster):
+    lose_pods(cluster, 4, [(0, "node")])
 
 
 def test_a_rank_that_always_dies_fails_the_job_within_its_limit(cluster):
