@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused():
         find_prior("cauchy")
     with refused("latents.name is 'cauchy': choose one of smooth, gaussian, halves"):
         find_latents("cauchy")
-    with refused("prior.name=smooth is now latents.name=smooth, with prior.name=none"):
+    with refused("prior.name is 'smooth': choose one of none, gmm, flow"):
         find_prior("smooth")
     with refused("smooth is for images"):
         build(SmoothConfig(), (2,))
