@@ -17,7 +17,7 @@ from PIL import Image
 
 from naign.cli.main import COMMANDS
 from naign.cluster.launch import build_parser
-from naign.cluster.ranks import AUDITS
+from naign.cluster.ranks import AUDIT
 from naign.config import parse
 from naign.data.format.writer import pack
 from naign.data.sources.catalog import load
@@ -41,7 +41,7 @@ def parsed(words):
     rest = words[1:]
     if rest[0] in ("train", "launch"):
         rest = build_parser().parse_known_args(rest[1:])[1]
-        if not rest or rest[0] not in AUDITS:
+        if not rest or rest[0] != AUDIT:
             parse(rest)
             return
     if rest[0] not in ("--version", "--help", "--tyro-print-completion"):

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from naign.data.dataset import DataConfig, check_config
 from naign.data.format.manifest import is_count
 from naign.data.loader import ReadAhead
-from naign.data.order import Span, check_seed, parts
+from naign.data.order import Span, check_seed, parts, spread
 from naign.data.reader import DataSet
 from naign.data.scale import scaled
 from naign.errors import require
@@ -62,7 +62,7 @@ class Batches(IterableDataset[ImageBatch]):
         # A round as long as the epoch: the order depends neither on the batch nor on the number of ranks.
         self._order = self._dataset.order(self._seed, split.samples)
         shards = [(shard.pages, shard.samples) for shard in split.shards]
-        content = repr((self._order.lanes, shards))
+        content = repr((spread(self._order.lanes).tolist(), shards))
         self._digest = hashlib.sha256(content.encode()).hexdigest()
         self.epoch = 0
         self._position = 0  # images of this epoch that all ranks together have yielded

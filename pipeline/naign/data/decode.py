@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,14 @@ Array = npt.NDArray[Any]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 """What is read. Pillow reads more, and would start another program, Ghostscript, for EPS."""
+PLAIN_PIXELS = 256 * 256  # above it the time is in decompression
+PLAIN_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour type, and three zeros
+NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..{'descr': '([<>|]\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *} *\n",
+    re.DOTALL,
+)
+"""The header of an .npy file of numbers: type, whether by columns, shape. NumPy's parser takes 20 times as long, and
+it may fail in two threads at once (gh-106905)."""
 JPEG_PIXELS = 1 << 26  # above it Pillow's own guard against pictures that are made to fill the memory decides
 
 
@@ -58,6 +67,8 @@ def decoding() -> Iterator[None]:
         raise Unavailable("too little memory to decode a picture: free some") from None
     except UnidentifiedImageError:  # its text is the address of a stream
         raise InputError("not a picture that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"too large a picture, cut or reduce it first: {error}") from None
     except Exception as error:  # for damaged bytes Pillow and NumPy raise nearly anything
         raise InputError(str(error) or type(error).__name__) from None
 
@@ -92,9 +103,12 @@ def decode_image(data: bytes) -> Array:
     InputError for bytes of no picture.
     """
     shape = jpeg_shape(data)
-    pixels = decode_jpeg(data, shape) if shape else None
-    if pixels is not None:
-        return pixels
+    if shape:
+        plain = decode_jpeg(data, shape)
+    else:
+        plain = _decode_plain_png(data)
+    if plain is not None:
+        return plain
     picture = decode_picture(data)
     mode = "L" if picture.mode == "L" else "RGB"
     with decoding():
@@ -121,6 +135,25 @@ def header_shape(data: bytes) -> tuple[int, int, int]:
         if _orientation(picture) >= 5:
             return channels, width, height
         return channels, height, width
+
+
+def _decode_plain_png(data: bytes) -> Array | None:
+    """The pixels of a PNG of 8-bit grey or colour whose data is one chunk; None for any other, which is left to Pillow.
+    Not parsing the chunks halves the time that reading MNIST takes.
+    """
+    if data[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" or data[37:41] != b"IDAT" or data[-8:-4] != b"IEND":
+        return None
+    mode = PLAIN_MODES.get(data[24:29])
+    width = int.from_bytes(data[16:20])
+    height = int.from_bytes(data[20:24])
+    end = 41 + int.from_bytes(data[33:37])
+    if mode is None or len(data) != end + 16 or not 0 < width * height <= PLAIN_PIXELS:
+        return None
+    try:
+        picture = Image.frombytes(mode, (width, height), data[41:end], "zip", mode, 0)
+    except (ValueError, OSError):
+        return None
+    return to_pixels(picture)
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
@@ -181,14 +214,21 @@ def _orientation(picture: Image.Image) -> int:
 
 def read_npy(data: bytes) -> Array:
     """The finite values of an .npy file. InputError for other bytes, and where there are no values."""
+    header = NPY.match(data)
+    if not header:
+        raise InputError("not an .npy file of numbers")
     with decoding():
-        stream = io.BytesIO(data)
-        np.lib.format.read_magic(stream)
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape = tuple(map(int, re.findall(rb"\d+", header[3])))
         if 0 in shape:
             raise InputError(f"no values, its shape is {shape}")
-        values = np.frombuffer(data, dtype, math.prod(shape), stream.tell())
-        array: Array = values.reshape(shape, order="F" if by_columns else "C").copy()
+        values = np.frombuffer(
+            data,
+            dtype=header[1].decode(),
+            count=math.prod(shape),
+            offset=header.end(),
+        )
+        order = "F" if header[2] == b"True" else "C"
+        array: Array = values.reshape(shape, order=order).copy()  # type: ignore[call-overload]
         if not np.isfinite(array).all():
             raise InputError("a value is not finite")
         return array

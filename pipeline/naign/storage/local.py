@@ -16,6 +16,18 @@ REMEDY = "check the path, its owner and mode, or pack the data set again"
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # Temporary failures of a disk or system, which are worth a retry.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+MISTAKES = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EROFS,
+    errno.ELOOP,
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+"""Errors that the user has to mend; after any other the run is worth another start."""
 
 
 PIECE = 1 << 20  # bytes read at once
@@ -90,14 +102,14 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def _explained(self, name: str, *, writing: bool = False) -> Iterator[None]:
-        """Context: turns an OSError into InputError, but for one that a retry may mend."""
+        """Context: turns an OSError that the user can mend into InputError."""
         try:
             yield
         except OSError as error:
             url = self.url(name)
             if error.errno in FULL:
                 raise Unavailable(f"{url}: {error.strerror}: free some, or choose another folder") from None
-            if error.errno in TRANSIENT:
+            if error.errno not in MISTAKES:
                 raise
             what = str(error.strerror).lower()
             if writing:

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from tqdm import tqdm
@@ -46,26 +47,27 @@ def pack(
     suffix = encoding if source.kind == "image" else "npy"
     dealt = {split: _deal(source, split, shards, seed) for split in source.splits}
     target = open_store(to)
-    if force:
+    if force and target.list():
+        for split, hands in dealt.items():
+            for rows in hands:  # what is there is deleted once all that takes its place was read
+                _build(source.splits[split], rows, suffix)
         _clear(target, source)
-    present = target.list()
     refusal = f"{to} already holds another data set: choose another folder, or replace it with --force"
-    hidden = None if progress else True  # None: where stderr is not a terminal
-    splits = {}
-    for split, hands in dealt.items():
-        made = []
-        for number, rows in enumerate(tqdm(hands, desc=f"pack {source.name} {split}", unit="shard", disable=hidden)):
-            name = f"{split}-{number:05d}.tar"
-            data, pager = _build(source.splits[split], rows, suffix)
-            require((data, f"{name}: no picture for it can be read: check the path, or use fewer --shards"))
-            shard, table = pager.shard(name)
-            for file, content in ((name, data), (table_name(name), table)):
-                if file not in present:
-                    target.put(file, content)
-                elif target.size(file) != len(content) or target.read(file) != content:
-                    raise InputError(refusal)
-            made.append(shard)
-        splits[split] = Split.of(made)
+    written: list[str] = []
+    try:
+        splits = _write_shards(
+            target,
+            source,
+            dealt,
+            suffix,
+            refusal=refusal,
+            progress=progress,
+            written=written,
+        )
+    except InputError:
+        for name in written:
+            target.delete(name)
+        raise
     manifest = Manifest(
         name=source.name,
         kind=source.kind,
@@ -80,6 +82,38 @@ def pack(
     if Manifest.parse(target.read(INDEX), where=target.url(INDEX)) != manifest:
         raise InputError(refusal)
     return manifest, False
+
+
+def _write_shards(
+    target: Store,
+    source: Source,
+    dealt: Mapping[str, list[list[int]]],
+    suffix: str,
+    *,
+    refusal: str,
+    progress: bool,
+    written: list[str],
+) -> dict[str, Split]:
+    """Write the shards that are not there. `written` gets the names of new files; InputError where others differ."""
+    present = target.list()
+    hidden = None if progress else True  # None: where stderr is not a terminal
+    splits = {}
+    for split, hands in dealt.items():
+        made = []
+        for number, rows in enumerate(tqdm(hands, desc=f"pack {source.name} {split}", unit="shard", disable=hidden)):
+            name = f"{split}-{number:05d}.tar"
+            data, pager = _build(source.splits[split], rows, suffix)
+            require((data, f"{name}: no picture for it can be read: check the path, or use fewer --shards"))
+            shard, table = pager.shard(name)
+            for file, content in ((name, data), (table_name(name), table)):
+                if file not in present:
+                    target.put(file, content)
+                    written.append(file)
+                elif target.size(file) != len(content) or target.read(file) != content:
+                    raise InputError(refusal)
+            made.append(shard)
+        splits[split] = Split.of(made)
+    return splits
 
 
 def _deal(

@@ -156,8 +156,8 @@ class Mixture(CodesPrior):
             yield (iteration + 1) / ITERATIONS
 
     def _start(self, white: Tensor, labels: Tensor | None, codes: Codes) -> Gaussians:
-        """The best of STARTS mixtures of some codes, each after TRIED iterations; rank 0's on every rank: other machines
-        may round, and so cluster, otherwise.
+        """The best of STARTS mixtures of some codes, each after TRIED iterations. Rank 0's on every rank: other
+        machines may round, and so cluster, otherwise.
         """
         chosen = torch.arange(0, len(white), math.ceil(len(white) / STARTED))
         held = chosen[::HELD_OUT]
