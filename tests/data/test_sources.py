@@ -246,6 +246,7 @@ def test_files_of_no_picture_are_left_out(tmp_path, caplog):
 def test_memory_that_does_not_suffice_is_no_broken_picture(tmp_path, monkeypatch):
     for number in range(3):
         picture(tmp_path / f"tree/{number}.png")
+    monkeypatch.setattr("naign.data.decode.PLAIN_PIXELS", 0)
     monkeypatch.setattr("naign.data.decode._open_picture", Mock(side_effect=MemoryError))
     with pytest.raises(Unavailable, match="too little memory to decode a picture: free some"):
         pack_command(

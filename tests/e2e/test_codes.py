@@ -61,7 +61,7 @@ def test_from_training_to_samples_of_either_law(train, naign, small, tmp_path, n
     assert not torch.equal(model.sample(4, latents="noise"), four)
     torch.testing.assert_close(model.sample(6)[:4], four)
     for to in (newest(run), run):
-        refused(naign(f"export run --to {to}"), "is a run or a checkpoint, or in one")
+        refused(naign(f"export run --to {to}"), "holds more than an export")
     succeeded(naign("export run --to whole"))
     succeeded(naign("evaluate whole --samples 300"))
     succeeded(naign("export run --steps 3 --to finer"))

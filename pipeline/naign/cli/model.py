@@ -30,6 +30,7 @@ Played = Annotated[
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images, or folders of them.")]
 
 
+EXPORTED = {"model.safetensors", "config.json"}  # files that an export writes, and may replace
 Steps = Annotated[
     int | None,
     tyro.conf.arg(help="Of a flow from noise to a code (prior.steps); default: as trained."),
@@ -196,13 +197,12 @@ def export(
     """
     _check(to=to)
     file = to / "model.safetensors"
-    place = to.resolve()
-    itself = place == Path(run.removesuffix(file.name)).resolve()
-    within = (to / "manifest.json").exists()
-    for folder in (place, *place.parents):
-        within = within or (folder / "checkpoints").exists() and (folder / "config.yaml").exists()
+    others = set()
+    if to.is_dir():
+        others = {path.name for path in to.iterdir()} - EXPORTED
+    itself = to.resolve() == Path(run.removesuffix(file.name)).resolve()
     require(
-        (not within, f"--to {to} is a run or a checkpoint, or in one: give another folder"),
+        (not others, f"--to {to} holds more than an export, such as {sorted(others)[:1]}: give another folder"),
         (not itself, f"--to {to} is the model itself: give another folder"),
     )
     model = _open_with(run, "cpu", steps=steps, guidance=guidance)
