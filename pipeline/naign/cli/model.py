@@ -77,8 +77,10 @@ def evaluate(
     for fd in ({"encoder": metrics["encoder"]} | metrics["fd"], metrics["second"]):
         if fd:
             values = f"{compared(fd, 'once'):.4g} for f(z); floor {fd['floor']:.4g} (training against test)"
-            times = number(fd["once_ratio"])
-            print(f"Frechet distance on {fd['encoder']}: {values}; f(z) is {times} times that")
+            times = f"f(z) is {number(fd['once_ratio'])} times that"
+            if fd["noise"] is not None:
+                times += f", f of noise {number(fd['noise_ratio'])} times"
+            print(f"Frechet distance on {fd['encoder']}: {values}; {times}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for text in metrics["warnings"]:
