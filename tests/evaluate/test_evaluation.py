@@ -302,9 +302,9 @@ def test_a_floor_of_rounding_is_no_measure(save, tmp_path, alike):
 
 
 def test_points_skip_what_is_for_images(save_untrained, tmp_path):
-    source = load("toy2d:spirals")
+    source = load("toy2d:gaussians")
     few = {name: first(examples, 400) for name, examples in source.splits.items()}
-    data = pack_examples(source, few, tmp_path / "spirals")
+    data = pack_examples(source, few, tmp_path / "points")
     config = PointConfig(width=16)
     folder = save_untrained(tmp_path / "run", data=data, shape=(2,), config=config)
     metrics = measure(folder, samples=500)
