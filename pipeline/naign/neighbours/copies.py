@@ -42,7 +42,7 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
     run, a checkpoint or an exported model.
 
     Samples are compared as they would be stored, in 256 levels. Each rank reads and searches its part of the training
-    images; the files do not depend on the number of ranks. Raises InputError where there is no model, data or encoder,
+    images; the files do not depend on the number of ranks. Raises InputError where there is no model or data,
     or these do not go together.
     """
     ranks = ranks_of(None)
@@ -52,7 +52,7 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         config, manifest = recorded(model, run, options.data)
         train = Images(config, config.split)
         test = Images(config, "test")
-        space = Space(options.encoder, tuple(manifest.shape), accelerator.device)
+        space = Space(tuple(manifest.shape))
     if accelerator.is_main_process and not model.fitted:
         print(f"warning: {run} stopped before its prior was fitted: its samples say nothing", file=sys.stderr)
 
@@ -72,7 +72,6 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         "test_images": len(test),
         "samples": options.samples,
         "seed": options.seed,
-        "encoder": options.encoder,
     }
     with together(accelerator):
         if accelerator.is_main_process:
