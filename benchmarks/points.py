@@ -22,12 +22,10 @@ import numpy.typing as npt
 import torch
 import tyro
 from output import ROOT, check_place, page, seeds_of, spread, write
-from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 from trained import Task, measure_all
 
-from naign.cli.files import save
 from naign.data.format.writer import pack
 from naign.data.sources import toys
 from naign.data.sources.source import Source, numbered
@@ -270,24 +268,6 @@ def pack_points(name: str) -> str:
     return path
 
 
-def montage(folders: list[Path]) -> Image.Image:
-    """One row an evaluation: how far f moves a point of the plane, the test data, f(z) and f(f(z))."""
-    placed = []
-    width = 0
-    bottom = 0
-    for folder in folders:
-        left = Image.open(folder / "distance.png").convert("RGB")
-        right = Image.open(folder / "samples.png").convert("RGB")
-        bottom += max(left.height, right.height)
-        width = max(width, left.width + right.width)
-        placed.append((left, 0, bottom - left.height))
-        placed.append((right, left.width, bottom - right.height))
-    whole = Image.new("RGB", (width, bottom), "white")
-    for picture, x, y in placed:
-        whole.paste(picture, (x, y))
-    return whole
-
-
 def main(settings: Settings) -> None:
     if settings.seeds < 1 or settings.jobs < 1:
         raise InputError(f"--seeds {settings.seeds} and --jobs {settings.jobs} must be at least 1")
@@ -314,13 +294,6 @@ def main(settings: Settings) -> None:
     text = page_of(found, lost)
     write(settings.to, text, found)
     print(text)
-    shown = []
-    for key, name in owners.items():
-        if name in TRUTHS and not tasks[key].diverged:
-            shown.append(tasks[key].folder / "evaluation")
-    if shown:
-        picture = montage(shown[: len(TRUTHS)])
-        save(picture, settings.to.with_suffix(".png"))
 
 
 def page_of(found: dict[str, list[Numbers]], lost: Counter[str]) -> str:
