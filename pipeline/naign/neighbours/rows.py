@@ -28,20 +28,6 @@ VALUES = 2**24
 ASKED = 2**25  # float32 values of the queries of a search, of all ranks, unless those of one block are more
 
 
-class Space:
-    """Images are compared by their pixels: distances are the root mean square difference, in levels of 0 to 255."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.dims = math.prod(shape)  # also the squared distance of rows at distance 1
-        rows = min(MOST, VALUES // self.dims)
-        self.size = max(ROWS, rows // ROWS * ROWS)  # rows of a block
-
-    def rows(self, images: Tensor) -> Tensor:
-        """Rows (VIEWS, n, d) float32 of stored images (n, *shape): whole numbers, so that distances are exact."""
-        views = torch.stack([images, images.flip(-1)])
-        return views.flatten(2).float()
-
-
 class ImageRows:
     """The rows of `count` images. This rank has those of [first, last), which are whole blocks."""
 
@@ -50,15 +36,17 @@ class ImageRows:
         name: str,
         count: int,
         read: Callable[[int, int], Tensor],
-        space: Space,
+        shape: tuple[int, ...],
         ranks: Ranks,
     ) -> None:
         """Make this rank's blocks; `read(first, last)` returns stored images (n, *shape)."""
         self.name = name
-        self.space = space
+        self.dims = math.prod(shape)
+        most = min(MOST, VALUES // self.dims)
+        self.size = max(ROWS, most // ROWS * ROWS)  # rows of a block
         self.first, self.last = block_range(
             count,
-            space.size,
+            self.size,
             ranks.rank,
             ranks.world,
         )
@@ -66,8 +54,8 @@ class ImageRows:
         self._kept = read(0, 1)[0].numpy()  # its shape and type are those of every image
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
         with progress(f"reading {name}", self.last - self.first, ranks) as bar:
-            for low in range(self.first, self.last, space.size):
-                high = min(low + space.size, count)
+            for low in range(self.first, self.last, self.size):
+                high = min(low + self.size, count)
                 values = read(low, high)
                 try:
                     values.numpy().tofile(self._file)
@@ -77,12 +65,14 @@ class ImageRows:
                 bar.update(high - low)
 
     def block(self, low: int, high: int) -> Tensor:
-        """Rows (VIEWS, n, d) float32 of images [low, high) of this rank."""
+        """Rows (VIEWS, n, d) float32 of images [low, high) of this rank: whole numbers, so that distances are exact."""
         self._file.seek((low - self.first) * self._kept.nbytes)
         count = high - low
         values = np.fromfile(self._file, self._kept.dtype, count * self._kept.size)
         stored = values.reshape(count, *self._kept.shape)
-        return self.space.rows(torch.from_numpy(stored))
+        images = torch.from_numpy(stored)
+        views = torch.stack([images, images.flip(-1)])
+        return views.flatten(2).float()
 
     def candidates(self) -> Blocks:
         """This rank's images as they are, for a search."""
@@ -93,14 +83,14 @@ class ImageRows:
         return Blocks(
             rows=self.last - self.first,
             make=make,
-            size=self.space.size,
+            size=self.size,
         )
 
 
 class Nearest(NamedTuple):
     """The nearest candidate of each query, by the query's number."""
 
-    distances: Tensor  # (q,) float64, as Space has them
+    distances: Tensor  # (q,) float64: root mean square difference of pixels, in levels of 0 to 255
     candidates: Tensor  # (q,) int64
     mirrored: Tensor  # (q,) bool: whether the query is nearer mirrored
 
@@ -112,10 +102,9 @@ def find_nearest(
     device: torch.device,
 ) -> Nearest:
     """Collective: the nearest candidate of each query, which is also mirrored; the first by (distance, number)."""
-    space = queries.space
-    values = VIEWS * space.dims * space.size  # of a block
+    values = VIEWS * queries.dims * queries.size  # of a block
     blocks = max(1, ASKED // (values * ranks.world))
-    step = blocks * space.size
+    step = blocks * queries.size
     sizes = ranks.collect(queries.last - queries.first)
     most = max(sizes)
     distances = []
@@ -136,7 +125,7 @@ def find_nearest(
             bar.update(step)
     squares = ranks.gather(torch.cat(distances), sizes)
     return Nearest(
-        (squares / space.dims).sqrt(),
+        (squares / queries.dims).sqrt(),
         ranks.gather(torch.cat(numbers), sizes),
         ranks.gather(torch.cat(mirrored), sizes),
     )
