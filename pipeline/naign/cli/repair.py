@@ -46,23 +46,18 @@ def restore_files(
             picture = read_picture(path)
             if mask:
                 read_hole(mask, picture.size)
-    with counted("restoring", outputs, unit="file") as bar:
-
-        def advance(_: int) -> None:
-            bar.update(0)
-
-        for number, output in enumerate(bar):
-            if resized:
-                save(to_image(model.project(images[number], times=times)[0].cpu()), output)
-                continue
-            picture = read_picture(paths[number])
-            profile = colour_profile(picture, model)
-            if mask:
-                hole = read_hole(mask, picture.size)
-                save(filled(picture, hole, model, times=times, advance=advance), output, profile)
-                continue
-            made = model.project(to_values(picture, model), times=times, advance=advance)
-            save(shown(made), output, profile)
+    for number, output in enumerate(counted("restoring", outputs, unit="file")):
+        if resized:
+            save(to_image(model.project(images[number], times=times)[0].cpu()), output)
+            continue
+        picture = read_picture(paths[number])
+        profile = colour_profile(picture, model)
+        if mask:
+            hole = read_hole(mask, picture.size)
+            save(filled(picture, hole, model, times=times), output, profile)
+            continue
+        made = model.project(to_values(picture, model), times=times)
+        save(shown(made), output, profile)
     print(f"{len(paths)} restored: {place}")
     if resized and size is None:
         _, height, width = model.shape

@@ -13,7 +13,7 @@ from torch import Tensor
 from naign.data.decode import decode_picture, in_mode, to_picture, to_pixels
 from naign.data.scale import scaled
 from naign.errors import InputError, require
-from naign.model.naign import NAIGN, Advance
+from naign.model.naign import NAIGN
 from naign.observe.pictures import eight_bits
 
 
@@ -70,7 +70,6 @@ def filled(
     model: NAIGN,
     *,
     times: int | None,
-    advance: Advance = None,
 ) -> Image.Image:
     """The picture with its hole filled from what a tile sees around it; all else stays."""
     _, height, width = model.shape
@@ -86,7 +85,6 @@ def filled(
         to_values(picture.crop(box), model),
         times=times,
         mask=torch.from_numpy(np.array(hole) > 0),
-        advance=advance,
     )
     whole = seen(picture, model).copy()
     whole.paste(shown(made), box[:2], hole)
