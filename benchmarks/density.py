@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 from output import ROOT, seeds_of, spread, table, write_tables
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from trained import Task, packed
@@ -33,7 +34,6 @@ from naign.data.sources.published import IDX
 from naign.data.sources.source import Made
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.coverage import nearest
-from naign.evaluate.density import auroc
 from naign.model.naign import NAIGN
 from naign.model.prior import Mixture, Prior
 from naign.model.prior.flow import Flow
@@ -175,6 +175,15 @@ def code_distance(model: NAIGN, train: Tensor) -> Score:
 
     reference = directions(train)
     return lambda batch: nearest(directions(batch), reference)[0]
+
+
+def auroc(inlier: Tensor, outlier: Tensor) -> float:
+    """Area under the ROC curve of scores (n,) of data against scores (m,) of outliers, higher meaning outlier."""
+    scores = torch.cat([inlier, outlier])
+    most = torch.finfo(scores.dtype).max
+    finite = scores.nan_to_num(nan=most, posinf=most)
+    is_outlier = torch.arange(len(scores)) >= len(inlier)
+    return float(roc_auc_score(is_outlier.numpy(), finite.numpy()))
 
 
 def code_density(prior: Prior, codes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from statistics import fmean
 
 import torch
 import tyro
-from density import COST, NEAREST, NETWORKS, PATCH, SETS, Data, pasted, place
+from density import COST, NEAREST, NETWORKS, PATCH, SETS, Data, auroc, pasted, place
 from output import table, write_tables
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
@@ -29,7 +29,6 @@ from naign.data.scale import scaled
 from naign.data.sources.published import IDX
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.coverage import nearest
-from naign.evaluate.density import auroc
 from naign.model.naign import NAIGN
 
 CHANGED = 0.1

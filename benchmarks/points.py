@@ -15,20 +15,26 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import tyro
-from output import check_place, page, seeds_of, spread, write
-from PIL import Image
+from output import ROOT, check_place, page, seeds_of, spread, write
 from scipy.stats import spearmanr
 from torch import Tensor
-from trained import Task, measure_all, packed
+from trained import Task, measure_all
 
-from naign.cli.files import save
+from naign.data.format.writer import pack
+from naign.data.sources import toys
+from naign.data.sources.source import Source, numbered
 from naign.errors import InputError, exit_on_input_error
 from naign.model.naign import NAIGN
 
 CONFIG = "configs/toy2d.yaml"
+Points = npt.NDArray[Any]  # (count, 2) float64
+Labels = npt.NDArray[np.int64]  # (count,)
 SAMPLES = 10_000
 Numbers = dict[str, float]
 
@@ -190,22 +196,76 @@ COLUMNS = {
 """Title and digits of a number."""
 
 
-def montage(folders: list[Path]) -> Image.Image:
-    """One row an evaluation: how far f moves a point of the plane, the test data, f(z) and f(f(z))."""
-    placed = []
-    width = 0
-    bottom = 0
-    for folder in folders:
-        left = Image.open(folder / "distance.png").convert("RGB")
-        right = Image.open(folder / "samples.png").convert("RGB")
-        bottom += max(left.height, right.height)
-        width = max(width, left.width + right.width)
-        placed.append((left, 0, bottom - left.height))
-        placed.append((right, left.width, bottom - right.height))
-    whole = Image.new("RGB", (width, bottom), "white")
-    for picture, x, y in placed:
-        whole.paste(picture, (x, y))
-    return whole
+def _spirals(label: Labels, random: np.random.Generator) -> Points:
+    """Two arms, r = 0.9 sqrt(u), angle 3 pi sqrt(u) (+ pi), u uniform."""
+    root = np.sqrt(random.uniform(0, 1, len(label)))
+    radius = 0.9 * root[:, None]
+    angle = 3 * np.pi * root + np.pi * label
+    return _circle(radius, angle)
+
+
+def _gaussians(label: Labels, random: np.random.Generator) -> Points:
+    """Eight centres evenly on the circle of radius 0.8."""
+    return _circle(0.8, 2 * np.pi * label / 8)
+
+
+def _gaussians25(label: Labels, random: np.random.Generator) -> Points:
+    """25 centres on a grid of 5 x 5 that reaches from -0.8 to 0.8."""
+    cells = np.stack([label % 5, label // 5], axis=1)
+    return 0.4 * cells - 0.8
+
+
+def _ring(label: Labels, random: np.random.Generator) -> Points:
+    """The circle of radius 0.7 itself, angle uniform: a manifold whose distance is known everywhere."""
+    angle = random.uniform(0, 2 * np.pi, len(label))
+    return _circle(0.7, angle)
+
+
+def _circle(radius: float | Points, angle: Points) -> Points:
+    directions = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    points: Points = radius * directions
+    return points
+
+
+Place = Callable[[Labels, np.random.Generator], Points]
+
+DISTRIBUTIONS: dict[str, tuple[int, float, Place]] = {
+    "spirals": (2, 0.02, _spirals),
+    "gaussians": (8, 0.06, _gaussians),
+    "gaussians25": (25, 0.03, _gaussians25),
+    "ring": (1, 0.0, _ring),
+}
+"""Number of labels (parts, alike in weight), deviation of the normal noise that is added, and where points lie."""
+
+
+def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], Labels]:
+    """`count` points (count, 2) float32 and the part each came from, (count,) int64."""
+    parts, deviation, place = DISTRIBUTIONS[name]
+    key = np.array([seed % 2**64, toys.STREAM], np.uint64)
+    random = np.random.Generator(np.random.Philox(key=key))
+    labels = random.integers(parts, size=count)
+    points = place(labels, random)
+    points = points + random.normal(0, deviation, (count, 2))
+    return points.astype(np.float32), labels
+
+
+def pack_points(name: str) -> str:
+    """The folder, in the repository, of 50,000 points to train and 10,000 to test."""
+    points, labels = draw(name, toys.TRAIN + toys.TEST, seed=0)
+    splits = {}
+    for split, part in (("train", slice(toys.TRAIN)), ("test", slice(toys.TRAIN, None))):
+        splits[split] = numbered(split, points[part], labels[part])
+    parts = DISTRIBUTIONS[name][0]
+    source = Source(
+        name=f"toy2d:{name}",
+        kind="point",
+        shape=(2,),
+        labels=tuple(f"part {number}" for number in range(parts)),
+        splits=splits,
+    )
+    path = f"data/toy2d_{name}"
+    pack(source, str(ROOT / path))
+    return path
 
 
 def main(settings: Settings) -> None:
@@ -217,8 +277,7 @@ def main(settings: Settings) -> None:
     for seed in range(settings.seeds):
         for name, options in ROWS.items():
             law = name.split(",")[0]
-            path = packed(f"data/toy2d_{law}", f"toy2d:{law}")
-            given = [f"--data.path={path}", *options]
+            given = [f"--data.path={pack_points(law)}", *options]
             task = Task.of(settings.runs, CONFIG, given, seed)
             tasks[task.folder.name] = task
             owners[task.folder.name] = name
@@ -235,13 +294,6 @@ def main(settings: Settings) -> None:
     text = page_of(found, lost)
     write(settings.to, text, found)
     print(text)
-    shown = []
-    for key, name in owners.items():
-        if name in TRUTHS and not tasks[key].diverged:
-            shown.append(tasks[key].folder / "evaluation")
-    if shown:
-        picture = montage(shown[: len(TRUTHS)])
-        save(picture, settings.to.with_suffix(".png"))
 
 
 def page_of(found: dict[str, list[Numbers]], lost: Counter[str]) -> str:

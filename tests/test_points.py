@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from naign.data.sources import toys
-
 
 @pytest.fixture(scope="module")
 def truths(benchmarks):
@@ -31,7 +29,9 @@ class Known:
 
 
 def drawn(name):
-    points, labels = toys.draw(name, 10_000, seed=3)
+    from points import draw  # once `truths` has found the folder
+
+    points, labels = draw(name, 10_000, seed=3)
     return torch.from_numpy(points), labels
 
 

@@ -108,7 +108,7 @@ def test_damaged_points_are_refused_by_training_and_verify(
     data,
     message,
 ):
-    source = first(load("toy2d:spirals"), 12)
+    source = first(load("toy2d:gaussians"), 12)
     pack(source, str(tmp_path), shards=2)
     rewrite(str(tmp_path), "train-00001.tar", replaced(suffix, data))
     for read in (lambda path: read_split(path, "train"), lambda path: verify(path)):

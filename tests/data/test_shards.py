@@ -54,7 +54,7 @@ def test_pixels_survive(tmp_path, encoding, shape):
 
 
 def test_points_survive(tmp_path):
-    source = first(load("toy2d:spirals"), 50)
+    source = first(load("toy2d:gaussians"), 50)
     pack(source, str(tmp_path))
     points = read_split(str(tmp_path), "test")[0].numpy()
     assert points.dtype == np.float32

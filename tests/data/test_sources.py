@@ -22,7 +22,7 @@ from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
 from naign.data.resize import Resize, resized
 from naign.data.resize import channels as to_channels
-from naign.data.sources import published, toys
+from naign.data.sources import published
 from naign.data.sources.catalog import load
 from naign.data.sources.source import subset
 from naign.errors import Unavailable
@@ -68,21 +68,19 @@ def test_digits():
     assert max(test[index][1].max() for index in range(len(test))) == 255
 
 
-@pytest.mark.parametrize("name", toys.DISTRIBUTIONS)
-def test_toys_are_drawn_alike_and_fit_the_square(name):
-    points, labels = toys.draw(
-        name,
-        4000,
-        seed=3,
-    )
+def test_points_are_drawn_alike_and_fit_the_square():
+    train = load("toy2d:gaussians", seed=3).splits["train"]
+    same = load("toy2d:gaussians", seed=3).splits["train"]
+    other = load("toy2d:gaussians", seed=4).splits["train"]
+    points = np.stack([train[row][1] for row in range(4000)])
     assert points.shape == (4000, 2)
     assert points.dtype == np.float32
-    assert (points == toys.draw(name, 4000, seed=3)[0]).all()
-    assert (points != toys.draw(name, 4000, seed=4)[0]).any()
+    assert (points[0] == same[0][1]).all()
+    assert (points[0] != other[0][1]).any()
     assert 0.69 < np.abs(points).max() < 1.3
-    shares = np.bincount(labels) / 4000
-    assert len(shares) == toys.DISTRIBUTIONS[name][0]
-    assert np.allclose(shares, 1 / len(shares), atol=0.03)
+    shares = np.bincount([train[row][2] for row in range(4000)]) / 4000
+    assert len(shares) == 8
+    assert np.allclose(shares, 1 / 8, atol=0.03)
 
 
 def test_a_number_after_the_name_keeps_as_many_training_examples():
@@ -106,7 +104,7 @@ def test_a_number_after_the_name_keeps_as_many_training_examples():
 def test_names_and_options_that_do_not_fit(tmp_path):
     for name, options, message in (
         ("mnits", {}, "'mnits': choose one of mnist,"),
-        ("toy2d:moon", {}, "choose toy2d: with one of spirals"),
+        ("toy2d:moon", {}, "choose toy2d:gaussians"),
         ("digits", {"size": 16}, "digits does not take --size: leave it out"),
         ("folder", {}, "add --root"),
         ("folder", {"root": tmp_path, "size": 8}, "0 pictures, and at least 2"),

@@ -94,5 +94,5 @@ def test_a_flow_takes_another_number_of_evaluations(naign, trained, tmp_path):
     assert NAIGN.from_pretrained(tmp_path / "three").metadata["model"]["evaluations"] == 3
     succeeded(naign("evaluate three --samples 300"))
     found = metrics_of(tmp_path / "three")
-    assert found["fd"]["latents"] is None and found["restoration"] is found["density"] is None
+    assert found["fd"]["latents"] is None and found["restoration"] is None
     assert found["sampling"]["samples"] == 300 and any("repairs none" in note for note in found["notes"])

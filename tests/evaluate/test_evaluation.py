@@ -174,7 +174,6 @@ def test_the_identity_changes_nothing(measure_scaled):
     assert metrics["fd"]["once"] == metrics["fd"]["twice"]
     for table in metrics["restoration"].values():
         assert table["once"] == table["twice"] == table["input"]
-    assert set(metrics["density"]["energy"].values()) == {0.5}
 
 
 def test_numbers_that_are_not_finite_are_left_out_and_counted(measure_scaled, tmp_path):
@@ -303,18 +302,18 @@ def test_a_floor_of_rounding_is_no_measure(save, tmp_path, alike):
 
 
 def test_points_skip_what_is_for_images(save_untrained, tmp_path):
-    source = load("toy2d:spirals")
+    source = load("toy2d:gaussians")
     few = {name: first(examples, 400) for name, examples in source.splits.items()}
-    data = pack_examples(source, few, tmp_path / "spirals")
+    data = pack_examples(source, few, tmp_path / "points")
     config = PointConfig(width=16)
     folder = save_untrained(tmp_path / "run", data=data, shape=(2,), config=config)
     metrics = measure(folder, samples=500)
-    assert metrics["restoration"] is metrics["modes"] is metrics["density"] is None
+    assert metrics["restoration"] is metrics["modes"] is None
     assert metrics["idempotence"]["damaged"] is None
     assert metrics["fd"]["once"] > metrics["fd"]["floor"]
     text = read_report(folder)
     assert "do not apply" in text
-    assert text.count("<img") == 1
+    assert "<img" not in text
     assert not re.search(r"\bnan\b|\binf\b|None", text)
 
 

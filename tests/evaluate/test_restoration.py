@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from naign.data.damage import KINDS, blackened_rows, degrade, gaussian_kernel
-from naign.evaluate import density
 from naign.evaluate.restoration import mae, psnr, repair, scores, ssim
 
 
@@ -108,12 +107,3 @@ def test_every_answer_is_given_and_scored():
     assert set(found) == {*answers, "psnr", "ssim"}
     assert torch.equal(answers["twice"], answers["input"] * 0.25)
     assert found["nearest"] == pytest.approx(0.01, abs=1e-5)
-
-
-def test_separation_of_a_perfect_energy():
-    images = random_images(30) * 0.1 - 0.7
-    found = density.separation(images, lambda batch: (batch - 0.7) / 2)
-    assert found["energy"]["black"] == 1
-    assert found["energy"]["uniform noise"] == 1
-    assert found["energy"]["upside down"] == pytest.approx(0.5, abs=0.01)  # ties, but for rounding
-    assert found["twice"] == pytest.approx(found["energy"], abs=0.01)  # the same order, only further

@@ -314,7 +314,7 @@ def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, digits, tm
 
 
 def test_a_signal_ends_a_pack_that_is_the_first_process_of_a_container(tmp_path):
-    words = ["-m", "naign.cli", "pack", "toy2d:spirals", "--to", "packed", "--shards", "1"]
+    words = ["-m", "naign.cli", "pack", "toy2d:gaussians", "--to", "packed", "--shards", "1"]
     with contained(tmp_path, sys.executable, *words) as (process, first):
         until(lambda: bool(list(tmp_path.rglob(".partial-*"))))
         first.terminate()

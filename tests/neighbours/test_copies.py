@@ -113,7 +113,6 @@ def test_the_default_threshold_is_a_quantile_of_the_test_images():
     [
         ({"samples": 0}, "--samples is 0: it must be at least 1"),
         ({"threshold": float("nan")}, "--threshold is nan: it must be 0 or more"),
-        ({"encoder": "mnist-cnn64"}, "--encoder 'mnist-cnn64' reads"),
     ],
 )
 def test_bad_options_are_one_sentence(options, message, copier, tmp_path):

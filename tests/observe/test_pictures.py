@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from naign.observe.pictures import BINS, CELL, GAP, grid, histogram, legible, to_image
+from naign.observe.pictures import CELL, GAP, grid, legible, to_image
 
 
 def test_an_image_keeps_its_size_and_values():
@@ -31,11 +31,3 @@ def test_a_grid_enlarges_by_a_whole_factor_and_fills_row_by_row():
 def test_letters_of_a_label_that_cannot_be_drawn_are_replaced():
     names = ("T-shirt", "Kočka", "Собака", "猫 2")
     assert [legible(name) for name in names] == ["T-shirt", "Kocka", "??????", "? 2"]
-
-
-def test_points_are_drawn_where_they_are():
-    square = torch.tensor([[-1.0, -1.0, 7.0], [1.0, 1.0, 0.0]])  # the third coordinate is not drawn
-    ((drawn,),) = histogram(square, square)
-    assert drawn.shape == (BINS, BINS)
-    assert (drawn == 1).nonzero().tolist() == [[8, 87], [87, 8]]  # (1, 1) is at the upper right
-    assert (histogram(square * 100, square) == -1).all()  # far points are outside

@@ -29,7 +29,7 @@ def pack(
     """Pack a data set into WebDataset shards with an index.json.
 
     Args:
-        source: mnist, fashion_mnist, cifar10, digits, toy2d:<name> or folder; mnist:100 keeps 100 of mnist.
+        source: mnist, fashion_mnist, cifar10, digits, toy2d:gaussians or folder; mnist:100 keeps 100 of mnist.
         to: Folder, or s3://bucket/prefix (gs://, az://) to write.
         root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
         size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.

@@ -1,1 +1,1 @@
-"""Evaluation of a trained network: Frechet distance, coverage, restoration, density, a report."""
+"""Evaluation of a trained network: Frechet distance, coverage, restoration, a report."""

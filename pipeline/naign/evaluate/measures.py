@@ -18,7 +18,7 @@ from naign.data.format.manifest import Manifest
 from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import InputError
-from naign.evaluate import coverage, density, restoration
+from naign.evaluate import coverage, restoration
 from naign.evaluate.coverage import NEIGHBOURS
 from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import Encoder
@@ -27,7 +27,6 @@ from naign.model.naign import NAIGN
 ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is rounding, and no ratio to it is given
 FLOORS = 5  # draws of training data whose distances the floor is the mean of, where there are as many
 REPAIRED = 2_500  # test images for each damage; f is applied to each twice
-OUTLIERS = 1_000  # test images from which outliers are made; f is applied about ten times as often
 SHOWN = 10  # repairs of each kind kept for pictures
 VALUES = 2**27  # of one set in memory at most (512 MB of float32): large images are measured on fewer examples
 
@@ -233,11 +232,18 @@ def copying(subject: Subject) -> dict[str, Any]:
 
 
 def repairs(subject: Subject) -> dict[str, Any]:
-    """Restoration of every damage, None where f repairs nothing; idempotence on samples and on damaged images."""
-    moved = restoration.mae(subject.twice, subject.once)
-    if not subject.repairs:
-        return {"restoration": None, "idempotence": {"samples": moved, "damaged": None}}
+    """Reconstruction error of test data; restoration of every damage, None where f repairs nothing; idempotence on
+    samples and on damaged images.
+    """
     clean = subject.test[:REPAIRED]
+    found: dict[str, Any] = {
+        "reconstruction": restoration.mae(subject.model.project(clean), clean),
+        "restoration": None,
+    }
+    moved = restoration.mae(subject.twice, subject.once)
+    found["idempotence"] = {"samples": moved, "damaged": None}
+    if not subject.repairs:
+        return found
     reference = scaled(subject.train[: within(20_000, subject.model.shape)])
     tables = {}
     moves = []
@@ -260,21 +266,9 @@ def repairs(subject: Subject) -> dict[str, Any]:
         "similarity": min(restoration.SIMILAR, len(clean)),
         "restoration_reference": len(reference),
     }
-    idempotence = {"samples": moved, "damaged": fmean(moves)}
-    return {"restoration": tables, "idempotence": idempotence}
-
-
-def fixed_points(subject: Subject) -> dict[str, Any]:
-    """Reconstruction error of test data; AUROC of the energy against outliers, None where f repairs nothing."""
-    clean = subject.test[:REPAIRED]
-    answer = subject.model.project(clean)
-    error = restoration.mae(answer, clean)
-    if not subject.repairs:
-        return {"reconstruction": error, "density": None}
-    images = clean[:OUTLIERS]
-    subject.counts["density"] = len(images)
-    found = density.separation(images, subject.model.project, seed=subject.seed)
-    return {"reconstruction": error, "density": found}
+    found["restoration"] = tables
+    found["idempotence"]["damaged"] = fmean(moves)
+    return found
 
 
 STAGES = {
@@ -282,7 +276,6 @@ STAGES = {
     "distance and coverage": overlap,
     "distance on a second encoder": second_opinion,
     "nearest training examples": copying,
-    "reconstruction and energy": fixed_points,
-    "repair": repairs,
+    "reconstruction and repair": repairs,
 }
 """The measurements in order, by what a terminal shows meanwhile."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from naign.evaluate.measures import Subject
 from naign.model.naign import NAIGN
-from naign.observe.pictures import grid, histogram, png, rows
+from naign.observe.pictures import grid, png, rows
 
 DAMAGE = {"blur": "blur", "noise": "Gaussian noise", "salt_pepper": "salt and pepper", "rows": "black rows"}
 ASKED = 12  # samples of a class
@@ -97,15 +97,10 @@ def learned_classes(model: NAIGN) -> list[str]:
 
 
 def draw_pictures(subject: Subject) -> list[Picture]:
-    """Pictures of images: samples, repairs, and samples over their nearest training images; of 2-D points."""
+    """Pictures of images: samples, repairs, and samples over their nearest training images. None of points."""
     if subject.is_image:
         return _draw_samples(subject) + _draw_repairs(subject)
-    if subject.test.shape[1] != 2:
-        return []
-    real = subject.test[:2000]
-    sets = {"test data": real, "f(z)": subject.once[:2000], "f(f(z))": subject.twice[:2000]}
-    lines = [(name, histogram(points, real)) for name, points in sets.items()]
-    return [Picture("samples", "Samples", "How dense points are, in one square.", rows(lines))]
+    return []
 
 
 def _draw_samples(subject: Subject) -> list[Picture]:

@@ -1,4 +1,4 @@
-"""Pictures of any size and mode through a model of images: repaired, filled, and the map of what f changes.
+"""Pictures of any size and mode through a model of images: repaired, or filled.
 
 The model sees transparent pixels on white, as in training.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from naign.data.decode import decode_picture, in_mode, to_picture, to_pixels
 from naign.data.scale import scaled
 from naign.errors import InputError, require
-from naign.model.naign import NAIGN, Advance
+from naign.model.naign import NAIGN
 from naign.observe.pictures import eight_bits
 
 
@@ -64,19 +64,12 @@ def colour_profile(picture: Image.Image, model: NAIGN) -> bytes | None:
     return profile if fits else None
 
 
-def mapped(values: Tensor, made: Tensor) -> Image.Image:
-    """The map of |made - values|, its mean over channels, in grey: black is 0, white 1 or more."""
-    moved = (made - values).abs().mean(1, keepdim=True)
-    return shown(2 * moved - 1)
-
-
 def filled(
     picture: Image.Image,
     hole: Image.Image,  # mode L, 255 in it
     model: NAIGN,
     *,
     times: int | None,
-    advance: Advance = None,
 ) -> Image.Image:
     """The picture with its hole filled from what a tile sees around it; all else stays."""
     _, height, width = model.shape
@@ -92,7 +85,6 @@ def filled(
         to_values(picture.crop(box), model),
         times=times,
         mask=torch.from_numpy(np.array(hole) > 0),
-        advance=advance,
     )
     whole = seen(picture, model).copy()
     whole.paste(shown(made), box[:2], hole)

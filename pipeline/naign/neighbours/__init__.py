@@ -7,9 +7,7 @@ from dataclasses import dataclass
 class CopiesOptions:
     """Options of `naign copies`; the comments are their help."""
 
-    # What is compared: pixels, or features of cifar10-cnn64, efficientnet-lite0, timm:NAME, or a .safetensors file.
-    encoder: str = "pixels"
-    # Distance up to which images are alike; default: that of the nearest 1 % of test images.
+    # Distance, in levels of 255, up to which images are alike; default: that of the nearest 1 % of test images.
     threshold: float | None = None
     data: str | None = None  # Packed data set; default: the one it was trained on.
     samples: int = 10_000  # How many samples to draw.

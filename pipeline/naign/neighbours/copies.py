@@ -25,7 +25,7 @@ from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
 from naign.neighbours import CopiesOptions
 from naign.neighbours.images import Images
-from naign.neighbours.rows import ImageRows, Nearest, Space, find_nearest
+from naign.neighbours.rows import ImageRows, Nearest, find_nearest
 from naign.observe.pictures import eight_bits, png, rows
 from naign.storage.store import open_store
 
@@ -42,7 +42,7 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
     run, a checkpoint or an exported model.
 
     Samples are compared as they would be stored, in 256 levels. Each rank reads and searches its part of the training
-    images; the files do not depend on the number of ranks. Raises InputError where there is no model, data or encoder,
+    images; the files do not depend on the number of ranks. Raises InputError where there is no model or data,
     or these do not go together.
     """
     ranks = ranks_of(None)
@@ -52,7 +52,6 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         config, manifest = recorded(model, run, options.data)
         train = Images(config, config.split)
         test = Images(config, "test")
-        space = Space(options.encoder, tuple(manifest.shape), accelerator.device)
     if accelerator.is_main_process and not model.fitted:
         print(f"warning: {run} stopped before its prior was fitted: its samples say nothing", file=sys.stderr)
 
@@ -61,9 +60,9 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         return eight_bits(model.project(latents).cpu())
 
     with together(accelerator):
-        candidates = ImageRows("training images", len(train), train.read, space, ranks)
-        drawn = ImageRows("samples", options.samples, draw, space, ranks)
-        tests = ImageRows("test images", len(test), test.read, space, ranks)
+        candidates = ImageRows("training images", len(train), train.read, manifest.shape, ranks)
+        drawn = ImageRows("samples", options.samples, draw, manifest.shape, ranks)
+        tests = ImageRows("test images", len(test), test.read, manifest.shape, ranks)
     samples = find_nearest(drawn, candidates, ranks, accelerator.device)
     unseen = find_nearest(tests, candidates, ranks, accelerator.device)
     result = {
@@ -72,7 +71,6 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         "test_images": len(test),
         "samples": options.samples,
         "seed": options.seed,
-        "encoder": options.encoder,
     }
     with together(accelerator):
         if accelerator.is_main_process:

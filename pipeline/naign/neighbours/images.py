@@ -22,13 +22,6 @@ class Place(NamedTuple):
     key: str
 
 
-class Stored(NamedTuple):
-    """A shard of the split."""
-
-    number: int  # among its shards
-    shard: Shard
-
-
 class Images:
     """The images of a split, numbered in the order of its shards."""
 
@@ -39,8 +32,8 @@ class Images:
         self.shape = dataset.shape
         require((self.manifest.kind == "image", f"{config.path} holds points: only images can be compared"))
         self._reader = dataset.reader(split)
-        self._shards = [Stored(number, shard) for number, shard in enumerate(self.manifest.split(split).shards)]
-        counts = [stored.shard.samples for stored in self._shards]
+        self._shards = self.manifest.split(split).shards
+        counts = [shard.samples for shard in self._shards]
         self._edges = list(accumulate(counts, initial=0))
 
     def __len__(self) -> int:
@@ -60,29 +53,28 @@ class Images:
         places = dict[int, Place]()
         for _, group in groupby(numbers, key=self._find):
             wanted = set(group)
-            for number, stored, raw in self._stored(min(wanted), max(wanted) + 1):
+            for number, shard, raw in self._stored(min(wanted), max(wanted) + 1):
                 if number in wanted:
-                    places[number] = Place(stored.shard.name, raw.sample["__key__"])
+                    places[number] = Place(shard.name, raw.sample["__key__"])
         return places
 
     def _find(self, number: int) -> int:
         """The shard of an image."""
         return bisect_right(self._edges, number) - 1
 
-    def _stored(self, first: int, last: int) -> Iterator[tuple[int, Stored, Raw]]:
+    def _stored(self, first: int, last: int) -> Iterator[tuple[int, Shard, Raw]]:
         """Number, shard and stored sample of the images [first, last)."""
         at = self._find(first)
         while first < last:
             start = self._edges[at]
             end = min(last, self._edges[at + 1])
-            stored = self._shards[at]
             piece = Piece(
                 epoch=0,
-                shard=stored.number,
+                shard=at,
                 first=first - start,
                 last=end - start,
             )
             for raw in self._reader.raw([piece]):
-                yield start + raw.number, stored, raw
+                yield start + raw.number, self._shards[at], raw
             first = end
             at += 1

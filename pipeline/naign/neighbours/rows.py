@@ -1,7 +1,7 @@
 """Images as rows of values, in blocks that are the same for every number of ranks, and the nearest row of each.
 
 Each rank makes the blocks of its part once, and keeps them in a temporary file: all queries are compared with all
-candidates. A row may depend by rounding on those beside it, so results depend on blocks, and never on ranks.
+candidates.
 """
 
 import math
@@ -11,64 +11,21 @@ from typing import NamedTuple, Never
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from naign.data.scale import scaled
 from naign.errors import InputError
 from naign.match import Blocks, search
 from naign.match.exchange import Ranks
 from naign.match.pool import block_range
-from naign.model.encoders import open_encoder
 from naign.terminal import DELAY
 
-PIXELS = "pixels"  # names no encoder: values are compared as they are
 VIEWS = 2  # an image as it is, and mirrored
-ROWS = 256  # images embedded at once, always as many
+ROWS = 256
 MOST = 4096
 VALUES = 2**24
 """Rows of a block, and its float32 values: at most these, but at least ROWS rows."""
 ASKED = 2**25  # float32 values of the queries of a search, of all ranks, unless those of one block are more
-
-
-class Space:
-    """What images are compared by. Distances are the root mean square difference of pixels, in levels of 0 to 255; of
-    features the length of the difference of unit vectors, from 0 to 2.
-    """
-
-    def __init__(self, encoder: str, shape: tuple[int, ...], device: torch.device) -> None:
-        """Pixels, or the features of the encoder of that name; InputError where it does not fit the shape."""
-        self._encoder = None
-        values = math.prod(shape)
-        self.dims = values
-        self.scale = values  # squared distance of rows at distance 1
-        if encoder != PIXELS:
-            self._encoder = open_encoder("--encoder", encoder, shape, device)
-            self.dims = self._features(torch.zeros(1, *shape)).shape[1]
-            self.scale = 1
-        rows = min(MOST, VALUES // max(values, self.dims))
-        self.size = max(ROWS, rows // ROWS * ROWS)  # rows of a block
-
-    def values(self, images: Tensor) -> Tensor:
-        """What is kept of a block of stored images (n, *shape): these, or features (n, VIEWS, d) of their views."""
-        if self._encoder is None:
-            return images
-        straight = self._features(scaled(images))
-        mirrored = self._features(scaled(images.flip(-1)))
-        return torch.stack([straight, mirrored], dim=1).cpu()
-
-    def rows(self, values: Tensor) -> Tensor:
-        """Rows (VIEWS, n, d) float32 of what `values` returned. Pixels stay whole numbers, so distances are exact."""
-        if self._encoder is not None:
-            return values.transpose(0, 1)
-        views = torch.stack([values, values.flip(-1)])
-        return views.flatten(2).float()
-
-    def _features(self, images: Tensor) -> Tensor:
-        assert self._encoder is not None
-        parts = [self._encoder.features(part) for part in images.split(ROWS)]
-        return F.normalize(torch.cat(parts).float())
 
 
 class ImageRows:
@@ -79,26 +36,27 @@ class ImageRows:
         name: str,
         count: int,
         read: Callable[[int, int], Tensor],
-        space: Space,
+        shape: tuple[int, ...],
         ranks: Ranks,
     ) -> None:
         """Make this rank's blocks; `read(first, last)` returns stored images (n, *shape)."""
         self.name = name
-        self.space = space
+        self.dims = math.prod(shape)
+        most = min(MOST, VALUES // self.dims)
+        self.size = max(ROWS, most // ROWS * ROWS)  # rows of a block
         self.first, self.last = block_range(
             count,
-            space.size,
+            self.size,
             ranks.rank,
             ranks.world,
         )
         self.count = count
-        first = space.values(read(0, 1))
-        self._kept = first[0].numpy()  # its shape and type are those of every image
+        self._kept = read(0, 1)[0].numpy()  # its shape and type are those of every image
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
         with progress(f"reading {name}", self.last - self.first, ranks) as bar:
-            for low in range(self.first, self.last, space.size):
-                high = min(low + space.size, count)
-                values = space.values(read(low, high))
+            for low in range(self.first, self.last, self.size):
+                high = min(low + self.size, count)
+                values = read(low, high)
                 try:
                     values.numpy().tofile(self._file)
                 except OSError as error:
@@ -107,12 +65,14 @@ class ImageRows:
                 bar.update(high - low)
 
     def block(self, low: int, high: int) -> Tensor:
-        """Rows (VIEWS, n, d) float32 of images [low, high) of this rank."""
+        """Rows (VIEWS, n, d) float32 of images [low, high) of this rank: whole numbers, so that distances are exact."""
         self._file.seek((low - self.first) * self._kept.nbytes)
         count = high - low
         values = np.fromfile(self._file, self._kept.dtype, count * self._kept.size)
         stored = values.reshape(count, *self._kept.shape)
-        return self.space.rows(torch.from_numpy(stored))
+        images = torch.from_numpy(stored)
+        views = torch.stack([images, images.flip(-1)])
+        return views.flatten(2).float()
 
     def candidates(self) -> Blocks:
         """This rank's images as they are, for a search."""
@@ -123,14 +83,14 @@ class ImageRows:
         return Blocks(
             rows=self.last - self.first,
             make=make,
-            size=self.space.size,
+            size=self.size,
         )
 
 
 class Nearest(NamedTuple):
     """The nearest candidate of each query, by the query's number."""
 
-    distances: Tensor  # (q,) float64, as Space has them
+    distances: Tensor  # (q,) float64: root mean square difference of pixels, in levels of 0 to 255
     candidates: Tensor  # (q,) int64
     mirrored: Tensor  # (q,) bool: whether the query is nearer mirrored
 
@@ -142,10 +102,9 @@ def find_nearest(
     device: torch.device,
 ) -> Nearest:
     """Collective: the nearest candidate of each query, which is also mirrored; the first by (distance, number)."""
-    space = queries.space
-    values = VIEWS * space.dims * space.size  # of a block
+    values = VIEWS * queries.dims * queries.size  # of a block
     blocks = max(1, ASKED // (values * ranks.world))
-    step = blocks * space.size
+    step = blocks * queries.size
     sizes = ranks.collect(queries.last - queries.first)
     most = max(sizes)
     distances = []
@@ -166,7 +125,7 @@ def find_nearest(
             bar.update(step)
     squares = ranks.gather(torch.cat(distances), sizes)
     return Nearest(
-        (squares / space.scale).sqrt(),
+        (squares / queries.dims).sqrt(),
         ranks.gather(torch.cat(numbers), sizes),
         ranks.gather(torch.cat(mirrored), sizes),
     )

@@ -1,4 +1,4 @@
-"""Grids of images and of histograms of 2-D point sets, as PIL images. No plotting library."""
+"""Grids of images, as PIL images. No plotting library."""
 
 import io
 import unicodedata
@@ -11,7 +11,6 @@ from torch import Tensor
 
 CELL = 48  # pixels: smallest side of an image in a grid, to which smaller ones are enlarged
 GAP = 3  # pixels between images
-BINS = 96  # pixels of a side of a picture of points
 SIZE = 14  # pixels: of text
 TEXT = (118, 118, 118, 255)  # contrast of 4.5 on white and on black
 
@@ -73,20 +72,6 @@ def rows(labelled: Sequence[tuple[str, Tensor]]) -> Image.Image:
             picture = to_image(image, least=CELL)
             canvas.paste(picture, (margin + column * width, top))
     return canvas
-
-
-def histogram(points: Tensor, around: Tensor) -> Tensor:
-    """An image (1, 1, BINS, BINS) in [-1, 1] of how dense points (n, d) are in their first two coordinates, within the
-    square that holds `around` (m, d), with a margin.
-    """
-    low = around[:, :2].amin(0)
-    high = around[:, :2].amax(0)
-    middle = (low + high) / 2
-    half = 0.6 * float((high - low).max()) + 1e-6
-    edges = torch.linspace(-half, half, BINS + 1)
-    counts = torch.histogramdd(points[:, :2] - middle, (edges, edges)).hist
-    shades = (counts / counts.max().clamp(min=1)).sqrt()
-    return shades.T.flip(0)[None, None] * 2 - 1  # the second coordinate points upwards
 
 
 def legible(text: str) -> str:

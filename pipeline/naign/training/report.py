@@ -14,7 +14,7 @@ from naign.distributed.host import count_ranks
 from naign.distributed.ranks import total
 from naign.errors import Diverged
 from naign.match import Match
-from naign.observe import grid, histogram, peak_memory, rows
+from naign.observe import grid, peak_memory, rows
 from naign.training.trainer import Trainer
 
 CLASSES = 20  # whose samples are drawn, at most
@@ -145,16 +145,14 @@ def _cost_of_reading(run: Trainer, read: Rows) -> dict[str, float]:
 
 def _draw(run: Trainer, images: Tensor | None) -> dict[str, Image.Image]:
     """Pictures by name: samples f(z), resamples f(f(z)), restorations of `images` (n, *shape) and, with classes, a row
-    of samples for each, in which a column has the same noise; for points histograms. The latents are the same over the
+    of samples for each, in which a column has the same noise; for points nothing. The latents are the same over the
     run, so that pictures compare. Collective where the network is sharded.
     """
     once = run.engine.exported("", draw_latents(run, torch.arange(64)))
+    if once.ndim != 4:
+        return {}
     twice = run.engine.exported("", once).cpu()
     once = once.cpu()
-    if once.ndim != 4:
-        data = once if images is None else images[:2000].cpu()
-        sets = {"data": data, "f(z)": once, "f(f(z))": twice}
-        return {"samples": rows([(name, histogram(points, data)) for name, points in sets.items()])}
     pictures = {"samples": grid(once, columns=8), "samples-twice": grid(twice, columns=8)}
     if images is not None:
         pictures["restorations"] = _draw_repairs(run, images[:12])
