@@ -1,4 +1,4 @@
-"""Pictures of any size, mode and state: repaired at their own size, or refused before any is written."""
+"""Pictures of any size, mode and state: repaired and mapped at their own size, or refused before any is written."""
 
 import os
 from pathlib import Path
@@ -209,15 +209,36 @@ BAD = {
 
 
 @pytest.mark.parametrize("problem", BAD)
-def test_a_bad_picture_is_refused_before_any_is_written(colour, tmp_path, monkeypatch, refused, problem):
+@pytest.mark.parametrize("command", ["restore", "score --map"])
+def test_a_bad_picture_is_refused_before_any_is_written(colour, tmp_path, monkeypatch, refused, problem, command):
     (tmp_path / "in").mkdir()
     picture().save(tmp_path / "in/a.png")
     BAD[problem](tmp_path / "in/b.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # twice as many are refused
-    message = refused(f"restore {colour} in")
+    message = refused(f"{command} {colour} in")
     assert "in/b.png: " in message
     assert problem in message
     assert set(os.listdir(tmp_path)) == {"in"} and set(os.listdir("in")) == {"a.png", "b.png"}
+
+
+def test_maps_lie_beside_their_pictures_and_are_passed_over_the_next_time(colour, tmp_path, capsys):
+    for name in ("a.png", "deep/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture().save(tmp_path / name)
+    for _ in range(2):
+        cli.score(colour, (tmp_path,), map=True)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3
+    model = NAIGN.from_pretrained(colour)
+    x = values(picture())
+    energy = float(lines[1].rpartition(",")[2])
+    assert energy == pytest.approx(float(model.energy(x)), rel=1e-4)
+    drawn = Image.open(tmp_path / "a.png.map.png")
+    assert drawn.mode == "L"
+    moved = (model.project(x) - x).abs().mean(1)[0]
+    expected = moved.clamp(max=1) * 255
+    assert np.abs(np.array(drawn) - expected.numpy()).max() < 1
+    assert Image.open(tmp_path / "deep/a.jpg.map.png").size == (40, 25)
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from naign.terminal import counted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of repaired pictures, by the suffix of --to
+MAP = ".map.png"  # ends the names of the maps that `naign score --map` writes
 
 
 def find_files(files: Sequence[Path], model: NAIGN) -> list[tuple[Path, Path]]:
     """(path, name) of each input file; of those in folders, which are searched for images, the name is the path below
-    the folder. InputError if there is none, and for a model of points.
+    the folder; maps are passed over. InputError if there is none, and for a model of points.
     """
     require((len(model.shape) == 3, f"this command is for images, and the model takes points of {model.shape}"))
     found = []
@@ -32,7 +33,7 @@ def find_files(files: Sequence[Path], model: NAIGN) -> list[tuple[Path, Path]]:
             found.append((file, Path(file.name)))
             continue
         for path in sorted(file.rglob("*")):
-            if path.suffix.lower() in IMAGES and path.is_file():
+            if path.suffix.lower() in IMAGES and path.is_file() and not path.name.endswith(MAP):
                 found.append((path, path.relative_to(file)))
     require((found, f"no images ({', '.join(IMAGES)}) given: name files, or folders that hold some"))
     return found

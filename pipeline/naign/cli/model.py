@@ -162,14 +162,20 @@ def score(
     /,
     *,
     times: Times = 1,
+    map: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data."""
+    """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data.
+
+    Args:
+        map: Also write the map of |f(x) - x| beside each picture, as grey photo.png.map.png of its size: black is 0,
+            white 1 or more. It and the energy are then computed at that size, in tiles of the model's.
+    """
     from naign.cli.repair import score_files
 
     _check(times=times)
     model = _open(run, _find_device(device))
-    energies = score_files(model, files, times=times)
+    energies = score_files(model, files, times=times, map=map)
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
     for place, energy in energies:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from naign.cli.files import FORMATS, IMAGES, find_files, read_images, refuse_overwriting, save
+from naign.cli.files import FORMATS, IMAGES, MAP, find_files, read_images, refuse_overwriting, save
 from naign.errors import require
 from naign.evaluate.recorded import sees_wholes
 from naign.model.naign import NAIGN
-from naign.model.photos import colour_profile, filled, read_hole, read_picture, shown, to_values
+from naign.model.photos import colour_profile, filled, mapped, read_hole, read_picture, shown, to_values
 from naign.observe.pictures import to_image
 from naign.terminal import counted
 
@@ -42,10 +42,7 @@ def restore_files(
     if resized:
         images = read_images(paths, model)
     else:
-        for path in counted("reading", paths, unit="image"):  # none is refused once others are written
-            picture = read_picture(path)
-            if mask:
-                read_hole(mask, picture.size)
+        _check_pictures(paths, mask)
     for number, output in enumerate(counted("restoring", outputs, unit="file")):
         if resized:
             save(to_image(model.project(images[number], times=times)[0].cpu()), output)
@@ -64,10 +61,41 @@ def restore_files(
         print(f"each is {width} x {height}, as f has one code for a picture; --size picture: in tiles")
 
 
-def score_files(model: NAIGN, files: Sequence[Path], *, times: int) -> list[tuple[Path, float]]:
-    """The path and energy of each image."""
+def _check_pictures(paths: Sequence[Path], mask: Path | None = None) -> None:
+    """Decode all pictures, so that none is refused once others are written."""
+    for path in counted("reading", paths, unit="image"):
+        picture = read_picture(path)
+        if mask:
+            read_hole(mask, picture.size)
+
+
+def score_files(
+    model: NAIGN,
+    files: Sequence[Path],
+    *,
+    times: int,
+    map: bool,
+) -> list[tuple[Path, float]]:
+    """The path and energy of each image; `map`: see `naign score`."""
     paths = [path for path, _ in find_files(files, model)]
+    if map:
+        return _map_photos(model, paths, times)
     images = read_images(paths, model)
     with counted("scoring", total=len(paths), unit="image") as bar:
         energies = model.energy(torch.cat(images), times=times, advance=bar.update).tolist()
     return list(zip(paths, energies, strict=True))
+
+
+def _map_photos(model: NAIGN, paths: Sequence[Path], times: int) -> list[tuple[Path, float]]:
+    """The energy of each picture at its own size. The map of |f(x) - x| is written beside it."""
+    maps = [path.with_name(path.name + MAP) for path in paths]
+    refuse_overwriting(paths, maps)
+    _check_pictures(paths)
+    energies = []
+    with counted("scoring", paths, unit="image") as bar:
+        for path, place in zip(bar, maps, strict=True):
+            values = to_values(read_picture(path), model)
+            made = model.project(values, times=times, advance=lambda _: bar.update(0))
+            save(mapped(values, made), place)
+            energies.append((path, float((made - values).double().square().mean())))
+    return energies

@@ -1,4 +1,4 @@
-"""Pictures of any size and mode through a model of images: repaired, or filled.
+"""Pictures of any size and mode through a model of images: repaired, filled, and the map of what f changes.
 
 The model sees transparent pixels on white, as in training.
 """
@@ -62,6 +62,12 @@ def colour_profile(picture: Image.Image, model: NAIGN) -> bytes | None:
     profile: bytes = picture.info.get("icc_profile") or b""
     fits = profile[16:20] == (b"GRAY" if model.shape[0] == 1 else b"RGB ")
     return profile if fits else None
+
+
+def mapped(values: Tensor, made: Tensor) -> Image.Image:
+    """The map of |made - values|, its mean over channels, in grey: black is 0, white 1 or more."""
+    moved = (made - values).abs().mean(1, keepdim=True)
+    return shown(2 * moved - 1)
 
 
 def filled(
