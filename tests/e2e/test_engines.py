@@ -96,7 +96,6 @@ def plain(digits, tmp_path_factory):
     "name",
     [
         "fsdp",
-        "zero0",
         "zero1",
         "zero2",
         "zero2_offload",

@@ -39,8 +39,8 @@ def other_optimizer(monkeypatch):
     ("given", "options", "message"),
     [
         ({"stage": 3}, ["--objective.name=ign"], "objective.name=ign evaluates a frozen copy"),
-        ({"stage": 2, "precision": "bf16"}, ["--objective.name=ign"], "ZeRO 0 to 2 in float32"),
-        ({"stage": 0, "precision": "bf16"}, [], "use ZeRO 1 to 3, or DDP"),
+        ({"stage": 2, "precision": "bf16"}, ["--objective.name=ign"], "ZeRO 1 to 2 in float32"),
+        ({"stage": 0}, [], "use ZeRO 1 to 3, or DDP"),
         ({"stage": 2}, ["--train.optimizer=other"], "train.optimizer=other does not go with DeepSpeed"),
         ({"stage": 2}, ["--train.compile"], "train.compile=True does not go with DeepSpeed"),
         ({"stage": 2, "bf16": {"enabled": True}}, [], "bf16.enabled: True, but the run's precision is fp32"),

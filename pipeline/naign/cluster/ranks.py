@@ -80,8 +80,8 @@ def _read_engine(file: Path, ranks: int) -> dict[str, Any]:
     if config["distributed_type"] == "NO" and ranks > 1:
         raise ValueError(f"distributed_type is NO, which starts one rank, and there are to be {ranks}")
     deepspeed = config.get("deepspeed_config") or {}
-    if str(deepspeed.get("zero_stage", 0)) not in ("0", "1", "2", "3"):
-        raise ValueError(f"deepspeed_config.zero_stage is {deepspeed['zero_stage']}: it must be 0, 1, 2 or 3")
+    if str(deepspeed.get("zero_stage", 2)) not in ("1", "2", "3"):
+        raise ValueError(f"deepspeed_config.zero_stage is {deepspeed['zero_stage']}: it must be 1, 2 or 3")
     settings = deepspeed.get("deepspeed_config_file", "none")
     if settings != "none" and not os.path.isfile(settings):
         raise ValueError(f"deepspeed_config_file {settings}: no such file")

@@ -1,4 +1,4 @@
-"""The engine under DeepSpeed, ZeRO 0 to 3. The only file that imports DeepSpeed."""
+"""The engine under DeepSpeed, ZeRO 1 to 3. The only file that imports DeepSpeed."""
 
 import math
 import shutil
@@ -31,10 +31,9 @@ class ZeroEngine(Engine):
         super()._prepare(optimizer)
         if hasattr(self.network.optimizer, "check_grad_overflow"):
             self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
-        # Whether DeepSpeed holds float32 weights and moments in partitions of its own.
+        # By these DeepSpeed finds float32 weights and moments in partitions of its own.
         parameter = next(self.bare.parameters())
-        self._partitioned = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-        if self.stage and not self._partitioned:  # checkpoints would hold wrong moments
+        if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
             _refuse_version("_hp_mapping or ds_id of a parameter")
 
     @property
@@ -50,14 +49,6 @@ class ZeroEngine(Engine):
         return nullcontext()
 
     def _step(self) -> float:
-        if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # it would step on NaN
-            grads = [value.grad for value in self.bare.parameters() if value.grad is not None]
-            norm = float(nn.utils.get_total_norm(grads))
-            if math.isfinite(norm):
-                self.network.step()
-            else:
-                self.network.zero_grad()
-            return norm
         self.network.step()
         if getattr(self.network.optimizer, "overflow", False):
             return math.inf
@@ -80,9 +71,6 @@ class ZeroEngine(Engine):
         return stack
 
     def states(self) -> Iterator[tuple[str, State]]:
-        if not self._partitioned:
-            yield from super().states()
-            return
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, parameter in self._names.items():
@@ -92,14 +80,9 @@ class ZeroEngine(Engine):
             yield name, state
 
     def state_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        if not self._partitioned:
-            return super().state_shapes(name)
         return dict.fromkeys(("weight", *MOMENTS), self.shapes[name])
 
     def restore(self, name: str, state: State, steps: int) -> None:
-        if not self._partitioned:
-            super().restore(name, state, steps)
-            return
         from deepspeed import utils
 
         parameter: Any = self._names[name]

@@ -70,7 +70,6 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
         require((enabled in ("auto", asked == name), f"{conflict}: remove it there, or change train.precision"))
     objective = config.objective
     frozen = f"objective.name={objective.name} evaluates a frozen copy of the network"
-    hidden = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
     allowed = not objective.needs_frozen or (stage < 3 and precision == "no")
-    require((allowed, f"{frozen}: use DDP, or ZeRO 0 to 2 in float32, which allow that"))
-    require((stage > 0 or precision == "no", f"{hidden}: use ZeRO 1 to 3, or DDP"))
+    require((allowed, f"{frozen}: use DDP, or ZeRO 1 to 2 in float32, which allow that"))
+    require((stage > 0, f"{LAUNCHER} asks for ZeRO-0, which shares out nothing: use ZeRO 1 to 3, or DDP"))
