@@ -61,8 +61,8 @@ class TrainConfig:
     """Decay per step of an exponential moving average of the weights, which evaluation uses; 0: none."""
     accumulate: int = field(default=1, metadata=FREE | POSITIVE)
     """Micro-batches per step: batch = micro-batch x accumulate x ranks."""
-    precision: str = field(default="auto", metadata=FREE | one_of(("auto", "fp32", "bf16", "fp16")))
-    """fp32, bf16 or fp16 for forward and backward; weights are float32. auto: as configured in the launcher; without a
+    precision: str = field(default="auto", metadata=FREE | one_of(("auto", "fp32", "bf16")))
+    """fp32 or bf16 for forward and backward; weights are float32. auto: as configured in the launcher; without a
     configuration bf16 if the hardware multiplies it, else fp32."""
     compile: bool = field(default=False, metadata=FREE)
     """Compile the network with torch.compile and, on a GPU, replay its kernels as CUDA graphs, which keep their memory,

@@ -124,6 +124,7 @@ def test_a_deepspeed_configuration_that_contradicts_the_run(configured, message)
         zero._configure(accelerator(2, ranks=2, **configured), micro=4, accumulate=2, clip=1.0)
 
 
-def test_fp16_needs_a_gpu():
-    with pytest.raises(InputError, match="fp16 needs a GPU"):
-        connect._mixed_precision("fp16", on_cpu=True, deepspeed=False)
+def test_fp16_of_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(InputError, match="says mixed_precision: fp16"):
+        connect._mixed_precision("", on_cpu=False, deepspeed=False)

@@ -35,7 +35,7 @@ CRASH_WEIGHT = 2
 POSSIBLE = {
     "compute_environment": ("LOCAL_MACHINE",),
     "distributed_type": ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP"),
-    "mixed_precision": ("no", "fp16", "bf16"),
+    "mixed_precision": ("no", "bf16"),
     "gpu_ids": ("all",),
 }
 """Values of a configuration of Accelerate with which training can start, the first if it is not given."""

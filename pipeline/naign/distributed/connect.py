@@ -23,7 +23,7 @@ def build_accelerator(
 ) -> Accelerator:
     """The Accelerator that the launcher's configuration asks for, over gloo where there is no GPU. Collective.
 
-    A rank waits `timeout` seconds for the others before it fails. `precision` is fp32, bf16, fp16, auto
+    A rank waits `timeout` seconds for the others before it fails. `precision` is fp32, bf16, auto
     (`choose_precision`), or '' for that of the launcher. A step has `accumulate` micro-batches. Raises InputError where
     the launcher's configuration contradicts the arguments or the machine.
     """
@@ -73,7 +73,7 @@ def _check_cards(local: int, precision: str) -> None:
     require((not problem, problem))
     emulated = precision == "bf16" and choose_precision(on_cpu=False) != "bf16"
     only = f"train.precision is bf16, which {torch.cuda.get_device_name()} only emulates"
-    require((not emulated, f"{only}: use --train.precision=fp16, fp32 or auto"))
+    require((not emulated, f"{only}: use --train.precision=fp32 or auto"))
     if not check_cuda_p2p_ib_support():  # some cards with old drivers, which Accelerate refuses otherwise
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
@@ -114,8 +114,7 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
     if configured not in ("no", mixed):
         said = f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}"
         raise InputError(f"{said}: remove one")
-    if mixed == "fp16" and on_cpu:
-        raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
+    require((mixed != "fp16", "the launcher's configuration says mixed_precision: fp16, use bf16 or no"))
     return mixed
 
 

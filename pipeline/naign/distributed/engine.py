@@ -58,7 +58,7 @@ class Engine:
             self.shapes[name] = tuple(value.shape)
         if ahead is None:
             ahead = on_gpu
-        fused = ahead and accelerator.scaler is None and not self.gathers
+        fused = ahead and not self.gathers
         build = find_optimizer(settings.optimizer)
         made = build(
             list(bare.parameters()),
@@ -152,14 +152,8 @@ class Engine:
         return norm
 
     def _step(self) -> float | Tensor:
-        # Accelerate's own clipping and stepping look for packages at every step; only a scaler needs them.
-        if self.accelerator.scaler is None:
-            return clip_and_step(self._adam, self._names.values(), self._clip, ahead=self.ahead)
-        most = self._clip or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self._names.values(), most))
-        self.optimizer.step()  # the scaler skips the step itself, and adapts
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        # Accelerate's own clipping and stepping look for packages at every step.
+        return clip_and_step(self._adam, self._names.values(), self._clip, ahead=self.ahead)
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -240,18 +234,6 @@ class Engine:
                 value.copy_(_like(state[key], value))
             else:
                 kept[key] = torch.full_like(value, steps) if isinstance(value, Tensor) else steps
-
-    @property
-    def scale(self) -> dict[str, float]:
-        """The state of fp16's loss scaler; {} where there is none."""
-        if self.accelerator.scaler is None:
-            return {}
-        return dict(self.accelerator.scaler.state_dict())
-
-    @scale.setter
-    def scale(self, state: dict[str, float]) -> None:
-        if self.accelerator.scaler is not None and "scale" in state:
-            self.accelerator.scaler.load_state_dict(state)
 
 
 def _like(value: Tensor, other: Any) -> Tensor:

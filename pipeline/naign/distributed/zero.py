@@ -120,21 +120,9 @@ class ZeroEngine(Engine):
         if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
             outer._lazy_init_hp_params_optimizer_state()
 
-    @property
-    def scale(self) -> dict[str, float]:
-        scaler = getattr(self.network.optimizer, "loss_scaler", None)
-        return {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)}
 
-    @scale.setter
-    def scale(self, state: dict[str, float]) -> None:
-        for name, value in self.scale.items():
-            kind = type(value)
-            setattr(self.network.optimizer.loss_scaler, name, kind(state.get(name, value)))
-
-
-# Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 without ZeRO.
+# Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 by itself.
 _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _refuse_version(missing: str) -> NoReturn:

@@ -49,7 +49,6 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     if is_fsdp:
         require((not config.objective.needs_frozen, f"objective.name={config.objective.name} {apart}"))
         offloaded = os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
-        require((accelerator.mixed_precision != "fp16", f"train.precision=fp16 {apart}"))
         require((not offloaded, f"fsdp_offload_params {apart}"))
     if not is_deepspeed:
         if config.train.compile and accelerator.device.type == "cpu":

@@ -106,8 +106,6 @@ def restore(checkpoint: Path, engine: Engine) -> State:
                 if any(value.shape != shapes[key] or not value.is_floating_point() for key, value in kept.items()):
                     raise ValueError(f"state of {name} has another shape than {shapes}, or type")
             engine.restore(name, kept, trainer["adam_steps"])
-    with damage_named(checkpoint):
-        engine.scale = trainer["scale"]
     if engine.ema is not None:
         restore_weights(checkpoint, engine.ema, "ema.safetensors")
     return state
@@ -166,7 +164,6 @@ def snapshot(
             "world_size": world,
             "engine": engine.described,
             "adam_steps": engine.steps,
-            "scale": engine.scale,
             "versions": VERSIONS,
         }
         text = json.dumps(trainer, indent=2) + "\n"
