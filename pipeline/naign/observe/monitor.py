@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from naign.errors import InputError, Unavailable, one_line, unwritten
@@ -109,9 +108,6 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
             shown["distance"] = values["match/distance"]
         self._bar.set_postfix(shown, refresh=False)
 
-    def histogram(self, name: str, values: Tensor, seen: int) -> None:
-        self._report("log_histogram", name, values, seen)
-
     def picture(self, name: str, picture: Image.Image, seen: int) -> None:
         self._report("log_images", {name: [picture]}, seen)
 
@@ -141,7 +137,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
 
 
 def _call(tracker: Any, method: str, *arguments: Any) -> None:
-    """Call a method that trackers may lack: Accelerate's have no histograms, some of them no pictures."""
+    """Call a method that trackers may lack: some of Accelerate's take no pictures."""
     action = getattr(tracker, method, None)
     if action is not None:
         action(*arguments)

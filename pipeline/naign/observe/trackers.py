@@ -16,7 +16,6 @@ import numpy as np
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
-from torch import Tensor
 
 from naign.errors import InputError
 from naign.settings.registry import listed, lookup
@@ -69,9 +68,6 @@ class TensorBoard:
     def log_images(self, values: dict[str, list[Image.Image]], step: int) -> None:
         for name, (picture,) in values.items():
             self.board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
-    def log_histogram(self, name: str, values: Tensor, step: int) -> None:
-        self.board.add_histogram(name, values, step)
 
     def flush(self) -> None:
         self.board.flush()

@@ -17,8 +17,6 @@ from naign.match import Match
 from naign.observe import grid, peak_memory, rows
 from naign.training.trainer import Trainer
 
-CLASSES = 20  # whose samples are drawn, at most
-
 
 def headline(run: Trainer) -> str:
     """What a run says of itself before the first round."""
@@ -46,19 +44,15 @@ def headline(run: Trainer) -> str:
     )
 
 
-def draw_latents(run: Trainer, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+def draw_latents(run: Trainer, ids: Tensor) -> Tensor:
     """Latents (n, *shape) of samples that training never draws: from the prior once it is fitted, before from noise."""
     run.watchdog.beat()
     device = run.accelerator.device
     seed = run.config.seed
     if run.config.prior.name == "none" or (run.prior.learns and not run.state.fitted):
         return run.latents.draw(seed, philox.SAMPLES, ids, device)
-    prior = run.prior
-    if labels is None:
-        drawn = prior.draw(seed, philox.SAMPLES, ids, device)
-    else:
-        drawn = prior.draw(seed, philox.SAMPLES, ids, device, labels)  # type: ignore[call-arg]
-    if prior.decodes:
+    drawn = run.prior.draw(seed, philox.SAMPLES, ids, device)
+    if run.prior.decodes:
         return run.engine.exported("decode", drawn)
     return drawn
 
@@ -84,8 +78,6 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
     if due and (run.rank == 0 or run.engine.sharded):
         pictures = _draw(run, images)
     _send(run, values, pictures)
-    if match:
-        run.monitor.histogram("match/distances", match.distances, state.seen)
 
 
 def report_prior(run: Trainer) -> None:
@@ -144,9 +136,8 @@ def _cost_of_reading(run: Trainer, read: Rows) -> dict[str, float]:
 
 
 def _draw(run: Trainer, images: Tensor | None) -> dict[str, Image.Image]:
-    """Pictures by name: samples f(z), resamples f(f(z)), restorations of `images` (n, *shape) and, with classes, a row
-    of samples for each, in which a column has the same noise; for points nothing. The latents are the same over the
-    run, so that pictures compare. Collective where the network is sharded.
+    """Pictures by name: samples f(z), resamples f(f(z)) and restorations of `images` (n, *shape); for points nothing. The
+    latents are the same over the run, so that pictures compare. Collective with a sharded network.
     """
     once = run.engine.exported("", draw_latents(run, torch.arange(64)))
     if once.ndim != 4:
@@ -156,12 +147,6 @@ def _draw(run: Trainer, images: Tensor | None) -> dict[str, Image.Image]:
     pictures = {"samples": grid(once, columns=8), "samples-twice": grid(twice, columns=8)}
     if images is not None:
         pictures["restorations"] = _draw_repairs(run, images[:12])
-    names = run.prior.labels[:CLASSES]
-    if names and run.state.fitted:
-        labels = torch.arange(len(names), device=run.accelerator.device).repeat_interleave(8)
-        latents = draw_latents(run, torch.arange(8).repeat(len(names)), labels)
-        made = run.engine.exported("", latents).cpu().split(8)
-        pictures["classes"] = rows(list(zip(names, made, strict=True)))
     return pictures
 
 
