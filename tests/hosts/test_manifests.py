@@ -11,7 +11,7 @@ import yaml
 
 from naign.cli.cluster import render
 from naign.cluster import launch
-from naign.cluster.job import Job, name_after
+from naign.cluster.job import Job
 from naign.cluster.render import render_k8s
 from naign.errors import BAD_INPUT, INTERRUPTED, PEER_LOST, InputError
 from tests.conftest import ROOT
@@ -156,6 +156,8 @@ def test_what_cannot_be_rendered_is_refused(options, said, naign):
         ({"endpoint": "http://me:SECRET@host"}, "--endpoint: write http://host:port"),
         ({"nodes": 3, "gpus": 8}, "cannot be shared by 24 ranks"),
         ({"nodes": 0}, "0 nodes"),
+        ({"run": "s3://bucket/seed_1"}, "--name: give one of small letters"),
+        ({"run": "s3://bucket/2024-06-01"}, "--name: give one of small letters"),
     ],
 )
 def test_what_no_cluster_could_use_is_refused(changed, said):
@@ -171,27 +173,6 @@ def test_the_grace_period_follows_stop_within(text, within, tmp_path):
     assert yaml.safe_load(objects["ConfigMapr"]["data"]["run.yaml"])["stop"]["within"] == within
     seconds = objects["Jobr"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert seconds == -(-within // 1) + 30
-
-
-def test_runs_that_differ_have_names_that_differ():
-    assert name_after("s3://bucket/runs/seed-1") == "seed-1" and name_after("runs/first/") == "first"
-    odd = [
-        "2024-06-01",
-        "2024-06-02",
-        "训练",
-        "训练二",
-        "seed_1",
-        "Seed-1",
-        "a" * 50 + "1",
-        "a" * 50 + "2",
-        "\udcff",
-    ]
-    names = {"seed-1"}
-    for last in odd:
-        name = name_after(f"s3://bucket/{last}")
-        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name), name
-        names.add(name)
-    assert len(names) == len(odd) + 1
 
 
 def test_runs_share_no_object():

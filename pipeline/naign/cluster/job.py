@@ -1,7 +1,5 @@
 """A job that `naign render` writes: the size of its cluster, its data, its run and its surroundings."""
 
-import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,25 +14,14 @@ class Job:
     gpus: int = 1  # GPUs of each; 0 trains on CPUs.
     image: str = "naign:cuda"  # Of launch/Dockerfile.
     config: Path | None = None  # Settings of the run; default: the recommended recipe, configs/mnist.yaml.
-    name: str = ""  # Of the Job, its Service and its ConfigMaps; default: the last part of --run, made to fit.
+    name: str = ""  # Of the Job, its Service and its ConfigMaps; default: the last part of --run.
     service_account: str = ""  # Of the pods, where a role instead of a Secret gives access to the bucket.
     endpoint: str = ""  # Address of the S3 server, where it is not AWS's.
     region: str = "us-east-1"  # Of the bucket.
 
     def __post_init__(self) -> None:
-        self.name = self.name or name_after(self.run)
+        self.name = self.name or self.run.rstrip("/").rpartition("/")[2]
 
     @property
     def ranks(self) -> int:
         return self.nodes * max(1, self.gpus)
-
-
-def name_after(run: str) -> str:
-    """A name that Kubernetes accepts: the last part of the run's path, or one made from it and a hash of the path."""
-    run = run.rstrip("/")
-    last = run.rpartition("/")[2]
-    name = re.sub(r"[^a-z0-9]+", "-", last.lower()).lstrip("-0123456789").rstrip("-")
-    if name == last and len(name) <= 42:
-        return name
-    digest = hashlib.sha256(run.encode(errors="surrogateescape")).hexdigest()
-    return f"{name[:33].rstrip('-') or 'naign'}-{digest[:8]}"
