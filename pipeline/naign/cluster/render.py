@@ -23,10 +23,10 @@ def configure(job: Job) -> Config:
     size = f"{job.nodes} nodes of {job.gpus} GPUs"
     bucket = "pods share a bucket only: write s3://bucket/prefix, a bucket's name as S3 wants it"
     rules = (
-        ("--name", job.name, NAME, "give one of small letters, digits and '-', at most 42, as Kubernetes wants names"),
         ("--data", job.data, BUCKET, bucket),
         ("--run", job.run, BUCKET, bucket),
         ("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", "write http://host:port, without user and password"),
+        ("--name", job.name, NAME, "give one of small letters, digits and '-', at most 42, as Kubernetes wants names"),
     )
     require((job.nodes >= 1 and job.gpus >= 0, f"{size}: at least one node, and no fewer than 0 GPUs"))
     for option, value, pattern, remedy in rules:
