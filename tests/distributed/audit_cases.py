@@ -14,11 +14,10 @@ FOLDER = "NAIGN_TEST_AUDIT"  # variable: the folder with data/ and model/
 
 
 def audits(rank, world):
-    """Copies by pixels and by features; their files are in the folder of that world size."""
+    """Copies, whose files are in the folder of that world size."""
     folder = Path(os.environ[FOLDER])
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch)
-        for encoder in ("pixels", "digits-cnn64"):
-            options = CopiesOptions(encoder=encoder, samples=700, to=str(folder / f"{world}/{encoder}"))
-            copies(str(folder / "model"), options, Accelerator(cpu=True))
+        options = CopiesOptions(samples=700, to=str(folder / str(world)))
+        copies(str(folder / "model"), options, Accelerator(cpu=True))
     return [str(rank)]

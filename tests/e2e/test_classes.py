@@ -32,7 +32,6 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     assert same(whole, weights(tmp_path / "stopped"))
     assert torch.equal(whole["prior.class_counts"], ranks["prior.class_counts"])
     assert name == "flow" or torch.equal(whole["prior.owners"], ranks["prior.owners"])
-    assert list((tmp_path / "run/samples").glob("classes-*.png"))
     model = NAIGN.from_pretrained(tmp_path / "run")
     assert model.labels == tuple("0123456789")
     assert int(model.prior.class_counts.sum()) == 1024
@@ -59,7 +58,7 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
     refused(naign("sample run --label ten"), "no class 'ten' among its 10 classes")
 
 
-def test_data_without_all_labels_are_refused(train, digits, small, tmp_path):
+def test_data_without_all_labels_are_refused(train, small, tmp_path):
     source = load("digits")
 
     def packed(folder, labels, every):
@@ -75,9 +74,8 @@ def test_data_without_all_labels_are_refused(train, digits, small, tmp_path):
 
     bare = packed("bare", (), 1)
     classes = [*FLOW, "--prior.classes", "--train.images=512"]
-    for path in (bare, f"[{digits}, {bare}]"):
-        refused(train(f"--data.path={path}", *classes, "--run.path=run"), "the data set has no labels")
-        assert not (tmp_path / "run").exists()
+    refused(train(f"--data.path={bare}", *classes, "--run.path=run"), "the data set has no labels")
+    assert not (tmp_path / "run").exists()
     done = train(f"--data.path={packed('some', source.labels, 64)}", *classes, "--run.path=some-run", ranks=2)
     assert done.returncode
     assert "more samples of a round have no label" in done.stderr

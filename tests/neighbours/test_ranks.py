@@ -42,7 +42,7 @@ def test_one_to_three_ranks_write_the_same_bytes(
     for world in (1, 2, 3):
         on_ranks("audit_cases.audits", world, tmp_path / f"ranks{world}")
     alone = contents(tmp_path / "1")
-    assert len(alone) == 6
+    assert len(alone) == 3
     for world in (2, 3):
         assert contents(tmp_path / str(world)) == alone
 
@@ -50,9 +50,9 @@ def test_one_to_three_ranks_write_the_same_bytes(
 def test_launchers_start_audits(digits, save_untrained, tmp_path, naign):
     config = ConvConfig(width=4, code=8)
     save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=config)
-    alone = naign("copies", "model", "--to=alone", real=True)
+    alone = naign("copies", "model", "--to=alone")
     assert alone.returncode == 0, alone.stderr
-    launched = naign("launch", "--processes=2", "copies", "model", "--to=two", real=True)
+    launched = naign("launch", "--processes=2", "copies", "model", "--to=two")
     assert launched.returncode == 0, launched.stderr
     assert "of a training image:" in launched.stdout
     command = [option for option in train_command(ranks=2) if not option.endswith("train.py")]
@@ -62,7 +62,7 @@ def test_launchers_start_audits(digits, save_untrained, tmp_path, naign):
         expected = (tmp_path / "alone" / name).read_bytes()
         for to in ("two", "by-accelerate"):
             assert (tmp_path / to / name).read_bytes() == expected
-    refused = naign("launch", "--processes=2", "copies", "none", real=True)
+    refused = naign("launch", "--processes=2", "copies", "none")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
 

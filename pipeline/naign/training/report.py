@@ -136,7 +136,7 @@ def _cost_of_reading(run: Trainer, read: Rows) -> dict[str, float]:
 
 
 def _draw(run: Trainer, images: Tensor | None) -> dict[str, Image.Image]:
-    """Pictures by name: samples f(z), resamples f(f(z)) and restorations of `images` (n, *shape); for points nothing. The
+    """Pictures by name: samples f(z), resamples f(f(z)) and restorations of `images` (n, *shape); none for points. The
     latents are the same over the run, so that pictures compare. Collective with a sharded network.
     """
     once = run.engine.exported("", draw_latents(run, torch.arange(64)))
