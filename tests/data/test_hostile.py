@@ -99,7 +99,7 @@ def zipped():
         (".npy", lying(99_999_999_999), "cannot be decoded"),
         (".npy", lying(2).replace(b"<f4", b"|O8"), "OBJECT"),
         (".npy", zipped(), "cannot be decoded"),
-        (".cls", b"9" * 5000, "label '9+' is none of the 2"),
+        (".cls", b"9" * 5000, "label '9+' is none of the 8"),
     ],
 )
 def test_damaged_points_are_refused_by_training_and_verify(

@@ -135,8 +135,8 @@ def card(*columns):
 
 @pytest.mark.slow
 def test_it_measures_as_its_card_says():
-    """Within 2 % and 0.005 of recall: on another processor sums differ in their last bits. Repairs within 4 %: the card's
-    are of 2,500 other test images.
+    """Within 2 % and 0.005 of recall: on another processor sums differ in their last bits. Repairs within 4 %: those of
+    the card are of 2,500 other test images.
     """
     try:
         split = catalog.load("mnist").splits["test"]
