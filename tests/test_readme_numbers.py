@@ -102,6 +102,7 @@ ROWS = {
 }
 """Of README's table, and where they come from."""
 SOURCES = {
+    "evaluates in {} minutes": [f"{results('install')['train']['seconds'] / 60:.0f}"],
     "took {} minutes": [f"{results('install')['cuda']['seconds'] / 60:.0f}"],
     "It takes {} GB on Linux": [installed("cuda")],
     "up to {} GB of memory": [f"{results('install')['memory']['evaluate'] / 1e9:.1f}"],
