@@ -130,7 +130,7 @@ def choose_precision(on_cpu: bool) -> str:
 
 def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
     """Initialize the process group over a store at MASTER_PORT: that of the launcher where it has one (torchrun,
-    accelerate launch), else rank 0's. The launcher's survives restarts, and each of them has its own keys.
+    accelerate launch), else rank 0's. The launcher's survives restarts and other numbers of ranks, each with own keys.
     """
     rank = int(os.environ["RANK"])
     world = int(os.environ["WORLD_SIZE"])
@@ -143,7 +143,8 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
         timeout=connecting,
         wait_for_workers=False,
     )
-    own = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = PrefixStore(f"start-{restarts}-of-{world}", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=collective)
 
 
@@ -159,3 +160,6 @@ def _check_deepspeed(on_cpu: bool) -> None:
         raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from naign.distributed.zero import compile_communication
+
+        compile_communication()

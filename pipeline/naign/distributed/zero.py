@@ -1,13 +1,16 @@
 """The engine under DeepSpeed, ZeRO 1 to 3. The only file that imports DeepSpeed."""
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import Tensor, nn
 
 from naign.distributed.engine import Engine, State
@@ -151,3 +154,20 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
     # DeepSpeed's AdamW for offloaded weights is compiled first, with CUDA's headers; torch's does the same, slower.
     if not torch.cuda.is_available() or shutil.which("g++") is None or CUDA_HOME is None:
         config["zero_force_ds_cpu_optimizer"] = False
+
+
+def compile_communication() -> None:
+    """Compile DeepSpeed's communication for CPUs, one process at a time: torch's lock file outlives a kill."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import get_default_build_root
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{builder.name}.lock"):
+        for left in (*root.glob(f"{builder.name}/lock"), *root.glob(f"*/{builder.name}/lock")):
+            left.unlink(missing_ok=True)
+        builder.load()
