@@ -237,8 +237,14 @@ def test_files_of_no_picture_are_left_out(tmp_path, caplog):
     assert verify(str(target))[0] == 12
     for file in (tree / "train/a").iterdir():
         file.write_text("hello")
-    with refused("train-0000.*: no picture for it can be read"):
+    with refused("no picture of a shard can be read"):
         pack_command("folder", to=f"{target}2", shards=6, **settings)
+    before = {file: file.read_bytes() for file in target.iterdir()}
+    with refused("no picture of a shard can be read"):
+        pack_command("folder", to=str(target), shards=6, force=True, **settings)
+    assert {file: file.read_bytes() for file in target.iterdir()} == before
+    with refused("is --root: give another folder"):
+        pack_command("folder", to=str(tree), **settings)
 
 
 def test_memory_that_does_not_suffice_is_no_broken_picture(tmp_path, monkeypatch):

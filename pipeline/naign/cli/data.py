@@ -7,6 +7,7 @@ import tyro
 from tyro.conf import Positional
 
 from naign.data.format import IndexOptions
+from naign.errors import require
 from naign.terminal import busy
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ def pack(
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png keeps every bit, jpg is smaller, npy is read fastest.
         seed: Seed of the order of samples in shards, and of the choice of training images.
-        force: Replace an existing data set, which is deleted first.
+        force: Replace an existing data set, which is deleted once all that takes its place was read.
     """
     from naign.data.format import writer
     from naign.data.sources.catalog import load
 
+    itself = root is not None and root.resolve() == Path(to).resolve()
+    require((not itself, f"--to {to} is --root: give another folder for the shards"))
     with busy(f"reading {source}"):
         loaded = load(
             source,

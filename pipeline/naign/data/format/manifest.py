@@ -142,7 +142,7 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
         for shard in split["shards"]:
             shard.pop("sha256", None)  # of the whole tar, which older programs wrote
         splits[name] = Split.of(Shard(**shard) for shard in split["shards"])
-        _demand(splits[name].samples == split["samples"], "samples do not add up")
+        _demand(splits[name].samples == split["samples"] > 0, "samples do not add up, or there are none")
     fields["splits"] = splits
     for name in ("shape", "labels"):
         if not isinstance(fields[name], list):

@@ -103,7 +103,6 @@ def _write_shards(
         for number, rows in enumerate(tqdm(hands, desc=f"pack {source.name} {split}", unit="shard", disable=hidden)):
             name = f"{split}-{number:05d}.tar"
             data, pager = _build(source.splits[split], rows, suffix)
-            require((data, f"{name}: no picture for it can be read: check the path, or use fewer --shards"))
             shard, table = pager.shard(name)
             for file, content in ((name, data), (table_name(name), table)):
                 if file not in present:
@@ -137,7 +136,7 @@ def _deal(
 
 
 def _build(examples: Made, rows: list[int], suffix: str) -> tuple[bytes, Pager]:
-    """The bytes of one shard, measured. They depend on the samples alone; b"" where no picture can be read."""
+    """The bytes of one shard, measured. They depend on the samples alone. InputError where no picture can be read."""
     stream = io.BytesIO()
     starts = []
     with TarWriter(
@@ -159,7 +158,9 @@ def _build(examples: Made, rows: list[int], suffix: str) -> tuple[bytes, Pager]:
             starts.append(writer.tarstream.offset)
             writer.write(sample)
         end = writer.tarstream.offset
-    data = stream.getvalue() if starts else b""
+    unreadable = "no picture of a shard can be read: see the warnings, check the path, or use fewer --shards"
+    require((starts, unreadable))
+    data = stream.getvalue()
     pager = Pager()
     pager.write(data)
     for start in starts:
