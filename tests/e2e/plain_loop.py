@@ -3,6 +3,7 @@
 python plain_loop.py DATA STATE KEYS [STOP]: STATE is resumed from where it is there; KEYS is a folder.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def main(data, state, keys, stop=0):
                 break
     if dist.get_rank() == 0:
         torch.save(dataset.state_dict(), state)
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # freeing DDP's gloo group may wait for ever for one of its threads, which waits for the interpreter
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def test_there_and_back(store, place):
         store.read("b", 0, 9)
 
 
-def test_files_are_sent_in_parts(store, tmp_path):
+def test_files_are_sent_in_parts(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("naign.storage.retry.PATIENCE", 60.0)  # a server that makes room for them takes seconds
     store.put("a", DATA)
     assert store.read("a") == b"".join(store.pieces("a")) == DATA
     (tmp_path / "c").write_bytes(DATA)
