@@ -243,6 +243,17 @@ def test_files_of_no_picture_are_left_out(tmp_path, caplog):
     with refused("no picture of a shard can be read"):
         pack_command("folder", to=str(target), shards=6, force=True, **settings)
     assert {file: file.read_bytes() for file in target.iterdir()} == before
+    (target / "index.json").write_bytes((target / "index.json").read_bytes().replace(b'"folder"', b'"other"'))
+    for file in target.glob("*.tar"):
+        file.unlink()
+    left = set(target.iterdir())
+    tables = [file for file in left if file.suffix == ".npy"]
+    for file in tables:
+        file.unlink()
+    picture(tree / "train/a/0.png")
+    with refused("already holds another data set"):
+        pack_command("folder", to=str(target), shards=2, **settings)
+    assert set(target.iterdir()) == left - set(tables)
     with refused("is --root: give another folder"):
         pack_command("folder", to=str(tree), **settings)
 

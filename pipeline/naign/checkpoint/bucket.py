@@ -21,7 +21,6 @@ PICTURES = ("tensorboard/*", "samples/*", "trackers/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
 CHANGING = ("config.yaml",)
 OWNER = "owner.json"  # names the only process that may write to the bucket: the one that started last
-AT_ONCE = 16  # requests
 
 log = logging.getLogger("naign.bucket")
 

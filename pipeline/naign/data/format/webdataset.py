@@ -63,7 +63,7 @@ def _members(page: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _open_stream(file: Any) -> tarfile.TarFile:
-    """A tar that is read from its begin to its end, from an object with `read`."""
+    """A tar that is read once from start to end, from an object with `read`."""
     return tarfile.open(fileobj=file, mode="r|", encoding="utf-8")
 
 

@@ -32,7 +32,7 @@ def pack(
     shards: int | None = None,  # a split; None: 16, or as many as keep a shard under 64 MiB decoded
     encoding: str = "png",  # of images: one of ENCODINGS
     seed: int = 0,  # of the order in which samples are dealt to shards
-    force: bool = False,  # delete what is there first
+    force: bool = False,  # replace what is there, which is deleted once the whole source was decoded
     progress: bool = True,  # bar on stderr
 ) -> tuple[Manifest, bool]:
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
@@ -49,7 +49,7 @@ def pack(
     target = open_store(to)
     if force and target.list():
         for split, hands in dealt.items():
-            for rows in hands:  # what is there is deleted once all that takes its place was read
+            for rows in hands:
                 _build(source.splits[split], rows, suffix)
         _clear(target, source)
     refusal = f"{to} already holds another data set: choose another folder, or replace it with --force"
@@ -64,24 +64,24 @@ def pack(
             progress=progress,
             written=written,
         )
+        manifest = Manifest(
+            name=source.name,
+            kind=source.kind,
+            shape=source.shape,
+            dtype=FORMS[source.kind][0],
+            labels=source.labels,
+            splits=splits,
+        )
+        is_there = target.exists(INDEX)
+        if is_there and Manifest.parse(target.read(INDEX), where=target.url(INDEX)) != manifest:
+            raise InputError(refusal)
     except InputError:
         for name in written:
             target.delete(name)
         raise
-    manifest = Manifest(
-        name=source.name,
-        kind=source.kind,
-        shape=source.shape,
-        dtype=FORMS[source.kind][0],
-        labels=source.labels,
-        splits=splits,
-    )
-    if not target.exists(INDEX):
+    if not is_there:
         target.put(INDEX, manifest.dump())
-        return manifest, True
-    if Manifest.parse(target.read(INDEX), where=target.url(INDEX)) != manifest:
-        raise InputError(refusal)
-    return manifest, False
+    return manifest, not is_there
 
 
 def _write_shards(
