@@ -42,7 +42,7 @@ RUNNING = "NAIGN_FORK_SERVER_RUNNING"
 MODULES = (
     *("torch._dynamo", "torch.utils.tensorboard", "torchmetrics", "sklearn.datasets", "sklearn.metrics"),
     *("accelerate.commands.launch", "torch.distributed.run", "boto3", "faiss", "webdataset", "deepspeed"),
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # and torch._inductor with it
+    "torch._inductor.compile_fx",  # which later versions of deepspeed import when they make their first optimizer
 )
 """What the server imports beside pipeline/, and with it nearly everything that a program needs."""
 
