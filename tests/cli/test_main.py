@@ -125,6 +125,7 @@ def test_numbers_beyond_all_bounds_are_refused(model, ended):
     assert "--n is 2000000000000000000: it must be" in ended(f"sample {model} --n 2000000000000000000")
     with pytest.raises(InputError, match="--seed is 9999999999999999999: it must be 0 to"):
         cli.evaluate(model, seed=9999999999999999999)
+    assert "--sample-check is -1: it must be at least 0" in ended("index tars --sample-check -1")
 
 
 def test_points_are_only_sampled(tmp_path):

@@ -322,7 +322,7 @@ async def test_a_crash_counts_unless_a_host_vanished(end, expected):
     links = linked()
     asyncio.get_running_loop().call_later(0.3, links.note, 1, end)  # after this host's ranks have ended
     for code, judged in ((FAILED, expected), (BAD_INPUT, BAD_INPUT), (DONE, DONE)):
-        assert await links.judge(code, killed=False, asked=lambda: False) == judged
+        assert await links.judge(code, killed=False, asked=False) == judged
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ async def test_a_crash_counts_unless_a_host_vanished(end, expected):
 async def test_who_was_killed_or_is_asked_to_end_or_is_alone_waits_for_nobody(killed, asked, alone):
     links = Links(Answer(), "", {}) if alone else linked()
     begun = time.monotonic()
-    assert await links.judge(FAILED, killed=killed, asked=lambda: asked) == FAILED
+    assert await links.judge(FAILED, killed=killed, asked=asked) == FAILED
     assert time.monotonic() - begun < module.GRACE / 2
     assert not alone or not links.may_meet_again(PEER_LOST)
 
@@ -346,7 +346,7 @@ async def test_who_was_killed_or_is_asked_to_end_or_is_alone_waits_for_nobody(ki
 async def test_bad_input_of_another_host_goes_before_its_loss():
     links = linked()
     links.note(1, End(BAD_INPUT, lost=False))
-    assert await links.judge(PEER_LOST, killed=False, asked=lambda: False) == BAD_INPUT
+    assert await links.judge(PEER_LOST, killed=False, asked=False) == BAD_INPUT
 
 
 def test_ranks_have_less_time_to_end_after_a_loss():

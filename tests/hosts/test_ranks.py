@@ -199,3 +199,21 @@ def test_ranks_of_several_hosts_find_each_other(monkeypatch, tmp_path):
         ["2", "0", "6", "2", "127.0.0.1", "29555"],
         ["3", "1", "6", "2", "127.0.0.1", "29555"],
     ]
+
+
+@pytest.mark.parametrize(("generation", "told"), [(1, None), (2, "2")])
+def test_ranks_know_of_a_start_again_and_wait_for_access_then(generation, told, monkeypatch, tmp_path):
+    """After a first start a wrong key is refused at once (tests/storage/test_retry.py)."""
+    seen = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env: seen.append(env))
+    links = Links(Answer(generation=generation, port=29555), "127.0.0.1", {})
+    Ranks(
+        [],
+        find_engine("cpu"),
+        Place(orchestrator="Kubernetes", hosts=2),
+        links,
+        folder=tmp_path,
+        count=1,
+        within=1,
+    )
+    assert [env.get("NAIGN_GENERATION") for env in seen] == [told]

@@ -19,6 +19,7 @@ def test_pictures_are_of_the_exported_network_and_of_the_same_latents_in_every_r
     config = parse(["--data.path=x", "--latents.name=gaussian", "--prior.name=none"])
     latents = build_latents(config.latents, SHAPE)
     run = SimpleNamespace(
+        rank=0,
         config=config,
         engine=SimpleNamespace(exported=lambda part, x: x.tanh()),  # without `sample`, which has the raw weights
         latents=latents,

@@ -19,7 +19,6 @@ from naign.storage.store import locate, open_store
 RECORDS = ("config.yaml", "metrics.jsonl")
 PICTURES = ("tensorboard/*", "samples/*", "trackers/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
-CHANGING = ("config.yaml",)
 OWNER = "owner.json"  # names the only process that may write to the bucket: the one that started last
 
 log = logging.getLogger("naign.bucket")
@@ -134,7 +133,7 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
 def _is_same(file: Path, store: Store) -> bool:
     """Whether an object equals the file: by content where that is replaced, by size where the file only grows."""
     try:
-        if file.name in CHANGING or file.parent.name == "trackers":
+        if file.name == "config.yaml" or file.parent.name == "trackers":
             return store.read(file.name) == file.read_bytes()
         return store.size(file.name) == file.stat().st_size
     except InputError:
@@ -155,8 +154,10 @@ def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if another process has called `take_over` since."""
     owner = _owner(remote)
     if owner and owner["claim"] != claim:
-        later = f"{remote} was taken over by a run that started later (on {owner['host']})"
-        raise Conflict(f"{later}: this one exits and writes no more to it; give each run its own --run.remote")
+        raise Conflict(
+            f"{remote} was taken over by a run that started later (on {owner['host']}): this one exits and writes no "
+            "more to it; give each run its own --run.remote"
+        )
 
 
 def _owner(remote: str) -> dict[str, str]:

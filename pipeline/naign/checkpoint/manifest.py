@@ -13,8 +13,6 @@ from naign.storage.store import open_store
 
 MANIFEST = "manifest.json"
 
-Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "sha256": str} by name; untrusted
-
 
 def by_step(names: Iterable[str]) -> list[str]:
     """The names of checkpoints (step-00001234) among `names`, newest first. Others, such as a copy, are ignored."""
@@ -63,9 +61,10 @@ def read_object(root: str, name: str) -> dict[str, Any]:
     store = open_store(root)
     if not store.exists(name):
         return {}
+    text = store.read(name)
     try:
-        content = json.loads(store.read(name))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        content = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -79,8 +78,10 @@ def is_whole(file: Path, entry: dict[str, Any]) -> bool:
     return sha256(file) == str(entry["sha256"])
 
 
-def read_manifest(text: bytes) -> Entries:
-    """The entries of a manifest. Raises ValueError if it is malformed or names a file outside its folder."""
+def read_manifest(text: bytes) -> dict[str, dict[str, Any]]:
+    """The entries of a manifest, {"bytes": int, "sha256": str} by file. Raises ValueError if it is malformed or names a
+    file outside its folder.
+    """
     try:
         files = dict(json.loads(text)["files"])
         for name, entry in files.items():

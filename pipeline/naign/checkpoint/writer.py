@@ -41,10 +41,7 @@ Write = Callable[[Path], None]  # writes one file
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint in the folder `checkpoints`, or None."""
-    for folder in _newest_first(checkpoints):
-        if is_complete(folder):
-            return folder
-    return None
+    return next(filter(is_complete, _newest_first(checkpoints)), None)
 
 
 def passed_over(checkpoints: Path, newest: Path | None) -> list[Path]:
@@ -105,7 +102,7 @@ class Writer:
         self.done: Callable[[Path], object] = lambda folder: None
         self.seconds = 0.0  # background seconds of the last checkpoint, uploading included
         self.uploaded = 0.0  # seconds of uploading
-        self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
+        self.unsent = False  # whether the newest checkpoint could not be uploaded; the same on all ranks
         self._run = run
         self._rank = rank
         self._keep = keep
@@ -132,13 +129,13 @@ class Writer:
         self.newest = name
         self._pending = in_background(partial(self._work, folder, files), f"write {name}")
 
-    def resend(self, name: str) -> None:
-        """Start to upload a checkpoint again: this run's newest one, or one that an earlier start left."""
-        folder = self._run / "checkpoints" / name
+    def resend(self) -> None:
+        """Start to upload the newest checkpoint again, which may be one that an earlier start left."""
+        folder = self._run / "checkpoints" / self.newest
         names = self._names
         if not names and self._rank == 0:
             names = list(read_manifest((folder / MANIFEST).read_bytes()))
-        self._pending = in_background(partial(self._upload, folder, names), f"send {name}")
+        self._pending = in_background(partial(self._upload, folder, names), f"send {self.newest}")
 
     def join(self, *, within: float = math.inf, share: float = 1.0) -> bool:
         """Wait for the checkpoint that is being written; it may still be `unsent` then. Returns False if that takes
@@ -172,11 +169,11 @@ class Writer:
         if not self.join():
             return False
         if self.unsent:
-            self.resend(self.unsent)
+            self.resend()
             if not self.join():
                 return False
         if self.unsent:
-            folder = self._run / "checkpoints" / self.unsent
+            folder = self._run / "checkpoints" / self.newest
             raise StoreLost(f"{folder} could not be sent to {self._remote}: start again to send it once more")
         return True
 
@@ -191,8 +188,6 @@ class Writer:
         self._names = list(files)
         if self._remote:
             self._upload(folder, self._names)
-        if not self.unsent:
-            self.completed = time.monotonic()
         self.seconds = time.perf_counter() - start
         if self._rank == 0:
             self.done(folder)
@@ -221,9 +216,9 @@ class Writer:
             for theirs in self._group.gather(entries):
                 entries |= theirs
             error = self._agreed(is_first, complete)
-        if error and is_first:
-            shutil.rmtree(folder, ignore_errors=True)
         if error:
+            if is_first:
+                shutil.rmtree(folder, ignore_errors=True)
             remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
             problem = f"{folder} could not be written ({error}): {remedy}"
             raise RuntimeError(problem) if isinstance(error, RuntimeError) else unwritten(problem)
@@ -246,11 +241,9 @@ class Writer:
         self.uploaded = time.perf_counter() - start
         if isinstance(error, Conflict):
             raise Conflict(f"{error}; its newest checkpoint is {folder}")
-        self.unsent = ""
-        if error:
-            self.unsent = folder.name
-            if is_first:
-                log.warning("%s stays local: %s: %s", folder, self._remote, error)
+        self.unsent = error is not None
+        if error and is_first:
+            log.warning("%s stays local: %s: %s", folder, self._remote, error)
 
     def _finish_remote(self, folder: Path) -> None:
         self.flush()

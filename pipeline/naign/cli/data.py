@@ -80,6 +80,8 @@ def index(
     """
     from naign.data.format.indexing import index as read_all
 
+    checked = options.sample_check
+    require((checked is None or checked >= 0, f"--sample-check is {checked}: it must be at least 0"))
     manifest = read_all(path, **vars(options))
     _print_contents(options.to or path, manifest)
     broken = sum(map(len, manifest.broken.values()))

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from naign.data.decode import in_mode
 from naign.errors import InputError, require
 from naign.evaluate.recorded import read_image
 from naign.model.naign import NAIGN
@@ -91,13 +90,8 @@ def save(
     to: Path,
     profile: bytes | None = None,
 ) -> None:
-    """Write a picture atomically, not synced, in the format of its suffix; as JPEG on white, without alpha."""
+    """Write a picture atomically, not synced, in the format of its suffix; one with alpha only as PNG."""
     kind = FORMATS[to.suffix.lower()]
-    if kind == "JPEG":
-        mode = "RGB"
-        if picture.mode in ("L", "LA"):
-            mode = "L"
-        picture = in_mode(picture, mode)
     content = io.BytesIO()
     picture.save(content, kind, quality=95, icc_profile=profile)
     to.parent.mkdir(parents=True, exist_ok=True)

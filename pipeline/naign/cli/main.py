@@ -80,10 +80,8 @@ def _run(words: list[str]) -> None:
         empty = not word or word.startswith("--") and word.endswith("=")
         if empty and not is_setting:
             raise InputError(f"'' is not a value (after {word or before}): give one, or leave that option out")
-    if words[:1] == ["train"]:  # this and `launch` pass unknown options on to the training program
-        train()
-    elif words[:1] == ["launch"]:
-        launch()
+    if launches:  # both pass unknown options on to the training program
+        COMMANDS[words[0]]()
     elif words == ["--version"]:
         print(f"naign {find_version()}")
     else:

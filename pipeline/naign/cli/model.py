@@ -260,17 +260,10 @@ def _name_checkpoint(run: str, name: str | None) -> None:
         print(f"{run}: the newest checkpoint, {name}", file=sys.stderr)
 
 
-def _open_with(
-    run: str,
-    device: str,
-    *,
-    steps: int | None,
-    guidance: float | None,
-) -> "NAIGN":
+def _open_with(run: str, device: str, **settings: float | None) -> "NAIGN":
     """The model with its own prior, or with other settings of a flow where they are given."""
     model = _open(run, device)
-    given = {"steps": steps, "guidance": guidance}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in settings.items() if value is not None}
     if chosen:
         model = model.with_flow(**chosen)
     if not model.fitted:

@@ -48,13 +48,12 @@ def restore_files(
             save(to_image(model.project(images[number], times=times)[0].cpu()), output)
             continue
         picture = read_picture(paths[number])
-        profile = colour_profile(picture, model)
         if mask:
             hole = read_hole(mask, picture.size)
-            save(filled(picture, hole, model, times=times), output, profile)
-            continue
-        made = model.project(to_values(picture, model), times=times)
-        save(shown(made), output, profile)
+            made = filled(picture, hole, model, times=times)
+        else:
+            made = shown(model.project(to_values(picture, model), times=times))
+        save(made, output, colour_profile(picture, model))
     print(f"{len(paths)} restored: {place}")
     if resized and size is None:
         _, height, width = model.shape

@@ -137,17 +137,17 @@ class Links:
             return float("inf")
         return self.ended_at + (SOON if self.lost else patience) - time.monotonic()
 
-    async def judge(self, code: int, *, killed: bool, asked: Callable[[], object]) -> int:
+    async def judge(self, code: int, *, killed: bool, asked: object) -> int:
         """The exit code of this host whose ranks ended with `code`: a crash may be the consequence of a lost host.
 
         killed: a rank of this host was killed from outside, so that this host is the one that is lost.
-        asked:  whether to end without waiting for others
+        asked:  true once this host is to end without waiting for others
         """
         crashed = code not in (Outcome.DONE, Outcome.BAD_INPUT, Outcome.INTERRUPTED)
         if crashed and not killed and self._writers:
-            await wait_for(lambda: self.codes or asked(), GRACE)
+            await wait_for(lambda: self.codes or asked, GRACE)
             if code != Outcome.PEER_LOST and {*self.codes.values()} == {Outcome.PEER_LOST}:
-                await wait_for(lambda: self.lost or asked(), SOON)  # the host that they lost may still report its end
+                await wait_for(lambda: self.lost or asked, SOON)  # the host that they lost may still report its end
         self.is_cause = True
         if code == Outcome.PEER_LOST and Outcome.BAD_INPUT in self.codes.values():
             return Outcome.BAD_INPUT  # Slurm takes the highest of all hosts' codes
@@ -271,7 +271,7 @@ class Hosts:
         """A connection to host 0, to its end: a greeting, the answer, and how that host ends."""
         notice_death(writer)
         line = b""
-        with contextlib.suppress(ValueError, OSError, TimeoutError):
+        with contextlib.suppress(ValueError, OSError):
             line = await asyncio.wait_for(reader.readline(), SILENCE)
         if not self._is_meeting or not line:
             writer.close()
@@ -361,7 +361,6 @@ class Hosts:
         reason = ""
         while True:
             check(f"host 0 ({head}){reason}")
-            reason = ""
             try:
                 # Of several addresses one may be that of a pod of an earlier start, or of a machine that is gone.
                 opening = asyncio.open_connection(place.head, self._port, limit=LINE, happy_eyeballs_delay=2)
@@ -373,8 +372,8 @@ class Hosts:
                 reason = f": no address of that name ({error.strerror})"
             except ValueError:
                 reason = ": another program answers there"
-            except (OSError, TimeoutError):
-                pass
+            except OSError:
+                reason = ""
             else:
                 if answer.go:
                     links = Links(answer, _plain(writer.get_extra_info("peername")), {0: writer})
@@ -441,7 +440,7 @@ def listen(port: int) -> socket.socket:
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise InputError(f"port {port} cannot be opened ({error.strerror}): choose another --port") from None
 

@@ -14,7 +14,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,8 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=port, default=find_port(os.environ), help="port where host 0 meets the others (%(default)s)"
     )
-    metrics = "port of this host for /metrics; default: none"
-    parser.add_argument("--metrics", type=port, default=0, help=metrics)
+    parser.add_argument("--metrics", type=port, default=0, help="port of this host for /metrics; default: none")
     wait = "seconds to wait for the other hosts (%(default)s)"
     parser.add_argument("--wait", type=_between(1, 10**6, float), default=900, help=wait)
     return parser
@@ -82,20 +80,16 @@ class Asked:
 def main(arguments: Sequence[str]) -> int:
     """Start the ranks and wait for them. Returns the exit code; InputError, PeerLost and Unavailable are logged."""
     outlive_terminal()
-    parser = build_parser()
     asked = Asked()
     on_signals(asked)  # a container's first process ignores signals without handlers
-    options, training = parser.parse_known_args(arguments)
-    reason = ""
+    options, training = build_parser().parse_known_args(arguments)
     try:
-        code = asyncio.run(_launch(options, training, asked))
+        return asyncio.run(_launch(options, training, asked))
     except (PeerLost, Unavailable, InputError) as error:
-        code = error.code
-        reason = f"{kind_of(error)}{error}"
-    on_signals(signal.SIG_IGN)  # they have no effect from now on
-    if reason:
-        say(reason)
-    return code
+        say(f"{kind_of(error)}{error}")
+        return error.code
+    finally:
+        on_signals(signal.SIG_IGN)  # they have no effect from now on
 
 
 async def _launch(options: argparse.Namespace, training: Sequence[str], asked: Asked) -> int:
@@ -133,8 +127,9 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
                 say(f"all hosts are here; host 0 is {links.address}")
             asked.at_once = False
             begun = time.monotonic()
-            with TemporaryDirectory() as scratch:
-                ranks = Ranks(
+            with (
+                TemporaryDirectory() as scratch,
+                Ranks(
                     training,
                     engine,
                     place,
@@ -142,14 +137,15 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
                     folder=Path(scratch),
                     count=processes,
                     within=config.stop.within,
-                )
-                with ranks:
-                    code, killed = await _watch(ranks, links, asked)
+                ) as ranks,
+            ):
+                code, killed = await _watch(ranks, links, asked)
             if code == Outcome.PEER_LOST:
                 links.leave(code, lost=links.lost)  # before waiting for the code of a host that may wait for this one's
-            code = await links.judge(code, killed=killed, asked=lambda: bool(asked))
+            code = await links.judge(code, killed=killed, asked=asked)
             links.leave(code, lost=links.lost or killed)
-            if asked or not place.is_replaced or not links.may_meet_again(code):
+            # Only Kubernetes replaces a host that is lost while the others stay.
+            if asked or place.orchestrator != "Kubernetes" or not links.may_meet_again(code):
                 return code
             links.close()
             hosts.note_training(links, time.monotonic() - begun, timeout=config.train.timeout)
@@ -193,6 +189,6 @@ def _is_done(config: Any, place: Place) -> bool:
         return False
     try:
         with give_up_after(REACH):
-            return is_done(replace(config, run=replace(config.run, remote=kept)))
+            return is_done(config, kept)
     except Unavailable as error:
         raise Unavailable(f"run.remote cannot be reached: {error}") from None

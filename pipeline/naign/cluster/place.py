@@ -22,11 +22,6 @@ class Place:
     start: str = ""  # id of this start of the job: hosts of an earlier one may still be running
     processes: int = 0  # ranks on this host; 0: one a GPU, or one
 
-    @property
-    def is_replaced(self) -> bool:
-        """Whether the orchestrator replaces a host that is lost while the others stay."""
-        return self.orchestrator == "Kubernetes"
-
 
 def find_place(environ: Mapping[str, str]) -> Place:
     """This host's place, from the first orchestrator whose variables are set.
@@ -57,9 +52,10 @@ def find_place(environ: Mapping[str, str]) -> Place:
     if not all(re.fullmatch(r"[\w:-]{1,63}", label, re.ASCII) for label in labels):
         raise InputError(f"'{place.head[:300]}' is not a name of a host: see NAIGN_HEAD in k8s/job.yaml")
     if not place.index < place.hosts:
-        counted = f"{place.orchestrator} says that this is host {place.index} of {place.hosts}, counted from 0"
-        remedy = "make NAIGN_HOSTS, or completions and parallelism of the Job, the number of hosts everywhere"
-        raise InputError(f"{counted}: {remedy}")
+        raise InputError(
+            f"{place.orchestrator} says that this is host {place.index} of {place.hosts}, counted from 0: "
+            "make NAIGN_HOSTS, or completions and parallelism of the Job, the number of hosts everywhere"
+        )
     return place
 
 
@@ -76,7 +72,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Place:
     parts = (
         environ.get("SLURM_JOB_ID", ""),
         environ.get("SLURM_RESTART_COUNT", "0"),
-        environ.get("SLURM_STEP_ID", "0"),
+        environ["SLURM_STEP_ID"],
     )
     return Place(
         orchestrator="Slurm",

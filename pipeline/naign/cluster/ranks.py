@@ -46,7 +46,11 @@ def find_engine(name: str, precision: str = "", ranks: int = 2) -> dict[str, Any
     train.precision=`precision`. InputError for no such file, or one with which so many ranks cannot start.
     """
     if not name:
-        return _without_engine(precision)
+        from naign.distributed.host import count_gpus
+
+        on_gpus = count_gpus() > 0  # DDP as in launch/gpus.yaml and launch/cpu.yaml, except that the precision decides
+        mixed = "bf16" if on_gpus and not precision else "no"
+        return {"distributed_type": "MULTI_GPU", "use_cpu": not on_gpus, "mixed_precision": mixed}
     for file in (Path(name), shipped(f"launch/{name}.yaml")):
         if os.path.isfile(file):
             try:
@@ -56,15 +60,6 @@ def find_engine(name: str, precision: str = "", ranks: int = 2) -> dict[str, Any
                 raise InputError(f"--engine {file} is not a configuration of Accelerate: {reason}") from None
     known = ", ".join(sorted(file.stem for file in shipped("launch").glob("*.yaml")))
     raise InputError(f"--engine {name} is neither a file nor a name in launch/: {known}")
-
-
-def _without_engine(precision: str) -> dict[str, Any]:
-    """DDP as in launch/gpus.yaml and launch/cpu.yaml, except that train.precision decides."""
-    from naign.distributed.host import count_gpus
-
-    on_gpus = count_gpus() > 0
-    mixed = "bf16" if on_gpus and not precision else "no"
-    return {"distributed_type": "MULTI_GPU", "use_cpu": not on_gpus, "mixed_precision": mixed}
 
 
 def _read_engine(file: Path, ranks: int) -> dict[str, Any]:
@@ -158,6 +153,8 @@ class Ranks:
         world = place.hosts * count
         shared = {**os.environ, **environment_of(engine)}
         shared["NAIGN_LAUNCHER"] = str(os.getpid())  # so that ranks end with this process
+        if links.generation > 1:
+            shared["NAIGN_GENERATION"] = str(links.generation)  # started again: storage/network.py waits for access
         if world > 1 or engine["distributed_type"] == "DEEPSPEED":
             shared |= {
                 "WORLD_SIZE": str(world),
@@ -165,8 +162,9 @@ class Ranks:
                 "MASTER_ADDR": links.address,
                 "MASTER_PORT": str(links.port),
             }
-        if "GLOO_SOCKET_IFNAME" not in shared and links.interface():
-            shared["GLOO_SOCKET_IFNAME"] = links.interface()  # else that of the host's name, often 127.0.1.1
+        interface = links.interface()
+        if interface:
+            shared.setdefault("GLOO_SOCKET_IFNAME", interface)  # else that of the host's name, often 127.0.1.1
         for local in range(count):
             own = {"TORCHELASTIC_ERROR_FILE": str(self._error_file(local))}  # as torchrun's: for the reason of its end
             if "WORLD_SIZE" in shared:
@@ -230,9 +228,9 @@ class Ranks:
         codes = self._codes()
         causes = {local: code for local, code in codes.items() if local not in self._killed}
         hung = set(codes) - set(causes)
-        worst = max(causes, key=lambda local: weight(causes[local]), default=-1)
+        worst = max(causes, key=lambda local: WEIGHTS.get(causes[local], CRASH_WEIGHT), default=-1)
         code = causes.get(worst, 0)
-        if weight(code) == 0 and hung:
+        if code in (Outcome.DONE, Outcome.INTERRUPTED) and hung:
             return Outcome.FAILED, f"rank {min(hung)} of this host did not end in {self.within + 5} s: killed", False
         if code == Outcome.DONE:
             return code, "", False
@@ -252,7 +250,3 @@ class Ranks:
             return f": {json.loads(self._error_file(local).read_text())['message']}"
         except (OSError, ValueError, KeyError):
             return ""
-
-
-def weight(code: int) -> int:
-    return WEIGHTS.get(code, CRASH_WEIGHT)

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,6 @@ class Batches(IterableDataset[ImageBatch]):
     def __init__(
         self,
         config: DataConfig,
-        *,
         batch: int,
         seed: int,
         rank: int | None,
@@ -92,19 +90,18 @@ class Batches(IterableDataset[ImageBatch]):
     def __iter__(self) -> Iterator[ImageBatch]:
         rank, world = self._find_rank()
         self._check(world)
+        epoch = self.epoch
         start = self._position
-        ahead = ReadAhead(self._dataset, self._order, self._seed, world)
+
+        def spans() -> Iterator[Span]:
+            """This rank's part of each batch."""
+            for first, end in self._batches(start, world):
+                yield epoch, *parts(first, end, world)[rank]
+
+        ahead = ReadAhead(self._dataset, self._order, world)
         try:
-            ahead.start(
-                partial(
-                    self._spans,
-                    self.epoch,
-                    start,
-                    rank,
-                    world,
-                )
-            )
-            for end in self._ends(start, world):
+            ahead.start(spans)
+            for _, end in self._batches(start, world):
                 rows = ahead.take()
                 self._position = end
                 yield ImageBatch(scaled(rows.images), rows.labels, rows.keys)
@@ -134,25 +131,13 @@ class Batches(IterableDataset[ImageBatch]):
             (not divided, f"accelerator.prepare divides this rank's batches among the ranks once more: {remedy}"),
         )
 
-    def _ends(self, position: int, world: int) -> Iterator[int]:
-        """Where batches end, up to the epoch's end; the last is of another size, so that each rank has equally many."""
+    def _batches(self, position: int, world: int) -> Iterator[tuple[int, int]]:
+        """Batches [first, end) up to the epoch's end; the last is of another size, so that ranks have equally many."""
         while position < self._order.total:
-            position += self._batch
-            if self._order.total - position < world:
-                position = self._order.total
-            yield position
-
-    def _spans(
-        self,
-        epoch: int,
-        position: int,
-        rank: int,
-        world: int,
-    ) -> Iterator[Span]:
-        """This rank's part of each batch."""
-        for end in self._ends(position, world):
-            first, last = parts(position, end, world)[rank]
-            yield epoch, first, last
+            end = position + self._batch
+            if self._order.total - end < world:
+                end = self._order.total
+            yield position, end
             position = end
 
 
@@ -191,14 +176,12 @@ def open_dataset(
     InputError, a ValueError, for wrong arguments, some when an iteration begins, and for data that is missing or
     damaged; Unavailable for a store that stays out of reach.
     """
-    content: dict[str, Any] = {"path": str(path), "split": split}
-    for name, value in settings.items():
-        content[name] = str(value) if isinstance(value, Path) else value
+    content = {"path": str(path), "split": split, **settings}
     config: DataConfig = build(DataConfig, content, "open_dataset", named={})
     return Batches(
         config,
-        batch=batch,
-        seed=seed,
-        rank=rank,
-        world=world,
+        batch,
+        seed,
+        rank,
+        world,
     )

@@ -64,9 +64,14 @@ def _noise(
     return images + deviation * normals
 
 
-def _count_mixed(shape: tuple[int, ...]) -> int:
+def _parts(shape: tuple[int, ...]) -> list[int]:
+    """How many uniform numbers `mixed` takes for an image of that shape: for all of it, for pixels, and for lines."""
     _, height, width = shape
-    return SCALARS + 2 * height * width + 2 * max(height, width)
+    return [SCALARS, 2 * height * width, 2 * max(height, width)]
+
+
+def _count_mixed(shape: tuple[int, ...]) -> int:
+    return sum(_parts(shape))
 
 
 def _count_holes(shape: tuple[int, ...]) -> int:
@@ -88,8 +93,7 @@ def _mixed(
     erase: float = 1 / 16,
 ) -> Tensor:
     count, _, height, width = images.shape
-    parts = [SCALARS, 2 * height * width, 2 * max(height, width)]
-    scalars, pixels, lines = uniform.split(parts, dim=1)
+    scalars, pixels, lines = uniform.split(_parts(images.shape[1:]), dim=1)
     (
         weight,
         spread,
@@ -158,12 +162,11 @@ def _with_holes(
     uniform: Tensor,
     strength: float,
 ) -> Tensor:
-    damaged = _mixed(
+    damaged = _mild(
         images,
         normals,
         uniform[:, :-HOLES],
         strength,
-        each=1 / 3,
     )
     size = images.shape[2:]
     kind, box, line = uniform[:, -HOLES:].split([1, 8, 9], dim=1)
@@ -266,8 +269,7 @@ def degrade(
         salted = torch.where(chance < 0.1 * strength, 1.0, images)
         return torch.where(chance >= 1 - 0.1 * strength, -1.0, salted)
     order = torch.rand(count, height, generator=generator).argsort(1)
-    chosen = order[:, : blackened_rows(height, strength)]
-    rows = torch.zeros(count, height, dtype=torch.bool).scatter_(1, chosen, True)
+    rows = order.argsort(1) < blackened_rows(height, strength)
     return images.masked_fill(rows[:, None, :, None], -1.0)
 
 

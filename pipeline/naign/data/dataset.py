@@ -6,8 +6,6 @@ from naign.data.resize import Resize, parse_size
 from naign.errors import InputError
 from naign.settings.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, check_fields, one_of
 
-BROKEN = ("error", "skip")
-
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
@@ -33,7 +31,7 @@ class DataConfig:
     size: str = ""
     """Resize the largest central window of pictures to so many pixels a side (64), or height x width (48x64). Empty: as
     stored, in one size."""
-    broken: str = field(default="error", metadata=FREE | one_of(BROKEN))
+    broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
     """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead, up to
     1 % of the samples."""
     trace: str = field(default="", metadata=FREE)

@@ -34,20 +34,18 @@ def encode(array: Array, suffix: str) -> bytes:
     stream = io.BytesIO()
     if suffix == "npy":
         np.save(stream, array)
-        return stream.getvalue()
-    image = to_picture(array)
-    if suffix == "jpg":
-        image.save(stream, "JPEG", quality=95)
+    elif suffix == "jpg":
+        to_picture(array).save(stream, "JPEG", quality=95)
     else:
-        image.save(stream, "PNG")
+        to_picture(array).save(stream, "PNG")
     return stream.getvalue()
 
 
 def to_picture(pixels: Array) -> Image.Image:
     """The picture of pixels (C, H, W) uint8, C being 1 or 3."""
     if len(pixels) == 1:
-        return Image.fromarray(np.ascontiguousarray(pixels[0]))
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        return Image.fromarray(pixels[0])
+    return Image.fromarray(pixels.transpose(1, 2, 0))
 
 
 def to_pixels(picture: Image.Image) -> Array:

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from naign.data.dataset import DataConfig, check_config
 from naign.data.decode import Array
-from naign.data.format.manifest import Shard, check_size
-from naign.data.order import LANES, Order, Piece, Span, check, pieces, rank_rows
+from naign.data.format.manifest import check_size
+from naign.data.order import LANES, Order, Span, leading, pieces, rank_rows
 from naign.data.reader import DataSet, Raw, Reader
 from naign.data.sample import Numbers, row_numbers
 from naign.errors import InputError, Stopped
@@ -58,7 +58,7 @@ class Rows:
         begin: int,
         reader: Reader,
         stored: Iterable[Raw],
-        numbers: Numbers | None = None,  # random ones for each sample (sample.row_numbers); None: central windows
+        numbers: Numbers | None = None,  # random ones for each row (sample.row_numbers); None: central windows
         *,
         flip: bool = False,  # mirror half of the images
     ) -> None:
@@ -67,7 +67,7 @@ class Rows:
         labels = self.labels.numpy()
         epochs = self.epochs.numpy()
         for row, raw in enumerate(stored, begin):
-            drawn = None if numbers is None else numbers[row - begin]
+            drawn = None if numbers is None else numbers[row]
             sample = reader.row(raw, drawn)
             array = sample.array
             if flip and drawn is not None and array.ndim == 3 and drawn[2] < 0.5:
@@ -80,13 +80,14 @@ class Rows:
                 self.broken.append(sample.broken)
 
 
-def new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
+def new_images(dataset: DataSet, rows: int) -> Array:
     """Memory for images (rows, C, H, W), in which the channels of a pixel lie together, or points (rows, D). NumPy's,
     not torch's: it asks for huge pages, without which touching new memory takes a tenth of the decoding.
     """
-    if len(shape) != 3:
-        return np.empty((rows, *shape), dtype)
-    channels, height, width = shape
+    dtype = dataset.manifest.dtype
+    if len(dataset.shape) != 3:
+        return np.empty((rows, *dataset.shape), dtype)
+    channels, height, width = dataset.shape
     return np.empty((rows, height, width, channels), dtype).transpose(0, 3, 1, 2)
 
 
@@ -129,14 +130,11 @@ class ReadAhead:
         self,
         dataset: DataSet,
         order: Order,
-        seed: int,
         world: int,
     ) -> None:
         self._dataset = dataset
         self._order = order
-        self._seed = seed
         self._epoch = order.total // world  # rows of this rank in an epoch
-        self._config = dataset.config
         self._reader = dataset.reader(dataset.config.split)
         self._stored: Stored | None = None  # the samples of all spans to come
         self._next: Future[Rows] | None = None
@@ -205,10 +203,10 @@ class ReadAhead:
     ) -> Rows:
         round, first, last = span
         count = last - first
-        workers = max(1, self._config.workers)
+        workers = max(1, self._dataset.config.workers)
         step = max(1, min(TASK, count // workers))
         rows = new_rows(self._memory(count))
-        numbers = row_numbers(self._seed, round, first, last)
+        numbers = row_numbers(self._order.seed, round, first, last)
 
         def fills() -> Iterator[Callable[[], None]]:
             for begin in range(0, count, step):
@@ -222,8 +220,8 @@ class ReadAhead:
                     begin,
                     self._reader,
                     samples,
-                    numbers[begin:],
-                    flip=self._config.flip,
+                    numbers,
+                    flip=self._dataset.config.flip,
                 )
 
         for _ in in_order(fills(), workers):
@@ -237,7 +235,7 @@ class ReadAhead:
         """
         memory = self._unused.pop() if self._unused else None
         if memory is None or len(memory) < count:
-            memory = new_images(self._dataset.shape, self._dataset.manifest.dtype, count)
+            memory = new_images(self._dataset, count)
         lent = memory[:count]  # which the rows' tensor holds, and all that are made of it
         weakref.finalize(lent, self._unused.append, memory).atexit = False
         return lent
@@ -262,9 +260,8 @@ class Stream(AbstractContextManager["Stream"]):
         self.shape = dataset.shape  # of one row
         self.order = dataset.order(seed, round_size)
         self._index = dataset.index
-        check(round_size, world)
         self._share = rank_rows(round_size, rank, world)
-        self._ahead = ReadAhead(dataset, self.order, seed, world)
+        self._ahead = ReadAhead(dataset, self.order, world)
         self._next = -1  # the round that is taken next without a new start
         self._trace: Path | None = None
         if config.trace:
@@ -319,29 +316,18 @@ def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) 
     config = DataConfig(path=data) if isinstance(data, str) else data
     dataset = DataSet(config)
     reader = dataset.reader(split)
-    total = dataset.manifest.split(split).samples
+    whole = dataset.manifest.split(split)
+    total = whole.samples
     count = total if limit is None else min(limit, total)
-    chosen = _some(reader.shards, count, dealt=dataset.manifest.dealt)
+    if dataset.manifest.dealt or count == total:
+        chosen = leading(whole.sizes, count)  # they are a random subset, or all
+    else:
+        order = Order(sizes=whole.sizes, seed=0, round_size=count, lanes=LANES)
+        chosen = pieces(order, 0, 0, count)  # blocks from all over
     for shard in {piece.shard for piece in chosen}:
         check_size(reader.store, reader.shards[shard])  # before memory is allocated for samples that are not there
-    rows = new_rows(new_images(dataset.shape, dataset.manifest.dtype, count))
+    rows = new_rows(new_images(dataset, count))
     with closing(reader.raw(chosen)) as stored:
         rows.fill(0, reader, stored)
     check_broken(rows.broken, len(rows.broken), count, total)
     return rows.images.contiguous(), rows.labels
-
-
-def _some(shards: Sequence[Shard], count: int, *, dealt: bool) -> list[Piece]:
-    """So many samples of shards: the first if these are a random subset, or all of them; else blocks from all over."""
-    sizes = tuple(shard.samples for shard in shards)
-    if not dealt and count < sum(sizes):
-        order = Order(sizes=sizes, seed=0, round_size=count, lanes=LANES)
-        return pieces(order, 0, 0, count)
-    found = []
-    for shard, size in enumerate(sizes):
-        last = min(size, count)
-        if last:
-            piece = Piece(epoch=0, shard=shard, first=0, last=last)
-            found.append(piece)
-        count -= last
-    return found

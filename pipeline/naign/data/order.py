@@ -84,13 +84,18 @@ def shares(weights: Sequence[float], size: int) -> list[int]:
     return found
 
 
+def philox(seed: int, stream: int, counter: int = 0) -> np.random.Philox:
+    """NumPy's Philox of this key, whose numbers begin at the counter; each stands for four of them."""
+    key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
+    return np.random.Philox(key=key, counter=counter)
+
+
 def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
     """0 to count - 1 in an order that depends on the arguments alone: `stream` is the epoch, for its shards.
 
     It sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19).
     """
-    key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
-    numbers: Any = np.random.Philox(key=key).random_raw(count)
+    numbers: Any = philox(seed, stream).random_raw(count)
     order: list[int] = np.argsort(numbers, kind="stable").tolist()
     return order
 
@@ -183,9 +188,7 @@ class _Epoch:
         )
 
 
-@lru_cache(maxsize=16)
-def _epoch(order: Order, epoch: int) -> _Epoch:
-    return _Epoch(order, epoch)
+_epoch = lru_cache(maxsize=16)(_Epoch)
 
 
 def pieces(
@@ -207,23 +210,30 @@ def pieces(
     return found
 
 
+def leading(sizes: Sequence[int], count: int) -> list[Piece]:
+    """The first `count` samples of shards of these sizes, one shard after the other."""
+    found = []
+    for shard, size in enumerate(sizes):
+        last = min(size, count)
+        if last:
+            found.append(Piece(epoch=0, shard=shard, first=0, last=last))
+        count -= last
+    return found
+
+
 def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
-    """Rows [start, stop) of each round that `rank` of `world` reads."""
-    assert round_size % world == 0
-    return parts(0, round_size, world)[rank]
+    """Rows [start, stop) of each round that `rank` of `world` reads. Raises InputError, with the arithmetic, where so
+    many ranks cannot share a round equally.
+    """
+    share, left = divmod(round_size, world)
+    if left or not share:
+        near = max(1, round(round_size / world)) * world
+        unequal = f"a round of {round_size} images cannot be shared equally by {world} ranks"
+        raise InputError(f"{unequal} ({round_size} = {share} x {world} + {left}): use {near}")
+    return rank * share, (rank + 1) * share
 
 
 def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     """[start, stop) cut into `count` consecutive ranges whose lengths differ by one at most."""
     edges = [start + (stop - start) * number // count for number in range(count + 1)]
     return list(pairwise(edges))
-
-
-def check(round_size: int, world: int) -> None:
-    """Raise InputError, with the arithmetic, where so many ranks cannot share a round equally."""
-    share, left = divmod(round_size, world)
-    if share and not left:
-        return
-    near = max(1, round(round_size / world)) * world
-    shared = f"{round_size} = {share} x {world} + {left}"
-    raise InputError(f"a round of {round_size} images cannot be shared equally by {world} ranks ({shared}): use {near}")

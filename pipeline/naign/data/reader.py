@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import pairwise, tee
+from itertools import chain, pairwise, starmap
 from typing import Any, NamedTuple
 
 from naign.data.dataset import DataConfig, parse_resize
@@ -99,11 +99,9 @@ class Reader:
         """The stored samples of the pieces, which may be without end, in order, fetched ahead in bounded memory. Raises
         InputError for a shard that is damaged or not as the manifest says, when its turn comes.
         """
-        turns, ahead = tee(self._cut(wanted))
-        loads = (partial(self._fetch, piece) for piece in ahead)
+        loads = (partial(self._fetch, piece) for piece in self._cut(wanted))
         with closing(in_order(loads, self._width)) as loaded:
-            for piece in turns:
-                yield from self._samples(piece, next(loaded))
+            yield from chain.from_iterable(starmap(self._samples, loaded))
 
     def row(self, raw: Raw, drawn: Numbers | None = None) -> Row:
         """The sample decoded; `drawn`: see sample.decode. Raises InputError.
@@ -147,36 +145,41 @@ class Reader:
                 last = min(piece.last, start + most)
                 yield replace(piece, first=first, last=last)
 
-    def _fetch(self, piece: Piece) -> bytes:
-        """The bytes of the pages with a piece."""
-        name = self.shards[piece.shard].name
-        pages = self._pages(piece).tolist()
-        bounds = [byte for _, byte, _ in pages]
-        digests = [digest for _, _, digest in pages[:-1]]
-        return _read_sound(self.store, name, bounds, digests)
-
-    def _pages(self, piece: Piece) -> Table:
-        """The rows of the page table of the pages that hold a piece, and the one after them."""
+    def _fetch(self, piece: Piece) -> tuple[Piece, Table, bytes]:
+        """A piece, the rows of the page table of the pages that hold it and of the one after them, and their bytes."""
+        shard = self.shards[piece.shard]
         with self._locks[piece.shard]:  # asked for once though several threads want it
-            table = self._table(self.shards[piece.shard])
+            table = self._table(shard)
         low = int(table["sample"].searchsorted(piece.first, "right")) - 1
         high = int(table["sample"].searchsorted(piece.last))
-        return table[low : high + 1]
+        pages = table[low : high + 1]
+        bounds = pages["byte"].tolist()
+        digests = pages["sha256"][:-1].tolist()
+        data = _read_sound(
+            self.store,
+            shard.name,
+            bounds,
+            digests,
+        )
+        return piece, pages, data
 
     def _read_table(self, shard: Shard) -> Table:
         check_size(self.store, shard)
         name = table_name(shard.name)
-
         data = _read_sound(self._table_store, name, [0, None], [bytes.fromhex(shard.pages)])
         try:
             return parse_table(data, samples=shard.samples, size=shard.bytes)
         except ValueError as error:
             raise InputError(f"{self._table_store.url(name)}: {error}: {_REMEDY}") from None
 
-    def _samples(self, piece: Piece, data: bytes) -> Iterator[Raw]:
-        """The samples of a piece from the bytes of its pages."""
+    def _samples(
+        self,
+        piece: Piece,
+        pages: Table,
+        data: bytes,
+    ) -> Iterator[Raw]:
+        """The samples of a piece from the rows and bytes of its pages."""
         name = self.shards[piece.shard].name
-        pages = self._pages(piece)
         number = int(pages["sample"][0])
         try:
             for sample in samples(data):

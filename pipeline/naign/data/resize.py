@@ -29,9 +29,9 @@ class Resize:
             raise InputError(f"data.size and data.crop are of pictures, {name} holds points of {stored}")
         if self.height:
             return stored[0], self.height, self.width
-        if self.crop and 0 < min(stored[1:]) < self.crop:
-            raise InputError(f"data.crop={self.crop} is more than there is of {name} {stored}")
         if self.crop:
+            if 0 < min(stored[1:]) < self.crop:
+                raise InputError(f"data.crop={self.crop} is more than there is of {name} {stored}")
             return stored[0], self.crop, self.crop
         if 0 in stored:
             raise InputError(f"the pictures of {name} have many sizes: say one, as with --data.size=64")

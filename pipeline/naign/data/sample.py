@@ -8,39 +8,43 @@ import numpy.typing as npt
 from naign.data.decode import Array, decode_image, fits, read_npy
 from naign.data.format.labels import label_text, parse_number
 from naign.data.format.manifest import INDEX, Manifest
+from naign.data.order import philox
 from naign.data.resize import Resize, channels, resized, resized_array
-from naign.errors import InputError, require
+from naign.errors import InputError
 
 SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}
 """Of the member that holds an array, by kind."""
-AS_STORED = Resize()
 REPACK = "repack the data set"
 
 Numbers = npt.NDArray[np.float64]
 DRAWN = 4  # random numbers of a row: for its window's top and left edge, and for mirroring; Philox counts in fours
 
 
-def find_suffix(sample: dict[str, Any], kind: str) -> str:
-    """The suffix of the member that holds the array, "" without one."""
+def find_suffix(
+    sample: dict[str, Any],
+    kind: str,
+    where: str,
+    remedy: str,
+) -> str:
+    """The suffix of the member that holds the array. Raises InputError, with the remedy, where there is none."""
     for suffix in SUFFIXES[kind]:
         if suffix in sample:
             return suffix
-    return ""
+    raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES[kind])}: {remedy}")
 
 
 def decode(
     sample: dict[str, Any],
     manifest: Manifest,
     shard: str,  # for messages
-    resize: Resize = AS_STORED,
-    drawn: Numbers | None = None,  # a row of row_numbers; None: the central window
+    resize: Resize,
+    drawn: Numbers | None,  # a row of row_numbers; None: the central window
 ) -> tuple[Array, int]:
     """A sample's array (uint8 of an image, float32 of a point), and label, -1 if none. InputError, which names shard
     and key, where one is not as the manifest says, or cannot be decoded.
     """
     where = f"{shard}, key {sample['__key__']}"
-    suffix = find_suffix(sample, manifest.kind)
-    require((suffix, f"{where}: no member ends in {' or '.join(SUFFIXES[manifest.kind])}: {REPACK}"))
+    suffix = find_suffix(sample, manifest.kind, where, REPACK)
     data = sample[suffix]
     try:
         if suffix == "npy":
@@ -92,9 +96,7 @@ def row_numbers(
     They are Philox's, counted by row, so that those of any rows can be drawn alone. No order of shards has the same
     stream.
     """
-    key = np.array([seed % 2**64, round + 2**63], np.uint64)
-    generator: Any = np.random.Philox(key=key, counter=[first, 0, 0, 0])
-    raw = generator.random_raw(DRAWN * (last - first))
+    raw: Any = philox(seed, round + 2**63, first).random_raw(DRAWN * (last - first))
     numbers: Numbers = (raw >> np.uint64(11)) * 2.0**-53
     return numbers.reshape(-1, DRAWN)
 

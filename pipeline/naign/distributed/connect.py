@@ -40,7 +40,7 @@ def build_accelerator(
     if not on_cpu:
         _check_cards(local, precision)
     if deepspeed:
-        _check_deepspeed(on_cpu)
+        _check_deepspeed(on_cpu, use_cpu)
     _forget_settings(sharded=world > 1, deepspeed=deepspeed)
     mixed = _mixed_precision(precision, on_cpu=on_cpu, deepspeed=deepspeed)
     backend = "gloo" if on_cpu else "nccl"
@@ -49,7 +49,7 @@ def build_accelerator(
     collective = max(connecting, timedelta(hours=2))
     handlers = []
     if world > 1:
-        _connect_ranks(backend, connecting, collective)
+        _connect_ranks(backend, world, connecting, collective)
     if world > 1 or deepspeed:
         handlers = [InitProcessGroupKwargs(backend=backend, timeout=collective)]
     accelerator = Accelerator(
@@ -121,19 +121,18 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
 def choose_precision(on_cpu: bool) -> str:
     """bf16 where the processor or GPU multiplies it natively, else fp32: elsewhere it is slower than float32."""
     if on_cpu:
-        able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        able = torch.cpu.get_capabilities()
         fast = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
     else:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if fast else "fp32"
 
 
-def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
+def _connect_ranks(backend: str, world: int, connecting: timedelta, collective: timedelta) -> None:
     """Initialize the process group over a store at MASTER_PORT: that of the launcher where it has one (torchrun,
     accelerate launch), else rank 0's. The launcher's survives restarts and other numbers of ranks, each with own keys.
     """
     rank = int(os.environ["RANK"])
-    world = int(os.environ["WORLD_SIZE"])
     is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -148,18 +147,19 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
     dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=collective)
 
 
-def _check_deepspeed(on_cpu: bool) -> None:
+def _check_deepspeed(on_cpu: bool, use_cpu: str) -> None:
     """Raise InputError where the launcher asks for DeepSpeed and it cannot work."""
     missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         lacking = f"the launcher's configuration asks for DeepSpeed, which needs {' and '.join(missing)}"
         raise InputError(f"{lacking}: in a checkout, pip install -e '.[deepspeed]'")
-    if on_cpu and not shutil.which(os.environ.get("CXX", "c++")):
+    if not on_cpu:
+        return
+    if not shutil.which(os.environ.get("CXX", "c++")):
         raise InputError("on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP")
-    if on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if use_cpu == "true":
         raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from naign.distributed.zero import compile_communication
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from naign.distributed.zero import compile_communication
 
-        compile_communication()
+    compile_communication()

@@ -25,8 +25,8 @@ State = dict[str, Tensor]  # `weight` of a parameter and, from the first step on
 class Engine:
     """A training step is `forward` and `backward` for each micro-batch, then `step`."""
 
-    deepspeed = False
     gathers = False  # whether `states` yields tensors that it gathered, and which would stay on the device
+    _kind = "one process"
     sharded = False  # whether no rank has the whole network (ZeRO-3, FSDP2), so that every forward is collective
     _ungraded: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
 
@@ -86,14 +86,12 @@ class Engine:
         """Distribute the weights over the ranks before the optimizer sees them."""
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.accelerator.num_processes > 1:
+            self._kind = "DDP"
         self.network, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         self._adam: Any = self.optimizer
         while hasattr(self._adam, "optimizer"):  # the innermost one
             self._adam = self._adam.optimizer
-
-    @property
-    def _kind(self) -> str:
-        return "DDP" if self.accelerator.num_processes > 1 else "one process"
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) in float32, with gradient."""
@@ -126,8 +124,7 @@ class Engine:
         without gradient; codes are also computed in float32. Collective where the network is sharded.
         """
         network = self.bare if self.ema is None else self.ema
-        exact = self.deepspeed or part == "encode"
-        precision = nullcontext() if exact else self.accelerator.autocast()
+        precision = nullcontext() if part == "encode" else self.accelerator.autocast()  # none under DeepSpeed
         with torch.no_grad(), precision:
             return self._evaluate(network, part, x)
 
@@ -167,17 +164,17 @@ class Engine:
             for parameter in self.bare.parameters():
                 now.append(whole(parameter.detach()).to(torch.float32))
             averages: Any = list(self.ema.parameters())
-            buffers = list(zip(self.ema.buffers(), self.bare.buffers(), strict=True))
-            if not isinstance(norm, Tensor):
+            if isinstance(norm, Tensor):
+                change = torch._foreach_sub(now, averages)
+                # 0 after a skipped step
+                torch._foreach_mul_(change, torch.where(norm.isfinite(), 1 - self._decay, 0.0))
+                torch._foreach_add_(averages, change)
+            else:
                 get_ema_multi_avg_fn(self._decay)(averages, now, None)
-                for average, value in buffers:
-                    average.copy_(value)
-                return
-            change = torch._foreach_sub(now, averages)
-            torch._foreach_mul_(change, torch.where(norm.isfinite(), 1 - self._decay, 0.0))  # 0 after a skipped step
-            torch._foreach_add_(averages, change)
-            for average, value in buffers:
-                average.copy_(torch.where(norm.isfinite(), value, average))
+            for average, value in zip(self.ema.buffers(), self.bare.buffers(), strict=True):
+                if isinstance(norm, Tensor):
+                    value = torch.where(norm.isfinite(), value, average)
+                average.copy_(value)
 
     def gathered(self) -> AbstractContextManager[Any]:
         """Collective: within this context the bare network's parameters hold the whole weights, for reading."""

@@ -15,6 +15,7 @@ class FsdpEngine(Engine):
     """Engine whose ranks each hold a part of the float32 weights, gradients and moments; float32 or bfloat16."""
 
     sharded = gathers = True
+    _kind = "FSDP2"
     _ungraded = torch.no_grad
 
     def _shard(self) -> None:
@@ -35,10 +36,6 @@ class FsdpEngine(Engine):
         self.network = self.bare
         self.optimizer = optimizer
         self._adam = optimizer
-
-    @property
-    def _kind(self) -> str:
-        return "FSDP2"
 
     def forward(self, x: Tensor) -> Tensor:
         with self.accelerator.autocast():

@@ -58,18 +58,16 @@ def clip_and_step(
 
     Returns the norm before clipping, with `ahead` on the device.
     """
-    norm = whole(nn.utils.clip_grad_norm_(parameters, clip or math.inf).detach())
-    if ahead:
+    norm: float | Tensor = whole(nn.utils.clip_grad_norm_(parameters, clip or math.inf).detach())
+    if not ahead:
+        norm = float(norm)
+    if isinstance(norm, Tensor):
         optimizer.grad_scale = None
         optimizer.found_inf = (~norm.isfinite()).float()  # 1 skips
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
-    known = float(norm)
-    if math.isfinite(known):
+    if ahead or math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return known
+    return norm
 
 
 def whole(value: Tensor) -> Tensor:

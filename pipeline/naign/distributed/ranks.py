@@ -27,19 +27,18 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     rank waits in vain. A subclass arrives as the nearest of them. Of several, the one with the most specific exit code
     wins (`errors.BY_WEIGHT`), then that of the lowest rank.
     """
-    mine: tuple[int, str] | None = None
+    mine: Any = None
     try:
         yield
     except SHARED as error:
         known = [kind for kind in type(error).__mro__ if kind in SHARED]
-        mine = SHARED.index(known[0]), str(error)
+        mine = known[0](str(error))
     gathered = [mine] * accelerator.num_processes
     if accelerator.num_processes > 1:
         dist.all_gather_object(gathered, mine)
     failures = [failure for failure in gathered if failure]
     if failures:
-        number, message = min(failures, key=lambda failure: BY_WEIGHT.index(SHARED[failure[0]].code))
-        raise SHARED[number](message)
+        raise min(failures, key=lambda failure: BY_WEIGHT.index(failure.code))
 
 
 def total(values: list[float], accelerator: Accelerator) -> list[float]:
@@ -80,13 +79,25 @@ class SideGroup:
 
 
 LOST = (  # parts of messages of gloo and NCCL about a rank that is gone
-    *("Connection closed by", "closed by remote peer", "reset by peer", "Broken pipe", "Socket closed"),
-    *("remote process exited", "connectFullMesh failed", "Timed out waiting"),
+    "Connection closed by",
+    "closed by remote peer",
+    "reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "remote process exited",
+    "connectFullMesh failed",
+    "Timed out waiting",
 )
 NCCL_LOST = (*LOST, "ncclRemoteError", "ncclSystemError", "collective operation timeout", "was aborted")
 OF_THIS_RANK = (  # parts of messages about a fault of this rank or its host, which a restart would not fix
-    *("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError", "unhandled cuda error"),
-    *("out of memory", "shared memory", "No space left", "failed to listen"),
+    "ncclInvalidUsage",
+    "ncclInvalidArgument",
+    "ncclUnhandledCudaError",
+    "unhandled cuda error",
+    "out of memory",
+    "shared memory",
+    "No space left",
+    "failed to listen",
 )
 
 

@@ -54,16 +54,17 @@ class StopRequest:
 
     def seen(self) -> bool:
         """Whether any rank was asked to stop, as far as this one knows. Not collective."""
-        if self._store is not None and self.requested:
-            self._store.set("asked", "1")
-        elif self._store is not None and self._store.check(["asked"]):
-            self._handle(signal.SIGTERM)
+        if self._store is not None:
+            if self.requested:
+                self._store.set("asked", "1")
+            elif self._store.check(["asked"]):
+                self._handle(signal.SIGTERM)
         return self.requested
 
     def poll_stop(self, elapsed: float = 0.0) -> tuple[bool, float]:
         """Collective: whether any rank was asked, and the largest `elapsed` of all ranks."""
         requested, elapsed = self._group.largest(self.requested, elapsed)
-        if requested and not self.requested:
+        if requested:
             self._handle(signal.SIGTERM)
         return bool(requested), elapsed
 

@@ -25,10 +25,7 @@ class Watchdog:
     """
 
     def __init__(self, *, rank: int, timeout: float) -> None:
-        self.phase = "setup"
-        self.round = 0
-        self._beats = 0  # since the phase began
-        self._since = time.monotonic()
+        self.enter("setup", 0)
         self._rank = rank
         self._timeout = timeout
         self._stop = threading.Event()
@@ -38,7 +35,7 @@ class Watchdog:
         """This rank begins a phase of a round, which is progress."""
         self.phase = phase
         self.round = round
-        self._beats = 0
+        self._beats = 0  # since the phase began
         self._since = time.monotonic()
 
     def beat(self) -> None:

@@ -22,26 +22,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the para
 class ZeroEngine(Engine):
     """Engine that DeepSpeed runs, with AdamW."""
 
-    deepspeed = gathers = True
+    gathers = True
     _ungraded = torch.no_grad  # under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises InputError where the launcher's configuration contradicts the run's settings."""
         _configure(self.accelerator, micro=self.micro, accumulate=self.accumulate, clip=self._clip)
-        self.stage = int(self.accelerator.state.deepspeed_plugin.zero_stage)
-        self.sharded = self.stage == 3
+        stage = int(self.accelerator.state.deepspeed_plugin.zero_stage)
+        self.sharded = stage == 3
         self._waiting = 0  # micro-batches of the present step that were added up
         super()._prepare(optimizer)
+        self._kind = f"DeepSpeed ZeRO-{stage}"
         if hasattr(self.network.optimizer, "check_grad_overflow"):
             self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
         # By these DeepSpeed finds float32 weights and moments in partitions of its own.
         parameter = next(self.bare.parameters())
         if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
             _refuse_version("_hp_mapping or ds_id of a parameter")
-
-    @property
-    def _kind(self) -> str:
-        return f"DeepSpeed ZeRO-{self.stage}"
 
     def backward(self, loss: Tensor) -> None:
         self._waiting = (self._waiting + 1) % self.accumulate
@@ -163,11 +160,11 @@ def compile_communication() -> None:
     from torch.utils.cpp_extension import get_default_build_root
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME):
         return
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{builder.name}.lock"):
-        for left in (*root.glob(f"{builder.name}/lock"), *root.glob(f"*/{builder.name}/lock")):
+        for left in root.rglob(f"{builder.name}/lock"):
             left.unlink(missing_ok=True)
         builder.load()

@@ -186,9 +186,11 @@ def overlap(subject: Subject) -> dict[str, Any]:
     }
     if encoder.labels:
         seen = encoder.logits(subject.once)
-        found["modes"] = coverage.mode_shares(seen)
-        found["classes"] = list(encoder.labels)
-        found["asked"] = as_asked(subject, seen)
+        found |= {
+            "modes": coverage.mode_shares(seen),
+            "classes": list(encoder.labels),
+            "asked": as_asked(subject, seen),
+        }
     return found
 
 
@@ -201,7 +203,7 @@ def as_asked(subject: Subject, logits: Tensor) -> dict[str, Any] | None:
     labels = subject.model.choose(ids, seed=subject.seed)
     if labels is None or subject.encoder.labels != subject.model.labels:
         return None
-    right = logits.cpu().argmax(1) == labels.cpu()
+    right = logits.argmax(1) == labels.cpu()
     return {"share": float(right.double().mean())}
 
 
@@ -239,9 +241,8 @@ def repairs(subject: Subject) -> dict[str, Any]:
     found: dict[str, Any] = {
         "reconstruction": restoration.mae(subject.model.project(clean), clean),
         "restoration": None,
+        "idempotence": {"samples": restoration.mae(subject.twice, subject.once), "damaged": None},
     }
-    moved = restoration.mae(subject.twice, subject.once)
-    found["idempotence"] = {"samples": moved, "damaged": None}
     if not subject.repairs:
         return found
     reference = scaled(subject.train[: within(20_000, subject.model.shape)])

@@ -67,8 +67,6 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
     count, height, width = model.shape
     if resize.crop:
         pixels = crop(decode_image(data), resize.crop)
-    elif resize.height:
-        pixels = resized(data, resize)
     else:
         pixels = resized(data, Resize(height=height, width=width))
     copy = np.array(channels(pixels, count))  # what Pillow gives is not writable

@@ -51,7 +51,21 @@ def render(
     title: str,
 ) -> str:
     """The page as HTML. `metrics` is the content of metrics.json, `config` the configuration of the run."""
-    template = _templates().get_template("report.html.jinja")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        extensions=["jinja2.ext.do"],
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "number": number,
+        "count": "{:,}".format,
+        "compared": compared,
+        "percent": lambda share: f"{100 * share:.1f} %",
+        "base64": lambda image: base64.b64encode(png(image)).decode(),
+        "quoted": lambda text: json.dumps(text, ensure_ascii=False),
+    }
+    template = environment.get_template("report.html.jinja")
     page = template.render(
         metrics,
         pictures=pictures,
@@ -71,28 +85,9 @@ def compared(fd: dict[str, Any], key: str) -> float:
     return float(ratio * fd["floor"])
 
 
-def _templates() -> Environment:
-    """The templates of this folder, with the filters that they use."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        extensions=["jinja2.ext.do"],
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {
-        "number": number,
-        "count": "{:,}".format,
-        "compared": compared,
-        "percent": lambda share: f"{100 * share:.1f} %",
-        "base64": lambda image: base64.b64encode(png(image)).decode(),
-        "quoted": lambda text: json.dumps(text, ensure_ascii=False),
-    }
-    return environment
-
-
 def learned_classes(model: NAIGN) -> list[str]:
     """The names of the classes that samples can be asked for: those of the training images, if the model knows any."""
-    counts = model.prior.state_dict().get("class_counts", ())
+    counts = getattr(model.prior, "class_counts", ())
     return [name for name, count in zip(model.labels, counts, strict=False) if count]
 
 

@@ -125,7 +125,7 @@ def _open_second(
     device: str,
 ) -> tuple[Encoder | None, list[str]]:
     """The second encoder, on the device, and a note where natural images have none. InputError for a chosen one."""
-    shape = tuple(manifest.shape)
+    shape = manifest.shape
     if name:
         return open_encoder("encoder", name, shape, device), []
     if manifest.kind != "image" or shape[0] != 3:

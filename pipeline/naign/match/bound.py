@@ -6,7 +6,7 @@ For a query q, a candidate x and a common centre c0 let a = q - c0 and b = x - c
 
 so |q - x|^2 <= t requires 2 a.b + (t - |a|^2) - |b|^2 >= 0. The steps below bound a.b from above by a dot product of
 few, coarse coordinates. The sign of ONE matrix product A B' then decides every pair: a negative entry proves that x is
-farther than sqrt(t). All other pairs survive, and their distances are computed exactly (`distances.py`).
+farther than sqrt(t). All other pairs survive, and their distances are computed exactly (`exact.py`).
 
 1. Projection. W has orthonormal columns. Split a into W W'a and the rest, and apply Cauchy-Schwarz to the rests:
 
@@ -44,13 +44,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from naign.match.exact import at_once
+
 EXTRA = 8  # coordinates of A and B beside y: two corrections, and three parts of either square
 CHUNK = 512  # coordinates that are summed in float32 before the sum is added to the others
 GROUP = 64  # candidates whose signs are tested together
 LARGEST = 1e15  # rows whose scaled norm is larger could overflow and are not screened
 _U = 2.0**-24
 _UP = 1 + 2.0**-7  # times it, a nonnegative float64 is rounded up, by slightly more than necessary
-_WORKING_SET = {"cpu": 6 << 20, "cuda": 128 << 20}
+WORKING_SET = {"cpu": 6 << 20, "cuda": 128 << 20}
 """float32 values treated at once: on a CPU to stay in the last-level cache, on a GPU in few launches."""
 _TILE = {"cpu": 1024, "cuda": 8192}
 """Rows of A in a product: on a CPU to stay in the last-level cache beside other ranks' tiles."""
@@ -72,7 +74,8 @@ class Frame:
     departure: float = field(init=False)  # |V'V - I|_F of the basis V, which bounds its distance to an orthonormal one
 
     def __post_init__(self) -> None:
-        product = self.basis.double().T @ self.basis.double()
+        basis = self.basis.double()
+        product = basis.T @ basis
         identity = torch.eye(len(product)).to(product)
         self.departure = float(torch.linalg.matrix_norm(product - identity))
 
@@ -158,7 +161,7 @@ def find_basis(rows: Tensor, width: int) -> Tensor:
 @full_precision()
 def encode(rows: Tensor, frame: Frame) -> Quantized:
     """Rows (n, d) float32, projected and quantized."""
-    most = max(1, _WORKING_SET.get(rows.device.type, _WORKING_SET["cpu"]) // rows.shape[1])
+    most = max(1, at_once(WORKING_SET, rows) // rows.shape[1])
     parts = [_encode_part(part, frame) for part in rows.split(most)]
     if len(parts) == 1:
         return parts[0]
@@ -170,7 +173,7 @@ def _encode_part(rows: Tensor, frame: Frame) -> Quantized:
     dims = rows.shape[1]
     centred = rows - frame.centre
     # Each chunk's square errs by gamma_(k + 6) relatively; the sum over the chunks is exact enough in float64.
-    square = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    square = rows.new_zeros(len(rows), dtype=torch.float64)
     for part in centred.split(CHUNK, 1):
         square += torch.linalg.vector_norm(part, dim=1).double().square()
     square *= frame.scale**2
@@ -180,7 +183,8 @@ def _encode_part(rows: Tensor, frame: Frame) -> Quantized:
     above = square * (1 + relative_error) + lost_square
     length = above.sqrt() * (1 + 4 * frame.eta)
     projected = centred.new_zeros(frame.coordinates, len(rows))  # steps 1 and 2
-    for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
+    chunks = zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True)
+    for part, basis in chunks:
         projected.add_(basis.T @ part.T)  # in this layout the speed does not depend on p being round
     values = projected.T * frame.scale
     projection_error = frame.eta * length + underflow * frame.coordinates**0.5
@@ -210,12 +214,7 @@ class Sieve:
         kappa = 2 * frame.eta * (1 + frame.eta) + 2 * frame.slack
         error = encoded.error + kappa * encoded.length
         corrections = torch.stack([error, encoded.length], 1) * (2 * _UP)
-        one = torch.ones(
-            len(queries),
-            3,
-            dtype=frame.dtype,
-            device=queries.device,
-        )
+        one = encoded.values.new_ones(len(queries), 3)
         self.frame = frame
         self._usable = encoded.usable
         self._square = encoded.square
@@ -236,7 +235,7 @@ class Sieve:
         """
         encoded = encode(candidates, self.frame)
         if not (self._usable and encoded.usable):
-            nothing = torch.empty(0, dtype=torch.int64, device=limit.device)
+            nothing = limit.new_empty(0, dtype=torch.int64)
             return nothing, nothing, torch.ones_like(limit, dtype=torch.bool)
         scaled = (limit * self.frame.scale**2).clamp(max=10 * LARGEST**2)  # no usable rows are that far apart
         rest = scaled - self._square
@@ -276,7 +275,7 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = []
     columns = []
     given_up = []
-    height = _TILE.get(a.device.type, _TILE["cpu"])
+    height = at_once(_TILE, a)
     tile = a.new_empty(min(height, len(a)), len(b))  # reused: fresh memory would cost as much as the product
     for start in range(0, len(a), height):
         part = a[start : start + height]

@@ -32,6 +32,11 @@ def load_faiss() -> Any:
         raise InputError(f"FAISS cannot be loaded: {one_line(error)}: `naign doctor` says which build fits") from None
 
 
+def at_once(most: dict[str, int], rows: Tensor) -> int:
+    """How much is treated at once on the device of `rows`: `most` by the type of device, elsewhere as on a CPU."""
+    return most.get(rows.device.type, most["cpu"])
+
+
 def propose(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` nearest candidates in float32: squared L2 (q, count) float32 and rows (q, count) int64."""
     if queries.is_cuda:
@@ -61,7 +66,7 @@ def pair_distances(queries: Tensor, candidates: Tensor, rows: Tensor, columns: T
     nonnegative, so in any order of summation the relative error is at most gamma_(d + 3), and the error where squares
     underflow less than d 2^-126.
     """
-    out = torch.empty(len(rows), dtype=torch.float32)
+    out = queries.new_empty(len(rows))
     faiss = load_faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
     arrays = [part.contiguous().numpy() for part in (queries, rows, candidates, columns, out)]
@@ -73,8 +78,8 @@ def exact_distances(queries: Tensor, candidates: Tensor, rows: Tensor, columns: 
     """Squared L2 (s,) float64 between queries[rows] and candidates[columns], by differences. A pair's result does not
     depend on the pairs beside it: else a copy of a candidate could be nearer than the one of the smaller id.
     """
-    out = torch.empty(len(rows), dtype=torch.float64, device=queries.device)
-    step = max(1, _VALUES.get(queries.device.type, _VALUES["cpu"]) // queries.shape[1])
+    out = queries.new_empty(len(rows), dtype=torch.float64)
+    step = max(1, at_once(_VALUES, queries) // queries.shape[1])
     for start in range(0, len(out), step):
         part = slice(start, start + step)
         differences = queries[rows[part]].double() - candidates[columns[part]]

@@ -56,10 +56,9 @@ class Ranks:
         if self.world == 1:
             return rows[None]
         mine = sizes[self.rank]
-        out = torch.empty(
+        out = rows.new_empty(
             self.world * mine,
             *rows.shape[1:],
-            dtype=rows.dtype,
             device=self.link,
         )
         with self._exchange("exchanging answers"):

@@ -118,11 +118,8 @@ def search(
         seeds = 0
         if low == 0:
             seeds = max(SEEDS, 2 * neighbours) // ranks.world
-        for part, part_ids in (
-            (block[:seeds], ids[:seeds]),
-            (block[seeds:], ids[seeds:]),
-        ):
-            scan.add(part, part_ids)
+        for part in (slice(seeds), slice(seeds, None)):
+            scan.add(block[part], ids[part])
             scan.limit = ranks.least(scan.limit)  # a candidate beyond any rank's is not among the nearest
 
     distances, ids = deliver_answers(scan, counts, ranks)

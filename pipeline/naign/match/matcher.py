@@ -36,7 +36,7 @@ class Match:
     ids: Tensor  # (n,) int64: latent id of the sample of each image of this rank
     distances: Tensor  # (n,) float32: squared L2 distance to it, of pixels
     described: str = ""  # how it was searched, for a log
-    values: dict[str, float] = field(default_factory=dict)  # metrics over all ranks, the same on each
+    values: dict[str, float]  # metrics over all ranks, the same on each
 
 
 def match_round(

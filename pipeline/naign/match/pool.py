@@ -47,32 +47,25 @@ class Pool:
         return Blocks(rows=self.rows, make=self._make, size=self._size)
 
     def _make(self, low: int, high: int) -> Tensor:
+        """This rank's samples [low, high). Every rank polls and samples as often as the one with most blocks: both may
+        be collective, sampling where a rank holds a part of the weights. A rank whose sampling fails goes on polling.
+        """
         # `low` is the same on every rank: they differ by one block at most, the last one of the last part.
         end = min(self._longest, low + self._size)
-        samples = self._generate(
-            torch.arange(self.first + low, self.first + high),
-            -(-(end - low) // self._block),
-        )
-        return samples.float().flatten(1)
-
-    def _generate(self, ids: Tensor, blocks: int) -> Tensor:
-        """The samples of `ids` (n,). Every rank polls and samples as often as the one with most `blocks`: both may be
-        collective, sampling where a rank holds a part of the weights. A rank whose sampling fails goes on polling.
-        """
-        parts = list(ids.split(self._block))
         samples = []
         failure = None
-        for number in range(blocks):
+        for start in range(low, end, self._block):
             self._poll()
             if failure is not None:
                 continue
-            asked = torch.arange(1)
-            if number < len(parts) and len(ids):
-                asked = parts[number]
+            ids = torch.arange(1)
+            if start < high:
+                stop = min(start + self._block, high)
+                ids = torch.arange(self.first + start, self.first + stop)
             try:
-                samples.append(self._sample(asked))
+                samples.append(self._sample(ids))
             except Exception as error:
                 failure = error
         if failure is not None:
             raise failure
-        return torch.cat(samples)[: len(ids)]
+        return torch.cat(samples)[: high - low].float().flatten(1)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from naign.match import bound
-from naign.match.bound import Frame, Sieve
+from naign.match.bound import WORKING_SET, Frame, Sieve
 from naign.match.exact import (
     NO_ID,
+    at_once,
     exact_distances,
     pair_distances,
     propose,
@@ -32,9 +33,7 @@ WIDTH = 119  # projected coordinates; with the bound's nine, a multiple of 64
 SEEDS = 512  # candidates that are searched first, by `flat`, to limit how far the nearest can be
 FETCH = 8  # candidates that `flat` asks for beyond the k wanted
 _SAMPLE = 256  # rows of either side that centre and basis are found from
-_LEAST_ROWS = 512
-_WORKING_SET = {"cpu": 6 << 20, "cuda": 128 << 20}
-"""float32 values bounded at once, but _LEAST_ROWS candidates at least: on a CPU to stay in the last-level cache."""
+_LEAST_ROWS = 512  # candidates bounded at once, at least: else WORKING_SET values
 _PAIRS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Pairs measured at once."""
 
@@ -56,11 +55,10 @@ class Scan:
         count, dims = queries.shape
         self.queries = queries.contiguous()
         self.neighbours = neighbours
-        self.distances = torch.full(
+        self.distances = queries.new_full(
             (count, neighbours),
             torch.inf,
             dtype=torch.float64,
-            device=queries.device,
         )
         self.ids = torch.full((count, neighbours), NO_ID, device=queries.device)
         self.limit = self.distances.new_full((count,), torch.inf)
@@ -78,22 +76,19 @@ class Scan:
     @bound.full_precision()
     def add(self, candidates: Tensor, ids: Tensor) -> None:
         """Search a block: candidates (n, d) float32 finite, ids (n,) int64 ascending."""
-        if not len(self.queries) or not len(candidates):
+        if not len(self.queries):
             return
         candidates = candidates.to(self.queries.device).contiguous()
         ids = ids.to(self.queries.device)
-        most = _WORKING_SET.get(ids.device.type, _WORKING_SET["cpu"])
+        most = at_once(WORKING_SET, ids)
         step = max(_LEAST_ROWS, most // self.queries.shape[1] // _LEAST_ROWS * _LEAST_ROWS)
-        start = 0
-        while start < len(candidates):
-            if self._bounded and not self.limit.isinf().any():
-                part = slice(start, start + step)
-                self._search_bounded(candidates[part], ids[part])
-                start += step
-            else:
+        for start in range(0, len(candidates), step):
+            if not self._bounded or self.limit.isinf().any():
                 everyone = torch.arange(len(self.queries), device=ids.device)
                 self._search_flat(candidates[start:], ids[start:], everyone)
                 return
+            part = slice(start, start + step)
+            self._search_bounded(candidates[part], ids[part])
 
     def _search_bounded(self, candidates: Tensor, ids: Tensor) -> None:
         """Search some of a block by the bound, and by FAISS for the queries that it gives up."""
@@ -165,7 +160,7 @@ class Scan:
     ) -> None:
         """Measure pairs (s,) of a query and a candidate, each pair once, and merge them into the kept ones."""
         self.measured += len(rows)
-        most = _PAIRS.get(rows.device.type, _PAIRS["cpu"])
+        most = at_once(_PAIRS, rows)
         for some, others in zip(rows.split(most), columns.split(most), strict=True):
             if not rows.is_cuda:
                 may_win = self._may_win(candidates, some, others)

@@ -104,7 +104,7 @@ class Encoder:
 
     def features(self, data: Tensor) -> Tensor:
         """(n, C, H, W) in [-1, 1], or (n, D) points -> (n, d) float32, d 64 for ours."""
-        return self._apply(self.network.features, data).to(data.device)
+        return self._apply(self.network.features, data)
 
     def logits(self, data: Tensor) -> Tensor:
         """(n, C, H, W) in [-1, 1] -> (n, classes) float32, of an encoder with labels."""
@@ -117,7 +117,7 @@ class Encoder:
         with torch.inference_mode(not data.requires_grad):
             for part in data.split(BATCH):
                 parts.append(function(part.to(device).float()))
-        return torch.cat(parts)
+        return torch.cat(parts).to(data.device)
 
 
 def names() -> list[str]:
@@ -131,20 +131,19 @@ def builtin_encoders() -> dict[str, Callable[[], Encoder]]:
     for name in names():
         found[name] = partial(read_encoder, FOLDER / f"{name}.safetensors", name)
     for name in LITES:
-        found[name] = partial(_open_pretrained, name)
+        found[name] = partial(_read_lite, name)
     found["pixels"] = partial(Encoder, name="pixels", network=Pixels())
     return found
 
 
-def _open_pretrained(name: str) -> Encoder:
-    network = open_lite(name) if name in LITES else open_timm(name)
-    return Encoder(name=name, network=network)
+def _read_lite(name: str) -> Encoder:
+    return Encoder(name=name, network=open_lite(name))
 
 
 def load_encoder(name: str) -> Encoder:
     """The encoder of that name, `timm:NAME`, or the one in a .safetensors file of ours; InputError for any other."""
     if name.startswith("timm:"):
-        return _open_pretrained(name)
+        return Encoder(name=name, network=open_timm(name))
     if name.endswith(".safetensors"):
         return read_encoder(Path(name), name)
     setting = "encoder, which may also be timm:NAME or the path of a .safetensors file,"
@@ -207,8 +206,8 @@ def read_encoder(path: Path, name: str) -> Encoder:
 def choose_encoder(manifest: Manifest) -> Encoder:
     """The shipped encoder for data of that name, shape and number of labels; 'pixels' for any other data."""
     name = f"{manifest.name}-cnn{FEATURES}"
-    if manifest.kind == "image" and name in names():
+    if name in names():
         encoder = load_encoder(name)
-        if encoder.shape == tuple(manifest.shape) and len(encoder.labels) == len(manifest.labels):
+        if encoder.shape == manifest.shape and len(encoder.labels) == len(manifest.labels):
             return encoder
     return load_encoder("pixels")

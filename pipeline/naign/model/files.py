@@ -143,11 +143,10 @@ def read_model(file: Path) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
     weights = {}
     state = {}
     for name, value in tensors.items():
-        if name.startswith(_STATES):
-            if not name.startswith(_FORMER):
-                state[name] = value
-        else:
+        if not name.startswith(_STATES):
             weights[name] = value
+        elif not name.startswith(_FORMER):
+            state[name] = value
     return metadata[_KEY], weights, state
 
 
@@ -180,23 +179,16 @@ def _all_finite(tensors: dict[str, Tensor]) -> bool:
 
 def download(name: str, **options: Any) -> Path:
     """The weights of user/model on the hub or in its cache; `options` are hf_hub_download's. Raises InputError."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_token, hf_hub_download
 
-    _read_token(options.get("token"))
+    token = options.get("token")
+    if not isinstance(token, str):
+        token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):  # a message of the HTTP library could show it
+        raise InputError(f"the token for the hub has characters that no token has: renew the login {LOGIN}")
     try:
         return Path(hf_hub_download(name, WEIGHTS, **options))
     except Exception as error:  # the hub's, the HTTP library's, the file system's
         reason = f"{type(error).__name__}: {one_line(error)}"
     hint = f"a private model needs a login {LOGIN}, and only {WEIGHTS} is read, never a pickle"
     raise InputError(f"no model at {PREFIX}{name} ({one_line(constants.ENDPOINT)}): {reason}; {hint}")
-
-
-def _read_token(token: Any = None) -> str:
-    """The token for the hub, "" if there is none. InputError where a message of the HTTP library could show it."""
-    from huggingface_hub import get_token
-
-    if not isinstance(token, str):
-        token = get_token() or ""
-    if not (token.isascii() and token.isprintable()):
-        raise InputError(f"the token for the hub has characters that no token has: renew the login {LOGIN}")
-    return token

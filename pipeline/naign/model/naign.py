@@ -261,19 +261,15 @@ class NAIGN:
             number = self.find_label(label)
             asked.append(torch.full((len(ids),), number, device=self.device))
         with torch.no_grad():
-            return self._decoded(
-                self.prior.draw(
-                    seed,
-                    SAMPLES,
-                    ids,
-                    self.device,
-                    *asked,
-                )
+            drawn = self.prior.draw(
+                seed,
+                SAMPLES,
+                ids,
+                self.device,
+                *asked,
             )
-
-    def _decoded(self, drawn: Tensor) -> Tensor:
-        if self.prior.decodes:
-            drawn = self.network.decode(drawn)  # type: ignore[operator]
+            if self.prior.decodes:
+                drawn = self.network.decode(drawn)  # type: ignore[operator]
         return drawn.contiguous()
 
     def choose(self, ids: Tensor, *, seed: int = 0) -> Tensor | None:

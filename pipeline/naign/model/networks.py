@@ -291,22 +291,16 @@ def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: 
         nn.SiLU(),
         nn.Conv2d(widths[-1], config.code, 1),
     ]
-    code = (config.code, height, width)
-    if config.blend:
-        return BlendedNetwork(
-            ImageNetwork(
-                down,
-                up,
-                code,
-                recompute,
-            )
-        )
-    return ImageNetwork(
+    network = ImageNetwork(
         down,
-        [*up, nn.Tanh()],
-        code,
+        up,
+        (config.code, height, width),
         recompute,
     )
+    if config.blend:
+        return BlendedNetwork(network)
+    network.decoder.append(nn.Tanh())
+    return network
 
 
 def _blocks(channels: int, depth: int) -> list[ResidualBlock]:

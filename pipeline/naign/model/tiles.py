@@ -16,23 +16,30 @@ STEP = 1 / 4  # of a tile's side, between the starts of tiles
 PIXELS = 1 << 19  # of the tiles that are computed at once
 
 
-def blended(f: Callable[[Tensor], Tensor], images: Tensor, tile: tuple[int, ...]) -> Tensor:
+def blended(
+    f: Callable[[Tensor], Tensor],
+    images: Tensor,
+    tile: tuple[int, ...],
+) -> Tensor:
     """f of images (n, C, H, W); f takes and returns tiles (m, C, *tile), one row of them at a time."""
     height, width = images.shape[2:]
     high, wide = tile
     rows, above = _reflected(height, high)
     columns, before = _reflected(width, wide)
-    images = images[:, :, rows.to(images.device)][..., columns.to(images.device)]
+    images = images[:, :, rows][..., columns]
     tops, down = _windows(len(rows), high)
     lefts, across = _windows(len(columns), wide)
     made = torch.zeros_like(images)
     for top, weights in zip(tops, down, strict=True):
-        band = images[:, :, top : top + high]
-        tiles = torch.stack([band[..., left : left + wide] for left in lefts], dim=1)
+        band = slice(top, top + high)
+        seen = images[:, :, band]
+        cut = [seen[..., left : left + wide] for left in lefts]
+        tiles = torch.stack(cut, dim=1)
         answers = f(tiles.flatten(0, 1)).view(tiles.shape)
         for number, left in enumerate(lefts):
             window = weights[:, None] * across[number]
-            made[:, :, top : top + high, left : left + wide] += window.to(made) * answers[:, number]
+            window = window.to(made)
+            made[:, :, band, left : left + wide] += window * answers[:, number]
     return made[:, :, above : above + height, before : before + width]
 
 

@@ -28,11 +28,11 @@ class Images:
     def __init__(self, config: DataConfig, split: str) -> None:
         """Raises InputError where the data set or the split is missing, and for points."""
         dataset = DataSet(config)
-        self.manifest = dataset.manifest
+        manifest = dataset.manifest
         self.shape = dataset.shape
-        require((self.manifest.kind == "image", f"{config.path} holds points: only images can be compared"))
+        require((manifest.kind == "image", f"{config.path} holds points: only images can be compared"))
         self._reader = dataset.reader(split)
-        self._shards = self.manifest.split(split).shards
+        self._shards = manifest.split(split).shards
         counts = [shard.samples for shard in self._shards]
         self._edges = list(accumulate(counts, initial=0))
 

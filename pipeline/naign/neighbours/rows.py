@@ -39,8 +39,9 @@ class ImageRows:
         shape: tuple[int, ...],
         ranks: Ranks,
     ) -> None:
-        """Make this rank's blocks; `read(first, last)` returns stored images (n, *shape)."""
+        """Make this rank's blocks; `read(first, last)` returns stored images (n, *shape) uint8."""
         self.name = name
+        self.shape = shape
         self.dims = math.prod(shape)
         most = min(MOST, VALUES // self.dims)
         self.size = max(ROWS, most // ROWS * ROWS)  # rows of a block
@@ -50,8 +51,6 @@ class ImageRows:
             ranks.rank,
             ranks.world,
         )
-        self.count = count
-        self._kept = read(0, 1)[0].numpy()  # its shape and type are those of every image
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
         with progress(f"reading {name}", self.last - self.first, ranks) as bar:
             for low in range(self.first, self.last, self.size):
@@ -66,11 +65,10 @@ class ImageRows:
 
     def block(self, low: int, high: int) -> Tensor:
         """Rows (VIEWS, n, d) float32 of images [low, high) of this rank: whole numbers, so that distances are exact."""
-        self._file.seek((low - self.first) * self._kept.nbytes)
         count = high - low
-        values = np.fromfile(self._file, self._kept.dtype, count * self._kept.size)
-        stored = values.reshape(count, *self._kept.shape)
-        images = torch.from_numpy(stored)
+        self._file.seek((low - self.first) * self.dims)
+        values = np.fromfile(self._file, np.uint8, count * self.dims)
+        images = torch.from_numpy(values).view(count, *self.shape)
         views = torch.stack([images, images.flip(-1)])
         return views.flatten(2).float()
 

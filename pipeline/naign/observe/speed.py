@@ -27,13 +27,12 @@ def peak_memory(device: torch.device) -> float:
 
 def parse_rounds(text: str) -> range:
     """The rounds of '3' or '3-4' (inclusive); '' gives none. Raises InputError for anything else."""
-    if not text:
-        return range(0)
     match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
     rounds = range(0)
     if match:
         rounds = range(int(match[1]), int(match[2] or match[1]) + 1)
-    require((rounds, f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4"))
+    unclear = f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4"
+    require((rounds or not text, unclear))
     return rounds
 
 

@@ -102,7 +102,12 @@ def build(kind: Any, content: Any, where: str, *, named: Named, prefix: str = ""
     return kind(**values)
 
 
-def _refuse_unknown(kind: Any, name: str, where: str, choice: str | None) -> typing.NoReturn:
+def _refuse_unknown(
+    kind: Any,
+    name: str,
+    where: str,
+    choice: str | None,
+) -> typing.NoReturn:
     if name in RENAMED:
         raise InputError(f"{where}: {name} is a setting of an earlier version: {RENAMED[name]}")
     section, _, key = name.rpartition(".")
@@ -124,15 +129,17 @@ def _refuse_unknown(kind: Any, name: str, where: str, choice: str | None) -> typ
 
 
 def convert(target: Any, value: Any, where: str) -> Any:
-    """Convert a value of YAML, which reads 1e-3 as text and 1 as an integer. All other types must match."""
+    """Convert a value of YAML, which reads 1e-3 as text and 1 as an integer. A path, of a program, becomes text. All
+    other types must match.
+    """
     with suppress(TypeError, ValueError, OverflowError):
         if target is float and not isinstance(value, bool):
             return float(value)
-        if target is int and isinstance(value, (float, str)) and float(value) == int(float(value)):
+        if target is int and isinstance(value, (float, str)) and float(value).is_integer():
             return int(float(value))
         if isinstance(value, target) and isinstance(value, bool) == (target is bool):
             return value
-        if target is str and type(value) is int:
+        if target is str and (type(value) is int or isinstance(value, Path)):
             return str(value)
     raise InputError(f"{where} is {shown(value)}: it must be {target.__name__}")
 

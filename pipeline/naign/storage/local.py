@@ -140,7 +140,7 @@ def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> 
         raise OSError(error.errno, error.strerror, str(file)) from None
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
 
 
 def sync_file(file: Path) -> None:

@@ -36,8 +36,7 @@ class OtherStore(NetworkStore):
 
     def names(self) -> Names:
         self._require_writable("it cannot be listed: check the path, or name files, as in .../train-{00000..00031}.tar")
-        prefix = self._prefix.rstrip("/") or None
-        listing = self._ask("list", "", lambda bucket, _: obstore.list_with_delimiter(bucket, prefix))
+        listing = self._ask("list", "", obstore.list_with_delimiter)
         folders = [folder.rpartition("/")[2] for folder in listing["common_prefixes"]]
         files = [entry["path"].removeprefix(self._prefix) for entry in listing["objects"]]
         return Names(sorted(folders), sorted(files))
@@ -65,18 +64,17 @@ class OtherStore(NetworkStore):
     def _upload(self, name: str, file: BinaryIO) -> None:
         self._require_writable("write to a local folder or s3://")
 
-        def put(_: Any, path: str) -> Any:
+        def put() -> Any:
             file.seek(0)
-            bucket = _client(self._root, uploads=True)
             return obstore.put(
-                bucket,
-                path,
+                _client(self._root, uploads=True),
+                self._prefix + name,
                 file,
                 chunk_size=PART,
                 max_concurrency=PARALLEL,
             )
 
-        self._ask("write", name, put)
+        self._retried("write", name, put)
 
     def delete(self, name: str) -> None:
         self._require_writable("nothing is removed there")

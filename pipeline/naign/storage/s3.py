@@ -17,7 +17,14 @@ from naign.errors import InputError, one_line
 from naign.storage.base import Missing, Names
 from naign.storage.network import NO_RANGES, PART, Failure, NetworkStore, Stat
 from naign.storage.prefetch import in_order
-from naign.storage.s3_client import BadSettings, client, forget_clients, is_transient
+from naign.storage.s3_client import (
+    TRANSIENT_CODES,
+    BadSettings,
+    client,
+    forget_clients,
+    is_transient,
+    is_transient_status,
+)
 
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
 
@@ -114,27 +121,27 @@ class S3Store(NetworkStore):
         """The answer to one request; failures that may pass are retried."""
         if name:
             arguments["Key"] = self._prefix + name
-
-        def call() -> Any:
-            return getattr(client(), operation)(Bucket=self._bucket, **arguments)
-
-        return self._retried(operation.replace("_", " "), name, call)
+        return self._retried(
+            operation.replace("_", " "),
+            name,
+            lambda: getattr(client(), operation)(Bucket=self._bucket, **arguments),
+        )
 
     @staticmethod
     def _failure(error: Exception) -> Failure | None:
-        transient = is_transient(error)
         if isinstance(error, ClientError):
             code = str(error.response["Error"].get("Code"))
             message = error.response["Error"].get("Message")
             reason = one_line(f"{code}: {message}")
             metadata = error.response.get("ResponseMetadata", {})
             status = int(metadata.get("HTTPStatusCode", 0))
+            transient = is_transient_status(status) or code in TRANSIENT_CODES
             if "Expired" in code or code == "400":  # what a HEAD says of an expired token
                 status = 403
             if status == 403 and client().meta.config.signature_version is UNSIGNED:
                 reason += f"; no credentials were found, so it was asked for without: {CREDENTIALS}"
             return Failure(reason, status, transient)
-        if transient:
+        if is_transient(error):
             return Failure(f"{type(error).__name__}: {one_line(error)}", transient=True)
         if isinstance(error, BotoCoreError | BadSettings):
             return Failure(one_line(error))

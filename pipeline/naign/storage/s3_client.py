@@ -33,10 +33,7 @@ class BadSettings(Exception):
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the failure is transient: the same request may succeed a moment later."""
-    if isinstance(error, exceptions.ClientError):
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        return is_transient_status(status) or error.response["Error"].get("Code") in TRANSIENT_CODES
+    """Whether the failure of a request without an answer is transient: it may succeed a moment later."""
     if isinstance(error, exceptions.SSLError) and re.search("WRONG_VERSION_NUMBER|CERTIFICATE_VERIFY", str(error)):
         return False
     return isinstance(error, TRANSIENT)
@@ -65,13 +62,12 @@ def _make_client() -> Any:
 
     session = boto3.session.Session()
     credentials = session.get_credentials()
+    signature = None
     if credentials is None:
         signature = UNSIGNED
-    else:
-        signature = None
-        if not all(part.isprintable() for part in credentials.get_frozen_credentials() if part):
-            # Such a header is refused with an error that prints it.
-            raise BadSettings("the credentials hold a line break or another character that is not printable")
+    elif not all(part.isprintable() for part in credentials.get_frozen_credentials() if part):
+        # Such a header is refused with an error that prints it.
+        raise BadSettings("the credentials hold a line break or another character that is not printable")
     config = Config(
         retries={"total_max_attempts": 1},
         connect_timeout=SILENCE,

@@ -18,8 +18,8 @@ def open_store(path: str) -> Store:
     require((path.strip() and "\0" not in path, f"{path!r} is no path: give a local folder or s3://bucket/prefix"))
     check_address(path)
     scheme, separator, _ = path.partition("://")
-    require((separator or not is_in_bucket(path), f"{path}: write {path.partition(':')[0]}://bucket/prefix"))
     if not separator:
+        require((not is_in_bucket(path), f"{path}: write {path.partition(':')[0]}://bucket/prefix"))
         return LocalStore(path)
     if scheme == "s3":
         from naign.storage.s3 import S3Store
@@ -37,7 +37,8 @@ def open_store(path: str) -> Store:
 
 def is_in_bucket(place: object) -> bool:
     """Whether this is a path in a bucket, which can be written; a Path has lost one of its two slashes."""
-    return str(place).partition(":")[0] in BUCKETS and ":" in str(place)
+    scheme, colon, _ = str(place).partition(":")
+    return bool(colon) and scheme in BUCKETS
 
 
 def check_writable(store: Store, what: str) -> None:
@@ -58,20 +59,13 @@ def locate(url: str) -> tuple[Store, str]:
 
 
 @contextmanager
-def was_there(*urls: str) -> Iterator[None]:
-    """Context: an InputError becomes Gone if a file that was read before is missing, or one of `urls`, which were."""
+def was_there(url: str) -> Iterator[None]:
+    """Context: an InputError becomes Gone if a file that was read before is missing, or that at `url`, which was."""
     try:
         yield
     except InputError as error:
-        if (isinstance(error, Missing) and error.seen) or not _are_there(urls):
+        store, name = locate(url)
+        if (isinstance(error, Missing) and error.seen) or not store.exists(name):
             lost = "stored data that this run has read before is gone, as when a store loses its disk"
             raise Gone(f"{error}; {lost}: all ranks start again from what is left") from None
         raise
-
-
-def _are_there(urls: tuple[str, ...]) -> bool:
-    for url in urls:
-        store, name = locate(url)
-        if not store.exists(name):
-            return False
-    return True

@@ -20,21 +20,24 @@ LAUNCHER = "the launcher's DeepSpeed configuration"
 
 def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
     """The engine that trains `bare` on samples of `shape`; InputError if DeepSpeed is set up otherwise. Collective."""
-    plain = accelerator.distributed_type != DistributedType.DEEPSPEED and "FSDP_VERSION" not in os.environ
-    if accelerator.device.type == "cuda" and plain:
-        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]  # torch 2.15 declares it
-    kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
+    kind = Engine
     if "FSDP_VERSION" in os.environ:
         from naign.distributed.fsdp import FsdpEngine as kind  # which takes a second to import
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        kind = ZeroEngine
+    elif accelerator.device.type == "cuda":
+        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]  # torch 2.15 declares it
     return kind(accelerator, bare, config.train, shape=shape)
 
 
 def check_engine(config: Config, accelerator: Accelerator) -> None:
     """Raise InputError where the launcher's engine cannot do what the configuration asks for."""
-    find_optimizer(config.train.optimizer)
-    batch = config.train.batch
+    train = config.train
+    objective = config.objective
+    batch = train.batch
+    accumulate = train.accumulate
     world = accelerator.num_processes
-    accumulate = config.train.accumulate
+    find_optimizer(train.optimizer)
     if batch % (world * accumulate):
         ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
         uneven = f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches"
@@ -43,18 +46,22 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     engine = "FSDP" if is_fsdp else "DeepSpeed"
     apart = f"does not go with {engine}: leave it out, or use DDP"
-    for name, value in (("optimizer", "adamw"), ("compile", False)):
-        possible = getattr(config.train, name) == value or not (is_fsdp or is_deepspeed)
-        require((possible, f"train.{name}={getattr(config.train, name)} {apart}"))
+    if is_fsdp or is_deepspeed:
+        require(
+            (train.optimizer == "adamw", f"train.optimizer={train.optimizer} {apart}"),
+            (not train.compile, f"train.compile={train.compile} {apart}"),
+        )
     if is_fsdp:
-        require((not config.objective.needs_frozen, f"objective.name={config.objective.name} {apart}"))
         offloaded = os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
-        require((not offloaded, f"fsdp_offload_params {apart}"))
+        require(
+            (not objective.needs_frozen, f"objective.name={objective.name} {apart}"),
+            (not offloaded, f"fsdp_offload_params {apart}"),
+        )
+    if train.compile and accelerator.device.type == "cpu":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
+        lacking = f"train.compile needs a C++ compiler, and {compiler} is not there"
+        require((shutil.which(compiler), f"{lacking}: install it, name another in CXX, or leave train.compile out"))
     if not is_deepspeed:
-        if config.train.compile and accelerator.device.type == "cpu":
-            compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
-            lacking = f"train.compile needs a C++ compiler, and {compiler} is not there"
-            require((shutil.which(compiler), f"{lacking}: install it, name another in CXX, or leave train.compile out"))
         return
     plugin = accelerator.state.deepspeed_plugin
     precision = accelerator.mixed_precision
@@ -67,8 +74,9 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
         asked = precision.replace("no", "fp32")
         conflict = f"{LAUNCHER} says {name}.enabled: {enabled}, but the run's precision is {asked}"
         require((enabled in ("auto", asked == name), f"{conflict}: remove it there, or change train.precision"))
-    objective = config.objective
     frozen = f"objective.name={objective.name} evaluates a frozen copy of the network"
     allowed = not objective.needs_frozen or (stage < 3 and precision == "no")
-    require((allowed, f"{frozen}: use DDP, or ZeRO 1 to 2 in float32, which allow that"))
-    require((stage > 0, f"{LAUNCHER} asks for ZeRO-0, which shares out nothing: use ZeRO 1 to 3, or DDP"))
+    require(
+        (allowed, f"{frozen}: use DDP, or ZeRO 1 to 2 in float32, which allow that"),
+        (stage > 0, f"{LAUNCHER} asks for ZeRO-0, which shares out nothing: use ZeRO 1 to 3, or DDP"),
+    )

@@ -93,7 +93,7 @@ def train_network(run: Trainer) -> None:
                     if config.objective.needs_match:
                         match = find_match(run, images)
             except Stopped:  # f is as it was when the round began
-                save(run, take_snapshot(run))
+                save(run)
                 raise
             try:
                 with run.phases.enter("fit"):
@@ -116,7 +116,7 @@ def train_network(run: Trainer) -> None:
             stopping, _ = run.stop.poll_stop()
             due = state.round % config.checkpoint.rounds == 0 or state.round == run.rounds
             if due or stopping:
-                save(run, take_snapshot(run))
+                save(run)
         if stopping and not run.finished:
             raise Stopped
 
@@ -126,7 +126,9 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
 
     Returns each loss's mean over steps and ranks, and the last learning rate. Raises Diverged as StepLosses does.
     """
-    config, engine, state = run.config, run.engine, run.state  # fmt: skip
+    config = run.config
+    engine = run.engine
+    state = run.state
     objective = config.objective
     losses = StepLosses(run)
     stop_requested = StopPoll(run.stop)
@@ -280,16 +282,16 @@ def fit_prior(run: Trainer) -> None:
                     raise Stopped
                 if stop_requested.elapsed - saved > SAVED:
                     saved = stop_requested.elapsed
-                    save(run, take_snapshot(run))
+                    save(run)
         except Stopped:
-            save(run, take_snapshot(run))
+            save(run)
             raise
     broadcast(list(run.prior.state_dict().values()))  # the same bits on every rank, whatever its machine
     state.step += 1  # also for a prior that is fitted without steps
     advance_prior(run, 1.0)
     with run.phases.enter("report"):
         report_prior(run)
-    save(run, take_snapshot(run))
+    save(run)
 
 
 def advance_prior(run: Trainer, fitted: float) -> None:
@@ -316,8 +318,11 @@ def encode_data(run: Trainer) -> Codes:
         for number in chunks[chunk]:
             with run.phases.enter("encode"):
                 rows = read_round(run, run.rounds + number)
-                images = scaled(rows.images.to(run.accelerator.device))
-                codes.append(gather(encode(run, images), run.accelerator))
+                fitted_to = scaled(rows.images.to(run.accelerator.device))
+                if run.prior.decodes:  # it is fitted to the images' codes
+                    parts = fitted_to.split(ENCODED)
+                    fitted_to = torch.cat([run.engine.exported("encode", part) for part in parts])
+                codes.append(gather(fitted_to, run.accelerator))
                 labels.append(gather(read_labels(run, rows), run.accelerator))
         return torch.cat(codes), torch.cat(labels)
 
@@ -329,13 +334,6 @@ def encode_data(run: Trainer) -> Codes:
         add=run.accelerator.reduce,
         autocast=run.accelerator.autocast,
     )
-
-
-def encode(run: Trainer, images: Tensor) -> Tensor:
-    """What the prior is fitted to: the codes of images, or the images."""
-    if not run.prior.decodes:
-        return images
-    return torch.cat([run.engine.exported("encode", part) for part in images.split(ENCODED)])
 
 
 def read_labels(run: Trainer, rows: Rows) -> Tensor:
@@ -357,10 +355,13 @@ def take_snapshot(run: Trainer) -> Snapshot:
     return snapshot(run.config, run.stream, run.engine, run.state, run.latents, run.prior)
 
 
-def save(run: Trainer, taken: Snapshot) -> None:
-    """Begin to write a snapshot as a checkpoint in the background, unless it is there already. Collective."""
+def save(run: Trainer, taken: Snapshot | None = None) -> None:
+    """Begin to write a checkpoint in the background, of the run as it is now or of a snapshot that was taken, unless it
+    is there already. Collective.
+    """
     writer = run.writer
-    if taken.name == writer.newest or taken.name == "step-00000000":  # a new start does the same
+    taken = taken or take_snapshot(run)
+    if taken.name in (writer.newest, "step-00000000"):  # a new start does the same
         return
     ready = writer.join(share=0.5)  # the one before may still be on its way to the bucket
     if total([float(not ready)], run.accelerator)[0]:

@@ -75,7 +75,7 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
     pictures = {}
     every = config.report.pictures
     due = every and (state.round in (1, run.rounds) or state.round % every == 0)
-    if due and (run.rank == 0 or run.engine.sharded):
+    if due:
         pictures = _draw(run, images)
     _send(run, values, pictures)
 
@@ -89,7 +89,7 @@ def report_prior(run: Trainer) -> None:
             raise Diverged(f"{name} is not finite: the prior cannot be fitted; lower prior.lr")
     values |= {"train/stage": 2, "prior/fitted": run.state.fitted, "seconds/training": run.state.seconds}
     pictures = {}
-    if run.state.fitted >= 1 and run.config.report.pictures and (run.rank == 0 or run.engine.sharded):
+    if run.state.fitted >= 1 and run.config.report.pictures:
         pictures = _draw(run, None)
     _send(run, values, pictures)
 
@@ -97,13 +97,14 @@ def report_prior(run: Trainer) -> None:
 def _send(run: Trainer, values: dict[str, float], pictures: dict[str, Image.Image]) -> None:
     """Give metrics and pictures to the trackers. From here on rank 0 alone works, and may fail."""
     state = run.state
-    counts = {
-        "images_seen": state.images_seen,
-        "codes_seen": state.codes_seen,
-        "round": max(0, state.round - 1),
-        "step": state.step,
-    }
-    run.monitor.scalars(values, state.seen, **counts)
+    run.monitor.scalars(
+        values,
+        state.seen,
+        images_seen=state.images_seen,
+        codes_seen=state.codes_seen,
+        round=max(0, state.round - 1),
+        step=state.step,
+    )
     for name, picture in pictures.items():
         run.monitor.picture(name, picture, state.seen)
 
@@ -137,8 +138,10 @@ def _cost_of_reading(run: Trainer, read: Rows) -> dict[str, float]:
 
 def _draw(run: Trainer, images: Tensor | None) -> dict[str, Image.Image]:
     """Pictures by name: samples f(z), resamples f(f(z)) and restorations of `images` (n, *shape); none for points. The
-    latents are the same over the run, so that pictures compare. Collective with a sharded network.
+    latents are the same over the run, so that pictures compare. By rank 0, or collective with a sharded network.
     """
+    if run.rank != 0 and not run.engine.sharded:
+        return {}
     once = run.engine.exported("", draw_latents(run, torch.arange(64)))
     if once.ndim != 4:
         return {}

@@ -102,7 +102,11 @@ def find_newest(config: Config) -> Path | None:
         if newest and step_of(name) <= step_of(newest.name):
             return newest
         try:
-            return _download(config, name)
+            # What the run reported comes first: once a checkpoint is here, all before it counts as being here.
+            bucket.fetch_shown(remote, checkpoints.parent)
+            downloaded = bucket.download(remote, name, checkpoints)
+            _compare_checkpoint(downloaded, config)
+            return downloaded
         except Damaged:
             shutil.rmtree(checkpoints / name, ignore_errors=True)
             damaged.append(f"{remote}/checkpoints/{name}")
@@ -110,15 +114,6 @@ def find_newest(config: Config) -> Path | None:
     if damaged and newest is None:
         raise InputError(f"{damaged[0]} and all before it are damaged: mend one, or remove them to start anew")
     return newest
-
-
-def _download(config: Config, name: str) -> Path:
-    """Download what the run reported, then a checkpoint: once that is here, all before it counts as being here."""
-    run = Path(config.run.path)
-    bucket.fetch_shown(config.run.remote, run)
-    checkpoint = bucket.download(config.run.remote, name, run / "checkpoints")
-    _compare_checkpoint(checkpoint, config)
-    return checkpoint
 
 
 def find_claimed(config: Config, name: str, token: str) -> Path | None:
@@ -149,16 +144,15 @@ def find_claimed(config: Config, name: str, token: str) -> Path | None:
     return checkpoint
 
 
-def is_done(config: Config) -> bool:
-    """Whether the bucket has the last checkpoint of this run in full."""
-    remote = config.run.remote
-    recorded = recorded_at(remote)
+def is_done(config: Config, place: str) -> bool:
+    """Whether `place`, a bucket or folder of this run, has its last checkpoint in full."""
+    recorded = recorded_at(place)
     if not recorded or differences(recorded, config):
         return False
-    newest = next(bucket.newest_first(remote), None)
+    newest = next(bucket.newest_first(place), None)
     if newest is None:
         return False
-    return budget.is_done(flatten(config), read_object(f"{remote}/checkpoints/{newest}", "trainer.json"))
+    return budget.is_done(flatten(config), read_object(f"{place}/checkpoints/{newest}", "trainer.json"))
 
 
 def recorded_at(place: str) -> Config | None:
@@ -189,13 +183,13 @@ def compare(recorded: Config, config: Config, place: str, option: str) -> list[s
 
 def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
     """Compare with the configuration in the checkpoint, rather than with config.yaml, which anyone may edit."""
-    metadata = read_model(checkpoint, "model.safetensors").metadata
+    metadata = read_model(checkpoint).metadata
     recorded = from_dict(metadata.get("config"), where=str(checkpoint))
     for line in compare(recorded, config, f"'{config.run.path}'", "--run.path"):
         log.warning("goes on with another %s", line)
 
 
-def read_model(checkpoint: Path, name: str) -> NAIGN:
+def read_model(checkpoint: Path, name: str = "model.safetensors") -> NAIGN:
     """A model file of a checkpoint, on the CPU. Raises InputError as `damage_named` does, and where the model cannot be
     built, as of another package that is not installed.
     """

@@ -65,7 +65,6 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
     with together(accelerator):
         stream = open_stream(config, accelerator)
         network, latents, prior = build_model(config, stream, accelerator.device)
-        check_model(config, stream, prior)
         if start:
             warm_start(config, start, network)
         if rank == 0:
@@ -128,11 +127,18 @@ def open_stream(config: Config, accelerator: Accelerator) -> Stream:
 
 
 def build_model(config: Config, stream: Stream, device: torch.device) -> tuple[nn.Module, Latents, Prior]:
-    """The network with its first weights, the latents, and the prior; InputError where they do not go together."""
+    """The network with its first weights, the latents, and the prior; InputError where they do not go together, or a
+    setting does not fit the data.
+    """
     torch.manual_seed(config.seed)  # the same first weights on every rank
     network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
     latents = build_latents(config.latents, stream.shape).to(device)
     prior = build_prior_of(config, stream, network).to(device)
+    if config.objective.needs_damaged:
+        find_damage(config.objective.damage).check(stream.shape)
+    if prior.learns:
+        codes = -(-count_codes(config, stream) // config.match.round) * config.match.round
+        config.prior.check_codes(codes, prior.shape)
     return network, latents, prior
 
 
@@ -141,19 +147,9 @@ def build_prior_of(config: Config, stream: Stream, network: nn.Module) -> Prior:
     return build_prior(config.prior, stream.shape, network, seed=config.seed, labels=stream.manifest.labels)
 
 
-def check_model(config: Config, stream: Stream, prior: Prior) -> None:
-    """Raise InputError for settings that do not fit the data."""
-    if config.objective.needs_damaged:
-        find_damage(config.objective.damage).check(stream.shape)
-    if prior.learns:
-        codes = -(-count_codes(config, stream) // config.match.round) * config.match.round
-        config.prior.check_codes(codes, prior.shape)
-
-
 def count_codes(config: Config, stream: Stream) -> int:
     """How many codes the prior is fitted to: no image twice where its code is the same."""
-    varied = config.data.flip or config.data.crop
-    if varied:
+    if config.data.flip or config.data.crop:
         return config.prior.images
     return min(config.prior.images, stream.order.total)
 
@@ -169,12 +165,11 @@ def warn_before(config: Config, network: nn.Module) -> None:
 def open_monitor(config: Config, accelerator: Accelerator, state: State, *, write: bool) -> Monitor:
     """What reports. config.yaml is written only if something is left to train. Collective."""
     folder = Path(config.run.path)
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
     settings = flatten(config)
     is_main = accelerator.is_main_process
     with together(accelerator):
         if is_main and write:  # a run that has ended keeps its settings
-            write_atomically(folder / "config.yaml", text)
+            write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         monitor = Monitor(
             folder,
             active=is_main,
@@ -219,7 +214,7 @@ def open_writer(
     writer.left = lambda: stop.left if stop.seen() else math.inf
     writer.flush = monitor.flush
     if total([float(unsent)], accelerator)[0]:
-        writer.resend(writer.newest)
+        writer.resend()
     return writer
 
 
@@ -243,9 +238,7 @@ def pack_missing(data: DataConfig, arguments: list[str]) -> None:
     source = data.source
     if not source and data.path == DataConfig().path:
         source = "mnist"
-    if not source or data.index:  # indexed tars are others'
-        return
-    if open_store(data.path).exists("index.json"):
+    if not source or data.index or open_store(data.path).exists("index.json"):  # indexed tars are others'
         return
     command = f"naign pack {source} --to {data.path}"
     given = {word.partition("=")[0] for word in arguments}
@@ -257,12 +250,10 @@ def pack_missing(data: DataConfig, arguments: list[str]) -> None:
 
 def read_start(config: Config) -> Start | None:
     """The model at model.init; None if there is none, or a checkpoint to resume from. For rank 0, which shares it."""
-    if not config.model.init:
-        return None
-    if newest_checkpoint(Path(config.run.path) / "checkpoints"):
+    if not config.model.init or newest_checkpoint(Path(config.run.path) / "checkpoints"):
         return None
     remote = config.run.remote
-    if remote and next(iter(newest_first(remote)), None):
+    if remote and next(newest_first(remote), None):
         return None
     model = NAIGN.from_pretrained(config.model.init)
     return model.metadata["model"]["name"], model.network.state_dict()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +25,11 @@ from naign.storage.local import write_atomically
 from naign.training.run_folder import damage_named, open_tensors, read_model
 
 PRIOR = "state/prior.safetensors"  # what the fit of the prior goes on from
-VERSIONS = {"naign": find_version(), **{name: version(name) for name in ("torch", "accelerate")}}  # in every checkpoint
+VERSIONS = {  # in every checkpoint
+    "naign": find_version(),
+    "torch": version("torch"),
+    "accelerate": version("accelerate"),
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,7 +63,7 @@ def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.saf
 
 def restore_draws(checkpoint: Path, latents: Latents, prior: Prior) -> None:
     """Load what latents have measured and where the prior's fit stands. Raises InputError as `restore` does."""
-    model = read_model(checkpoint, "model.safetensors")
+    model = read_model(checkpoint)
     latents.load_state_dict(model.latents.state_dict())
     if not prior.learns:
         return
@@ -96,7 +100,7 @@ def restore(checkpoint: Path, engine: Engine) -> State:
         for file in map(open_tensors, paths):
             file_of |= dict.fromkeys(file.keys(), file)
     if trainer["adam_steps"]:
-        weights = read_model(checkpoint, "model.safetensors").network.state_dict()
+        weights = read_model(checkpoint).network.state_dict()
         for name in engine.shapes:
             shapes = engine.state_shapes(name)
             kept = {"weight": weights[name]}
@@ -111,8 +115,7 @@ def restore(checkpoint: Path, engine: Engine) -> State:
     return state
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A copy of a run: what a checkpoint writes, whatever changes meanwhile."""
 
     name: str  # of the checkpoint
@@ -134,7 +137,6 @@ def snapshot(
     owners = {name: number % world for number, name in enumerate(largest_first)}  # the rank that writes its state
     moments = dict[str, Tensor]()
     weights = dict[str, Tensor]()
-    averaged = dict[str, Tensor]()
     for name, values in engine.states():
         if owners[name] == rank:
             for key in values.keys() - {"weight"}:
@@ -145,19 +147,16 @@ def snapshot(
     for name, value in engine.bare.state_dict().items():
         if name not in engine.shapes:
             weights[name] = _copied(value)
-    if engine.ema is not None and rank == 0:
-        averaged = {name: _copied(value) for name, value in engine.ema.state_dict().items()}
 
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": partial(save_file, moments)}
     if rank == 0:
         metadata = describe(config, stream, state)
-        drawn = {f"prior.{name}": _copied(value) for name, value in prior.state_dict().items()}
-        drawn |= {f"latents.{name}": _copied(value) for name, value in latents.state_dict().items()}
+        drawn = _copies(prior.state_dict(), "prior.") | _copies(latents.state_dict(), "latents.")
         if prior.learns:
-            fit = {name: _copied(value) for name, value in prior.training_state().items()}
-            files[PRIOR] = partial(save_file, fit)
+            files[PRIOR] = partial(save_file, _copies(prior.training_state()))
         files["model.safetensors"] = lambda file: save_model(file, weights, metadata, drawn)
         if engine.ema is not None:
+            averaged = _copies(engine.ema.state_dict())
             files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, drawn)
         trainer = asdict(state) | {
             "epoch": stream.order.epochs(state.round),
@@ -174,6 +173,10 @@ def snapshot(
 def _copied(value: Tensor) -> Tensor:
     """A contiguous copy in this process's memory."""
     return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _copies(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    return {f"{prefix}{name}": _copied(value) for name, value in state.items()}
 
 
 def describe(config: Config, stream: Stream, state: State) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Trainer:
     stop: StopRequest
     watchdog: Watchdog
     lock: FileLock | None  # on the run's folder, held by rank 0
-    callbacks: tuple[Any, ...] = ()  # of naign.training.callbacks
+    callbacks: tuple[Any, ...]  # of naign.training.callbacks
 
     @property
     def rank(self) -> int:
@@ -72,8 +72,7 @@ class Phases:
         self._rank = rank
         self._state = state
         self._watchdog = watchdog
-        self._wall = time.perf_counter()
-        self._cpu = time.process_time()
+        self.start()
         self.seconds = dict[str, float]()  # that each phase of the current round took
         self.cpu_seconds = 0.0  # processor time of this rank since the newest checkpoint
 
@@ -84,12 +83,9 @@ class Phases:
 
     def count(self) -> None:
         """Add the wall and processor time since the last call to the run's."""
-        wall = time.perf_counter()
-        cpu = time.process_time()
-        self._state.seconds += wall - self._wall
-        self.cpu_seconds += cpu - self._cpu
-        self._wall = wall
-        self._cpu = cpu
+        self._state.seconds += time.perf_counter() - self._wall
+        self.cpu_seconds += time.process_time() - self._cpu
+        self.start()
 
     @contextmanager
     def round(self) -> Iterator[None]:

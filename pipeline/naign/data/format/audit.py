@@ -4,7 +4,7 @@ from tqdm import tqdm
 
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
-from naign.data.order import Piece
+from naign.data.order import leading
 from naign.data.reader import Reader
 from naign.errors import InputError
 
@@ -20,8 +20,8 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> tuple[int, l
     broken = []
     for name, split in manifest.splits.items():
         reader = Reader(config, manifest, name)
-        shards = [Piece(epoch=0, shard=number, first=0, last=size) for number, size in enumerate(split.sizes)]
-        for raw in tqdm(reader.raw(shards), desc=f"verify {name}", total=split.samples, disable=hidden):
+        pieces = leading(split.sizes, split.samples)
+        for raw in tqdm(reader.raw(pieces), desc=f"verify {name}", total=split.samples, disable=hidden):
             count += 1
             try:
                 reader.row(raw)

@@ -51,7 +51,7 @@ def index(
         names,
         chosen,
         size=store.size(names[0]) * len(names),
-        title=f"index {folder}" if progress else "",
+        progress=progress,
     )
     problems = []
     forms = set()
@@ -123,7 +123,7 @@ def _split_names(files: list[str], path: str, test: str) -> dict[str, list[str]]
     """The names of each split. Raises InputError where none is for training, or `test` matches none."""
     patterns = (test,) if test else TEST
     tests = [file for file in files if _matches(file, patterns)]
-    train = [file for file in files if file not in set(tests)]
+    train = [file for file in files if not _matches(file, patterns)]
     none = f"{path}: none of its {len(files)} tars ({files[0]}, ...) is for"
     require((train, f"{none} train: see --test"), (tests or not test, f"{none} test: see --test"))
     if tests:

@@ -145,8 +145,7 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
         _demand(splits[name].samples == split["samples"] > 0, "samples do not add up, or there are none")
     fields["splits"] = splits
     for name in ("shape", "labels"):
-        if not isinstance(fields[name], list):
-            raise TypeError(f"{name} is {fields[name]!r}, not a list")
+        _demand(isinstance(fields[name], list), f"{name} is {fields[name]!r}, not a list")
         fields[name] = tuple(fields[name])
     return fields
 
@@ -169,10 +168,9 @@ def _check(manifest: Manifest) -> None:
     check_label_rule(manifest.label)
     _demand(type(manifest.dealt) is bool, "dealt is not true or false")
     names = set()
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            _check_shard(shard)
-            names.add(shard.name)
+    for shard in manifest.shards:
+        _check_shard(shard)
+        names.add(shard.name)
     _demand(names and len(names) == len(manifest.shards), "no shards, or one is listed twice")
 
 

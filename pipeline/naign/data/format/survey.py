@@ -14,7 +14,7 @@ from naign.data.format.labels import label_text, parse_number
 from naign.data.format.manifest import CHANNELS, FORMS, Shard
 from naign.data.format.pages import TAR_BLOCK, Pager
 from naign.data.format.webdataset import scan
-from naign.data.sample import SUFFIXES, find_suffix
+from naign.data.sample import find_suffix
 from naign.errors import InputError, Unavailable, require
 from naign.storage.store import open_store
 
@@ -71,7 +71,7 @@ def read_tars(
     options: IndexOptions,
     *,
     size: int,  # bytes of all of them, about
-    title: str,  # of the bar on stderr; "": none
+    progress: bool,  # bar on stderr
 ) -> list[Summary]:
     """The summary of every tar, in order: each is read once, by threads or processes."""
     workers = THREADS
@@ -84,10 +84,10 @@ def read_tars(
     results = parallel(delayed(_summarize)(path, name, options) for name in names)
     shown = tqdm(
         results,
-        desc=title,
+        desc=f"index {path}",
         total=len(names),
         unit="tar",
-        disable=None if title else True,  # None: where stderr is not a terminal
+        disable=None if progress else True,  # None: where stderr is not a terminal
     )
     try:
         with closing(results):
@@ -115,10 +115,9 @@ def _summarize(path: str, name: str, options: IndexOptions) -> Summary:
             if label is not None:
                 summary.labels.add(label)
         _check_end(pager, where)
+        summary.shard, summary.table = pager.shard(name)
     except InputError as error:  # missing, or not a tar from some byte on
         summary.problems.append(str(error))
-        return summary
-    summary.shard, summary.table = pager.shard(name)
     return summary
 
 
@@ -129,9 +128,7 @@ def _inspect(
     options: IndexOptions,
 ) -> tuple[Form, str | None]:
     """Form and label, if there is one, of a sample of any data set. Raises InputError if it cannot be used."""
-    suffix = find_suffix(sample, "image")
-    if not suffix:
-        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
+    suffix = find_suffix(sample, "image", where, "is this an image data set?")
     data = sample[suffix]
     kind = "image"
     try:

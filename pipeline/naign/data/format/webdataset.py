@@ -14,9 +14,8 @@ from naign.data.format.pages import TAR_BLOCK, Pager
 from naign.errors import InputError
 from naign.storage.base import Store
 
-_KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # WebDataset's own; importing it loads torch
-
-_METADATA = re.compile(r"__([^/]*)__(/|\Z)")  # the first part of a name
+# WebDataset's own; importing it loads torch. Names whose first part is __metadata__ do not match.
+_KEY_AND_SUFFIX = re.compile(r"(?!__[^/]*__(?:/|\Z))((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
 NO_TAR = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 """What tarfile raises for bytes that are not a tar."""
@@ -86,8 +85,6 @@ def grouped(files: Iterable[File], where: str = "") -> Iterator[dict[str, Any]]:
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:
     """Key and suffix of a member's name, as WebDataset splits it; None where WebDataset ignores the member."""
-    if _METADATA.match(name):
-        return None
     match = _KEY_AND_SUFFIX.fullmatch(name)
     return match and (match[1], match[2].lower())
 

@@ -73,7 +73,7 @@ def pack(
             splits=splits,
         )
         is_there = target.exists(INDEX)
-        if is_there and Manifest.parse(target.read(INDEX), where=target.url(INDEX)) != manifest:
+        if is_there and Manifest.load(to) != manifest:
             raise InputError(refusal)
     except InputError:
         for name in written:
@@ -124,15 +124,13 @@ def _deal(
     """The rows of each shard of a split."""
     samples = len(source.splits[split])
     require((samples, f"{source.name}: the {split} split is empty: give more images"))
-    count = shards
-    if count is None:
-        dtype, _ = FORMS[source.kind]
-        size = samples * math.prod(source.shape) * np.dtype(dtype).itemsize
-        count = min(samples, max(SHARDS, -(-size // SHARD_BYTES)))
-    fits = 1 <= count <= samples
-    require((fits, f"cannot deal {samples} {split} samples to {count} shards: use --shards 1 to {samples}"))
+    if shards is None:
+        size = samples * math.prod(source.shape) * np.dtype(FORMS[source.kind][0]).itemsize
+        shards = min(samples, max(SHARDS, -(-size // SHARD_BYTES)))
+    fits = 1 <= shards <= samples
+    require((fits, f"cannot deal {samples} {split} samples to {shards} shards: use --shards 1 to {samples}"))
     order = shuffled(samples, seed)  # cut evenly, so that every shard is a random subset
-    return [order[first:last] for first, last in parts(0, samples, count)]
+    return [order[first:last] for first, last in parts(0, samples, shards)]
 
 
 def _build(examples: Made, rows: list[int], suffix: str) -> tuple[bytes, Pager]:

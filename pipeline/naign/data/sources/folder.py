@@ -2,7 +2,6 @@
 
 import logging
 import os
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -66,15 +65,7 @@ def from_tree(
             log.warning("no labels: some pictures lie in folders, others in none; move these into one for labels")
     made = {}
     for split, group in splits.items():
-        make = partial(
-            _make,
-            group,
-            _keys(group),
-            labels,
-            resize,
-            channels,
-        )
-        made[split] = Made(length=len(group), make=make)
+        made[split] = _examples(group, labels, resize, channels)
     return Source(
         name="folder",
         kind="image",
@@ -84,25 +75,28 @@ def from_tree(
     )
 
 
-def _make(
+def _examples(
     pictures: list[Picture],
-    keys: list[str],
     labels: list[str],
     resize: Resize,
     channels: int,
-    index: int,
-) -> Example:
-    """An example: the largest central window of an upright picture, resized. Raises BrokenPicture."""
-    picture = pictures[index]
-    where = _printable(str(picture.file))
-    label = labels.index(picture.top) if labels else -1
-    try:
-        pixels = resized(picture.file.read_bytes(), resize)
-    except OSError as error:
-        raise InputError(f"{where}: cannot be read ({error.strerror}): check its owner and mode") from None
-    except InputError as error:
-        raise BrokenPicture(f"{where}: {error}") from None
-    return keys[index], np.ascontiguousarray(to_channels(pixels, channels)), label
+) -> Made:
+    """The examples of a split: of each upright picture the largest central window, resized."""
+    keys = _keys(pictures)
+
+    def make(index: int) -> Example:
+        picture = pictures[index]
+        where = _printable(str(picture.file))
+        label = labels.index(picture.top) if labels else -1
+        try:
+            pixels = resized(picture.file.read_bytes(), resize)
+        except OSError as error:
+            raise InputError(f"{where}: cannot be read ({error.strerror}): check its owner and mode") from None
+        except InputError as error:
+            raise BrokenPicture(f"{where}: {error}") from None
+        return keys[index], np.ascontiguousarray(to_channels(pixels, channels)), label
+
+    return Made(length=len(keys), make=make)
 
 
 def _find_pictures(root: Path) -> list[Picture]:

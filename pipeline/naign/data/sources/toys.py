@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from naign.data.order import philox
 from naign.data.sources.source import Source, numbered
 from naign.errors import require
 
@@ -15,8 +16,7 @@ STREAM = 1  # second word of the key: packing deals with 0 there, and would sort
 def toy2d(name: str, seed: int = 0) -> Source:
     """The set `gaussians`, 50,000 points to train and 10,000 to test, drawn together. InputError for another name."""
     require((name == "gaussians", f"no toy data set {name!r}: choose toy2d:gaussians"))
-    key = np.array([seed % 2**64, STREAM], np.uint64)
-    random = np.random.Generator(np.random.Philox(key=key))
+    random = np.random.Generator(philox(seed, STREAM))
     labels = random.integers(PARTS, size=TRAIN + TEST)
     angle = 2 * np.pi * labels / PARTS
     centres = 0.8 * np.stack([np.cos(angle), np.sin(angle)], axis=1)

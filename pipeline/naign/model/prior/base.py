@@ -176,8 +176,7 @@ class CodesPrior(Prior):
 
     def count_classes(self, labels: Tensor | None) -> None:
         """Set `class_counts` to those of the labels (n,) of codes."""
-        if self.labels:
-            assert labels is not None
+        if labels is not None:
             self.class_counts.copy_(torch.bincount(labels, minlength=len(self.labels)))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,22 +73,15 @@ class Flow(CodesPrior):
         self,
         config: FlowConfig,
         shape: Shape,
-        *,
-        seed: int = 0,
-        labels: Sequence[str] = (),
+        **options: Any,  # seed and labels
     ) -> None:
-        super().__init__(
-            config,
-            shape,
-            seed=seed,
-            labels=labels,
-        )
+        super().__init__(config, shape, **options)
         channels = shape[0]
         directions = min(DIRECTIONS, channels)
         self.noise_shape = (directions, *shape[1:])
         kind = DenseVelocity if len(shape) == 1 else SpatialVelocity
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
-            torch.manual_seed(seed)
+            torch.manual_seed(self.seed)
             self.velocity = kind(
                 self.noise_shape,
                 config.width,
@@ -180,7 +174,6 @@ class Flow(CodesPrior):
                 numbers = codes.part(torch.arange(len(rows), device=whitened.device))
                 loss = self._error(
                     whitened[mine],
-                    learner.made,
                     numbers,
                     labels_of(labels, mine),
                     codes,
@@ -206,7 +199,6 @@ class Flow(CodesPrior):
     def _error(
         self,
         wanted: Tensor,
-        step: int,
         numbers: Tensor,
         labels: Tensor | None,
         codes: Codes,
@@ -215,7 +207,7 @@ class Flow(CodesPrior):
         size = math.prod(wanted.shape[1:])
         drawn = normal(
             self.seed,
-            step,
+            self.learner.made,
             numbers,
             (size + 2,),
             wanted.device,
@@ -226,7 +218,7 @@ class Flow(CodesPrior):
         if labels is not None:
             dropped = torch.special.ndtr(drawn[:, -1]) < DROPPED
             labels = labels.masked_fill(dropped, len(self.labels))
-        share = _as_rows(time, wanted)
+        share = time.view(-1, *(1,) * (wanted.ndim - 1))  # to multiply rows
         with codes.autocast():
             velocity = self.learner.network(share * wanted + (1 - share) * noise, time, labels)
         return (velocity.float() - (wanted - noise)).square().sum()
@@ -265,8 +257,3 @@ class Flow(CodesPrior):
 def cosine(share: float) -> float:
     """The factor of a learning rate that falls from 1 to 0."""
     return (1 + math.cos(math.pi * share)) / 2
-
-
-def _as_rows(values: Tensor, like: Tensor) -> Tensor:
-    """(n,) -> (n, 1, ...), to multiply rows of `like`."""
-    return values.view(-1, *(1,) * (like.ndim - 1))

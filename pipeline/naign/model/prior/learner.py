@@ -54,8 +54,7 @@ class Learner:
         clip_and_step(self.adam, self.parameters, CLIP, ahead=self.ahead)
         self.made += 1
         decay = min(DECAY, (1 + self.made) / (10 + self.made))
-        weights = [value.detach() for value in self.parameters]
-        get_ema_multi_avg_fn(decay)(list(average.parameters()), weights, None)
+        get_ema_multi_avg_fn(decay)(list(average.parameters()), self.parameters, None)
         self.loss = self.loss + whole[-1].double()
         self.counted += 1
 

@@ -6,8 +6,10 @@ likely is fitted to all.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
 
 import torch
 from scipy.cluster.vq import kmeans2
@@ -43,14 +45,15 @@ class MixtureConfig(CodesConfig):
     def check_codes(self, count: int, shape: Shape) -> None:
         least = self.components * FEW
         few = f"prior.components={self.components} with prior.images={count}: fewer than {FEW} codes a component"
-        require((least <= count, f"{few}: ask for fewer components, or for {least} images"))
         values = math.prod(shape)
         many = f"prior.images={count} with codes of {values} values: over {KEPT} values in all"
-        require((count * values <= KEPT, f"{many}: fit the mixture to fewer images, or choose a flow"))
-        directions = min(DIRECTIONS, math.prod(shape))
-        if self.components * math.prod(shape) * directions > LARGEST:
-            large = f"prior.components={self.components} with codes of {math.prod(shape)} values"
-            raise InputError(f"{large}: over {LARGEST} values in covariances: ask for fewer components")
+        covariances = self.components * values * min(DIRECTIONS, values)
+        large = f"prior.components={self.components} with codes of {values} values"
+        require(
+            (least <= count, f"{few}: ask for fewer components, or for {least} images"),
+            (count * values <= KEPT, f"{many}: fit the mixture to fewer images, or choose a flow"),
+            (covariances <= LARGEST, f"{large}: over {LARGEST} values in covariances: ask for fewer components"),
+        )
 
 
 @dataclass(slots=True)
@@ -75,25 +78,18 @@ class Mixture(CodesPrior):
         self,
         config: MixtureConfig,
         shape: Shape,
-        *,
-        seed: int = 0,
-        labels: Sequence[str] = (),
+        **options: Any,  # seed and labels
     ) -> None:
-        super().__init__(
-            config,
-            shape,
-            seed=seed,
-            labels=labels,
-        )
+        super().__init__(config, shape, **options)
         number = config.components
         values = math.prod(shape)
-        few = f"prior.components={number} for {len(labels)} classes: each needs at least one"
-        require((number >= len(labels), few))
+        classes = len(self.labels)
+        require((number >= classes, f"prior.components={number} for {classes} classes: each needs at least one"))
         self.likelihood = 0.0  # in nats per code, before the newest iteration
         self.register_buffer("weights", torch.zeros(number))
         self.register_buffer("means", torch.zeros(number, values))
         self.register_buffer("factors", torch.zeros(number, values, min(DIRECTIONS, values)))
-        if labels:
+        if classes:
             self.register_buffer("owners", torch.zeros(number, dtype=torch.int64))
 
     def draw(
@@ -141,8 +137,7 @@ class Mixture(CodesPrior):
             labels = None
         rows = chunk.flatten(1).float()
         self.count_classes(labels)
-        space = Whitening(rows)
-        white = space.inward(rows)
+        white, back, mean = _whitened(rows)
         gaussians = self._start(white, labels, codes)
         mine = codes.part(white)
         owned = None
@@ -152,7 +147,10 @@ class Mixture(CodesPrior):
             moments, likelihood = self._expect(mine, owned, gaussians)
             gaussians = _maximise(codes.add(moments))
             self.likelihood = float(codes.add(likelihood)) / len(rows)
-            self._keep(gaussians, space)
+            self.weights.copy_(gaussians.weights)
+            self.means.copy_(gaussians.means @ back + mean)
+            self.factors.zero_()
+            self.factors[:, :, : len(back)] = back.T @ gaussians.factors
             yield (iteration + 1) / ITERATIONS
 
     def _start(self, white: Tensor, labels: Tensor | None, codes: Codes) -> Gaussians:
@@ -164,18 +162,15 @@ class Mixture(CodesPrior):
         tried = chosen[torch.arange(len(chosen)) % HELD_OUT != 0]
         if len(tried) < FEW * self.config.components:  # few codes: none can be spared
             tried = chosen
-        best: Gaussians | None = None
-        highest = -math.inf
+        compared = []
         for start in range(STARTS):
             gaussians = self._cluster(white[tried], labels_of(labels, tried), self.seed + start)
             for _ in range(TRIED):
                 moments, _ = self._expect(white[tried], labels_of(labels, tried), gaussians)
                 gaussians = _maximise(moments)
             _, likelihood = self._expect(white[held], labels_of(labels, held), gaussians)
-            if best is None or float(likelihood) > highest:
-                best = gaussians
-                highest = float(likelihood)
-        assert best is not None
+            compared.append((float(likelihood), gaussians))
+        _, best = max(compared, key=itemgetter(0))
         mine = float(codes.rank == 0)
         return Gaussians(
             weights=codes.add(best.weights * mine),
@@ -236,40 +231,27 @@ class Mixture(CodesPrior):
             moments += (features.T @ shares).double()
         return moments, likelihood
 
-    def _keep(self, gaussians: Gaussians, space: "Whitening") -> None:
-        """Set the state, in the directions of codes."""
-        self.weights.copy_(gaussians.weights)
-        self.means.copy_(space.outward(gaussians.means))
-        self.factors.zero_()
-        self.factors[:, :, : gaussians.means.shape[1]] = space.back.T @ gaussians.factors
-
     def read_metrics(self) -> dict[str, float]:
         return {"prior/likelihood": self.likelihood}
 
 
-class Whitening:
-    """The principal directions of rows (n, values), at most DIRECTIONS, in which their covariance is the identity."""
+def _whitened(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (n, values) on their principal directions, at most DIRECTIONS, in which their covariance is the identity:
+    (n, d) float32. And what carries such points back, float64: a factor (d, values), and the mean (values,) to add.
 
-    def __init__(self, rows: Tensor) -> None:
-        """Raises InputError for rows that are all the same."""
-        values = rows.double()
-        self.mean = values.mean(0)
-        centred = values - self.mean
-        spread, directions = torch.linalg.eigh(centred.T @ centred / len(rows))
-        if float(spread[-1]) <= 0:
-            raise InputError("the codes of all images are the same: there is nothing to fit a mixture to")
-        kept = min(DIRECTIONS, int((spread > 1e-12 * spread[-1]).sum()))
-        deviations = spread[-kept:].sqrt()
-        self.forth = directions[:, -kept:] / deviations  # (values, d)
-        self.back = (directions[:, -kept:] * deviations).T  # (d, values)
-
-    def inward(self, rows: Tensor) -> Tensor:
-        """Codes (n, values) to whitened ones (n, d), float32."""
-        return ((rows.double() - self.mean) @ self.forth).float()
-
-    def outward(self, means: Tensor) -> Tensor:
-        """Whitened points (k, d) to codes (k, values), float64."""
-        return means @ self.back + self.mean
+    Raises InputError for codes that are all the same.
+    """
+    values = rows.double()
+    mean = values.mean(0)
+    centred = values - mean
+    spread, directions = torch.linalg.eigh(centred.T @ centred / len(rows))
+    if float(spread[-1]) <= 0:
+        raise InputError("the codes of all images are the same: there is nothing to fit a mixture to")
+    kept = min(DIRECTIONS, int((spread > 1e-12 * spread[-1]).sum()))
+    deviations = spread[-kept:].sqrt()
+    leading = directions[:, -kept:]
+    white = centred @ (leading / deviations)
+    return white.float(), (leading * deviations).T, mean
 
 
 def _features(rows: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ class Smooth(Latents):
     Noise of few dimensions: a pool of some thousand samples is dense enough in it that near images share near latents.
     """
 
-    def __init__(self, config: SmoothConfig, shape: Shape, *, seed: int = 0) -> None:
-        super().__init__(config, shape, seed=seed)
+    def __init__(self, config: SmoothConfig, shape: Shape) -> None:
+        super().__init__(config, shape)
         require((len(shape) == 3, "latents.name=smooth is for images, these are points: choose gaussian"))
 
     def draw(

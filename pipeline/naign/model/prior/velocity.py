@@ -32,13 +32,14 @@ class DenseVelocity(nn.Module):
         self.outer = zeroed(nn.Linear(width, shape[0]))  # no velocity at first: noise is a whitened code, of a Gaussian
         self.layers = nn.ModuleList()
         for _ in range(depth):
-            layer = nn.Sequential(
-                nn.LayerNorm(width),
-                nn.Linear(width, 2 * width),
-                nn.SiLU(),
-                nn.Linear(2 * width, width),
+            self.layers.append(
+                nn.Sequential(
+                    nn.LayerNorm(width),
+                    nn.Linear(width, 2 * width),
+                    nn.SiLU(),
+                    nn.Linear(2 * width, width),
+                )
             )
-            self.layers.append(layer)
         self.norm = nn.LayerNorm(width)
         self.label = _embedding(classes, width)
 
