@@ -39,7 +39,7 @@ to_dict = dataclasses.asdict
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    images: int = field(default=620_000, metadata=MAY_CHANGE | POSITIVE)
+    images: int = field(default=655_360, metadata=MAY_CHANGE | POSITIVE)
     """Images that f is trained on, over all ranks and passes; rounded up to whole rounds. See also prior.images."""
     batch: int = field(default=128, metadata=POSITIVE)
     """Images per step, over all ranks."""
@@ -197,15 +197,18 @@ def changeable(config: Config, metadata: dict[str, Any]) -> set[str]:
 
 def differences(old: Config, new: Config) -> list[str]:
     """The settings that affect what is computed and differ, one line each, for a message."""
-    before, after = flatten(old), flatten(new)
-    same = changeable(new, FREE) | {key for key in before if key not in after or before[key] == after[key]}
-    return [f"{key}: {before[key]} there, {after[key]} now" for key in before if key not in same]
+    after = flatten(new)
+    free = changeable(new, FREE)
+    lines = []
+    for key, value in flatten(old).items():
+        if key in after and key not in free and value != after[key]:
+            lines.append(f"{key}: {value} there, {after[key]} now")
+    return lines
 
 
 def check(config: Config) -> None:
     """Raise InputError for values that no run can have. What depends on data or world size is checked elsewhere."""
-    flat = flatten(config)
-    for key, value in flat.items():
+    for key, value in flatten(config).items():
         if isinstance(value, (int, float)) and not abs(value) < MOST:
             raise InputError(f"{key} is {shown(value)}: it must be a finite number below {MOST:.1e}")
     check_config(config.data)
@@ -213,25 +216,23 @@ def check(config: Config) -> None:
     for section in (config.model, config.objective, config.latents, config.prior):
         section.check()
     parse_rounds(config.profile.rounds)
-    _check_objective(config)
-    _check_round(config)
+    _check_together(config)
     _check_places(config)
 
 
-def _check_objective(config: Config) -> None:
+def _check_together(config: Config) -> None:
     model = config.model
     objective = config.objective
     together = model.only_with in ("", objective.name) and objective.only_with in ("", model.name)
     both = f"model.name={model.name} and objective.name={objective.name} do not go together"
-    require((together, f"{both}: choose the same name for both, or another network and objective"))
-
-
-def _check_round(config: Config) -> None:
     size = config.match.round
     batch = config.train.batch
     fitting = max(1, round(size / batch)) * batch
     unfit = f"match.round={size} is not a multiple of train.batch={batch}, the images of a step"
-    require((size % batch == 0, f"{unfit}: the nearest that fits is --match.round={fitting}"))
+    require(
+        (together, f"{both}: choose the same name for both, or another network and objective"),
+        (size % batch == 0, f"{unfit}: the nearest that fits is --match.round={fitting}"),
+    )
 
 
 def _check_places(config: Config) -> None:

@@ -219,6 +219,8 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
     halvings = list(pairwise([shape[0], *widths]))
     down = list[nn.Module]()
     for before, after in halvings:
+        if down:
+            down.append(nn.SiLU())
         down.append(
             nn.Conv2d(
                 before,
