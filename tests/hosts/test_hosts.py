@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from naign.cluster import hosts as module
-from naign.cluster.hosts import LIMIT, LONG, Answer, End, Hello, Hosts, Links, listen
+from naign.cluster import rejoin as module
 from naign.cluster.place import MOST, Place
+from naign.cluster.rejoin import LIMIT, LONG, Answer, End, Hello, Hosts, Links, listen
 from naign.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
 from tests.servers import free_port
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from naign.cluster import launch
-from naign.cluster.hosts import Hosts
 from naign.cluster.place import Place
+from naign.cluster.rejoin import Hosts
 from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from naign.process import SIGNALS, on_signals
 from tests.conftest import PYTHONPATH, ROOT, SMALL, environment

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from naign.cluster import ranks as module
-from naign.cluster.hosts import Answer, Links
 from naign.cluster.place import Place
 from naign.cluster.ranks import Ranks, environment_of, find_engine
+from naign.cluster.rejoin import Answer, Links
 from naign.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PEER_LOST, InputError
 
 ALONE = Links(Answer(generation=1, port=29555), "127.0.0.1", {})

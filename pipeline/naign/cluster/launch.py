@@ -18,9 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from naign.cluster.hosts import Hosts, Links, program, say
 from naign.cluster.place import RANKS, Place, find_place, find_port
 from naign.cluster.ranks import AUDIT, MEANINGS, Ranks, become_rank, find_engine, require_gpus
+from naign.cluster.rejoin import Hosts, Links, program, say
 from naign.errors import InputError, Outcome, PeerLost, Unavailable, kind_of
 from naign.process import on_signals
 from naign.terminal import outlive_terminal

@@ -16,8 +16,8 @@ import psutil
 import yaml
 
 from naign import shipped
-from naign.cluster.hosts import Links
 from naign.cluster.place import Place
+from naign.cluster.rejoin import Links
 from naign.errors import InputError, Outcome, one_line
 from naign.process import SIGNALS
 
