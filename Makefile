@@ -81,6 +81,7 @@ $(VENV)/.gpu: launch/faiss-gpu/pyproject.toml launch/faiss-gpu/which.py | $(VENV
 	@touch $@
 
 install: $(VENV)/.installed $(if $(filter-out 0,$(GPU)),$(VENV)/.gpu)
+	@echo "installed; now: source $(VENV)/bin/activate"
 
 train: $(VENV)/.installed
 	$(BIN)/naign train $(if $(CONFIG),--config "$(CONFIG)") --run.path "$(RUN)" $(OPTIONS)

@@ -117,9 +117,7 @@ SOURCES = {
     "{} to {} times as fast as `faiss.knn`": [f"{speed_of_match(min):.1f}", f"{speed_of_match(max):.0f}"],
     "among {} that were checked": [f"{checked():,}"],
     "f is at {} times the floor": [f"{mean('two_stages', CIFAR, 'fd.once_ratio'):.0f}"],
-    "only from {} to {}": [
-        f"{mean('two_stages', CIFAR, f'restoration.blur.{key}'):.3f}" for key in ("input", "once")
-    ],
+    "only from {} to {}": [f"{mean('two_stages', CIFAR, f'restoration.blur.{key}'):.3f}" for key in ("input", "once")],
     "{} samples, s": [f"{results('two_stages')[MNIST][0]['sampling']['samples']:,}"],
     "means of {}, {}, {}, {}, {} and {} seeds": [str(len(results(table)[name])) for table, name in ROWS.values()],
     "seed 0 took {} and {}.": [

@@ -62,8 +62,8 @@ class TrainConfig:
     accumulate: int = field(default=1, metadata=FREE | POSITIVE)
     """Micro-batches per step: batch = micro-batch x accumulate x ranks."""
     precision: str = field(default="auto", metadata=FREE | one_of(("auto", "fp32", "bf16")))
-    """fp32 or bf16 for forward and backward; weights are float32. auto: as configured in the launcher; without a
-    configuration bf16 if the hardware multiplies it, else fp32."""
+    """fp32 or bf16 for forward and backward; weights are float32. auto: bf16 if the launcher's configuration says
+    so or, without DeepSpeed, if the hardware multiplies it; else fp32."""
     compile: bool = field(default=False, metadata=FREE)
     """Compile the network with torch.compile and, on a GPU, replay its kernels as CUDA graphs, which keep their memory,
     separately for each batch size."""

@@ -126,7 +126,7 @@ def test_an_interrupted_pack_leaves_no_index_and_goes_on(packed, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         pack(numbered(), target, shards=4)
     monkeypatch.undo()
-    with refused("it has 5 files, but no index.json"):
+    with refused("5 files, no index.json"):
         Manifest.load(target)
     with refused("already holds another data set"):
         pack(numbered(), target, shards=3)
@@ -145,7 +145,7 @@ def test_impossible_numbers_of_shards(tmp_path):
 
 def test_where_there_is_no_data_set(packed, tmp_path):
     for path, message in (
-        (f"{tmp_path}/nowhere", "no data set here, it has 0 files, but no index.json: .*naign pack folder"),
+        (f"{tmp_path}/nowhere", "no data set here: 0 files, no index.json: .*naign pack folder"),
         (f"{packed}/index.json", "not a directory: check the path"),
         ("ftpx://bucket/mnist", "cannot read ftpx://"),
     ):

@@ -123,3 +123,14 @@ def test_an_archive_without_gits_history_has_a_version(tagged: Path, tmp_path: P
     assert run(tmp_path / "archive", *version).split()[-1] == fallback
     assert f"\n## [{fallback}]" in (ROOT / "CHANGELOG.md").read_text()
     assert os.access(tmp_path / "archive/.ci/run", os.X_OK)
+
+
+@pytest.mark.slow
+def test_a_clone_that_is_installed_in_place_is_found_beside_it(tagged: Path, tmp_path: Path) -> None:
+    clone = shutil.copytree(tagged, tmp_path / "naign")
+    site = tmp_path / "site"
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(site)]
+    run(tmp_path, sys.executable, "-m", "pip", "install", *options, "--editable", str(clone))
+    # -S: without the packages of this environment, which may have an installation in place as well.
+    program = f"import site; site.addsitedir({str(site)!r}); import naign; print(naign.__file__)"
+    assert run(tmp_path, sys.executable, "-S", "-c", program).strip() == str(clone / "pipeline/naign/__init__.py")

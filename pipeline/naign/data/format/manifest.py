@@ -72,7 +72,7 @@ class Manifest:
         store = open_store(path)
         if store.exists(INDEX):
             return cls.parse(store.read(INDEX), where=store.url(INDEX))
-        found = f"{path}: no data set here, it has {len(store.list())} files, but no {INDEX}"
+        found = f"{path}: no data set here: {len(store.list())} files, no {INDEX}"
         pack = f"`naign pack mnist --to {path}` or `naign pack folder --root DIR --size 64 --to {path}`"
         raise InputError(f"{found}: check the path, or make one: {pack}; `naign index` for tars that others wrote")
 
