@@ -39,7 +39,7 @@ BLOCK = 4096  # codes whose densities are computed at once
 @dataclass(kw_only=True, slots=True)
 class MixtureConfig(CodesConfig):
     name: str = "gmm"
-    components: int = field(default=100, metadata=between(1, 10**4))
+    components: int = field(default=200, metadata=between(1, 10**4))
     """Gaussians of the mixture."""
 
     def check_codes(self, count: int, shape: Shape) -> None:
