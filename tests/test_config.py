@@ -74,6 +74,8 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(written):
         ("seed: 99999999999999999999999", "seed is"),
         ("a: [", "line 1, column 5: not valid YAML"),
         ("a: 2020-13-45", "not valid YAML"),
+        ("a: !!bool x", "not valid YAML"),
+        ("a: !!timestamp x", "not valid YAML"),
         ("[" * 3000, "not valid YAML"),
     ],
 )

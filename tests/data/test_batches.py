@@ -216,6 +216,7 @@ def test_a_second_division_by_accelerate_is_refused(small, dispatch):
         ({"batch": 2, "rank": 0, "world": 3}, "none for some of 3 ranks"),
         ({"batch": 99, "rank": 0, "world": 24}, r"23 images left .* too few for 24 ranks.*'epoch': 1, 'position': 0"),
         ({"workers": "two"}, "workers is 'two': it must be int"),
+        ({"rank": "0", "world": 2}, "rank '0' and world 2: they must be whole numbers"),
     ],
 )
 def test_wrong_arguments_are_refused(small, options, part):
@@ -238,6 +239,8 @@ def test_the_state_of_another_data_set_or_seed_is_refused(small, state, part):
     before = dataset.state_dict()
     with refused(part):
         dataset.load_state_dict({**before, **state} if state else {})
+    with refused("another data set"):
+        dataset.load_state_dict([])
     other = open_dataset(small, "test")
     with refused("than split train of"):
         dataset.load_state_dict(other.state_dict())

@@ -60,6 +60,9 @@ DDP = "{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, mixed_p
     [
         ("- a\n", "distributed_type"),
         ("a: [", "while parsing"),
+        ("[" * 3000, "recursion"),
+        ("distributed_type: !!bool x", "KeyError|x"),
+        (json.dumps(DEEPSPEED | {"deepspeed_config": 5}), "no attribute"),
         (DDP.replace("MULTI_GPU", "MEGATRON_LM"), "distributed_type is MEGATRON_LM"),
         (DDP.replace("MULTI_GPU", "NO"), "starts one rank, and there are to be 2"),
         (json.dumps(DEEPSPEED | {"deepspeed_config": {"zero_stage": 9}}), "zero_stage is 9"),

@@ -147,6 +147,7 @@ def test_google_through_faults(google, monkeypatch):
         ("az:c/data", "az:c/data: write az://bucket/prefix"),
         ("gs://me:secret@example.org/data", "gs://: the address holds a user"),
         ("abfs://c:secret@acc.dfs.core.windows.net/data", "abfs://: the address has a user, password"),
+        ("http://127.0.0.1:99999/data", "http://: the address has a user, password or query, or no plain name or port"),
         ("gs://a bucket/data", "gs://: the address has a user, password or query, or no plain name"),
     ],
 )

@@ -55,7 +55,7 @@ def find_engine(name: str, precision: str = "", ranks: int = 2) -> dict[str, Any
         if os.path.isfile(file):
             try:
                 return _read_engine(file, ranks)
-            except (ValueError, yaml.YAMLError) as error:
+            except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
                 reason = one_line(error, 200)
                 raise InputError(f"--engine {file} is not a configuration of Accelerate: {reason}") from None
     known = ", ".join(sorted(file.stem for file in shipped("launch").glob("*.yaml")))
@@ -63,7 +63,7 @@ def find_engine(name: str, precision: str = "", ranks: int = 2) -> dict[str, Any
 
 
 def _read_engine(file: Path, ranks: int) -> dict[str, Any]:
-    """The configuration in a file. Raises ValueError or YAMLError for one that cannot start."""
+    """The configuration in a file. Raises ValueError for one that cannot start, and what parsers raise."""
     text = file.read_text()
     config = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     if not isinstance(config, dict) or "distributed_type" not in config:

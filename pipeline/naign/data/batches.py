@@ -40,8 +40,10 @@ class Batches(IterableDataset[ImageBatch]):
         world: int | None,
     ) -> None:
         check_config(config)
-        whole = isinstance(batch, Integral) and isinstance(seed, Integral)
-        require((whole, f"batch is {batch!r} and seed {seed!r}: both must be whole numbers"))
+        given = [batch, seed, *(number for number in (rank, world) if number is not None)]
+        whole = all(isinstance(number, Integral) for number in given)
+        named = f"batch is {batch!r}, seed {seed!r}, rank {rank!r} and world {world!r}"
+        require((whole, f"{named}: they must be whole numbers"))
         check_seed(seed)
         require(
             (batch > 0, f"batch is {batch}: it must be positive"),
@@ -78,6 +80,8 @@ class Batches(IterableDataset[ImageBatch]):
         """Continue from a state of any number of ranks and any `batch`; the next iteration yields the rest of its
         epoch. Raises InputError for a state of another data set, split, `shuffle` or seed.
         """
+        if not isinstance(state, Mapping):
+            state = {}
         epoch = state.get("epoch", -1)
         position = state.get("position", -1)
         where = f"split {self._config.split} of {self._config.path} with seed {self._seed}"

@@ -57,7 +57,7 @@ def read_yaml(path: str) -> Any:
         raise InputError(f"no configuration file '{path}': give a file, or one of these names: {names}") from None
     except OSError as error:
         raise InputError(f"{path or '--config without a file'} cannot be read: {error.strerror}") from None
-    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, OverflowError, RecursionError, LookupError, AttributeError, yaml.YAMLError) as error:
         # Do not quote the error: it shows the content of the file, which may be a secret.
         where = ""
         mark = getattr(error, "problem_mark", None)

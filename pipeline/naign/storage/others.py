@@ -31,8 +31,9 @@ class OtherStore(NetworkStore):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._writable = not path.startswith("http")
-        plain = re.fullmatch(r"[a-z]+://[\w.-]+(:\d+|@[\w.-]+)?", self._root, re.ASCII)
-        require((plain, f"{path.partition(':')[0]}://: the address has a user, password or query, or no plain name"))
+        plain = re.fullmatch(r"[a-z]+://[\w.-]+(:[1-5]?\d{1,4}|:6[0-5]\d{3}|@[\w.-]+)?", self._root, re.ASCII)
+        remedy = "the address has a user, password or query, or no plain name or port"
+        require((plain, f"{path.partition(':')[0]}://: {remedy}"))
 
     def names(self) -> Names:
         self._require_writable("it cannot be listed: check the path, or name files, as in .../train-{00000..00031}.tar")
