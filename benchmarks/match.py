@@ -28,6 +28,7 @@ from torch import Tensor
 
 from naign.data.loader import read_split
 from naign.data.scale import scaled
+from naign.distributed.host import keep_memory
 from naign.match import search
 from naign.model.naign import NAIGN, read_settings
 from naign.model.networks import build_network
@@ -76,6 +77,7 @@ def main(settings: Settings) -> None:
     here = machine()
     here["threads"] = settings.threads or here["cores"]
     torch.set_num_threads(here["threads"])
+    keep_memory()  # as training does
     faiss.omp_set_num_threads(here["threads"])
     results = stored(settings.to, dict)
     if not results:

@@ -213,16 +213,11 @@ def check(config: Config) -> None:
             raise InputError(f"{key} is {shown(value)}: it must be a finite number below {MOST:.1e}")
     check_config(config.data)
     check_fields(config, "")
-    for section in (config.model, config.objective, config.latents, config.prior):
-        section.check()
-    parse_rounds(config.profile.rounds)
-    _check_together(config)
-    _check_places(config)
-
-
-def _check_together(config: Config) -> None:
     model = config.model
     objective = config.objective
+    for section in (model, objective, config.latents, config.prior):
+        section.check()
+    parse_rounds(config.profile.rounds)
     together = model.only_with in ("", objective.name) and objective.only_with in ("", model.name)
     both = f"model.name={model.name} and objective.name={objective.name} do not go together"
     size = config.match.round
@@ -232,16 +227,12 @@ def _check_together(config: Config) -> None:
     require(
         (together, f"{both}: choose the same name for both, or another network and objective"),
         (size % batch == 0, f"{unfit}: the nearest that fits is --match.round={fitting}"),
+        ("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"),
     )
-
-
-def _check_places(config: Config) -> None:
-    path = config.run.path
-    require(("://" not in path, "run.path is a local folder: for the copy in a bucket there is run.remote"))
     remote = config.run.remote.rstrip("/")
     config.run.remote = remote
     if not remote:
         return
     open_store(remote)
-    for key, place in (("run.path", path), ("data.path", config.data.path)):
+    for key, place in (("run.path", config.run.path), ("data.path", config.data.path)):
         require((remote != place.rstrip("/"), f"run.remote and {key} are both {remote}: choose another place"))

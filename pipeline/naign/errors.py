@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
 
 class Outcome(IntEnum):
@@ -35,7 +35,7 @@ DONE = Outcome.DONE
 class InputError(ValueError):
     """Bad configuration or input: the message says what is wrong, where, and what to do about it."""
 
-    code: ClassVar[Outcome] = BAD_INPUT
+    code = BAD_INPUT
 
 
 class Damaged(InputError):
@@ -53,19 +53,19 @@ class Diverged(InputError):
 class Unavailable(Exception):
     """A store stayed out of reach through all retries: nobody's mistake, and worth a restart."""
 
-    code: ClassVar[Outcome] = FAILED
+    code = FAILED
 
 
 class StoreLost(Unavailable):
     """A store that has answered before stayed out of reach, or refuses what it granted: a loss, as of another rank."""
 
-    code: ClassVar[Outcome] = PEER_LOST
+    code = PEER_LOST
 
 
 class PeerLost(Exception):
     """Another rank is gone, so all have to start again."""
 
-    code: ClassVar[Outcome] = PEER_LOST
+    code = PEER_LOST
 
 
 class Gone(PeerLost):
@@ -75,7 +75,7 @@ class Gone(PeerLost):
 class Stopped(Exception):
     """All ranks agreed to stop here: not a failure."""
 
-    code: ClassVar[Outcome] = INTERRUPTED
+    code = INTERRUPTED
 
 
 # The errors that one rank raises on behalf of all (`together` raises them on every rank), and the exit codes, the most

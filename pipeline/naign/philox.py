@@ -52,47 +52,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return [a, b, c, d]
 
 
-def _unit(words: Tensor) -> Tensor:
-    """32-bit words to (0, 1]; float32 keeps the small values that the normals' tails need."""
-    return (words.float() + 0.5) * 2.0**-32
-
-
 def _box_muller(first: Tensor, second: Tensor) -> list[Tensor]:
     radius = torch.sqrt(-2.0 * torch.log(first))
     angle = second * (2.0 * math.pi)
     return [radius * torch.cos(angle), radius * torch.sin(angle)]
-
-
-def _drawn(
-    ids: Tensor,
-    blocks: int,
-    seed: int,
-    round: int,
-    stream: int,
-    normals: bool,
-) -> Tensor:
-    """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64."""
-    device = ids.device
-    out = torch.empty(
-        len(ids),
-        blocks,
-        4,
-        dtype=torch.float32,
-        device=device,
-    )
-    key = (seed & _WORD, (seed >> 32) & _WORD)
-    block = torch.arange(blocks, device=device) | (stream >> 2) << 30
-    rows = max(1, _CHUNK.get(device.type, _CHUNK["cpu"]) // max(blocks, 1))
-    for start in range(0, len(ids), rows):
-        some = ids[start : start + rows, None]
-        high = (some >> 32) | (stream & 3) << 30
-        counter = (block, torch.full_like(some, round), some & _WORD, high)
-        values = [_unit(words) for words in philox(counter, key)]
-        if normals:
-            values = [*_box_muller(*values[:2]), *_box_muller(*values[2:])]
-        for lane, numbers in enumerate(values):
-            out[start : start + rows, :, lane] = numbers
-    return out
 
 
 def normal(
@@ -116,15 +79,28 @@ def normal(
     if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
         raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
     where = "cpu" if torch.device(device).type == "mps" else device  # not tried there
-    out = _drawn(
-        ids.to(where, torch.int64),
+    ids = ids.to(where, torch.int64)
+    out = torch.empty(
+        len(ids),
         blocks,
-        seed,
-        round,
-        stream,
-        normals,
-    ).to(device)
-    return out.view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
+        4,
+        dtype=torch.float32,
+        device=where,
+    )
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    block = torch.arange(blocks, device=where) | (stream >> 2) << 30
+    rows = max(1, _CHUNK.get(ids.device.type, _CHUNK["cpu"]) // max(blocks, 1))
+    for start in range(0, len(ids), rows):
+        some = ids[start : start + rows, None]
+        high = (some >> 32) | (stream & 3) << 30
+        counter = (block, torch.full_like(some, round), some & _WORD, high)
+        # In (0, 1]: float32 keeps the small values that the normals' tails need.
+        values = [(words.float() + 0.5) * 2.0**-32 for words in philox(counter, key)]
+        if normals:
+            values = [*_box_muller(*values[:2]), *_box_muller(*values[2:])]
+        for lane, numbers in enumerate(values):
+            out[start : start + rows, :, lane] = numbers
+    return out.to(device).view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
 
 
 uniform = partial(normal, normals=False)

@@ -12,16 +12,30 @@ from tqdm import tqdm
 DELAY = 2.0  # seconds before which no bar is shown
 
 
-def counted(what: str, todo: Iterable[Any] | None = None, *, total: int | None = None, unit: str = "it") -> "tqdm[Any]":
+def counted(
+    what: str,
+    todo: Iterable[Any] | None = None,
+    *,
+    total: int | None = None,
+    unit: str = "it",
+    shown: bool = True,
+) -> "tqdm[Any]":
     """A bar over what is to do, or for `update`."""
-    return tqdm(todo, desc=what, total=total, unit=unit, delay=DELAY, leave=False, disable=None)
+    return tqdm(
+        todo,
+        desc=what,
+        total=total,
+        unit=unit,
+        delay=DELAY,
+        leave=False,
+        disable=not shown or None,  # None: where stderr is no terminal
+    )
 
 
 @contextmanager
 def busy(what: str, *, shown: bool = True) -> Iterator[None]:
     """Say what a call without steps to count is doing, until it returns."""
-    disable = None if shown else True  # None: where stderr is no terminal
-    with tqdm(desc=what, bar_format="{desc} ...", leave=False, disable=disable):
+    with tqdm(desc=what, bar_format="{desc} ...", leave=False, disable=not shown or None):
         yield
 
 

@@ -8,7 +8,7 @@ import torch
 
 from naign.distributed.signals import StopPoll, StopRequest
 from naign.errors import Stopped
-from naign.match import Blocks, MatchConfig, index, match_round, nearest, pool, search
+from naign.match import Blocks, MatchConfig, match_round, nearest, pool, search
 from tests.match.problems import CASES, draw
 
 
@@ -32,7 +32,6 @@ SHARES = (even, uneven, one_has_all)
 
 def answers(rank, world):
     """This rank's query rows, distances and ids of every problem, shared out every way and by both methods."""
-    index.SEEDS = 8
     found = {}
     for number, (name, (queries, candidates)) in enumerate(CASES.items()):
         low, high = even(len(queries), rank, world)

@@ -40,11 +40,11 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
     expected = {
         "nan": "NotFinite: nearest: NaN or infinity in the queries of rank 2, row 2",
         "infinity": "NotFinite: nearest: NaN or infinity in the candidates of rank 2, row 7",
-        "dims": "ValueError: nearest: the rows of rank 2 have 2 values in blocks of 4096, those of rank 0 3 in 4096",
+        "dims": "ValueError: nearest: the rows of rank 2 have 2 values in blocks of 65536, those of rank 0 3 in 65536",
         "dtype": "ValueError: nearest: queries and candidates of rank 2 must be float32 torch tensors (n, d) of the "
         "same d >= 1, not torch.float64 (5, 3)",
         "ids": f"ValueError: nearest: the ids of rank 2 leave [0, 2**62): it starts at {2**62 - 4}",
-        "size": "ValueError: nearest: the rows of rank 2 have 3 values in blocks of 8, those of rank 0 3 in 4096",
+        "size": "ValueError: nearest: the rows of rank 2 have 3 values in blocks of 8, those of rank 0 3 in 65536",
         "none": "ValueError: nearest: no rank has a candidate",
         "shared ids": "ValueError: nearest: ranks 0 and 1 both have a candidate with the id 4",
         "failing in blocks of 4": "RuntimeError: nearest: rank 2 failed to make its candidates from row 4 on",

@@ -24,11 +24,12 @@ from naign.config import parse
 from naign.distributed.engine import Engine
 from naign.match import Match
 from naign.model.networks import build_network
-from naign.model.prior import Codes, build_latents, build_prior
+from naign.model.prior import build_latents, build_prior
 from naign.training.loop import fit
 from naign.training.state import State
 from tests import pretend
 from tests.conftest import ROOT
+from tests.model.prior.ranks import in_memory
 
 NO_LAUNCH = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "alias", "device")
 STEPS = 3  # a pass: the norm of the first may be read once the third is on its way
@@ -170,7 +171,7 @@ def learns(config, shape, device):
     """Two steps of the flow's fit; what lies before the first is once a chunk."""
     _, prior = build(config, shape, device)
     codes = torch.empty(4 * config.prior.batch, *prior.shape, device=device)
-    fit_of = prior.fit(Codes.of(codes))
+    fit_of = prior.fit(in_memory(codes))
     with Watch():
         next(fit_of)
     with Watch() as watch:

@@ -115,7 +115,6 @@ def fetch_shown(remote: str, run: Path) -> int:
                 raise InputError(f"{store.url(name)!r} is not a name that a file of a run can have: remove that object")
             file = (run / pattern).with_name(name)
             if not file.exists() or not _is_same(file, store):
-                file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, store.read(name), sync=False)
                 fetched += 1
     return fetched

@@ -73,7 +73,6 @@ def write_samples(samples: Tensor, to: Path) -> str:
         require((suffix == ".csv", f"--to {to}: points go to a file that ends in .csv"))
         content = io.StringIO()
         np.savetxt(content, samples.numpy(), fmt="%.9g", delimiter=",")
-        to.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(to, content.getvalue())
         return str(to)
     require((suffix in (".png", ""), f"--to {to}: images go to a file that ends in .png, or into a folder"))
@@ -94,5 +93,4 @@ def save(
     kind = FORMATS[to.suffix.lower()]
     content = io.BytesIO()
     picture.save(content, kind, quality=95, icc_profile=profile)
-    to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(to, content.getvalue(), sync=False)

@@ -1,9 +1,8 @@
 """The command that compares samples with a whole data set, on any number of ranks: copies."""
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Annotated
+from contextlib import ExitStack
+from typing import Annotated
 
 import tyro
 
@@ -11,9 +10,6 @@ from naign.cli.model import Run
 from naign.errors import exit_on_input_error
 from naign.neighbours import CopiesOptions
 from naign.process import leave_on_failure, leave_when_asked
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 def copies(
@@ -23,9 +19,21 @@ def copies(
     options: Annotated[CopiesOptions, tyro.conf.arg(name="")],
 ) -> None:
     """Find samples that copy training images: the nearest of all of these, also mirrored, to each sample."""
-    from naign.neighbours.copies import copies as find
+    with ExitStack() as stack:
+        if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+            # A launcher started this rank, which then ends as one of a training does.
+            leave_when_asked()
+            stack.enter_context(leave_on_failure())
+            stack.enter_context(exit_on_input_error("naign"))
+        from naign.distributed.connect import build_accelerator
+        from naign.distributed.host import keep_memory, set_threads
+        from naign.distributed.ranks import part, peers_missed
+        from naign.neighbours.copies import copies as find
 
-    with _ranks() as ranks:
+        stack.enter_context(peers_missed())
+        set_threads(0)
+        keep_memory()
+        ranks = build_accelerator()
         result = find(run, options, ranks)
         if ranks.is_main_process:
             shares = f"{result['share']:.2%} of samples, {result['test_share']:.2%} of test images"
@@ -33,24 +41,5 @@ def copies(
             print("a much larger share of samples than of test images is a sign of copies")
             if not result["threshold"]:
                 print("the threshold is 0, as test images are training images, too: give --threshold, or drop them")
-
-
-@contextmanager
-def _ranks() -> Iterator["Accelerator"]:
-    """The ranks that a launcher started, which then end as those of a training do, or this process alone."""
-    with ExitStack() as stack:
-        if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-            leave_when_asked()
-            stack.enter_context(leave_on_failure())
-            stack.enter_context(exit_on_input_error("naign"))
-        from naign.distributed.connect import build_accelerator
-        from naign.distributed.host import keep_memory, set_threads
-        from naign.distributed.ranks import part, peers_missed
-
-        stack.enter_context(peers_missed())
-        set_threads(0)
-        keep_memory()
-        accelerator = build_accelerator()
-        yield accelerator
         part()
-        accelerator.end_training()
+        ranks.end_training()

@@ -92,23 +92,19 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     store["immutable"] = True  # a second run under one name is refused
     run["immutable"] = True
     pod = training["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
     pod["terminationGracePeriodSeconds"] = math.ceil(settings.stop.within) + 30
     if job.service_account:
         pod["serviceAccountName"] = job.service_account
-        del pod["containers"][0]["envFrom"][1]  # keys of a Secret would go before the role
-    if job.gpus:
-        _add_gpus(pod, job.gpus)
+        del container["envFrom"][1]  # keys of a Secret would go before the role
+    gpus = job.gpus
+    if gpus:  # with processors, memory and shared memory for them
+        container["command"][2:2] = ["--gpus", str(gpus)]
+        container["resources"] = {
+            "requests": {"cpu": str(3 * gpus), "memory": f"{12 * gpus}Gi"},
+            "limits": {"nvidia.com/gpu": str(gpus), "memory": f"{32 * gpus}Gi"},
+        }
+        pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        (shared,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
+        shared["emptyDir"]["sizeLimit"] = f"{4 * gpus}Gi"
     return [store, run, service, training]
-
-
-def _add_gpus(pod: dict[str, Any], gpus: int) -> None:
-    """Request GPUs for a pod's container, with processors, memory and shared memory for them."""
-    (container,) = pod["containers"]
-    container["command"][2:2] = ["--gpus", str(gpus)]
-    container["resources"] = {
-        "requests": {"cpu": str(3 * gpus), "memory": f"{12 * gpus}Gi"},
-        "limits": {"nvidia.com/gpu": str(gpus), "memory": f"{32 * gpus}Gi"},
-    }
-    pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    (shared,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
-    shared["emptyDir"]["sizeLimit"] = f"{4 * gpus}Gi"

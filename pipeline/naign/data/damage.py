@@ -74,10 +74,6 @@ def _count_mixed(shape: tuple[int, ...]) -> int:
     return sum(_parts(shape))
 
 
-def _count_holes(shape: tuple[int, ...]) -> int:
-    return _count_mixed(shape) + HOLES
-
-
 def _check_mixed(shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or min(shape[1:]) < 8:
         raise InputError(f"this objective.damage needs images of at least 8x8, not {shape}: choose noise")
@@ -227,7 +223,7 @@ DAMAGES: dict[str, Damage] = {
     "mixed": Damage(_mixed, _count_mixed, _check_mixed),
     "mild": Damage(_mild, _count_mixed, _check_mixed),
     "photo": Damage(_photo, _count_mixed, _check_mixed),
-    "holes": Damage(_with_holes, _count_holes, _check_mixed),
+    "holes": Damage(_with_holes, lambda shape: _count_mixed(shape) + HOLES, _check_mixed),
 }
 
 # Damage to measure by

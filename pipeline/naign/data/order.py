@@ -28,7 +28,7 @@ BLOCK = 16  # consecutive images of a shard that lanes take together; pages end 
 class Piece:
     """Consecutive samples of one shard: [first, last) of shard number `shard`, in epoch `epoch`."""
 
-    epoch: int
+    epoch: int = 0
     shard: int
     first: int
     last: int
@@ -216,7 +216,7 @@ def leading(sizes: Sequence[int], count: int) -> list[Piece]:
     for shard, size in enumerate(sizes):
         last = min(size, count)
         if last:
-            found.append(Piece(epoch=0, shard=shard, first=0, last=last))
+            found.append(Piece(shard=shard, first=0, last=last))
         count -= last
     return found
 

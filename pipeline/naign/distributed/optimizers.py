@@ -19,7 +19,7 @@ from naign.settings.registry import lookup
 BETAS = (0.9, 0.99)  # decay of the moments; a short memory of the second follows the falling loss
 
 
-def adamw(parameters: list[Tensor], *, fused: bool, **settings: Any) -> Optimizer:
+def adamw(parameters: Iterable[Tensor], *, fused: bool, **settings: Any) -> Optimizer:
     return AdamW(parameters, betas=BETAS, **settings, fused=fused or None)
 
 

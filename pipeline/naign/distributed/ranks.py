@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from naign.errors import BY_WEIGHT, SHARED, PeerLost, printable
@@ -45,12 +44,6 @@ def total(values: list[float], accelerator: Accelerator) -> list[float]:
     """Collective: each value summed over the ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
     return list(accelerator.reduce(tensor).tolist())
-
-
-def gather(rows: Tensor, accelerator: Accelerator) -> Tensor:
-    """Collective: the rows (n, ...) of all ranks, equally many on each, in the order of ranks and on the device."""
-    gathered: Tensor = accelerator.gather(rows.to(accelerator.device))
-    return gathered
 
 
 class SideGroup:

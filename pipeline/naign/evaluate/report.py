@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from naign.evaluate.measures import Subject
-from naign.model.naign import NAIGN
 from naign.observe.pictures import grid, png, rows
 
 DAMAGE = {"blur": "blur", "noise": "Gaussian noise", "salt_pepper": "salt and pepper", "rows": "black rows"}
@@ -85,39 +84,27 @@ def compared(fd: dict[str, Any], key: str) -> float:
     return float(ratio * fd["floor"])
 
 
-def learned_classes(model: NAIGN) -> list[str]:
-    """The names of the classes that samples can be asked for: those of the training images, if the model knows any."""
-    counts = getattr(model.prior, "class_counts", ())
-    return [name for name, count in zip(model.labels, counts, strict=False) if count]
-
-
 def draw_pictures(subject: Subject) -> list[Picture]:
-    """Pictures of images: samples, repairs, and samples over their nearest training images. None of points."""
-    if subject.is_image:
-        return _draw_samples(subject) + _draw_repairs(subject)
-    return []
-
-
-def _draw_samples(subject: Subject) -> list[Picture]:
+    """Pictures of images: samples, also by class, repairs of test images, and samples over their nearest training
+    images. None of points.
+    """
+    if not subject.is_image:
+        return []
     model = subject.model
     chosen = "f(z): the network applied once to z. The first that were drawn, not selected."
     samples = grid(subject.once[:96], columns=16)
     drawn = [Picture("samples", "Samples", chosen, samples)]
     asked = []
-    for name in learned_classes(model)[:CLASSES]:
+    counts = getattr(model.prior, "class_counts", ())  # of the training images
+    learned = [name for name, count in zip(model.labels, counts, strict=False) if count]
+    for name in learned[:CLASSES]:
         of_class = model.sample(ASKED, seed=subject.seed, label=name)
         asked.append((name, of_class.cpu()))
     if asked:
         caption = "A row is a class, a column the same noise."
         drawn.append(Picture("classes", "Samples by class", caption, rows(asked)))
-    return drawn
-
-
-def _draw_repairs(subject: Subject) -> list[Picture]:
-    """Repairs of test images, and samples over their nearest training images."""
     blind = "Test images. f does not know how they were damaged. Last row: the nearest training image, an answer that "
     blind += "needs no network."
-    drawn = []
     for kind, answers in subject.repaired.items():
         lines = [
             ("clean", subject.test[: len(answers["input"])]),

@@ -229,6 +229,14 @@ class Sieve:
             1,
         )
 
+    def find_promising(self, candidates: Tensor, count: int) -> Tensor:
+        """The `count` candidates of (n, d) that the bound puts nearest to each query, (q, count) rows."""
+        encoded = encode(candidates, self.frame)
+        factor = candidate_factor(encoded, self.frame)[: len(candidates)]
+        self._factor[:, -3:] = 0
+        parts = self._factor.split(at_once(_TILE, factor))
+        return torch.cat([(part @ factor.T).topk(count, dim=1).indices for part in parts])
+
     def list_near(self, candidates: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which candidates (n, d) may be within `limit` (q,) float64, a squared distance, of the queries: pairs of rows
         (s,) of queries, ascending, and (s,) of candidates. And (q,) bool: queries that are given up, and have no pairs.

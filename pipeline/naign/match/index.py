@@ -20,7 +20,7 @@ from torch import Tensor
 
 from naign.match.exact import NO_ID, sort_lexically
 from naign.match.exchange import Ranks, ranks_of
-from naign.match.scan import METHODS, SEEDS, Scan
+from naign.match.scan import METHODS, Scan
 from naign.philox import MAX_ID
 
 
@@ -115,12 +115,11 @@ def search(
             queries,
             ranks,
         )
-        seeds = 0
         if low == 0:
-            seeds = max(SEEDS, 2 * neighbours) // ranks.world
-        for part in (slice(seeds), slice(seeds, None)):
-            scan.add(block[part], ids[part])
-            scan.limit = ranks.least(scan.limit)  # a candidate beyond any rank's is not among the nearest
+            scan.seed(block)
+            scan.limit = ranks.least(scan.limit)
+        scan.add(block, ids)
+        scan.limit = ranks.least(scan.limit)  # a candidate beyond any rank's is not among the nearest
 
     distances, ids = deliver_answers(scan, counts, ranks)
     return SearchResult(
@@ -184,7 +183,11 @@ def as_blocks(candidates: Tensor | Blocks) -> Blocks:
     """Candidates as blocks: slices of a tensor."""
     if isinstance(candidates, Blocks):
         return candidates
-    return Blocks(rows=len(candidates), make=lambda low, high: candidates[low:high])
+    return Blocks(
+        rows=len(candidates),
+        make=lambda low, high: candidates[low:high],
+        size=1 << 16,
+    )
 
 
 def check_finite(rows: Tensor, what: str, *, first_row: int) -> None:

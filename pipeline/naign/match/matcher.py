@@ -10,8 +10,7 @@ from torch import Tensor
 from naign.match.exchange import Ranks, ranks_of
 from naign.match.index import search
 from naign.match.pool import Pool
-from naign.match.scan import METHODS
-from naign.settings.constraints import FREE, POSITIVE, between, one_of
+from naign.settings.constraints import POSITIVE, between
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,8 +21,6 @@ class MatchConfig:
     """Images per round, over all ranks."""
     block: int = field(default=512, metadata=POSITIVE)
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
-    method: str = field(default="auto", metadata=FREE | one_of(METHODS))
-    """How to search: flat (by FAISS), bounded, or auto, which chooses the faster one. The match is the same."""
 
     @property
     def pool(self) -> int:
@@ -35,7 +32,6 @@ class MatchConfig:
 class Match:
     ids: Tensor  # (n,) int64: latent id of the sample of each image of this rank
     distances: Tensor  # (n,) float32: squared L2 distance to it, of pixels
-    described: str = ""  # how it was searched, for a log
     values: dict[str, float]  # metrics over all ranks, the same on each
 
 
@@ -61,7 +57,7 @@ def match_round(
         dims=queries.shape[1],
         ranks=ranks,
     )
-    result = search(queries, pool.blocks(), pool.first, method=config.method)
+    result = search(queries, pool.blocks(), pool.first)
     distances = result.distances[:, 0].cpu()
     ids = result.ids[:, 0].cpu()
     values = summarize(distances, ids, counts, ranks)
@@ -70,7 +66,6 @@ def match_round(
         ids=ids,
         distances=distances.float(),
         values=values,
-        described=f"match: {result.method}",
     )
 
 

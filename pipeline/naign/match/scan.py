@@ -29,11 +29,13 @@ LEAST_CANDIDATES = 2048  # of a rank
 LEAST_DIMS = 256
 """From these on `bounded` pays for the conversion of each row, for however few queries. Measured with up to 16,384
 rows of 32 to 3,072 values it is 1.4 to 3 times as fast as `flat`, and below up to 3 times as slow."""
-WIDTH = 119  # projected coordinates; with the bound's nine, a multiple of 64
-SEEDS = 512  # candidates that are searched first, by `flat`, to limit how far the nearest can be
+WIDTH = 87  # projected coordinates; with the bound's nine, a multiple of 32
+WIDTH_OF_MANY_DIMS = 119  # from MANY_DIMS on, where measuring a survivor costs more than a wider product
+MANY_DIMS = 2048
 FETCH = 8  # candidates that `flat` asks for beyond the k wanted
-_SAMPLE = 256  # rows of either side that centre and basis are found from
-_LEAST_ROWS = 512  # candidates bounded at once, at least: else WORKING_SET values
+_SAMPLE = 768  # rows of either side that centre and basis are found from
+_MOST_ROWS = {"cpu": 4096, "cuda": 1 << 20}
+"""Candidates bounded at once, at most: else WORKING_SET values."""
 _PAIRS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Pairs measured at once."""
 
@@ -69,9 +71,31 @@ class Scan:
         if method == "auto":
             self._bounded = expected >= LEAST_CANDIDATES and dims >= LEAST_DIMS
         self._sieve: Sieve | None = None
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, columns and least distances of pairs
+        rows = at_once(WORKING_SET, queries) // dims
+        self._step = max(1, min(rows, at_once(_MOST_ROWS, queries)))
         # Errors of a float32 sum of d squared differences: relative, and absolute where squares underflow.
         self._relative = bound.gamma(dims + 4)
         self._absolute = dims * 2.0**-126
+
+    @bound.full_precision()
+    def seed(self, candidates: Tensor) -> None:
+        """Lower the limits by the candidates (n, d) that the bound puts nearest, k for each query: one product, and q k
+        measured pairs. Without it the first candidates that are added would survive in great numbers. They must be
+        added as well.
+        """
+        candidates = candidates[: self._step].to(self.queries.device).contiguous()
+        if not self._bounded or not len(self.queries) or len(candidates) < self.neighbours:
+            return
+        columns = self._make_sieve(candidates).find_promising(candidates, self.neighbours)
+        rows = torch.arange(len(columns), device=columns.device)
+        _, most = self._bracket(
+            candidates,
+            rows.repeat_interleave(self.neighbours),
+            columns.flatten(),
+        )
+        farthest = most.view(columns.shape).amax(1)
+        self.limit = torch.minimum(self.limit, farthest)
 
     @bound.full_precision()
     def add(self, candidates: Tensor, ids: Tensor) -> None:
@@ -80,43 +104,50 @@ class Scan:
             return
         candidates = candidates.to(self.queries.device).contiguous()
         ids = ids.to(self.queries.device)
-        most = at_once(WORKING_SET, ids)
-        step = max(_LEAST_ROWS, most // self.queries.shape[1] // _LEAST_ROWS * _LEAST_ROWS)
-        for start in range(0, len(candidates), step):
+        for start in range(0, len(candidates), self._step):
             if not self._bounded or self.limit.isinf().any():
                 everyone = torch.arange(len(self.queries), device=ids.device)
-                self._search_flat(candidates[start:], ids[start:], everyone)
-                return
-            part = slice(start, start + step)
-            self._search_bounded(candidates[part], ids[part])
+                part = slice(start, len(candidates))
+                self._search_flat(candidates, ids, part, everyone)
+                break
+            part = slice(start, start + self._step)
+            self._search_bounded(candidates, ids, part)
+        self._settle(candidates, ids)
 
-    def _search_bounded(self, candidates: Tensor, ids: Tensor) -> None:
-        """Search some of a block by the bound, and by FAISS for the queries that it gives up."""
-        if self._sieve is None:
-            self._sieve = Sieve(self.queries, choose_frame(self.queries, candidates))
-            self.described = f"bounded on {self._sieve.frame}"
-        rows, columns, given_up = self._sieve.list_near(candidates, self._reach())
+    def _search_bounded(self, candidates: Tensor, ids: Tensor, part: slice) -> None:
+        """Search a part of a block by the bound, and by FAISS for the queries that it gives up."""
+        sieve = self._make_sieve(candidates)
+        self.described = f"bounded on {sieve.frame}"
+        rows, columns, given_up = sieve.list_near(candidates[part], self._reach())
         self._measure(
             candidates,
             ids,
             rows,
-            columns,
+            columns + part.start,
         )
         left = given_up.nonzero().flatten()
         if len(left):
-            self._search_flat(candidates, ids, left)
+            self._search_flat(candidates, ids, part, left)
         if len(left) > len(given_up) / 2:  # no projection separates these data
             self._bounded = False
 
-    def _search_flat(self, candidates: Tensor, ids: Tensor, rows: Tensor) -> None:
-        """Search a block for the queries `rows` by FAISS. A candidate that it does not return is no nearer than the
-        last one returned, up to rounding: a sum of d + 2 float32 terms errs by at most gamma_(d + 4) times the sum of
-        their magnitudes, at most twice the squared norms (Higham, section 3.1).
+    def _make_sieve(self, candidates: Tensor) -> Sieve:
+        """The sieve, made at the first call."""
+        if self._sieve is None:
+            frame = choose_frame(self.queries, candidates[: self._step])
+            self._sieve = Sieve(self.queries, frame)
+        return self._sieve
+
+    def _search_flat(self, candidates: Tensor, ids: Tensor, part: slice, rows: Tensor) -> None:
+        """Search a part of a block for the queries `rows` by FAISS. A candidate that it does not return is no nearer
+        than the last one returned, up to rounding: a sum of d + 2 float32 terms errs by at most gamma_(d + 4) times the
+        sum of their magnitudes, at most twice the squared norms (Higham, section 3.1).
         """
-        count = min(self.neighbours + FETCH, len(candidates))
-        centre = candidates.mean(0, dtype=torch.float64).float()
+        searched = candidates[part]
+        count = min(self.neighbours + FETCH, len(searched))
+        centre = searched.mean(0, dtype=torch.float64).float()
         near = self.queries[rows] - centre
-        far = candidates - centre
+        far = searched - centre
         proposed, columns = propose(near, far, count)
         finite = torch.isfinite(proposed) & (columns >= 0)
         proved = finite.all(1)
@@ -130,7 +161,7 @@ class Scan:
             self.limit[rows] = torch.minimum(self.limit[rows], most)
         reach = self._reach()[rows]
         least = proposed - error[:, None]
-        if count < len(candidates):
+        if count < len(searched):
             proved &= least[:, -1] > reach
         may_win = (least <= reach[:, None]) & proved[:, None]
         which, place = may_win.nonzero(as_tuple=True)
@@ -138,17 +169,17 @@ class Scan:
             candidates,
             ids,
             rows[which],
-            columns[which, place],
+            columns[which, place] + part.start,
         )
 
         left = rows[~proved]
-        everyone = torch.arange(len(candidates), device=rows.device)
-        for part in left.split(max(1, _PAIRS["cpu"] // len(everyone))):
+        everyone = torch.arange(part.start, part.start + len(searched), device=rows.device)
+        for some in left.split(max(1, _PAIRS["cpu"] // len(everyone))):
             self._measure(
                 candidates,
                 ids,
-                part.repeat_interleave(len(everyone)),
-                everyone.repeat(len(part)),
+                some.repeat_interleave(len(everyone)),
+                everyone.repeat(len(some)),
             )
 
     def _measure(
@@ -158,25 +189,36 @@ class Scan:
         rows: Tensor,
         columns: Tensor,
     ) -> None:
-        """Measure pairs (s,) of a query and a candidate, each pair once, and merge them into the kept ones."""
+        """Measure pairs (s,) of a query and a candidate of a block, each pair once: in float32 now, and those that can
+        still be among the nearest in float64 when the block is settled.
+        """
         self.measured += len(rows)
-        most = at_once(_PAIRS, rows)
-        for some, others in zip(rows.split(most), columns.split(most), strict=True):
-            if not rows.is_cuda:
-                may_win = self._may_win(candidates, some, others)
-                some = some[may_win]
-                others = others[may_win]
-            if len(some):
-                distances = exact_distances(
-                    self.queries,
-                    candidates,
+        at_most = at_once(_PAIRS, rows)
+        for some, others in zip(rows.split(at_most), columns.split(at_most), strict=True):
+            least, most = self._bracket(candidates, some, others)
+            if self.neighbours == 1:  # of several only their float64 distances lower the limit
+                self.limit.scatter_reduce_(
+                    0,
                     some,
-                    others,
+                    most,
+                    "amin",
                 )
-                self._keep(some, distances, ids[others])
+            may_win = least <= self._reach()[some]
+            self._waiting.append((some[may_win], others[may_win], least[may_win]))
+            waiting = sum(len(pairs[0]) for pairs in self._waiting)
+            if self.neighbours > 1 or waiting >= at_most:
+                self._settle(candidates, ids)
 
-    def _may_win(self, candidates: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Which pairs can be among the nearest, (s,) bool, by their distances in float32."""
+    def _bracket(self, candidates: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """What the distances of pairs are at least and at most, (s,) float64 each, by their distances in float32."""
+        if rows.is_cuda:
+            distances = exact_distances(
+                self.queries,
+                candidates,
+                rows,
+                columns,
+            )
+            return distances, distances
         near = pair_distances(
             self.queries,
             candidates,
@@ -184,15 +226,26 @@ class Scan:
             columns,
         ).double()
         least = torch.where(near.isinf(), 0.0, near * (1 - self._relative) - self._absolute)  # inf: it overflowed
-        if self.neighbours == 1:
-            most = near * (1 + self._relative) + self._absolute
-            self.limit.scatter_reduce_(
-                0,
+        most = near * (1 + self._relative) + self._absolute
+        return least, most
+
+    def _settle(self, candidates: Tensor, ids: Tensor) -> None:
+        """Measure the waiting pairs in float64 and merge them into the kept ones."""
+        if not self._waiting:
+            return
+        rows, columns, least = map(torch.cat, zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        may_win = least <= self._reach()[rows]
+        rows = rows[may_win]
+        columns = columns[may_win]
+        if len(rows):
+            distances = exact_distances(
+                self.queries,
+                candidates,
                 rows,
-                most,
-                "amin",
+                columns,
             )
-        return least <= self._reach()[rows]
+            self._keep(rows, distances, ids[columns])
 
     def _keep(self, rows: Tensor, distances: Tensor, ids: Tensor) -> None:
         """Merge measured pairs into the k nearest of their queries."""
@@ -223,7 +276,8 @@ def choose_frame(queries: Tensor, candidates: Tensor) -> Frame:
     if not torch.isfinite(rows - centre).all():
         centre = torch.zeros_like(centre)
     centred = rows - centre
-    basis = bound.find_basis(centred, WIDTH)
+    width = WIDTH_OF_MANY_DIMS if len(centre) >= MANY_DIMS else WIDTH
+    basis = bound.find_basis(centred, width)
     return Frame(
         centre=centre,
         basis=basis,

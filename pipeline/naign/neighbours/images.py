@@ -68,12 +68,7 @@ class Images:
         while first < last:
             start = self._edges[at]
             end = min(last, self._edges[at + 1])
-            piece = Piece(
-                epoch=0,
-                shard=at,
-                first=first - start,
-                last=end - start,
-            )
+            piece = Piece(shard=at, first=first - start, last=end - start)
             for raw in self._reader.raw([piece]):
                 yield start + raw.number, self._shards[at], raw
             first = end

@@ -7,18 +7,17 @@ candidates.
 import math
 import tempfile
 from collections.abc import Callable
-from typing import NamedTuple, Never
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from naign.errors import InputError
 from naign.match import Blocks, search
 from naign.match.exchange import Ranks
 from naign.match.pool import block_range
-from naign.terminal import DELAY
+from naign.terminal import counted
 
 VIEWS = 2  # an image as it is, and mirrored
 ROWS = 256
@@ -52,7 +51,7 @@ class ImageRows:
             ranks.world,
         )
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
-        with progress(f"reading {name}", self.last - self.first, ranks) as bar:
+        with counted(f"reading {name}", total=self.last - self.first, unit="image", shown=ranks.rank == 0) as bar:
             for low in range(self.first, self.last, self.size):
                 high = min(low + self.size, count)
                 values = read(low, high)
@@ -108,7 +107,7 @@ def find_nearest(
     distances = []
     numbers = []
     mirrored = []
-    with progress(f"comparing {queries.name}", most, ranks) as bar:
+    with counted(f"comparing {queries.name}", total=most, unit="image", shown=ranks.rank == 0) as bar:
         for start in range(0, most, step):
             low = min(queries.first + start, queries.last)
             high = min(low + step, queries.last)
@@ -126,16 +125,4 @@ def find_nearest(
         (squares / queries.dims).sqrt(),
         ranks.gather(torch.cat(numbers), sizes),
         ranks.gather(torch.cat(mirrored), sizes),
-    )
-
-
-def progress(what: str, total: int, ranks: Ranks) -> "tqdm[Never]":
-    """A bar that counts images, on rank 0."""
-    return tqdm(
-        desc=what,
-        total=total,
-        unit="image",
-        delay=DELAY,
-        leave=False,
-        disable=ranks.rank > 0 or None,
     )

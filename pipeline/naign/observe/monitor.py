@@ -36,7 +36,6 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
     ) -> None:
         self.active = active
         self.folder = folder
-        self.described = ""  # the last message about the method of a match
         self._images = images
         self._metrics: Metrics | None = None
         port = os.environ.get("NAIGN_METRICS")

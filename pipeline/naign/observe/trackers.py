@@ -112,7 +112,6 @@ def start_tracker(name: str, kind: Any, folder: Path, settings: Settings) -> Any
     tracker.store_init_configuration(settings)
     if options:
         run = tracker.tracker
-        file.parent.mkdir(exist_ok=True)
         write_atomically(file, getattr(run, "id", None) or run.info.run_id)
     return tracker
 

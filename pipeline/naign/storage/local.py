@@ -90,7 +90,6 @@ class LocalStore(Store):
 
     def put(self, name: str, data: bytes) -> None:
         with self._explained(name, writing=True):
-            self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / name, data)
 
     def delete(self, name: str) -> None:
@@ -126,12 +125,14 @@ os.umask(UMASK)  # it can be read only by setting it
 
 def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
     """Replace a file by `content` atomically: readers see the old or the new file, also after a kill. With `sync` this
-    holds for a loss of power, too, and takes some milliseconds. OSError names the file; no temporary file stays.
+    holds for a loss of power, too, and takes some milliseconds. A folder that is missing is made. OSError names the
+    file; no temporary file stays.
     """
     partial = file.with_name(f"{PARTIAL}{file.name[:50]}.{uuid.uuid4().hex}")
     if isinstance(content, str):
         content = content.encode()
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         if sync:
             sync_file(partial)

@@ -22,7 +22,7 @@ from naign.data.damage import find_damage
 from naign.data.loader import Rows
 from naign.data.order import rank_rows
 from naign.data.scale import scaled
-from naign.distributed.ranks import gather, together, total
+from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopPoll
 from naign.errors import Diverged, InputError, Stopped, Unavailable
 from naign.match import Match, NotFinite, match_round
@@ -212,14 +212,10 @@ def find_match(run: Trainer, images: Tensor) -> Match:
         return run.engine.sample(run.latents.draw(run.config.seed, run.state.round, ids, images.device))
 
     try:
-        match = match_round(images, sample, run.config.match, poll)
+        return match_round(images, sample, run.config.match, poll)
     except NotFinite as error:  # on all ranks
         diverged = f"the network's samples are not finite in round {run.state.round} ({error}): the run has diverged"
         raise Diverged(f"{diverged}; {REMEDY}") from None
-    if match.described != run.monitor.described:
-        run.monitor.described = match.described
-        run.monitor.say(match.described)
-    return match
 
 
 def fits_in_time(run: Trainer, seconds: float, done: float) -> bool:
@@ -322,8 +318,8 @@ def encode_data(run: Trainer) -> Codes:
                 if run.prior.decodes:  # it is fitted to the images' codes
                     parts = fitted_to.split(ENCODED)
                     fitted_to = torch.cat([run.engine.exported("encode", part) for part in parts])
-                codes.append(gather(fitted_to, run.accelerator))
-                labels.append(gather(read_labels(run, rows), run.accelerator))
+                codes.append(run.accelerator.gather(fitted_to))
+                labels.append(run.accelerator.gather(read_labels(run, rows)))
         return torch.cat(codes), torch.cat(labels)
 
     return Codes(

@@ -63,7 +63,14 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
     state = run.state
     if match:
         values |= match.values
-    values |= _speed(run) | _cost_of_reading(run, read)
+    values |= _speed(run)
+    costs = {  # of what all ranks have read for the round
+        "data/megabytes": read.tally.bytes / 1e6,
+        "data/reread_megabytes": read.tally.reread / 1e6,
+        "data/retries": read.tally.retries,
+        "data/skipped": len(read.broken),
+    }
+    values |= zip(costs, total(list(costs.values()), run.accelerator), strict=True)
     values |= {
         "data/epoch": run.stream.order.epochs(state.round),
         "seconds/training": state.seconds,
@@ -122,18 +129,6 @@ def _speed(run: Trainer) -> dict[str, float]:
     for phase, value in seconds.items():
         values[f"share/{phase}"] = value / spent
     return values
-
-
-def _cost_of_reading(run: Trainer, read: Rows) -> dict[str, float]:
-    """What all ranks have read for a round. Collective."""
-    tally = read.tally
-    costs = {
-        "data/megabytes": tally.bytes / 1e6,
-        "data/reread_megabytes": tally.reread / 1e6,
-        "data/retries": tally.retries,
-        "data/skipped": len(read.broken),
-    }
-    return dict(zip(costs, total(list(costs.values()), run.accelerator), strict=True))
 
 
 def _draw(run: Trainer, images: Tensor | None) -> dict[str, Image.Image]:

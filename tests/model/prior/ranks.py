@@ -1,4 +1,4 @@
-"""Priors that are fitted on ranks, which are threads here."""
+"""Codes for priors to be fitted to: in memory, or on ranks, which are threads here."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from naign.model.prior import Codes
+
+
+def in_memory(codes, labels=None):
+    """Codes on one rank."""
+    return Codes(sizes=(len(codes),), read=lambda chunk: (codes, labels))
 
 
 def fit_on_ranks(priors, codes):

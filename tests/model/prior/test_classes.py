@@ -9,10 +9,11 @@ from torch.testing import assert_close
 
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, build_network
-from naign.model.prior import Codes, CodesPrior, Flow, FlowConfig, MixtureConfig, build_prior, flow
+from naign.model.prior import CodesPrior, Flow, FlowConfig, MixtureConfig, build_prior, flow
 from naign.model.prior.base import CodesConfig
 from tests.match.problems import draw
 from tests.model.made import CONV, assert_near, make_model, prior_state
+from tests.model.prior.ranks import in_memory
 from tests.refused import refused
 
 LABELS = ("cat", "dog", "3")
@@ -54,7 +55,7 @@ def build(config):
 
 def fitted(config):
     prior = build(config)
-    list(prior.fit(Codes.of(*make_codes())))
+    list(prior.fit(in_memory(*make_codes())))
     return prior
 
 

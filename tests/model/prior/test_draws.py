@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 from naign.model.networks import ConvConfig, build_network
 from naign.model.prior import (
-    Codes,
     FlowConfig,
     Latents,
     LatentsConfig,
@@ -21,6 +20,7 @@ from naign.model.prior import (
 )
 from naign.settings.constraints import check_fields
 from tests.match.problems import draw
+from tests.model.prior.ranks import in_memory
 from tests.refused import refused
 
 NOISE = [
@@ -55,7 +55,7 @@ def prior(request):
     if isinstance(built, Latents):
         built.measure(images, lambda moments: moments, 1)
     else:
-        list(built.fit(Codes.of(NETWORK.encode(images))))
+        list(built.fit(in_memory(NETWORK.encode(images))))
     return built
 
 

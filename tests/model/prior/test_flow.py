@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from naign.model.prior import Codes
 from naign.model.prior import flow as flows
 from naign.model.prior.flow import RIDGE, Flow, FlowConfig, cosine
 from naign.model.prior.learner import WARMUP
 from tests.match.problems import draw
 from tests.model.made import assert_near
-from tests.model.prior.ranks import fit_on_ranks
+from tests.model.prior.ranks import fit_on_ranks, in_memory
 
 SETTINGS = FlowConfig(
     width=64,
@@ -41,7 +40,7 @@ def fitted(config=SETTINGS, codes=None):
     if codes is None:
         codes = make_codes()
     prior = build(config, tuple(codes.shape[1:]))
-    shares = list(prior.fit(Codes.of(codes)))
+    shares = list(prior.fit(in_memory(codes)))
     assert shares == sorted(shares)
     assert shares[-1] == 1
     return prior
@@ -60,7 +59,7 @@ def test_each_code_is_learned_from_as_often_as_asked_in_chunks():
 def test_the_learning_rate_falls_to_zero_after_its_warm_up():
     prior = build()
     rates = []
-    for _ in prior.fit(Codes.of(make_codes())):
+    for _ in prior.fit(in_memory(make_codes())):
         made = len(rates) + 1
         rates.append(prior.learner.adam.param_groups[0]["lr"] / min(1.0, made / WARMUP))
     whole = [SETTINGS.lr * cosine(step / len(rates)) for step in range(len(rates))]
@@ -71,7 +70,7 @@ def test_the_learning_rate_falls_to_zero_after_its_warm_up():
 @pytest.mark.parametrize("steps", [1, 4, 9])
 def test_a_fit_goes_on_bit_for_bit(steps):
     """Before and after autoguidance keeps its weights, and when it does."""
-    codes = Codes.of(make_codes())
+    codes = in_memory(make_codes())
     whole = build(GUIDED_SETTINGS)
     total = len(list(whole.fit(codes)))
     assert total == 16
@@ -88,7 +87,7 @@ def test_a_fit_goes_on_bit_for_bit(steps):
 def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_training():
     config = replace(SETTINGS, steps=1, autoguidance=1.5)
     prior = build(config)
-    fit = prior.fit(Codes.of(make_codes()))
+    fit = prior.fit(in_memory(make_codes()))
     list(islice(fit, 16))  # of 64 steps
     quarter = deepcopy(prior.velocity)
     list(fit)
@@ -122,7 +121,7 @@ def test_whitened_codes_have_no_spread_of_their_own():
     turn = torch.randn(4, 4)
     mixed = torch.einsum("ij,njhw->nihw", turn, torch.randn(500, 4, 6, 6)) + 5
     prior = build(shape=(4, 6, 6))
-    next(prior.fit(Codes.of(mixed)))
+    next(prior.fit(in_memory(mixed)))
     white = prior.whiten(mixed).transpose(0, 1).flatten(1)
     variances = torch.linalg.eigvalsh(mixed.transpose(0, 1).flatten(1).cov())
     expected = variances / (variances + RIDGE * variances.mean())  # near 1, but for directions of little spread

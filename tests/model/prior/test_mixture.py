@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from naign.model.prior import Codes, Mixture, MixtureConfig
+from naign.model.prior import Mixture, MixtureConfig
 from naign.model.prior.mixture import ITERATIONS
 from tests.model.made import assert_near
-from tests.model.prior.ranks import fit_on_ranks
+from tests.model.prior.ranks import fit_on_ranks, in_memory
 from tests.refused import refused
 
 SETTINGS = MixtureConfig(components=3)
@@ -40,7 +40,7 @@ def codes():
 def prior(codes):
     """Fitted to the codes."""
     prior = Mixture(SETTINGS, (2,), seed=3)
-    shares = list(prior.fit(Codes.of(codes)))
+    shares = list(prior.fit(in_memory(codes)))
     assert shares == sorted(shares)
     assert len(shares) == ITERATIONS
     assert shares[-1] == 1
@@ -62,12 +62,12 @@ def test_it_finds_clusters_their_shares_and_their_spread(prior):
 
 def test_a_fit_that_was_stopped_ends_with_the_same_bits(prior, codes):
     stopped = Mixture(SETTINGS, (2,), seed=3)
-    fit = stopped.fit(Codes.of(codes))
+    fit = stopped.fit(in_memory(codes))
     for _ in range(4):
         next(fit)
     resumed = Mixture(SETTINGS, (2,), seed=3)
     resumed.load_training_state(stopped.training_state())
-    list(resumed.fit(Codes.of(codes)))
+    list(resumed.fit(in_memory(codes)))
     for name, value in prior.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
@@ -85,7 +85,7 @@ def test_ranks_fit_what_one_would(prior, codes):
 def test_codes_of_more_values_than_directions_vary_along_the_leading_ones():
     wide = torch.randn(2000, 100) * torch.linspace(0.01, 2, 100)
     prior = Mixture(replace(SETTINGS, components=2), (4, 5, 5))
-    list(prior.fit(Codes.of(wide.view(-1, 4, 5, 5))))
+    list(prior.fit(in_memory(wide.view(-1, 4, 5, 5))))
     drawn = prior.draw(0, 0, torch.arange(5000), "cpu").flatten(1)
     expected = wide.std(0)[-20:]
     assert_close(drawn.std(0)[-20:], expected, rtol=0.15, atol=0)
@@ -93,7 +93,7 @@ def test_codes_of_more_values_than_directions_vary_along_the_leading_ones():
 
 def test_codes_that_are_all_the_same_are_refused():
     with refused("the codes of all images are the same"):
-        list(Mixture(SETTINGS, (2,)).fit(Codes.of(torch.ones(100, 2))))
+        list(Mixture(SETTINGS, (2,)).fit(in_memory(torch.ones(100, 2))))
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,18 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> tuple[int, l
     """
     manifest = Manifest.load(index or path)
     config = DataConfig(path=path, index=index)
-    hidden = None if progress else True  # None: where stderr is not a terminal
     count = 0
     broken = []
     for name, split in manifest.splits.items():
         reader = Reader(config, manifest, name)
         pieces = leading(split.sizes, split.samples)
-        for raw in tqdm(reader.raw(pieces), desc=f"verify {name}", total=split.samples, disable=hidden):
+        bar = tqdm(
+            reader.raw(pieces),
+            desc=f"verify {name}",
+            total=split.samples,
+            disable=not progress or None,  # None: where stderr is not a terminal
+        )
+        for raw in bar:
             count += 1
             try:
                 reader.row(raw)

@@ -83,7 +83,17 @@ class Manifest:
             fields: dict[str, Any] = json.loads(text)
             version = fields.pop("format")
             _demand(version == FORMAT, f"format {version!r}, but this program reads format {FORMAT}")
-            manifest = cls(**_converted(fields))
+            splits = {}
+            for name, split in fields["splits"].items():
+                for shard in split["shards"]:
+                    shard.pop("sha256", None)  # of the whole tar, which older programs wrote
+                splits[name] = Split.of(Shard(**shard) for shard in split["shards"])
+                _demand(splits[name].samples == split["samples"] > 0, "samples do not add up, or there are none")
+            fields["splits"] = splits
+            for name in ("shape", "labels"):
+                _demand(isinstance(fields[name], list), f"{name} is {fields[name]!r}, not a list")
+                fields[name] = tuple(fields[name])
+            manifest = cls(**fields)
             _check(manifest)
             return manifest
         except (
@@ -135,21 +145,6 @@ def is_count(value: object, least: int = 0) -> bool:
     return type(value) is int and value >= least
 
 
-def _converted(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a Manifest from those of index.json, not checked. Raises TypeError and more for other fields."""
-    splits = {}
-    for name, split in fields["splits"].items():
-        for shard in split["shards"]:
-            shard.pop("sha256", None)  # of the whole tar, which older programs wrote
-        splits[name] = Split.of(Shard(**shard) for shard in split["shards"])
-        _demand(splits[name].samples == split["samples"] > 0, "samples do not add up, or there are none")
-    fields["splits"] = splits
-    for name in ("shape", "labels"):
-        _demand(isinstance(fields[name], list), f"{name} is {fields[name]!r}, not a list")
-        fields[name] = tuple(fields[name])
-    return fields
-
-
 def _check(manifest: Manifest) -> None:
     """Raise ValueError or TypeError for wrong types, values out of range, and contradictions."""
     shape = manifest.shape
@@ -169,18 +164,16 @@ def _check(manifest: Manifest) -> None:
     _demand(type(manifest.dealt) is bool, "dealt is not true or false")
     names = set()
     for shard in manifest.shards:
-        _check_shard(shard)
-        names.add(shard.name)
+        name = shard.name
+        is_plain = re.fullmatch(r"[^./\\][^/\\]{0,200}", name) and name.isprintable()
+        _demand(is_plain, f"{name!r} is not the name of a shard")
+        counted = is_count(shard.samples, 1) and is_count(shard.bytes)
+        _demand(counted, f"{name}: samples and bytes are not whole numbers")
+        _demand(shard.bytes >= SAMPLE_BYTES * shard.samples, f"{name}: its bytes cannot hold its samples")
+        hashed = re.fullmatch("[0-9a-f]{64}", shard.pages)
+        _demand(hashed, f"{name}: pages is not a SHA-256 of 64 hexadecimal digits")
+        names.add(name)
     _demand(names and len(names) == len(manifest.shards), "no shards, or one is listed twice")
-
-
-def _check_shard(shard: Shard) -> None:
-    """Raise ValueError or TypeError for an entry that no shard can have."""
-    name = shard.name
-    _demand(re.fullmatch(r"[^./\\][^/\\]{0,200}", name) and name.isprintable(), f"{name!r} is not the name of a shard")
-    _demand(is_count(shard.samples, 1) and is_count(shard.bytes), f"{name}: samples and bytes are not whole numbers")
-    _demand(shard.bytes >= SAMPLE_BYTES * shard.samples, f"{name}: its bytes cannot hold its samples")
-    _demand(re.fullmatch("[0-9a-f]{64}", shard.pages), f"{name}: pages is not a SHA-256 of 64 hexadecimal digits")
 
 
 def _demand(holds: object, problem: str) -> None:

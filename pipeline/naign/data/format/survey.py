@@ -87,7 +87,7 @@ def read_tars(
         desc=f"index {path}",
         total=len(names),
         unit="tar",
-        disable=None if progress else True,  # None: where stderr is not a terminal
+        disable=not progress or None,  # None: where stderr is not a terminal
     )
     try:
         with closing(results):

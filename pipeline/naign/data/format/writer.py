@@ -96,7 +96,7 @@ def _write_shards(
 ) -> dict[str, Split]:
     """Write the shards that are not there. `written` gets the names of new files; InputError where others differ."""
     present = target.list()
-    hidden = None if progress else True  # None: where stderr is not a terminal
+    hidden = not progress or None  # None: where stderr is not a terminal
     splits = {}
     for split, hands in dealt.items():
         made = []

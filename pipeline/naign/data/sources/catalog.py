@@ -58,7 +58,6 @@ def digits(_: str) -> Source:
         splits[split] = labelled(keys, images[rows], labels[rows])
     return Source(
         name="digits",
-        kind="image",
         shape=(1, 8, 8),
         labels=tuple("0123456789"),
         splits=splits,

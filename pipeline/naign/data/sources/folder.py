@@ -68,7 +68,6 @@ def from_tree(
         made[split] = _examples(group, labels, resize, channels)
     return Source(
         name="folder",
-        kind="image",
         shape=(channels, height, width),
         labels=tuple(labels),
         splits=made,

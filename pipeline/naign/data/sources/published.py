@@ -107,7 +107,6 @@ def obtain(name: str, known: Published, root: Path | None = None) -> dict[str, b
             continue
         for file, data in files.items():
             with suppress(OSError):  # a cache that cannot be written is no reason to stop
-                kept.mkdir(parents=True, exist_ok=True)
                 write_atomically(kept / file, data)
         return files
     advice = f"Give the folder that holds {', '.join(known.sums)} with --root"
@@ -171,7 +170,6 @@ def idx(name: str, _: str, root: Path | None) -> Source:
         splits[split] = numbered(split, images[:, None], labels)
     return Source(
         name=name,
-        kind="image",
         shape=(1, 28, 28),
         labels=known.labels,
         splits=splits,
@@ -209,7 +207,6 @@ def cifar10(_: str, root: Path | None) -> Source:
             splits[split] = numbered(split, images, records[:, 0])
     return Source(
         name="cifar10",
-        kind="image",
         shape=(3, 32, 32),
         labels=CIFAR10.labels,
         splits=splits,

@@ -39,7 +39,7 @@ class Source:
     """A data set before packing."""
 
     name: str
-    kind: str  # `image`: (C, H, W) uint8; `point`: (D,) float32
+    kind: str = "image"  # (C, H, W) uint8; `point`: (D,) float32
     shape: tuple[int, ...]
     labels: tuple[str, ...]
     splits: dict[str, Made]

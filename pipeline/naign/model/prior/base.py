@@ -69,11 +69,6 @@ class Codes:
     add: Callable[[Tensor], Tensor] = lambda value: value  # collective
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    @classmethod
-    def of(cls, codes: Tensor, labels: Tensor | None = None) -> "Codes":
-        """Codes that are in memory, on one rank."""
-        return cls(sizes=(len(codes),), read=lambda chunk: (codes, labels))
-
     def part(self, rows: Tensor) -> Tensor:
         """This rank's part of some rows (n, ...)."""
         first = len(rows) * self.rank // self.world

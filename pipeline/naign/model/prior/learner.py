@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from naign.distributed.optimizers import clip_and_step
+from naign.distributed.optimizers import adamw, clip_and_step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-BETAS = (0.9, 0.99)
 CLIP = 1.0  # largest norm of the gradient
 DECAY = 0.999  # of the average, per step
 WARMUP = 200  # steps over which the learning rate rises
@@ -26,12 +25,7 @@ class Learner:
         self.counted = 0  # these steps
         self.parameters = list(self.network.parameters())
         self.ahead = self.parameters[0].device.type != "cpu"  # whether the norm of a step stays on the device
-        self.adam = torch.optim.AdamW(
-            self.parameters,
-            betas=BETAS,
-            weight_decay=0.0,
-            fused=self.ahead or None,
-        )
+        self.adam = adamw(self.parameters, fused=self.ahead, weight_decay=0.0)
         for value in self.parameters:  # as AdamW itself begins, but before the first step
             state = {name: torch.zeros_like(value) for name in MOMENTS}
             self.adam.state[value] = {"step": torch.zeros((), device=value.device), **state}
