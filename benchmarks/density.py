@@ -189,9 +189,10 @@ def auroc(inlier: Tensor, outlier: Tensor) -> float:
 def code_density(prior: Prior, codes: Tensor) -> Tensor:
     """Minus the log-density (n,), in nats up to a constant, of codes (n, ...) under a mixture or a flow."""
     if isinstance(prior, Mixture):
-        covariances = prior.factors @ prior.factors.transpose(1, 2)
+        factors = prior.back.T @ prior.factors
+        covariances = factors @ factors.transpose(1, 2)
         covariances.diagonal(dim1=1, dim2=2).add_(1e-6)  # directions that the mixture leaves out
-        components = MultivariateNormal(prior.means, covariances)
+        components = MultivariateNormal(prior.means @ prior.back + prior.mean, covariances)
         mixture = MixtureSameFamily(Categorical(prior.weights), components)
         return -mixture.log_prob(codes.flatten(1))
     assert isinstance(prior, Flow)

@@ -161,6 +161,8 @@ def test_a_prior_that_is_not_fitted_is_warned_of(tmp_path, capsys, fitted, warne
         "prior.weights": torch.ones(2) / 2,
         "prior.means": torch.zeros(2, 8),
         "prior.factors": torch.eye(8).expand(2, 8, 8),
+        "prior.back": torch.eye(8),
+        "prior.mean": torch.zeros(8),
     }
     prior = {"name": "gmm", "components": 2}
     model = save_model(tmp_path / "model", CONV, (1, 8, 8), state, prior=prior, fitted=fitted)

@@ -82,7 +82,8 @@ def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, n
     images = scaled(read_split(str(digits), "train")[0])
     for run, model in found.items():
         codes = model.network.encode(images).detach()
-        apart = model.prior.weights @ model.prior.means - codes.mean(0)
+        prior = model.prior
+        apart = prior.weights @ prior.means @ prior.back + prior.mean - codes.mean(0)
         assert float((apart / codes.std(0).mean()).abs().max()) < 0.15, run
     succeeded(naign("evaluate run --samples 300"))
     done = train(*options, "--prior.components=5000", "--run.path=large")

@@ -216,12 +216,12 @@ def test_terms_without_weight_are_not_computed():
         seen.append(len(inputs))
         return f(inputs)
 
-    plain = NaignConfig(imle=0.0, denoising=0.0)
+    plain = NaignConfig(imle=0.0, third="none", denoising=0.0)
     assert not plain.needs_latents
     assert not plain.needs_match
     terms = losses(plain, network, x, None)
     assert_close(terms["total"], l1(f(x), x))
-    denoising = NaignConfig(imle=0.0, reconstruction=0.0, denoising=2.0)
+    denoising = NaignConfig(imle=0.0, third="none", reconstruction=0.0, denoising=2.0)
     terms = losses(
         denoising,
         network,
@@ -231,7 +231,7 @@ def test_terms_without_weight_are_not_computed():
     )
     assert_close(terms["total"], 2 * l1(f(x + 1), x))
     assert set(terms) == {"total", "denoising"}
-    only = NaignConfig(reconstruction=0.0, imle=1.0, denoising=0.0)
+    only = NaignConfig(reconstruction=0.0, third="none", denoising=0.0)
     assert only.needs_match
     assert_close(losses(only, network, x, z)["total"], l1(f(z), x))
     assert seen == [5, 5, 5]

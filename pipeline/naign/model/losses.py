@@ -80,9 +80,9 @@ class NaignConfig(DistanceConfig):
     name: str = "naign"
     reconstruction: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(x), x)."""
-    imle: float = field(default=0.5, metadata=AT_LEAST_0)
+    imle: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(z*), x), z* the latent whose sample is nearest to x; 0: no match, and no sample is trained on."""
-    third: str = field(default="none", metadata=one_of(("none", "idempotence", "matched")))
+    third: str = field(default="matched", metadata=one_of(("none", "idempotence", "matched")))
     """Third term, of weight 1: none, idempotence, d(f(f(z*)), f(z*)), or matched, d(f(f(z*)), x)."""
     denoising: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(damaged x), x)."""

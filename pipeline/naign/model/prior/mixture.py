@@ -22,7 +22,6 @@ from naign.philox import SCALE, normal, uniform
 from naign.settings.constraints import between
 
 DIRECTIONS = 64  # principal directions of the codes that the mixture models, at most
-LARGEST = 2**26  # values of all covariances, at most
 FEW = 20  # codes a component, at least
 STARTS = 3
 STARTED = 20_000  # codes that starts are compared on, about
@@ -47,12 +46,9 @@ class MixtureConfig(CodesConfig):
         few = f"prior.components={self.components} with prior.images={count}: fewer than {FEW} codes a component"
         values = math.prod(shape)
         many = f"prior.images={count} with codes of {values} values: over {KEPT} values in all"
-        covariances = self.components * values * min(DIRECTIONS, values)
-        large = f"prior.components={self.components} with codes of {values} values"
         require(
             (least <= count, f"{few}: ask for fewer components, or for {least} images"),
             (count * values <= KEPT, f"{many}: fit the mixture to fewer images, or choose a flow"),
-            (covariances <= LARGEST, f"{large}: over {LARGEST} values in covariances: ask for fewer components"),
         )
 
 
@@ -70,8 +66,10 @@ class Mixture(CodesPrior):
 
     config: MixtureConfig
     weights: Tensor  # (k,)
-    means: Tensor  # (k, values)
-    factors: Tensor  # (k, values, d): covariances are factor @ factor.T
+    means: Tensor  # (k, d), of whitened directions
+    factors: Tensor  # (k, d, d): covariances are factor @ factor.T
+    back: Tensor  # (d, values): carries whitened directions to codes, around `mean`
+    mean: Tensor  # (values,)
     owners: Tensor  # (k,) int64, with classes: the class of each component
 
     def __init__(
@@ -86,9 +84,12 @@ class Mixture(CodesPrior):
         classes = len(self.labels)
         require((number >= classes, f"prior.components={number} for {classes} classes: each needs at least one"))
         self.likelihood = 0.0  # in nats per code, before the newest iteration
+        directions = min(DIRECTIONS, values)
         self.register_buffer("weights", torch.zeros(number))
-        self.register_buffer("means", torch.zeros(number, values))
-        self.register_buffer("factors", torch.zeros(number, values, min(DIRECTIONS, values)))
+        self.register_buffer("means", torch.zeros(number, directions))
+        self.register_buffer("factors", torch.zeros(number, directions, directions))
+        self.register_buffer("back", torch.zeros(directions, values))
+        self.register_buffer("mean", torch.zeros(values))
         if classes:
             self.register_buffer("owners", torch.zeros(number, dtype=torch.int64))
 
@@ -120,10 +121,11 @@ class Mixture(CodesPrior):
             seed,
             round,
             ids,
-            (self.factors.shape[2],),
+            (self.means.shape[1],),
             device,
         )
-        drawn = self.means[chosen] + torch.einsum("nij,nj->ni", self.factors[chosen], noise)
+        white = self.means[chosen] + torch.einsum("nij,nj->ni", self.factors[chosen], noise)
+        drawn: Tensor = white @ self.back + self.mean
         return drawn.view(-1, *self.shape)
 
     @torch.no_grad()
@@ -138,6 +140,10 @@ class Mixture(CodesPrior):
         rows = chunk.flatten(1).float()
         self.count_classes(labels)
         white, back, mean = _whitened(rows)
+        found = white.shape[1]
+        self.back.zero_()
+        self.back[:found] = back
+        self.mean.copy_(mean)
         gaussians = self._start(white, labels, codes)
         mine = codes.part(white)
         owned = None
@@ -148,9 +154,8 @@ class Mixture(CodesPrior):
             gaussians = _maximise(codes.add(moments))
             self.likelihood = float(codes.add(likelihood)) / len(rows)
             self.weights.copy_(gaussians.weights)
-            self.means.copy_(gaussians.means @ back + mean)
-            self.factors.zero_()
-            self.factors[:, :, : len(back)] = back.T @ gaussians.factors
+            self.means[:, :found] = gaussians.means
+            self.factors[:, :found, :found] = gaussians.factors
             yield (iteration + 1) / ITERATIONS
 
     def _start(self, white: Tensor, labels: Tensor | None, codes: Codes) -> Gaussians:
