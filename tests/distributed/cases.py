@@ -7,6 +7,7 @@ import torch
 
 from naign import errors
 from naign.distributed.ranks import part, together
+from naign.match import scan
 from naign.match.matcher import MatchConfig, match_round
 from naign.model.networks import ConvConfig, build_network
 from naign.model.prior import LatentsConfig, build_latents
@@ -36,7 +37,7 @@ def parted_without_one(rank, world):
     return time.monotonic() - began
 
 
-def matched(method, rank, world):
+def matched(rank, world):
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
@@ -57,15 +58,17 @@ def matched(method, rank, world):
         rank,
         world,
     )
-    config = MatchConfig(round=360, ratio=1000 / 360, block=64, method=method)
+    config = MatchConfig(round=360, ratio=1000 / 360, block=64)
     return match_round(images, sample, config)
 
 
 def match(rank, world):
     """What must not depend on the world size: ids, distances, and all that is reported but what it cost."""
     answers = {}
-    for method in ("flat", "bounded"):
-        found = matched(method, rank, world)
+    for method, least in {"flat": 10**9, "bounded": 1}.items():
+        scan.LEAST_CANDIDATES = least
+        scan.LEAST_DIMS = least
+        found = matched(rank, world)
         values = {}
         for key, value in found.values.items():
             if key.startswith("match/") and key != "match/measured":
