@@ -69,10 +69,12 @@ SETS = {
 }
 WHOLE = "NAIGN, whole recipe, all classes"
 DENSE = "configs/mnist.yaml"
-ALONE = ("--objective.imle=0", "--objective.third=none", "--prior.name=none")
+ALONE = ("--objective.imle=0", "--objective.third=none", "--model.code=64", "--prior.name=none")
 IMLE = (
     "--objective.imle=0.3",
     "--objective.third=none",
+    "--match.ratio=1",
+    "--model.code=64",
     "--prior.components=50",
 )
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -28,7 +28,7 @@ def counted(
         unit=unit,
         delay=DELAY,
         leave=False,
-        disable=not shown or None,  # None: where stderr is no terminal
+        disable=not shown or None,  # None: where stderr is not a terminal
     )
 
 

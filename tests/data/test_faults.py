@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +81,7 @@ def take(stream, tally):
     found = []
     for number in range(10):
         taken = stream.take(number)
-        tally.add(**asdict(taken.tally))
+        tally.merge(taken.tally)
         for epoch, key, image in zip(taken.epochs.tolist(), taken.keys, taken.images, strict=True):
             assert int(image[0, 0, 0]) == int(key.split("-")[1]) % 256
             pixels = hashlib.sha256(image.numpy().tobytes())

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
@@ -226,7 +226,7 @@ class ReadAhead:
 
         for _ in in_order(fills(), workers):
             pass
-        rows.tally.add(**asdict(self._reader.store.tally.take()))
+        rows.tally.merge(self._reader.store.tally.take())
         return rows
 
     def _memory(self, count: int) -> Array:

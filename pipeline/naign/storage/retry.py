@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from naign.errors import StoreLost, Unavailable
 
@@ -42,6 +42,9 @@ class Tally:
             counts = replace(self)
             self.__init__()  # type: ignore[misc]
         return counts
+
+    def merge(self, other: "Tally") -> None:
+        self.add(**asdict(other))
 
 
 _LOCK = threading.Lock()

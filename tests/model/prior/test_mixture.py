@@ -97,8 +97,15 @@ def test_codes_that_are_all_the_same_are_refused():
         list(Mixture(SETTINGS, (2,)).fit(in_memory(torch.ones(100, 2))))
 
 
-def test_too_many_codes_are_refused():
+@pytest.mark.parametrize(
+    "count, shape, said",
+    [
+        (10**6, (4096,), "over 268435456 values in all: fit the mixture to fewer images"),
+        (2000, (20_000,), "over 134217728 values in their covariance: ask for a smaller code"),
+    ],
+)
+def test_too_many_and_too_large_codes_are_refused(count, shape, said):
     config = MixtureConfig(components=100)
     config.check_codes(2000, (8, 16, 16))
-    with refused("over 268435456 values in all: fit the mixture to fewer images"):
-        config.check_codes(10**6, (4096,))
+    with refused(said):
+        config.check_codes(count, shape)

@@ -22,6 +22,7 @@ from naign.philox import SCALE, normal, uniform
 from naign.settings.constraints import between
 
 DIRECTIONS = 64  # principal directions of the codes that the mixture models, at most
+LARGEST = 2**27  # values of the covariance of all codes, at most
 FEW = 20  # codes a component, at least
 STARTS = 3
 STARTED = 20_000  # codes that starts are compared on, about
@@ -46,9 +47,11 @@ class MixtureConfig(CodesConfig):
         few = f"prior.components={self.components} with prior.images={count}: fewer than {FEW} codes a component"
         values = math.prod(shape)
         many = f"prior.images={count} with codes of {values} values: over {KEPT} values in all"
+        large = f"codes of {values} values: over {LARGEST} values in their covariance"
         require(
             (least <= count, f"{few}: ask for fewer components, or for {least} images"),
             (count * values <= KEPT, f"{many}: fit the mixture to fewer images, or choose a flow"),
+            (values**2 <= LARGEST, f"{large}: ask for a smaller code, or choose a flow"),
         )
 
 
