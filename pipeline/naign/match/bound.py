@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from naign.match.exact import at_once
 
@@ -72,8 +72,10 @@ class Frame:
     magnitude: float  # largest absolute value of a centred coordinate, roughly
     dtype: torch.dtype  # of the product: bfloat16 or float32
     departure: float = field(init=False)  # |V'V - I|_F of the basis V, which bounds its distance to an orthonormal one
+    padded: Tensor = field(init=False)  # (d, p + 1): the basis and a column of zeros, in whose place r_a comes
 
     def __post_init__(self) -> None:
+        self.padded = nn.functional.pad(self.basis, (0, 1))
         basis = self.basis.double()
         product = basis.T @ basis
         identity = torch.eye(len(product)).to(product)
@@ -182,16 +184,16 @@ def _encode_part(rows: Tensor, frame: Frame) -> Quantized:
     lost_square = underflow * frame.scale
     above = square * (1 + relative_error) + lost_square
     length = above.sqrt() * (1 + 4 * frame.eta)
-    projected = centred.new_zeros(frame.coordinates, len(rows))  # steps 1 and 2
-    chunks = zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True)
+    values = centred.new_zeros(len(rows), frame.coordinates + 1)  # steps 1 and 2
+    chunks = zip(centred.split(CHUNK, 1), frame.padded.split(CHUNK), strict=True)
     for part, basis in chunks:
-        projected.add_(basis.T @ part.T)  # in this layout the speed does not depend on p being round
-    values = projected.T * frame.scale
+        values.add_(part @ basis)
+    values *= frame.scale
     projection_error = frame.eta * length + underflow * frame.coordinates**0.5
     least = (values.double().norm(dim=1) - projection_error).clamp(min=0)
     rest = (above - least.square()).clamp(min=0).sqrt()
     rest = rest * (1 + 4 * _U)
-    values = torch.cat([values, rest.float()[:, None]], 1)
+    values[:, -1] = rest
     width = values.shape[1]
     rounded = values.to(frame.dtype)  # step 3
     error = torch.linalg.vector_norm(values - rounded.float(), dim=1).double()
@@ -294,7 +296,8 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         crowded = alive.sum(1) > most_groups
         crowded &= crowded.sum() > len(part) * _FEW
         row, group = (alive & ~crowded[:, None]).nonzero(as_tuple=True)
-        which, member = (signs[row, group] >= 0).nonzero(as_tuple=True)
+        members = signs.flatten(0, 1).index_select(0, row * groups + group)
+        which, member = (members >= 0).nonzero(as_tuple=True)
         row = row[which]
         column = group[which] * GROUP + member
         many = torch.bincount(row, minlength=len(part)) > most_pairs
