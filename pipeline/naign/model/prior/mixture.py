@@ -21,7 +21,7 @@ from naign.model.prior.base import KEPT, Codes, CodesConfig, CodesPrior, Device,
 from naign.philox import SCALE, normal, uniform
 from naign.settings.constraints import between
 
-DIRECTIONS = 64  # principal directions of the codes that the mixture models, at most
+DIRECTIONS = 96  # principal directions of the codes that the mixture models, at most
 LARGEST = 2**27  # values of the covariance of all codes, at most
 FEW = 20  # codes a component, at least
 STARTS = 3
@@ -33,7 +33,7 @@ TRIED = 6  # iterations of expectation maximisation of each start
 ITERATIONS = 15  # of the best one, on all codes
 SHRINKAGE = 0.5  # weight of the mean covariance in that of each component, in codes a direction
 FLOOR = 1e-3  # added to each variance; that of all codes is 1
-BLOCK = 4096  # codes whose densities are computed at once
+BLOCK = 1024  # codes whose densities are computed at once
 
 
 @dataclass(kw_only=True, slots=True)
@@ -229,14 +229,14 @@ class Mixture(CodesPrior):
         likelihood = moments.new_zeros(())
         for first in range(0, len(rows), BLOCK):
             features = _features(rows[first : first + BLOCK])
-            logarithms = features @ density
+            logarithms = density.T @ features  # (k, n)
             if labels is not None:
-                may_be = self.owners == labels[first : first + BLOCK, None]
+                may_be = self.owners[:, None] == labels[first : first + BLOCK]
                 logarithms = logarithms.where(may_be, -math.inf)
-            sums = logarithms.logsumexp(1)
+            sums = logarithms.logsumexp(0)
             likelihood += sums.double().sum()
-            shares = (logarithms - sums[:, None]).exp()
-            moments += (features.T @ shares).double()
+            shares = (logarithms - sums).exp()
+            moments += (features @ shares.T).double()
         return moments, likelihood
 
     def read_metrics(self) -> dict[str, float]:
@@ -263,14 +263,18 @@ def _whitened(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _features(rows: Tensor) -> Tensor:
-    """(n, d) -> (n, d (d + 1) / 2 + d + 1): the products of two directions, the directions and 1. A log-density is
+    """(n, d) -> (d (d + 1) / 2 + d + 1, n): the products of two directions, the directions and 1. A log-density is
     linear in them, and so is the sum of what a component expects: each is one matrix product.
     """
-    directions = rows.shape[1]
+    count, directions = rows.shape
     first, second = torch.triu_indices(directions, directions, device=rows.device)
-    products = rows[:, first] * rows[:, second]
-    ones = torch.ones_like(rows[:, :1])
-    return torch.cat([products, rows, ones], dim=1)
+    turned = rows.T.contiguous()
+    features = rows.new_ones(len(first) + directions + 1, count)
+    products = features[: len(first)]
+    torch.index_select(turned, 0, first, out=products)
+    products *= turned[second]
+    features[len(first) : -1] = turned
+    return features
 
 
 def _log_density(gaussians: Gaussians) -> Tensor:
