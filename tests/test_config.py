@@ -195,7 +195,7 @@ def test_only_settings_that_touch_the_computation_count_as_different():
     other.train.threads = 1
     assert differences(Config(), other) == []
     other.train.lr = 0.5
-    assert differences(Config(), other) == ["train.lr: 0.002 there, 0.5 now"]
+    assert differences(Config(), other) == ["train.lr: 0.006 there, 0.5 now"]
     assert set(flatten(Config())) >= {"train.lr", "seed", "match.ratio", "run.path"}
     other = Config(objective=from_dict({"objective": {"name": "ign"}}, where="here").objective)
     assert differences(Config(), other) == ["objective.name: naign there, ign now"]

@@ -39,15 +39,15 @@ to_dict = dataclasses.asdict
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    images: int = field(default=270_336, metadata=MAY_CHANGE | POSITIVE)
+    images: int = field(default=229_376, metadata=MAY_CHANGE | POSITIVE)
     """Images that f is trained on, over all ranks and passes; rounded up to whole rounds. See also prior.images."""
     batch: int = field(default=128, metadata=POSITIVE)
     """Images per step, over all ranks."""
     passes: int = field(default=1, metadata=POSITIVE)
     """Passes of SGD over a round's images before they are matched anew."""
-    optimizer: str = "adamw"
-    """adamw, or one that another package registers."""
-    lr: float = field(default=2e-3, metadata=MAY_CHANGE | POSITIVE)
+    optimizer: str = "muon"
+    """muon, adamw, or one that another package registers."""
+    lr: float = field(default=6e-3, metadata=MAY_CHANGE | POSITIVE)
     """Peak learning rate, after a linear warm-up; a cosine takes it to lr_end."""
     lr_end: float = field(default=1e-5, metadata=MAY_CHANGE | AT_LEAST_0)
     """Learning rate at the end of the budget."""

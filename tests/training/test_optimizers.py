@@ -11,6 +11,7 @@ from torch import nn
 
 from naign.config import TrainConfig
 from naign.distributed.engine import Engine
+from naign.distributed.muon import orthogonal
 from naign.distributed.optimizers import OPTIMIZERS, find_optimizer
 from naign.errors import InputError
 from tests.distributed.fsdp_cases import hand_over
@@ -93,6 +94,30 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name):
     assert train(second, 5, 12) == losses[5:]
     for (_, mine), (_, other) in zip(whole.states(), second.states(), strict=True):
         assert len(mine) > 1 and same(mine, other)
+
+
+@pytest.mark.parametrize("shape", [(8, 30), (30, 8), (12, 2, 3, 3)])
+def test_a_step_of_muon_goes_as_far_in_every_direction(shape):
+    torch.manual_seed(0)
+    direction = torch.randn(shape)
+    direction.flatten(1)[:, 0] *= 10
+    step = orthogonal(direction)
+    assert step.shape == shape
+    matrix = step.flatten(1)
+    assert 0.12 < matrix.square().mean().sqrt() < 0.24  # that of AdamW is about 0.2
+    spread = torch.linalg.svdvals(matrix)
+    assert spread[0] < 2 * spread[-1]
+    before = torch.linalg.svdvals(direction.flatten(1))
+    assert before[0] > 5 * before[-1]
+
+
+def test_muon_leaves_vectors_to_adamw():
+    mine = make("muon")
+    theirs = make("adamw")
+    train(mine, 0, 1)
+    train(theirs, 0, 1)
+    for (name, ours), (_, others) in zip(mine.states(), theirs.states(), strict=True):
+        assert same(ours, others) == (ours["weight"].ndim == 1), name
 
 
 def test_only_a_fused_optimizer_leaves_its_norm_on_the_device():

@@ -16,7 +16,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from naign.distributed.optimizers import clip_and_step, find_optimizer, whole
+from naign.distributed.muon import Muon, like, turn_shared, whole
+from naign.distributed.optimizers import clip_and_step, find_optimizer
 from naign.errors import InputError
 
 State = dict[str, Tensor]  # `weight` of a parameter and, from the first step on, the optimizer's tensors, each whole
@@ -88,6 +89,8 @@ class Engine:
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         if self.accelerator.num_processes > 1:
             self._kind = "DDP"
+            if isinstance(optimizer, Muon):
+                optimizer.turn = turn_shared
         self.network, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         self._adam: Any = self.optimizer
         while hasattr(self._adam, "optimizer"):  # the innermost one
@@ -225,18 +228,9 @@ class Engine:
     def restore(self, name: str, state: State, steps: int) -> None:
         """Load one parameter's state; `steps` must be the same for all parameters."""
         kept = self._allocated(name)
-        self._names[name].copy_(_like(state["weight"], self._names[name]))
+        self._names[name].copy_(like(state["weight"], self._names[name]))
         for key, value in kept.items():
             if key != "step":
-                value.copy_(_like(state[key], value))
+                value.copy_(like(state[key], value))
             else:
                 kept[key] = torch.full_like(value, steps) if isinstance(value, Tensor) else steps
-
-
-def _like(value: Tensor, other: Any) -> Tensor:
-    """A whole tensor distributed as `other` is; then collective."""
-    if not hasattr(other, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from naign.distributed.muon import Muon, whole
 from naign.errors import InputError, one_line, require
 from naign.settings.registry import lookup
 
@@ -23,8 +24,12 @@ def adamw(parameters: Iterable[Tensor], *, fused: bool, **settings: Any) -> Opti
     return AdamW(parameters, betas=BETAS, **settings, fused=fused or None)
 
 
+def muon(parameters: Iterable[Tensor], *, fused: bool, **settings: Any) -> Optimizer:
+    return Muon(parameters, betas=BETAS, **settings, fused=fused or None)
+
+
 Build = Callable[..., Optimizer]
-OPTIMIZERS: dict[str, Build] = {"adamw": adamw}
+OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": muon}
 
 
 @cache  # the trial is made once
@@ -68,10 +73,3 @@ def clip_and_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor, whole also where its rows are on different ranks; then collective."""
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()
-    return value

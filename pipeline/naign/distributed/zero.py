@@ -6,21 +6,32 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import reduce
 from filelock import FileLock
 from torch import Tensor, nn
 
 from naign.distributed.engine import Engine, State
+from naign.distributed.muon import Muon, orthogonal
 from naign.errors import InputError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape; Muon keeps the first
+
+
+class Piece(NamedTuple):
+    """The part of a matrix that lies in a rank's flat weights."""
+
+    shape: tuple[int, ...]  # of the whole matrix
+    start: int  # in the flat weights
+    place: int  # in the flattened matrix
+    length: int  # 0: this rank has no part of it
 
 
 class ZeroEngine(Engine):
-    """Engine that DeepSpeed runs, with AdamW."""
+    """Engine that DeepSpeed runs, with AdamW or Muon."""
 
     gathers = True
     _ungraded = torch.no_grad  # under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards
@@ -31,6 +42,8 @@ class ZeroEngine(Engine):
         stage = int(self.accelerator.state.deepspeed_plugin.zero_stage)
         self.sharded = stage == 3
         self._waiting = 0  # micro-batches of the present step that were added up
+        if isinstance(optimizer, Muon):
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         super()._prepare(optimizer)
         self._kind = f"DeepSpeed ZeRO-{stage}"
         if hasattr(self.network.optimizer, "check_grad_overflow"):
@@ -39,6 +52,49 @@ class ZeroEngine(Engine):
         parameter = next(self.bare.parameters())
         if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
             _refuse_version("_hp_mapping or ds_id of a parameter")
+        self._pieces: dict[Tensor, list[Piece]] = {}  # by flat weights
+        if isinstance(optimizer, Muon):
+            self._pieces = self._find_pieces()
+            optimizer.turn = self._turn
+            self._allocate()  # else DeepSpeed finds the moments of the first group alone
+
+    def _find_pieces(self) -> dict[Tensor, list[Piece]]:
+        found = {}
+        flats, groups = self._partitions()
+        for flat, parameters in zip(flats, groups, strict=True):
+            pieces = []
+            end = 0
+            for parameter in parameters:
+                if hasattr(parameter, "ds_id"):
+                    size = parameter.ds_tensor.ds_numel
+                    place = size * self.accelerator.process_index
+                    length = max(0, min(size, parameter.ds_numel - place))
+                    pieces.append(Piece(parameter.ds_shape, end, place, length))
+                    end += size
+                elif parameter._hp_mapping is None:
+                    pieces.append(Piece(parameter.shape, 0, 0, 0))
+                else:
+                    here = parameter._hp_mapping.hp_fragment_address
+                    place = parameter._hp_mapping.lp_fragment_address.start
+                    pieces.append(Piece(parameter.shape, here.start, place, here.numel))
+            if len(pieces[0].shape) > 1:
+                found[flat] = pieces
+        return found
+
+    def _turn(self, flats: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+        """As `naign.distributed.muon.turn_here`, for flat weights: each matrix is gathered whole on every rank."""
+        changes = []
+        for flat, direction in zip(flats, directions, strict=True):
+            change = torch.zeros_like(direction)
+            for shape, start, place, length in self._pieces[flat]:
+                mine = slice(start, start + length)
+                gathered = torch.zeros(math.prod(shape), device=self.accelerator.device)
+                gathered[place : place + length] = direction[mine]
+                gathered = reduce(gathered)
+                turned = orthogonal(gathered.view(shape)).flatten()
+                change[mine] = turned[place : place + length]
+            changes.append(change)
+        return changes
 
     def backward(self, loss: Tensor) -> None:
         self._waiting = (self._waiting + 1) % self.accumulate
@@ -76,17 +132,23 @@ class ZeroEngine(Engine):
         for name, parameter in self._names.items():
             state = {"weight": safe_get_full_fp32_param(parameter)}
             if self.steps:
-                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments(name)}
             yield name, state
 
     def state_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(("weight", *MOMENTS), self.shapes[name])
+        return dict.fromkeys(("weight", *self._moments(name)), self.shapes[name])
+
+    def _moments(self, name: str) -> tuple[str, ...]:
+        is_turned = bool(self._pieces) and len(self.shapes[name]) > 1
+        return MOMENTS[:1] if is_turned else MOMENTS
 
     def restore(self, name: str, state: State, steps: int) -> None:
         from deepspeed import utils
 
         parameter: Any = self._names[name]
-        self._allocate(steps)
+        self._allocate()
+        for kept in self._adam.state.values():
+            kept["step"] = torch.tensor(float(steps))
         for key, whole in state.items():
             value = whole.to(parameter.device)
             part = "full"
@@ -103,26 +165,35 @@ class ZeroEngine(Engine):
             else:
                 getattr(utils, f"safe_set_{part}_optimizer_state")(parameter, value, key)
 
-    def _allocate(self, steps: int) -> None:
-        """Allocate the moments that AdamW would allocate at its first step, unless they exist."""
+    def _allocate(self) -> None:
+        """Allocate the moments that the first step would allocate, unless they exist."""
         outer = self.network.optimizer
         adam = self._adam
         if adam.state:
             return
-        partitions = None
-        for name in _FLAT:
-            partitions = partitions or getattr(outer, name, None)
-        if partitions is None:
-            _refuse_version(f"{' or '.join(_FLAT)} of {type(outer).__name__}")
-        for flat in partitions:
-            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
-            adam.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
+        flats, _ = self._partitions()
+        for flat in flats:
+            moments = MOMENTS[:1] if flat in self._pieces else MOMENTS
+            zeros = {key: torch.zeros_like(flat) for key in moments}
+            adam.state[flat] = {"step": torch.tensor(0.0), **zeros}
         if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
             outer._lazy_init_hp_params_optimizer_state()
 
+    def _partitions(self) -> tuple[list[Tensor], list[list[Any]]]:
+        """This rank's flat float32 weights, and the parameters of which each holds the parts, in turn."""
+        outer = self.network.optimizer
+        for flats, groups in _FLAT.items():
+            if getattr(outer, flats, None):
+                return getattr(outer, flats), getattr(outer, groups)
+        _refuse_version(f"{' or '.join(_FLAT)} of {type(outer).__name__}")
+
 
 # Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 by itself.
-_FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+_FLAT = {
+    "fp32_partitioned_groups_flat": "fp16_groups",
+    "single_partition_of_fp32_groups": "bit16_groups",
+    "fp32_groups_flat_partition": "bf16_groups",
+}
 
 
 def _refuse_version(missing: str) -> NoReturn:

@@ -46,7 +46,7 @@ class ConvConfig(NetworkConfig):
     """Channels at half resolution; doubled at each further halving, up to 512."""
     depth: int = field(default=0, metadata=between(0, 256))
     """Residual blocks a resolution."""
-    code: int = field(default=512, metadata=between(1, 2**16))
+    code: int = field(default=256, metadata=between(1, 2**16))
     """Dimensions of the bottleneck between encoder and decoder."""
 
 

@@ -16,6 +16,7 @@ from naign.distributed.zero import ZeroEngine
 from naign.errors import InputError, require
 
 LAUNCHER = "the launcher's DeepSpeed configuration"
+SHARED_OUT = ("adamw", "muon")  # optimizers whose state FSDP and DeepSpeed can share out
 
 
 def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
@@ -48,7 +49,7 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     apart = f"does not go with {engine}: leave it out, or use DDP"
     if is_fsdp or is_deepspeed:
         require(
-            (train.optimizer == "adamw", f"train.optimizer={train.optimizer} {apart}"),
+            (train.optimizer in SHARED_OUT, f"train.optimizer={train.optimizer} {apart}"),
             (not train.compile, f"train.compile={train.compile} {apart}"),
         )
     if is_fsdp:

@@ -48,7 +48,7 @@ class CodesConfig(PriorConfig):
     sample is f(decode(code)) of a drawn code.
     """
 
-    images: int = field(default=100_000, metadata=MAY_CHANGE | POSITIVE)
+    images: int = field(default=60_000, metadata=MAY_CHANGE | POSITIVE)
     """Training images whose codes the prior is fitted to, rounded up to whole rounds; more than the data set has are
     further epochs, with other crops and mirroring."""
     classes: bool = False
