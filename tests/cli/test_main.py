@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import warnings
 from unittest.mock import Mock
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_a_file_that_is_not_a_picture_is_named(model, tmp_path, ended):
 def test_samples_go_only_to_a_file_that_can_hold_them(model, tmp_path, to):
     with pytest.raises(InputError, match="--to"):
         cli.sample(model, n=2, to=tmp_path / to)
+
+
+def test_noise_of_a_model_that_never_learned_from_it_is_warned_of(tmp_path):
+    for imle, expected in ((0.0, 1), (1.0, 0)):
+        objective = {"name": "naign", "imle": imle, "third": "none"}
+        model = save_model(tmp_path / f"{imle}", CONV, (1, 8, 8), config={"objective": objective})
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            cli.sample(model, n=2, latents="noise", to=tmp_path / "samples.png")
+        assert sum("without IMLE" in str(warning.message) for warning in told) == expected
 
 
 def test_what_cannot_be_written_is_named_and_nothing_is_left(model, tmp_path, ended):

@@ -97,6 +97,7 @@ def sample(
     n: int = 64,
     to: Path | None = None,
     label: str | None = None,
+    latents: Literal["prior", "noise"] | None = None,
     times: Times = 1,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -109,6 +110,7 @@ def sample(
         n: How many.
         to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
         label: Name or number of a class, of a model with prior.classes; default: classes as frequent as in training.
+        latents: What f is applied to: decoded codes of the prior, or noise; default: the prior's, if there is one.
         seed: The same seed draws the same latents, and so the same samples.
     """
     from naign.cli.files import write_samples
@@ -116,7 +118,14 @@ def sample(
     _check(n=n, times=times, seed=seed, to=to)
     model = _open_with(run, _find_device(device), steps=steps, guidance=guidance)
     with counted("sampling", total=n, unit="sample") as bar:
-        samples = model.sample(n, seed=seed, label=label, times=times, advance=bar.update).cpu()
+        samples = model.sample(
+            n,
+            seed=seed,
+            label=label,
+            latents=latents or "",
+            times=times,
+            advance=bar.update,
+        ).cpu()
     if to is None:
         to = Path("samples.csv")
         if samples.ndim == 4:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -144,6 +145,11 @@ class NAIGN:
         return not self.prior.learns or self.metadata.get("fitted", 1.0) >= 1
 
     @property
+    def _learned_noise(self) -> bool:
+        objective = self.metadata.get("config", {}).get("objective", {})
+        return bool(objective.get("imle", 1)) or objective.get("third") != "none"
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The names of the classes that samples can be asked for, in the order of their numbers; empty without any."""
         return self.prior.labels
@@ -164,6 +170,9 @@ class NAIGN:
         """
         if n < 0:
             raise InputError(f"n is {n}: give 0 or more")
+        if latents == "noise" and not self._learned_noise:
+            told = "this model was trained without IMLE, so that f of noise is a blur: leave latents out"
+            warnings.warn(told, stacklevel=2)
         parts = []
         for ids in torch.arange(n).split(self._rows):
             drawn = self.latent(
