@@ -3,11 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import grad
+from torch.nn import functional
 from torch.testing import assert_close
 
 from naign.model.networks import (
     Attention,
     ConvConfig,
+    Doubling,
     PointConfig,
     SpatialConfig,
     build_network,
@@ -137,3 +140,17 @@ def test_points_keep_their_shape_and_octaves_put_waves_beside_the_coordinates():
         (2 * x).cos(),
     ]
     assert torch.equal(seen[0], torch.cat([x, *waves], dim=1))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_doubling_to_few_channels_is_the_transposed_convolution(channels):
+    torch.manual_seed(0)
+    layer = Doubling(5, channels)
+    x = torch.randn(2, 5, 6, 7, requires_grad=True)
+    wanted = functional.conv_transpose2d(x, layer.weight, layer.bias, 2, 1)
+    made = layer(x)
+    assert_close(made, wanted)
+    weights = torch.randn_like(made)
+    inputs = (x, layer.weight, layer.bias)
+    for ours, theirs in zip(grad(made, inputs, weights), grad(wanted, inputs, weights), strict=True):
+        assert_close(ours, theirs)

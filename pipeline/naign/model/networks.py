@@ -242,13 +242,7 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
         up += [
             Norm(before),
             nn.SiLU(),
-            nn.ConvTranspose2d(
-                before,
-                after,
-                4,
-                stride=2,
-                padding=1,
-            ),
+            Doubling(before, after),
         ]
     down.append(nn.Linear(math.prod(inner), config.code))
     from_code = [
@@ -349,6 +343,38 @@ class Norm(nn.GroupNorm):
                 self.bias.to(x.dtype),
                 self.eps,
             )
+
+
+class Doubling(nn.ConvTranspose2d):
+    """A transposed convolution by 4x4 kernels, to twice the height and width.
+
+    To the few channels of an image it is computed on a CPU as a 3x3 convolution to four times as many, each of which
+    has the values of one in four pixels: a forward then takes less than half the time.
+    """
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(
+            before,
+            after,
+            4,
+            stride=2,
+            padding=1,
+        )
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if self.out_channels > 4 or x.device.type != "cpu":
+            return super().forward(x, output_size)
+        assert self.bias is not None
+        padded = F.pad(self.weight, (1, 1, 1, 1))  # 6x6: every second number of a side is one kernel's
+        kernels = padded.view(*self.weight.shape[:2], 3, 2, 3, 2).flip(2, 4)
+        kernels = kernels.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
+        made = F.conv2d(
+            x,
+            kernels,
+            self.bias.repeat_interleave(4),
+            padding=1,
+        )
+        return F.pixel_shuffle(made, 2)
 
 
 def norm_act_conv(before: int, after: int, *, bias: bool = True) -> list[nn.Module]:

@@ -61,6 +61,17 @@ def test_it_finds_clusters_their_shares_and_their_spread(prior):
     assert_near(shares, SHARES, 0.05)
 
 
+def test_any_samples_in_a_row_hold_each_component_in_proportion(prior):
+    firsts = set()
+    for seed in range(8):
+        ids = torch.arange(77 * seed, 77 * seed + 300)
+        chosen = prior._spread(seed, 0, ids, "cpu")
+        counts = torch.histogram(chosen.flatten(), 10, range=(0.0, 1.0)).hist
+        assert (counts - 30).abs().max() <= 3  # chosen apart, they would be 5 off
+        firsts.add(float(chosen[0]))
+    assert len(firsts) == 8
+
+
 def test_a_fit_that_was_stopped_ends_with_the_same_bits(prior, codes):
     stopped = Mixture(SETTINGS, (2,), seed=3)
     fit = stopped.fit(in_memory(codes))
