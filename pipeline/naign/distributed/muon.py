@@ -16,7 +16,7 @@ from torch.optim import AdamW
 
 MOMENTUM = 0.95
 RMS = 0.2
-"""Root mean square of a step of rate 1, that of AdamW's (Liu and others 2025, arXiv 2502.16982): one rate serves both."""
+"""Root mean square of a step of rate 1, about that of AdamW's (arXiv 2502.16982), so that one rate serves both."""
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic, which grows small singular values fast and leaves all between 0.7 and 1.2."""
 
@@ -26,8 +26,8 @@ class Muon(AdamW):
 
     def __init__(self, parameters: Iterable[Tensor], **settings: Any) -> None:
         """Parameters, not in groups; settings are AdamW's."""
-        matrices = []
-        vectors = []
+        matrices: list[Tensor] = []
+        vectors: list[Tensor] = []
         for weight in parameters:
             kind = matrices if weight.ndim > 1 else vectors
             kind.append(weight)
@@ -125,9 +125,10 @@ def orthogonal(direction: Tensor) -> Tensor:
 
 def whole(value: Tensor) -> Tensor:
     """A tensor, whole also where its rows are on different ranks; then collective."""
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()
-    return value
+    if not hasattr(value, "full_tensor"):
+        return value
+    gathered: Tensor = value.full_tensor()
+    return gathered
 
 
 def like(value: Tensor, other: Any) -> Tensor:
@@ -136,4 +137,5 @@ def like(value: Tensor, other: Any) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
+    spread: Tensor = distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
+    return spread
