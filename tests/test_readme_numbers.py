@@ -85,11 +85,11 @@ MNIST = "NAIGN, mnist.yaml"
 CIFAR = "NAIGN, cifar10_cpu.yaml"
 FASHION = "NAIGN, fashion_mnist.yaml"
 ROWS = {
-    "MNIST": ("two_stages", MNIST),
+    "MNIST: NAIGN, mixture": ("two_stages", MNIST),
     "MNIST: autoencoder, mixture": ("rivals", AE),
-    "Fashion-MNIST": ("two_stages", FASHION),
+    "Fashion-MNIST: f without IMLE, flow": ("two_stages", FASHION),
     "Fashion-MNIST: VAE, mixture": ("rivals_fashion", VAE),
-    "CIFAR-10": ("two_stages", CIFAR),
+    "CIFAR-10: f without IMLE, flow": ("two_stages", CIFAR),
     "CIFAR-10: flow in pixels, 39 evaluations": ("rivals_cifar10", FLOW),
 }
 """Of README's table, and where they come from."""

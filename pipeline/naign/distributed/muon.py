@@ -6,6 +6,7 @@ Five steps of a Newton-Schulz iteration find it with matrix products alone. A ke
 (out, in * height * width). Biases and other vectors are AdamW's.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -119,7 +120,7 @@ def orthogonal(direction: Tensor) -> Tensor:
         matrix = matrix.addmm(polynomial, matrix, beta=first)
     if rows > columns:
         matrix = matrix.T
-    scale = RMS * max(rows, columns) ** 0.5
+    scale = RMS * math.sqrt(max(rows, columns))
     return (scale * matrix.float()).reshape(direction.shape).contiguous()
 
 
