@@ -121,7 +121,8 @@ def orthogonal(direction: Tensor) -> Tensor:
     if rows > columns:
         matrix = matrix.T
     scale = RMS * math.sqrt(max(rows, columns))
-    return (scale * matrix.float()).reshape(direction.shape).contiguous()
+    step: Tensor = scale * matrix.float()
+    return step.reshape(direction.shape).contiguous()
 
 
 def whole(value: Tensor) -> Tensor:
