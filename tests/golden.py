@@ -40,7 +40,13 @@ TRACES = {
     ],
 }
 RECIPE = [
-    *("--train.lr=2e-3", "--train.lr_end=1e-5", "--train.weight_decay=0.01", "--train.clip=1"),
+    *(
+        "--train.optimizer=adamw",
+        "--train.lr=2e-3",
+        "--train.lr_end=1e-5",
+        "--train.weight_decay=0.01",
+        "--train.clip=1",
+    ),
     *("--model.depth=1", "--objective.distance=l1"),
 ]
 """Said outright, so that a better default does not touch the traces; a trace's own settings come before these."""

@@ -98,5 +98,5 @@ def test_a_run_of_another_configuration_is_not_mixed_with(digits, tmp_path):
         return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
     before = held()
-    refused(run_alone(tmp_path, *options, "--train.lr=0.5"), "train.lr: 0.002 there, 0.5 now", "--run.path")
+    refused(run_alone(tmp_path, *options, "--train.lr=0.5"), "train.lr: 0.006 there, 0.5 now", "--run.path")
     assert held() == before

@@ -133,7 +133,7 @@ class Mixture(CodesPrior):
         first = uniform(
             seed,
             round,
-            torch.zeros(1, dtype=torch.int64),
+            torch.zeros_like(ids[:1]),
             (1,),
             device,
             stream=SCALE,
