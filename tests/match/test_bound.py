@@ -23,7 +23,8 @@ def frame_of(rows, *, basis, dtype):
 
 def sift(queries, candidates, limit, frame):
     """(q, n) bool: pairs that survive, among them those of queries that are given up."""
-    rows, columns, given_up = Sieve(queries, frame).list_near(candidates, torch.from_numpy(limit.copy()))
+    sieve = Sieve(queries, frame)
+    rows, columns, given_up = sieve.list_near(sieve.factor_of(candidates), torch.from_numpy(limit.copy()))
     assert (columns < len(candidates)).all()
     alive = given_up[:, None].repeat(1, len(candidates))
     alive[rows, columns] = True

@@ -143,13 +143,13 @@ def test_many_rows_of_many_values_are_bounded():
 
 def test_data_that_no_projection_separates_are_searched_by_faiss(monkeypatch):
     bounded = []
-    list_near = bound.Sieve.list_near
+    factor_of = bound.Sieve.factor_of
 
-    def counted(sieve, candidates, limit):
+    def counted(sieve, candidates):
         bounded.append(len(candidates))
-        return list_near(sieve, candidates, limit)
+        return factor_of(sieve, candidates)
 
-    monkeypatch.setattr(bound.Sieve, "list_near", counted)
+    monkeypatch.setattr(bound.Sieve, "factor_of", counted)
     queries = draw(0, 200, 900)
     candidates = draw(1, 4000, 900)
     found = search(

@@ -231,27 +231,40 @@ class Sieve:
             1,
         )
 
-    def find_promising(self, candidates: Tensor, count: int) -> Tensor:
-        """The `count` candidates of (n, d) that the bound puts nearest to each query, (q, count) rows."""
-        encoded = encode(candidates, self.frame)
-        factor = candidate_factor(encoded, self.frame)[: len(candidates)]
-        self._factor[:, -3:] = 0
-        parts = self._factor.split(at_once(_TILE, factor))
-        return torch.cat([(part @ factor.T).topk(count, dim=1).indices for part in parts])
-
-    def list_near(self, candidates: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which candidates (n, d) may be within `limit` (q,) float64, a squared distance, of the queries: pairs of rows
-        (s,) of queries, ascending, and (s,) of candidates. And (q,) bool: queries that are given up, and have no pairs.
-        """
+    def factor_of(self, candidates: Tensor) -> Tensor | None:
+        """B of candidates (n, d); None if a row of them or of the queries is too long to be screened."""
         encoded = encode(candidates, self.frame)
         if not (self._usable and encoded.usable):
+            return None
+        return candidate_factor(encoded, self.frame)
+
+    def find_promising(
+        self,
+        factor: Tensor,  # B
+        rows: int,  # of candidates, without padding
+        count: int,
+    ) -> Tensor:
+        """The `count` candidates that the bound puts nearest to each query, (q, count) rows."""
+        self._factor[:, -3:] = 0
+        found = []
+        for part in self._factor.split(at_once(_TILE, factor)):
+            products = part @ factor[:rows].T
+            best = products.max(1, keepdim=True) if count == 1 else products.topk(count, dim=1)
+            found.append(best.indices)
+        return torch.cat(found)
+
+    def list_near(self, factor: Tensor | None, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which candidates may be within `limit` (q,) float64, a squared distance, of the queries: pairs of rows (s,) of
+        queries, ascending, and (s,) of candidates. And (q,) bool: queries that are given up, and have no pairs.
+        """
+        if factor is None:
             nothing = limit.new_empty(0, dtype=torch.int64)
             return nothing, nothing, torch.ones_like(limit, dtype=torch.bool)
         scaled = (limit * self.frame.scale**2).clamp(max=10 * LARGEST**2)  # no usable rows are that far apart
         rest = scaled - self._square
         rest += 1.01 * self.frame.slack * rest.abs() + 1e-30  # 1e-30: products may underflow
         self._factor[:, -3:] = _split(rest, self.frame.dtype)
-        return survivors(self._factor, candidate_factor(encoded, self.frame))
+        return survivors(self._factor, factor)
 
 
 def candidate_factor(encoded: Quantized, frame: Frame) -> Tensor:

@@ -71,6 +71,7 @@ class Scan:
         if method == "auto":
             self._bounded = expected >= LEAST_CANDIDATES and dims >= LEAST_DIMS
         self._sieve: Sieve | None = None
+        self._seeded: Tensor | None = None  # what `seed` computed of its candidates
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, columns and least distances of pairs
         rows = at_once(WORKING_SET, queries) // dims
         self._step = max(1, min(rows, at_once(_MOST_ROWS, queries)))
@@ -82,12 +83,16 @@ class Scan:
     def seed(self, candidates: Tensor) -> None:
         """Lower the limits by the candidates (n, d) that the bound puts nearest, k for each query: one product, and q k
         measured pairs. Without it the first candidates that are added would survive in great numbers. They must be
-        added as well.
+        the first of those that are added next.
         """
         candidates = candidates[: self._step].to(self.queries.device).contiguous()
         if not self._bounded or not len(self.queries) or len(candidates) < self.neighbours:
             return
-        columns = self._make_sieve(candidates).find_promising(candidates, self.neighbours)
+        sieve = self._make_sieve(candidates)
+        self._seeded = sieve.factor_of(candidates)
+        if self._seeded is None:
+            return
+        columns = sieve.find_promising(self._seeded, len(candidates), self.neighbours)
         rows = torch.arange(len(columns), device=columns.device)
         _, most = self._bracket(
             candidates,
@@ -104,6 +109,8 @@ class Scan:
             return
         candidates = candidates.to(self.queries.device).contiguous()
         ids = ids.to(self.queries.device)
+        seeded = self._seeded
+        self._seeded = None
         for start in range(0, len(candidates), self._step):
             if not self._bounded or self.limit.isinf().any():
                 everyone = torch.arange(len(self.queries), device=ids.device)
@@ -111,14 +118,27 @@ class Scan:
                 self._search_flat(candidates, ids, part, everyone)
                 break
             part = slice(start, start + self._step)
-            self._search_bounded(candidates, ids, part)
+            self._search_bounded(
+                candidates,
+                ids,
+                part,
+                seeded if start == 0 else None,
+            )
         self._settle(candidates, ids)
 
-    def _search_bounded(self, candidates: Tensor, ids: Tensor, part: slice) -> None:
+    def _search_bounded(
+        self,
+        candidates: Tensor,
+        ids: Tensor,
+        part: slice,
+        factor: Tensor | None,  # of this part, if it is known
+    ) -> None:
         """Search a part of a block by the bound, and by FAISS for the queries that it gives up."""
         sieve = self._make_sieve(candidates)
+        if factor is None:
+            factor = sieve.factor_of(candidates[part])
         self.described = f"bounded on {sieve.frame}"
-        rows, columns, given_up = sieve.list_near(candidates[part], self._reach())
+        rows, columns, given_up = sieve.list_near(factor, self._reach())
         self._measure(
             candidates,
             ids,
