@@ -254,8 +254,8 @@ class Sieve:
         return torch.cat(found)
 
     def list_near(self, factor: Tensor | None, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which candidates may be within `limit` (q,) float64, a squared distance, of the queries: pairs of rows (s,) of
-        queries, ascending, and (s,) of candidates. And (q,) bool: queries that are given up, and have no pairs.
+        """Which candidates may be within `limit` (q,) float64, a squared distance, of the queries: pairs of rows (s,)
+        of queries, ascending, and (s,) of candidates. And (q,) bool: queries that are given up, and have no pairs.
         """
         if factor is None:
             nothing = limit.new_empty(0, dtype=torch.int64)
