@@ -3,7 +3,7 @@
 AdamW scales each number of a gradient by itself. Muon treats the weights of a layer as a matrix: with the momentum
 M = U S V' the step is close to U V', so that directions which few samples ask for are learned as fast as the others.
 Five steps of a Newton-Schulz iteration find it with matrix products alone. A kernel of a convolution is the matrix
-(out, in * height * width). Biases and other vectors are AdamW's.
+(out, in * height * width). AdamW updates biases and other vectors.
 """
 
 import math

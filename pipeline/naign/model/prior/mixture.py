@@ -174,7 +174,7 @@ class Mixture(CodesPrior):
     def _start(self, white: Tensor, labels: Tensor | None, codes: Codes) -> Gaussians:
         """Clusters of some codes. Rank 0's on every rank: other machines may round, and so cluster, otherwise."""
         chosen = torch.arange(0, len(white), math.ceil(len(white) / STARTED))
-        found = self._cluster(white[chosen], labels_of(labels, chosen), self.seed)
+        found = self._cluster(white[chosen], labels_of(labels, chosen))
         mine = float(codes.rank == 0)
         return Gaussians(
             weights=codes.add(found.weights * mine),
@@ -182,7 +182,7 @@ class Mixture(CodesPrior):
             factors=codes.add(found.factors * mine),
         )
 
-    def _cluster(self, rows: Tensor, labels: Tensor | None, seed: int) -> Gaussians:
+    def _cluster(self, rows: Tensor, labels: Tensor | None) -> Gaussians:
         """Round Gaussians of equal weights at the clusters that k-means finds; with classes, those of each class share
         the components.
         """
@@ -203,7 +203,7 @@ class Mixture(CodesPrior):
                     min(size, len(group)),
                     iter=CLUSTERED,
                     minit="++",
-                    seed=seed % 2**32,
+                    seed=self.seed % 2**32,
                 )
                 centers[: len(found)] = torch.from_numpy(found)
             means.append(centers)
