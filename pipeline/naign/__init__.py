@@ -24,9 +24,11 @@ _MODULES = {
     "open_dataset": "naign.data.batches",
 }
 
-# Set before torch loads OpenMP: waiting threads sleep instead of spinning. On an idle machine this costs nothing.
-# Beside one other busy process, training on two cores ran 6 times as fast (450 against 67 images/s).
+# Set before torch loads OpenMP: waiting threads spin for some microseconds, then sleep. Beside one other busy process
+# they would take its time, and training on two cores was 6 times as slow. Without any spinning a match takes a sixth
+# longer on an idle machine, and a step 6 %; with 10 times as much it takes two thirds longer beside a busy process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Before the first product on a GPU: cuBLAS then sums in the same order each time (distributed/connect.py, repeat_bits).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
