@@ -85,6 +85,13 @@ def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, n
         prior = model.prior
         apart = prior.weights @ prior.means @ prior.back + prior.mean - codes.mean(0)
         assert float((apart / codes.std(0).mean()).abs().max()) < 0.15, run
+        unlike = model.score(images).rank > 0.95
+        assert 0.02 < float(unlike.float().mean()) < 0.08, run
+        assert float((model.score(torch.rand_like(images)).rank > 0.95).float().mean()) > 0.9, run
+        assert float(model.bank.distances.min()) > 0, "the nearest code is another one's"
+        assert len(model.bank.codes) == len(model.bank.codes.unique(dim=0)) <= len(images)
+    apart = found["run"].bank.distances - found["ranks"].bank.distances
+    assert float(apart.abs().mean()) < 0.1 * float(found["run"].bank.distances.mean())
     succeeded(naign("evaluate run --samples 300"))
     done = train(*options, "--prior.components=5000", "--run.path=large")
     assert done.returncode == 2 and "ask for fewer" in done.stderr.lower()

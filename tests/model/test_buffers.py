@@ -15,6 +15,7 @@ from naign.checkpoint.writer import newest_checkpoint
 from naign.config import Config
 from naign.data.loader import Stream
 from naign.model import networks
+from naign.model.bank import Bank
 from naign.model.naign import NAIGN
 from naign.model.prior import LatentsConfig, Prior, PriorConfig, build_latents
 from naign.training.engines import build_engine
@@ -129,6 +130,7 @@ def test_a_checkpoint_has_the_buffers_of_its_step(config, tmp_path):
             State(),
             latents,
             prior,
+            Bank(),
         )
     engine.forward(torch.randn(4, 1, 8, 8))  # training goes on while the files are written
     taken.files["model.safetensors"](tmp_path / "model.safetensors")

@@ -20,6 +20,7 @@ from naign.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
 from naign.config import Config
 from naign.data.loader import Stream
 from naign.errors import Gone, InputError
+from naign.model.bank import Bank
 from naign.model.networks import build_network
 from naign.model.prior import LatentsConfig, Prior, PriorConfig, build_latents
 from naign.training import run_folder
@@ -57,7 +58,7 @@ def newest_of(config):
 
 def write(config, stream, engine, position=POSITION):
     writer = Writer(Path(config.run.path), keep=2)
-    taken = snapshot(config, stream, engine, position, LATENTS, PRIOR)
+    taken = snapshot(config, stream, engine, position, LATENTS, PRIOR, Bank())
     writer.start(taken.name, taken.files)
     assert writer.join()
 

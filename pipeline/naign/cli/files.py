@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def find_files(files: Sequence[Path], model: NAIGN) -> list[tuple[Path, Path]]:
     found = []
     for file in files:
         if not file.is_dir():
+            require((not file.is_fifo(), f"{file} is a pipe: give a file"))
             found.append((file, Path(file.name)))
             continue
         for path in sorted(file.rglob("*")):
@@ -45,11 +47,12 @@ def refuse_overwriting(
 ) -> None:
     """Raise InputError if two outputs are the same file, or if an output is an input, one of `also`, or a folder."""
     source_of: dict[Path, Path] = {}
-    sources = {path.resolve() for path in (*inputs, *also)}
+    sources = {os.path.realpath(path) for path in (*inputs, *also)}
     for source, output in zip(inputs, outputs, strict=True):
         other = source_of.setdefault(output, source)
+        place = os.path.realpath(output)
         require(
-            (output.resolve() not in sources, f"the output would overwrite the input {output}: choose another place"),
+            (place not in sources, f"the output would overwrite the input {output}: choose another place"),
             (not output.is_dir(), f"{output} would be written for {source}, but is a folder: choose another place"),
             (other == source, f"{other} and {source} would both be written to {output}: rename one of them"),
         )

@@ -30,6 +30,7 @@ Played = Annotated[
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images, or folders of them.")]
 
 
+NO_BANK = "no bank of codes, as the fit of a prior leaves one: the table has the energy alone"
 EXPORTED = {"model.safetensors", "config.json"}  # files that an export writes, and may replace
 Steps = Annotated[
     int | None,
@@ -172,23 +173,33 @@ def score(
     *,
     times: Times = 1,
     map: bool = False,
+    refused: float = 0.05,
     device: Device = "auto",
 ) -> None:
-    """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data.
+    """Print as CSV how unlike the training data each file is: the energy, which is the mean of (f(x) - x)^2, and the
+    distance of its code to the nearest one of training images; the share of training images with less; and whether
+    both together are beyond most of them.
 
     Args:
+        refused: Share of training images that would be called unlike.
         map: Also write the map of |f(x) - x| beside each picture, as grey photo.png.map.png of its size: black is 0,
             white 1 or more. It and the energy are then computed at that size, in tiles of the model's.
     """
     from naign.cli.repair import score_files
 
     _check(times=times)
+    require((0 <= refused <= 1, f"--refused is {refused}: give a share of the training images, from 0 to 1"))
     model = _open(run, _find_device(device))
-    energies = score_files(model, files, times=times, map=map)
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(("file", "energy"))
-    for place, energy in energies:
-        table.writerow((place, f"{energy:.6g}"))
+    if not model.has_bank and not map:
+        print(NO_BANK, file=sys.stderr)
+    rows = score_files(
+        model,
+        files,
+        times=times,
+        map=map,
+        refused=refused,
+    )
+    csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
 
 
 def export(

@@ -1,6 +1,6 @@
 """What `naign restore` and `naign score` do with pictures, at the model's size or their own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -74,18 +74,31 @@ def score_files(
     *,
     times: int,
     map: bool,
-) -> list[tuple[Path, float]]:
-    """The path and energy of each image; `map`: see `naign score`."""
+    refused: float,
+) -> Iterator[tuple[str, ...]]:
+    """The rows of the table that `naign score` prints, with its head."""
     paths = [path for path, _ in find_files(files, model)]
-    if map:
-        return _map_photos(model, paths, times)
-    images = read_images(paths, model)
+    if map or not model.has_bank:
+        yield "file", "energy"
+        if map:
+            energies = _map_photos(model, paths, times)
+        else:
+            images = torch.cat(read_images(paths, model))
+            with counted("scoring", total=len(paths), unit="image") as bar:
+                energies = model.energy(images, times=times, advance=bar.update).tolist()
+        for path, energy in zip(paths, energies, strict=True):
+            yield str(path), f"{energy:.6g}"
+        return
+    images = torch.cat(read_images(paths, model))
     with counted("scoring", total=len(paths), unit="image") as bar:
-        energies = model.energy(torch.cat(images), times=times, advance=bar.update).tolist()
-    return list(zip(paths, energies, strict=True))
+        scores = model.score(images, times=times, advance=bar.update)
+    yield "file", "energy", "energy_rank", "distance", "distance_rank", "rank", "unlike"
+    for path, *values, rank in zip(paths, *(part.tolist() for part in scores), strict=True):
+        unlike = "yes" if rank > 1 - refused else "no"
+        yield str(path), *(f"{value:.6g}" for value in values), f"{rank:.4f}", unlike
 
 
-def _map_photos(model: NAIGN, paths: Sequence[Path], times: int) -> list[tuple[Path, float]]:
+def _map_photos(model: NAIGN, paths: Sequence[Path], times: int) -> list[float]:
     """The energy of each picture at its own size. The map of |f(x) - x| is written beside it."""
     maps = [path.with_name(path.name + MAP) for path in paths]
     refuse_overwriting(paths, maps)
@@ -96,5 +109,5 @@ def _map_photos(model: NAIGN, paths: Sequence[Path], times: int) -> list[tuple[P
             values = to_values(read_picture(path), model)
             made = model.project(values, times=times, advance=lambda _: bar.update(0))
             save(mapped(values, made), place)
-            energies.append((path, float((made - values).double().square().mean())))
+            energies.append(float((made - values).double().square().mean()))
     return energies

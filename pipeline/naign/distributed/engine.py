@@ -124,11 +124,10 @@ class Engine:
 
     def exported(self, part: str, x: Tensor) -> Tensor:
         """f(x), or its `encode` or `decode`, by the network that is exported: the average, if one is kept. In float32,
-        without gradient; codes are also computed in float32. Collective where the network is sharded.
+        computed in the precision of the weights, without gradient. Collective where the network is sharded.
         """
         network = self.bare if self.ema is None else self.ema
-        precision = nullcontext() if part == "encode" else self.accelerator.autocast()  # none under DeepSpeed
-        with torch.no_grad(), precision:
+        with torch.no_grad():
             return self._evaluate(network, part, x)
 
     def backward(self, loss: Tensor) -> None:

@@ -147,6 +147,7 @@ def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, rank: 
         given.append(candidates)
     for rows in given:
         fits = isinstance(rows, Tensor) and rows.dtype == torch.float32 and rows.ndim == 2
+        fits = fits and rows.layout == torch.strided and not rows.is_meta
         if not fits or not 1 <= rows.shape[1] == queries.shape[1]:
             needed = f"queries and candidates of rank {rank} must be float32 torch tensors (n, d) of the same d >= 1"
             found = f"{getattr(rows, 'dtype', type(rows).__name__)} {tuple(getattr(rows, 'shape', ()))}"

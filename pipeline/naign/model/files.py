@@ -31,7 +31,7 @@ PREFIX = "hf://"  # of the names of models on the hub
 LOGIN = "(`hf auth login`, or HF_TOKEN)"
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
-_STATES = ("prior.", "latents.")  # begin the names of their tensors
+_STATES = ("prior.", "latents.", "bank.")  # begin the names of their tensors
 _FORMER = ("prior.phase", "prior.student.")  # of flows of earlier versions, which draw without them
 
 
@@ -133,7 +133,7 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def read_model(file: Path) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
-    """The JSON that describes a model, its weights, and the state of prior and latents.
+    """The JSON that describes a model, its weights, and the state of prior, latents and bank.
 
     Raises InputError as `read_tensors`, and for a file that this program did not write.
     """
@@ -154,7 +154,7 @@ def save_model(
     file: Path,
     weights: Mapping[str, Tensor],
     metadata: dict[str, Any],
-    state: Mapping[str, Tensor],  # of prior and latents, as NAIGN.state
+    state: Mapping[str, Tensor],  # of prior, latents and bank, as NAIGN.state
 ) -> None:
     """Write one safetensors file, in float32, or in float16 if metadata["dtype"] says so. `metadata` names the kinds of
     the network, the latents and the prior.

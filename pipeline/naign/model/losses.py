@@ -81,7 +81,7 @@ class NaignConfig(DistanceConfig):
     reconstruction: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(x), x)."""
     imle: float = field(default=1.0, metadata=AT_LEAST_0)
-    """Weight of d(f(z*), x), z* the latent whose sample is nearest to x; 0: no match, and no sample is trained on."""
+    """Weight of d(f(z*), x), z* the latent whose sample is nearest to x. 0, and third=none: no match."""
     third: str = field(default="matched", metadata=one_of(("none", "idempotence", "matched")))
     """Third term, of weight 1: none, idempotence, d(f(f(z*)), f(z*)), or matched, d(f(f(z*)), x)."""
     denoising: float = field(default=1.0, metadata=AT_LEAST_0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from naign.data.damage import known_mean
 from naign.data.format.labels import parse_number
 from naign.errors import InputError, one_line, printable, unwritten
+from naign.model.bank import Bank, Scores
 from naign.model.files import WEIGHTS, open_weights, read_model, save_model
 from naign.model.holes import put_back
 from naign.model.networks import build_network, find_network
@@ -63,8 +64,11 @@ class NAIGN:
                 network,
                 labels=metadata.get("labels", ()),
             )
-        self._drawn = nn.ModuleDict({"latents": self.latents, "prior": self.prior})
-        self._drawn.load_state_dict(state or {}, assign=True)
+            self.bank = Bank(*metadata.get("bank", ()), values=math.prod(self.prior.shape))
+        self._kept = nn.ModuleDict({"latents": self.latents, "prior": self.prior})
+        if self.has_bank:
+            self._kept["bank"] = self.bank
+        self._kept.load_state_dict(state or {}, assign=True)
         self._place(self.device)
 
     @classmethod
@@ -97,7 +101,7 @@ class NAIGN:
     def _place(self, device: torch.device | str) -> None:
         """Move to the device; on a CPU to channels-last, where convolutions take about two thirds of the time."""
         on_cpu = torch.device(device).type == "cpu"
-        for part in (self.network, self.latents, self.prior):
+        for part in (self.network, *self._kept.values()):
             layout = torch.contiguous_format
             if on_cpu and type(part).__module__.startswith("naign."):  # other networks may view() activations
                 layout = torch.channels_last
@@ -131,13 +135,18 @@ class NAIGN:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The state of latents and prior, which with `network` and `metadata` makes the same model."""
-        return self._drawn.state_dict()
+        """The state of latents, prior and bank, which with `network` and `metadata` makes the same model."""
+        return self._kept.state_dict()
 
     @property
     def has_prior(self) -> bool:
         """Whether samples are drawn from a prior, rather than from noise."""
         return bool(self.metadata["prior"]["name"] != "none")
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether `score` is possible."""
+        return "bank" in self.metadata
 
     @property
     def fitted(self) -> bool:
@@ -242,6 +251,30 @@ class NAIGN:
             return squares.mean(1)
         return squares.flatten(1).mean(1)
 
+    def score(
+        self,
+        x: Tensor,
+        *,
+        times: int = 1,
+        advance: Advance = None,
+    ) -> Scores:
+        """How unlike the training images x (n, *shape) is, by its energy and by the distance of its codes from those of
+        the bank.
+
+        Raises InputError for a model without a bank, and for images of another size than the model's.
+        """
+        if not self.has_bank:
+            raise InputError("the model has no bank, which training writes once it fits a prior to codes: use energy")
+        x = self._checked(x)
+        if x.shape[1:] != self.shape:
+            raise InputError(
+                f"the bank is of images {self.shape}, not {tuple(x.shape[1:])}: resize them, or use energy"
+            )
+        energies = self.energy(x, times=times, advance=advance)
+        codes = [self._encode(part) for part in x.split(self._rows)]
+        distances = self.bank.distance(torch.cat(codes))
+        return self.bank.score(energies, distances.to(energies))
+
     def latent(
         self,
         ids: Tensor,
@@ -259,6 +292,8 @@ class NAIGN:
         if self.has_prior:
             choices = ["prior", "noise"]
         kind = latents or choices[0]
+        if kind == "prior" and not self.has_prior:
+            raise InputError("this model has no prior: leave latents out, and samples are f of noise")
         if kind not in choices:
             raise InputError(f"latents is '{latents}': choose one of {', '.join(choices)}")
         if kind == "noise":
@@ -315,6 +350,12 @@ class NAIGN:
             other = f"{' and '.join(settings)} can be chosen for a flow of codes, and this prior is '{known['name']}'"
             raise InputError(f"{other}: leave it out")
         return NAIGN(self.network, self.metadata | {"prior": known | settings}, self.state)
+
+    @torch.no_grad()
+    def _encode(self, x: Tensor) -> Tensor:
+        """The codes of a batch of images, on its device."""
+        codes: Tensor = self.network.encode(x.to(self.device))  # type: ignore[operator]
+        return codes
 
     @torch.no_grad()
     def _apply(self, x: Tensor, times: int, advance: Advance) -> Tensor:

@@ -25,7 +25,8 @@ from naign.data.scale import scaled
 from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopPoll
 from naign.errors import Diverged, InputError, Stopped, Unavailable
-from naign.match import Match, NotFinite, match_round
+from naign.match import Match, NotFinite, match_round, search
+from naign.model.bank import CODES, REFERENCES, VALUES, rounded, unit
 from naign.model.losses import Batch, compute_losses, find_distance
 from naign.model.prior import Codes
 from naign.model.prior.base import KEPT
@@ -284,6 +285,9 @@ def fit_prior(run: Trainer) -> None:
             raise
     broadcast(list(run.prior.state_dict().values()))  # the same bits on every rank, whatever its machine
     state.step += 1  # also for a prior that is fitted without steps
+    if run.prior.decodes:
+        with run.phases.enter("bank"):
+            fill_bank(run)
     advance_prior(run, 1.0)
     with run.phases.enter("report"):
         report_prior(run)
@@ -316,8 +320,7 @@ def encode_data(run: Trainer) -> Codes:
                 rows = read_round(run, run.rounds + number)
                 fitted_to = scaled(rows.images.to(run.accelerator.device))
                 if run.prior.decodes:  # it is fitted to the images' codes
-                    parts = fitted_to.split(ENCODED)
-                    fitted_to = torch.cat([run.engine.exported("encode", part) for part in parts])
+                    fitted_to = apply(run, "encode", fitted_to)
                 codes.append(run.accelerator.gather(fitted_to))
                 labels.append(run.accelerator.gather(read_labels(run, rows)))
         return torch.cat(codes), torch.cat(labels)
@@ -330,6 +333,44 @@ def encode_data(run: Trainer) -> Codes:
         add=run.accelerator.reduce,
         autocast=run.accelerator.autocast,
     )
+
+
+def fill_bank(run: Trainer) -> None:
+    """Fill the bank with the codes that the prior was fitted to, or some of them. The images of the first round are its
+    references: each looks for the nearest code but its own. Collective.
+    """
+    size = run.config.match.round
+    most = min(CODES, max(1, VALUES // math.prod(run.prior.shape)))
+    codes = []
+    for number in range(-(-min(most, count_codes(run.config, run.stream)) // size)):
+        rows = read_round(run, run.rounds + number)
+        images = scaled(rows.images.to(run.accelerator.device))
+        found = rounded(apply(run, "encode", images))
+        if number == 0:
+            few = REFERENCES // run.world
+            references = found[:few]
+            moved = apply(run, "", images[:few]) - images[:few]
+            energies = moved.square().flatten(1).mean(1)
+        codes.append(run.accelerator.gather(found))
+    known = torch.cat(codes)[:most].unique(dim=0)  # an image may be there twice where an epoch ends
+    first = len(known) * run.rank // run.world
+    last = len(known) * (run.rank + 1) // run.world
+    result = search(
+        unit(references),
+        unit(known[first:last]),
+        first,
+        neighbours=2,
+    )
+    itself = result.distances[:, 0] == 0
+    squares = torch.where(itself, result.distances[:, 1], result.distances[:, 0])
+    run.bank.codes = known
+    run.bank.energies = run.accelerator.gather(energies)
+    run.bank.distances = run.accelerator.gather(squares.sqrt().float())
+
+
+def apply(run: Trainer, part: str, images: Tensor) -> Tensor:
+    """f or a part of it, as it is exported, applied to images (n, *shape) in batches, in float32. Collective."""
+    return torch.cat([run.engine.exported(part, some) for some in images.split(ENCODED)])
 
 
 def read_labels(run: Trainer, rows: Rows) -> Tensor:
@@ -348,7 +389,15 @@ def take_snapshot(run: Trainer) -> Snapshot:
     run.phases.count()
     run.state.cpu_seconds += total([run.phases.cpu_seconds], run.accelerator)[0]
     run.phases.cpu_seconds = 0.0
-    return snapshot(run.config, run.stream, run.engine, run.state, run.latents, run.prior)
+    return snapshot(
+        run.config,
+        run.stream,
+        run.engine,
+        run.state,
+        run.latents,
+        run.prior,
+        run.bank,
+    )
 
 
 def save(run: Trainer, taken: Snapshot | None = None) -> None:

@@ -62,6 +62,7 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        (folder / "checkpoints").mkdir(exist_ok=True)
         newest = find_newest(config)
         token = uuid.uuid4().hex
         write_atomically(folder / ".claim", token)
@@ -69,8 +70,9 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
         raise InputError(f"'{folder}' is in use by another process: wait, or choose another --run.path") from None
     except BaseException as error:
         lock.release()
-        if isinstance(error, OSError) and error.errno not in TRANSIENT:
-            raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
+        unfit = isinstance(error, ValueError) or isinstance(error, OSError) and error.errno not in TRANSIENT
+        if unfit and not isinstance(error, InputError):
+            raise InputError(f"run.path {str(folder)!r} cannot be written: {error}") from None
         raise
     return newest, token, lock
 
@@ -111,6 +113,9 @@ def find_newest(config: Config) -> Path | None:
             shutil.rmtree(checkpoints / name, ignore_errors=True)
             damaged.append(f"{remote}/checkpoints/{name}")
             log.warning("%s is damaged: passed over", damaged[-1])
+    unfinished = sorted(checkpoints.glob("step-*"))
+    if unfinished and not damaged and newest is None:
+        log.warning("%s has no manifest: it was not written to its end", unfinished[-1])
     if damaged and newest is None:
         raise InputError(f"{damaged[0]} and all before it are damaged: mend one, or remove them to start anew")
     return newest

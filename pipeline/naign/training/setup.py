@@ -25,7 +25,8 @@ from naign.data.sources.catalog import load
 from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopRequest
 from naign.distributed.watchdog import Watchdog
-from naign.errors import InputError
+from naign.errors import InputError, require
+from naign.model.bank import Bank
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network
 from naign.model.prior import Latents, Prior, build_latents, build_prior
@@ -99,6 +100,7 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
         engine=engine,
         latents=latents,
         prior=prior,
+        bank=Bank(),
         stream=stream,
         monitor=monitor,
         writer=writer,
@@ -137,6 +139,8 @@ def build_model(config: Config, stream: Stream, device: torch.device) -> tuple[n
     if config.objective.needs_damaged:
         find_damage(config.objective.damage).check(stream.shape)
     if prior.learns:
+        name = config.prior.name
+        require((config.prior.images > 0, f"prior.name={name} learns, and its settings say of no `images`: add them"))
         codes = -(-count_codes(config, stream) // config.match.round) * config.match.round
         config.prior.check_codes(codes, prior.shape)
     return network, latents, prior

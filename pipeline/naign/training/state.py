@@ -19,6 +19,7 @@ from naign.config import Config, to_dict
 from naign.data.loader import Stream
 from naign.distributed.engine import Engine
 from naign.errors import InputError
+from naign.model.bank import Bank
 from naign.model.files import save_model
 from naign.model.prior import Latents, Prior
 from naign.storage.local import write_atomically
@@ -109,6 +110,8 @@ def restore(checkpoint: Path, engine: Engine) -> State:
                     kept[key] = file_of[f"{key}.{name}"].get_tensor(f"{key}.{name}")
                 if any(value.shape != shapes[key] or not value.is_floating_point() for key, value in kept.items()):
                     raise ValueError(f"state of {name} has another shape than {shapes}, or type")
+                if not all(bool(value.isfinite().all()) for value in kept.values()):
+                    raise ValueError(f"state of {name} is not finite")
             engine.restore(name, kept, trainer["adam_steps"])
     if engine.ema is not None:
         restore_weights(checkpoint, engine.ema, "ema.safetensors")
@@ -129,6 +132,7 @@ def snapshot(
     state: State,
     latents: Latents,
     prior: Prior,
+    bank: Bank,
 ) -> Snapshot:
     """Take a snapshot, in this process's memory. Collective."""
     rank = engine.accelerator.process_index
@@ -152,6 +156,9 @@ def snapshot(
     if rank == 0:
         metadata = describe(config, stream, state)
         drawn = _copies(prior.state_dict(), "prior.") | _copies(latents.state_dict(), "latents.")
+        if bank.filled:
+            metadata["bank"] = bank.sizes
+            drawn |= _copies(bank.state_dict(), "bank.")
         if prior.learns:
             files[PRIOR] = partial(save_file, _copies(prior.training_state()))
         files["model.safetensors"] = lambda file: save_model(file, weights, metadata, drawn)

@@ -18,6 +18,7 @@ from naign.distributed.engine import Engine
 from naign.distributed.signals import StopRequest
 from naign.distributed.watchdog import Watchdog
 from naign.errors import InputError, one_line
+from naign.model.bank import Bank
 from naign.model.prior import Latents, Prior
 from naign.observe import Monitor, parse_rounds, profiled, title
 from naign.training.state import State
@@ -41,6 +42,7 @@ class Trainer:
     engine: Engine  # f and its optimizer
     latents: Latents
     prior: Prior
+    bank: Bank  # filled at the end of stage 2
     stream: Stream
     monitor: Monitor
     writer: Writer

@@ -1,0 +1,93 @@
+"""A bank of the codes of training images, which tells images that are unlike them from the data.
+
+The energy misses images that consist of the data's parts, since f keeps them: MNIST's digits for a model of clothes.
+Their codes are far from those of all training images. Pasted patches are the other way round (docs/energy.md). So an
+image has the larger of two ranks among training images, that of its energy and that of the distance of its code.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from naign.match import nearest
+
+VALUES = 2**23  # of the codes in a bank, at most: 8 MB
+CODES = 2**16  # in a bank, at most
+REFERENCES = 2048  # training images whose energies and distances are kept
+WEIGHT = 3.0  # the share of images above an energy counts as three times as many: each finds images alone, it fewer
+
+
+class Scores(NamedTuple):
+    """How unlike the data some images are, (n,) each. A rank is the share of training images with less."""
+
+    energy: Tensor
+    energy_rank: Tensor
+    distance: Tensor
+    """From the direction of an image's code to the nearest one of the bank, L2."""
+    distance_rank: Tensor
+    rank: Tensor
+    """Of both together: images beyond 0.95 are as one training image in twenty."""
+
+
+class Bank(nn.Module):
+    """Directions of codes, and what energies and distances training images have. Empty until it is filled."""
+
+    codes: Tensor  # (n, values) int8: directions, each times what makes its largest value 127
+    energies: Tensor  # (r,) float32: of the references
+    distances: Tensor  # (r,) float32: from each reference to the nearest other code of the bank
+
+    def __init__(self, codes: int = 0, references: int = 0, *, values: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(codes, values, dtype=torch.int8))
+        self.register_buffer("energies", torch.zeros(references))
+        self.register_buffer("distances", torch.zeros(references))
+
+    @property
+    def filled(self) -> bool:
+        return len(self.energies) > 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Codes and references."""
+        return [len(self.codes), len(self.energies)]
+
+    def distance(self, codes: Tensor) -> Tensor:
+        """(n, ...) float32 -> (n,): from the direction of each code to the nearest one of the bank."""
+        squares, _ = nearest(unit(rounded(codes)), unit(self.codes), 0)
+        return squares.sqrt()
+
+    def score(self, energy: Tensor, distance: Tensor) -> Scores:
+        """The scores of images with these energies and distances (n,)."""
+        energy_rank = _rank(energy, self.energies)
+        distance_rank = _rank(distance, self.distances)
+        references = _larger(_rank(self.energies, self.energies), _rank(self.distances, self.distances))
+        return Scores(
+            energy=energy,
+            energy_rank=energy_rank,
+            distance=distance,
+            distance_rank=distance_rank,
+            rank=_rank(_larger(energy_rank, distance_rank), references),
+        )
+
+
+def rounded(codes: Tensor) -> Tensor:
+    """Codes (n, ...) float32 as a bank keeps their directions, (n, values) int8."""
+    rows = codes.flatten(1)
+    largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    return (rows * (127 / largest)).round().to(torch.int8)
+
+
+def unit(codes: Tensor) -> Tensor:
+    """Rounded codes (n, values) as rows of length one, float32."""
+    return nn.functional.normalize(codes.float())
+
+
+def _rank(values: Tensor, references: Tensor) -> Tensor:
+    """The share of the references (r,) that are less than each value (n,)."""
+    ordered = references.sort().values
+    return torch.searchsorted(ordered, values.to(ordered).contiguous()) / max(1, len(ordered))
+
+
+def _larger(energy_rank: Tensor, distance_rank: Tensor) -> Tensor:
+    return torch.maximum(1 - WEIGHT * (1 - energy_rank), distance_rank)
