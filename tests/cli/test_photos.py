@@ -221,6 +221,16 @@ def test_a_bad_picture_is_refused_before_any_is_written(colour, tmp_path, monkey
     assert set(os.listdir(tmp_path)) == {"in"} and set(os.listdir("in")) == {"a.png", "b.png"}
 
 
+def test_links_in_a_loop_and_pipes_are_refused(colour, tmp_path, refused):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    picture().save(tmp_path / "a.png")
+    assert "loop.png" in refused(f"restore {colour} loop.png --to b.png")
+    assert "loop.png" in refused(f"restore {colour} a.png --mask loop.png --to b.png")
+    assert "pipe.png is a pipe" in refused(f"score {colour} pipe.png")
+    assert not (tmp_path / "b.png").exists()
+
+
 def test_maps_lie_beside_their_pictures_and_are_passed_over_the_next_time(colour, tmp_path, capsys):
     for name in ("a.png", "deep/a.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

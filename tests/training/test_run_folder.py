@@ -171,6 +171,33 @@ def test_where_all_are_damaged_the_newest_is_named(run, tmp_path):
         claim(config)
 
 
+def test_what_cannot_hold_checkpoints_is_refused_before_training(tmp_path, digits):
+    config, _, _ = make(tmp_path / "run", digits)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("")
+    for path in (config.run.path, "a\0b", "\ud800"):
+        config.run.path = path
+        with pytest.raises(InputError, match="cannot be written"):
+            claim(config)
+
+
+def test_a_checkpoint_without_a_manifest_is_told_of(run, tmp_path, caplog):
+    config, _, _ = run
+    (tmp_path / "run/checkpoints/step-00000030" / MANIFEST).unlink()
+    newest, _, lock = claim(config)
+    lock.release()
+    assert newest is None and "step-00000030 has no manifest" in caplog.text
+
+
+def test_an_optimizer_s_state_that_is_not_finite_is_refused(run, tmp_path, digits):
+    checkpoint = tmp_path / "run/checkpoints/step-00000030"
+    state = {name: torch.full_like(value, torch.nan) for name, value in load_file(checkpoint / STATE).items()}
+    rewrite(checkpoint, STATE, save(state))
+    _, _, engine = make(tmp_path / "run", digits)
+    with pytest.raises(InputError, match="not finite"):
+        resume(checkpoint, engine)
+
+
 STATE = "state/rank-00000-of-00001.safetensors"
 
 

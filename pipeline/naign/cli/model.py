@@ -190,15 +190,16 @@ def score(
     _check(times=times)
     require((0 <= refused <= 1, f"--refused is {refused}: give a share of the training images, from 0 to 1"))
     model = _open(run, _find_device(device))
-    if not model.has_bank and not map:
-        print(NO_BANK, file=sys.stderr)
-    rows = score_files(
+    scored = score_files(
         model,
         files,
         times=times,
         map=map,
         refused=refused,
     )
+    rows = list(scored)
+    if not model.has_bank and not map:
+        print(NO_BANK, file=sys.stderr)
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
 
 
