@@ -23,6 +23,7 @@ from output import ROOT, seeds_of, spread, table, write_tables
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.nn.functional import interpolate
 from trained import Task, packed
 
 from naign.data.format.manifest import INDEX
@@ -34,6 +35,7 @@ from naign.data.sources.published import IDX
 from naign.data.sources.source import Made
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.coverage import nearest
+from naign.model.bank import REFERENCES, VALUES, Bank, disturbed, rounded, unit
 from naign.model.naign import NAIGN
 from naign.model.prior import Mixture, Prior
 from naign.model.prior.flow import Flow
@@ -66,6 +68,7 @@ class Data:
 SETS = {
     "mnist": Data("MNIST", "fashion_mnist", "9", "configs/mnist.yaml"),
     "fashion_mnist": Data("Fashion-MNIST", "mnist", "Bag", "configs/fashion_mnist.yaml"),
+    "cifar10": Data("CIFAR-10", "mnist", "", "configs/cifar10_cpu.yaml"),
 }
 WHOLE = "NAIGN, whole recipe, all classes"
 DENSE = "configs/mnist.yaml"
@@ -128,23 +131,27 @@ def examples(
     test, labels = read_split(place(name), "test")
     order = torch.randperm(len(test), generator=generator)
     images = scaled(test[order])
-    classes = IDX[name][2]
-    out = labels[order] == classes.index(data.left_out)
+    out = torch.zeros_like(labels, dtype=torch.bool)
+    if data.left_out:
+        out = labels[order] == IDX[name][2].index(data.left_out)
     kept = images[~out]
     real = kept[:count]
     donors = kept[count : 2 * count]
-    other, _ = read_split(place(data.other), "test", limit=count)
+    found, _ = read_split(place(data.other), "test", limit=count)
+    other = interpolate(scaled(found), size=real.shape[2:], mode="bilinear")
     shades = torch.linspace(-1, 1, 256)[1:]
     shades = shades.view(-1, 1, 1, 1)
-    return real, {
-        SETS[data.other].title: scaled(other),
+    outliers = {
+        SETS[data.other].title: other.expand_as(real),
         "black": torch.full_like(real[:1], -1.0),
         "other constants": shades.expand(-1, *real.shape[1:]),
         "uniform noise": torch.rand(real.shape, generator=generator) * 2 - 1,
         "upside down": real.flip(2),
         "pasted patch": pasted(real, donors, generator),
-        f"{data.left_out}, left out": images[out][:count],
     }
+    if data.left_out:
+        outliers[f"{data.left_out}, left out"] = images[out][:count]
+    return real, outliers
 
 
 def pasted(
@@ -168,15 +175,19 @@ def codes_of(model: NAIGN, images: Tensor) -> Tensor:
     return torch.cat([model.network.encode(part) for part in parts])
 
 
-def code_distance(model: NAIGN, train: Tensor) -> Score:
-    """From an image's code to the nearest code of the images `train`, by angle."""
-
-    def directions(batch: Tensor) -> Tensor:
-        codes = codes_of(model, batch).flatten(1)
-        return torch.nn.functional.normalize(codes)
-
-    reference = directions(train)
-    return lambda batch: nearest(directions(batch), reference)[0]
+def bank_of(model: NAIGN, train: Tensor) -> Bank:
+    """The model's bank or, if it has none, one of the images `train`; the last of them are its references."""
+    if model.has_bank:
+        return model.bank
+    bank = Bank()
+    codes = rounded(codes_of(model, train))
+    bank.codes = codes[: min(len(codes) - REFERENCES, VALUES // codes.shape[1])]
+    bank.distances, _ = nearest(unit(codes[-REFERENCES:]), unit(bank.codes))
+    references = train[-REFERENCES:]
+    bank.energies = model.energy(references)
+    unlike = disturbed(references)
+    bank.weigh(model.energy(unlike), bank.distance(codes_of(model, unlike)))
+    return bank
 
 
 def auroc(inlier: Tensor, outlier: Tensor) -> float:
@@ -191,12 +202,13 @@ def auroc(inlier: Tensor, outlier: Tensor) -> float:
 def code_density(prior: Prior, codes: Tensor) -> Tensor:
     """Minus the log-density (n,), in nats up to a constant, of codes (n, ...) under a mixture or a flow."""
     if isinstance(prior, Mixture):
-        factors = prior.back.T @ prior.factors
+        factors = (prior.back.T @ prior.factors).double()
         covariances = factors @ factors.transpose(1, 2)
         covariances.diagonal(dim1=1, dim2=2).add_(1e-6)  # directions that the mixture leaves out
-        components = MultivariateNormal(prior.means @ prior.back + prior.mean, covariances)
-        mixture = MixtureSameFamily(Categorical(prior.weights), components)
-        return -mixture.log_prob(codes.flatten(1))
+        means = prior.means @ prior.back + prior.mean
+        components = MultivariateNormal(means.double(), covariances)
+        mixture = MixtureSameFamily(Categorical(prior.weights.double()), components)
+        return -mixture.log_prob(codes.flatten(1).double())
     assert isinstance(prior, Flow)
     generator = torch.Generator().manual_seed(0)
     parts = []
@@ -265,7 +277,13 @@ def scores_of(model: NAIGN, train: Tensor) -> dict[str, Score]:
     scores: dict[str, Score] = {"energy": model.energy}
     if model.metadata["model"]["name"] == "vae":
         scores = {"bound": bound(model, train)}
-    scores["nearest training code"] = code_distance(model, train)
+    bank = bank_of(model, train)
+
+    def distance(images: Tensor) -> Tensor:
+        return bank.distance(codes_of(model, images))
+
+    scores["nearest code of the bank"] = distance
+    scores["both, as `naign score`"] = lambda images: bank.score(model.energy(images), distance(images)).rank
     if isinstance(model.prior, (Mixture, Flow)):
         scores[f"energy, f applied {TIMES} times"] = partial(model.energy, times=TIMES)
 
@@ -300,6 +318,8 @@ def networks(
 ) -> list[tuple[str, str, list[str], int]]:
     """Title, configuration, options and seed of every network."""
     asked = [(WHOLE, data.recipe, [f"--data.path={place(name)}"], 0)]
+    if not data.left_out:
+        return asked
     path = f"--data.path={place(name, data.left_out)}"
     for title, (config, options) in NETWORKS.items():
         count = seeds if title.startswith("NAIGN") else 1
@@ -331,7 +351,7 @@ def rows_of(
         for score_name, score in scores_of(model, train).items():
             row = measured(score, real, others)
             row[COST] = model.metadata["cpu_seconds"]
-            if title == WHOLE:
+            if title == WHOLE and data.left_out:
                 del row[f"{data.left_out}, left out"]  # it has learned that class
             rows.setdefault(f"{title}: {score_name}", []).append(row)
     rows[NEAREST] = [measured(image_distance(train), real, others)]

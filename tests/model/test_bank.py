@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from naign.errors import InputError
-from naign.model.bank import Bank, rounded, unit
+from naign.model.bank import Bank, disturbed, rounded, unit
 from naign.model.naign import NAIGN
 from naign.model.prior.mixture import Mixture, MixtureConfig
 from tests.model.made import make_model, prior_state
@@ -89,3 +89,25 @@ def test_without_a_bank_or_for_other_sizes_there_are_no_scores(tmp_path):
         make_model().score(torch.zeros(1, 1, 8, 8))
     with pytest.raises(InputError, match="resize them"):
         made(tmp_path).score(torch.zeros(1, 1, 9, 9))
+
+
+def test_the_weight_is_that_by_which_what_is_unlike_ranks_highest():
+    torch.manual_seed(0)
+    bank = filled(references=1000)
+    bank.distances = bank.energies[torch.randperm(1000)]
+    typical = bank.energies[torch.randperm(1000)]
+    high = torch.full((1000,), 0.97)
+    bank.weigh(typical, high)
+    assert bank.weight > 1, "distances tell"
+    bank.weigh(high, typical)
+    assert bank.weight < 1, "energies tell"
+
+
+def test_disturbed_images_are_upside_down_or_have_a_patch():
+    images = torch.arange(4.0).view(4, 1, 1, 1) + torch.linspace(0, 0.5, 9).view(9, 1)
+    images = images.expand(4, 1, 9, 9)
+    made = disturbed(images)
+    assert torch.equal(made[1::2], images[1::2].flip(2, 3))
+    changed = (made != images)[0::2, 0]
+    assert (changed.sum((1, 2)) == 9).all()
+    assert torch.equal(made[2][made[2] != images[2]].floor().unique(), torch.tensor([1.0]))

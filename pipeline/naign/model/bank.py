@@ -1,8 +1,9 @@
 """A bank of the codes of training images, which tells images that are unlike them from the data.
 
 The energy misses images that consist of the data's parts, since f keeps them: MNIST's digits for a model of clothes.
-Their codes are far from those of all training images. Pasted patches are the other way round (docs/energy.md). So an
-image has the larger of two ranks among training images, that of its energy and that of the distance of its code.
+Their codes are far from those of all training images. On photographs it is the other way round (docs/energy.md). So an
+image has the larger of two ranks among training images, that of its energy and that of the distance of its code. Which
+counts more is found by training images that are made unlike the data: a patch of another one, or upside down.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from naign.match import nearest
 VALUES = 2**23  # of the codes in a bank, at most: 8 MB
 CODES = 2**16  # in a bank, at most
 REFERENCES = 2048  # training images whose energies and distances are kept
-WEIGHT = 3.0  # the share of images above an energy counts as three times as many: each finds images alone, it fewer
+WEIGHTS = [2.0**power for power in range(-5, 6)]
+SIDE = 3  # a pasted patch has a third of an image's sides
 
 
 class Scores(NamedTuple):
@@ -36,12 +38,14 @@ class Bank(nn.Module):
     codes: Tensor  # (n, values) int8: directions, each times what makes its largest value 127
     energies: Tensor  # (r,) float32: of the references
     distances: Tensor  # (r,) float32: from each reference to the nearest other code of the bank
+    weight: Tensor  # () float32: how many times as rare an energy must be as a distance to count as much
 
     def __init__(self, codes: int = 0, references: int = 0, *, values: int = 0) -> None:
         super().__init__()
         self.register_buffer("codes", torch.zeros(codes, values, dtype=torch.int8))
         self.register_buffer("energies", torch.zeros(references))
         self.register_buffer("distances", torch.zeros(references))
+        self.register_buffer("weight", torch.ones(()))
 
     @property
     def filled(self) -> bool:
@@ -61,14 +65,30 @@ class Bank(nn.Module):
         """The scores of images with these energies and distances (n,)."""
         energy_rank = _rank(energy, self.energies)
         distance_rank = _rank(distance, self.distances)
-        references = _larger(_rank(self.energies, self.energies), _rank(self.distances, self.distances))
+        references = self._larger(_rank(self.energies, self.energies), _rank(self.distances, self.distances))
         return Scores(
             energy=energy,
             energy_rank=energy_rank,
             distance=distance,
             distance_rank=distance_rank,
-            rank=_rank(_larger(energy_rank, distance_rank), references),
+            rank=_rank(self._larger(energy_rank, distance_rank), references),
         )
+
+    def weigh(self, energy: Tensor, distance: Tensor) -> None:
+        """Choose the weight by which images that are unlike the data, with these energies and distances (n,), have the
+        highest ranks.
+        """
+        found = []
+        for weight in WEIGHTS:
+            self.weight.fill_(weight)
+            found.append(float(self.score(energy, distance).rank.mean()))
+        self.weight.fill_(WEIGHTS[found.index(max(found))])
+
+    def _larger(self, energy_rank: Tensor, distance_rank: Tensor) -> Tensor:
+        weight = self.weight.to(energy_rank)
+        energy = 1 - (1 - energy_rank) * weight.clamp(min=1)
+        distance = 1 - (1 - distance_rank) / weight.clamp(max=1)
+        return torch.maximum(energy, distance)
 
 
 def rounded(codes: Tensor) -> Tensor:
@@ -83,11 +103,24 @@ def unit(codes: Tensor) -> Tensor:
     return nn.functional.normalize(codes.float())
 
 
+def disturbed(images: Tensor) -> Tensor:
+    """Images (n, C, H, W), every second one upside down, the others with a patch of the one before, at a random place
+    that is always the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inside = images.new_ones((), dtype=torch.bool)
+    for axis in (2, 3):
+        size = images.shape[axis]
+        length = max(1, size // SIDE)
+        first = torch.randint(size - length + 1, (len(images), 1, 1, 1), generator=generator).to(images.device)
+        places = torch.arange(size, device=images.device).view((size, 1) if axis == 2 else (1, size))
+        inside = inside & (places >= first) & (places < first + length)
+    made = torch.where(inside, images.roll(1, 0), images)
+    made[1::2] = images[1::2].flip(2, 3)
+    return made
+
+
 def _rank(values: Tensor, references: Tensor) -> Tensor:
     """The share of the references (r,) that are less than each value (n,)."""
     ordered = references.sort().values
     return torch.searchsorted(ordered, values.to(ordered).contiguous()) / max(1, len(ordered))
-
-
-def _larger(energy_rank: Tensor, distance_rank: Tensor) -> Tensor:
-    return torch.maximum(1 - WEIGHT * (1 - energy_rank), distance_rank)

@@ -26,7 +26,7 @@ from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopPoll
 from naign.errors import Diverged, InputError, Stopped, Unavailable
 from naign.match import Match, NotFinite, match_round, search
-from naign.model.bank import CODES, REFERENCES, VALUES, rounded, unit
+from naign.model.bank import CODES, REFERENCES, VALUES, disturbed, rounded, unit
 from naign.model.losses import Batch, compute_losses, find_distance
 from naign.model.prior import Codes
 from naign.model.prior.base import KEPT
@@ -285,7 +285,7 @@ def fit_prior(run: Trainer) -> None:
             raise
     broadcast(list(run.prior.state_dict().values()))  # the same bits on every rank, whatever its machine
     state.step += 1  # also for a prior that is fitted without steps
-    if run.prior.decodes:
+    if run.prior.decodes and len(run.stream.shape) == 3:  # images
         with run.phases.enter("bank"):
             fill_bank(run)
     advance_prior(run, 1.0)
@@ -336,7 +336,7 @@ def encode_data(run: Trainer) -> Codes:
 
 
 def fill_bank(run: Trainer) -> None:
-    """Fill the bank with the codes that the prior was fitted to, or some of them. The images of the first round are its
+    """Fill the bank with the codes that the prior was fitted to, or some of them. Images of the first round are its
     references: each looks for the nearest code but its own. Collective.
     """
     size = run.config.match.round
@@ -345,27 +345,29 @@ def fill_bank(run: Trainer) -> None:
     for number in range(-(-min(most, count_codes(run.config, run.stream)) // size)):
         rows = read_round(run, run.rounds + number)
         images = scaled(rows.images.to(run.accelerator.device))
-        found = rounded(apply(run, "encode", images))
         if number == 0:
-            few = REFERENCES // run.world
-            references = found[:few]
-            moved = apply(run, "", images[:few]) - images[:few]
-            energies = moved.square().flatten(1).mean(1)
-        codes.append(run.accelerator.gather(found))
+            references = images[: max(1, REFERENCES // run.world)]
+        codes.append(run.accelerator.gather(rounded(apply(run, "encode", images))))
     known = torch.cat(codes)[:most].unique(dim=0)  # an image may be there twice where an epoch ends
     first = len(known) * run.rank // run.world
     last = len(known) * (run.rank + 1) // run.world
-    result = search(
-        unit(references),
-        unit(known[first:last]),
-        first,
-        neighbours=2,
-    )
-    itself = result.distances[:, 0] == 0
-    squares = torch.where(itself, result.distances[:, 1], result.distances[:, 0])
+    measured = []
+    for images in (references, disturbed(references)):
+        result = search(
+            unit(rounded(apply(run, "encode", images))),
+            unit(known[first:last]),
+            first,
+            neighbours=2,
+        )
+        itself = result.distances[:, 0] == 0
+        squares = torch.where(itself, result.distances[:, 1], result.distances[:, 0])
+        moved = apply(run, "", images) - images
+        energies = moved.square().flatten(1).mean(1)
+        measured.append(run.accelerator.gather(energies))
+        measured.append(run.accelerator.gather(squares.sqrt().float()))
     run.bank.codes = known
-    run.bank.energies = run.accelerator.gather(energies)
-    run.bank.distances = run.accelerator.gather(squares.sqrt().float())
+    run.bank.energies, run.bank.distances, *unlike = measured
+    run.bank.weigh(*unlike)
 
 
 def apply(run: Trainer, part: str, images: Tensor) -> Tensor:
