@@ -123,4 +123,5 @@ def disturbed(images: Tensor) -> Tensor:
 def _rank(values: Tensor, references: Tensor) -> Tensor:
     """The share of the references (r,) that are less than each value (n,)."""
     ordered = references.sort().values
-    return torch.searchsorted(ordered, values.to(ordered).contiguous()) / max(1, len(ordered))
+    below = torch.searchsorted(ordered, values.to(ordered).contiguous())
+    return below.to(values.device) / max(1, len(ordered))
