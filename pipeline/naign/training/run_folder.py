@@ -62,7 +62,9 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        checkpoints = folder / "checkpoints"
+        if checkpoints.exists() and not checkpoints.is_dir():
+            raise NotADirectoryError(f"{checkpoints} is no folder")
         newest = find_newest(config)
         token = uuid.uuid4().hex
         write_atomically(folder / ".claim", token)
