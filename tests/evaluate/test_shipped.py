@@ -71,7 +71,7 @@ def test_commands_take_its_name(monkeypatch, capsys):
     naign("sample", "mnist", "--n", "4", "--to", "each")
     naign("restore", "mnist", "each")
     naign("score", "mnist", "each")
-    scored = re.findall(r"^each/00000(\d)\.png,0\.\d+$", capsys.readouterr().out, re.M)
+    scored = re.findall(r"^each/00000(\d)\.png,0\.\d+,.*,(?:yes|no)$", capsys.readouterr().out, re.M)
     assert scored == ["0", "1", "2", "3"]
     assert Image.open("restored/000003.png").size == (28, 28)
     with pytest.raises(SystemExit) as ended:
