@@ -268,7 +268,12 @@ class Hosts:
         return links
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A connection to host 0, to its end: a greeting, the answer, and how that host ends."""
+        """A connection to host 0, to its end."""
+        with contextlib.suppress(asyncio.CancelledError):  # this host ends, and asyncio would print a traceback last
+            await self._serve(reader, writer)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A greeting, the answer, and how that host ends."""
         notice_death(writer)
         line = b""
         with contextlib.suppress(ValueError, OSError):
