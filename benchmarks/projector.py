@@ -50,8 +50,8 @@ class Settings:
 
     to: Path = Path("benchmarks/results/projector")
     """Where to write, without an ending."""
-    sets: tuple[str, ...] = tuple(SETS)
-    """Data sets."""
+    sets: tuple[str, ...] = ("mnist", "fashion_mnist")
+    """Data sets of 28 x 28 pixels."""
     count: int = 5000
     """Points of each kind, at most 10,000."""
     runs: Path = Path("runs/tables")

@@ -30,7 +30,7 @@ Played = Annotated[
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images, or folders of them.")]
 
 
-NO_BANK = "no bank of codes, as the fit of a prior leaves one: the table has the energy alone"
+NO_BANK = "this model has no bank of codes, which is filled once a prior is fitted to codes: energies alone"
 EXPORTED = {"model.safetensors", "config.json"}  # files that an export writes, and may replace
 Steps = Annotated[
     int | None,
@@ -190,14 +190,13 @@ def score(
     _check(times=times)
     require((0 <= refused <= 1, f"--refused is {refused}: give a share of the training images, from 0 to 1"))
     model = _open(run, _find_device(device))
-    scored = score_files(
+    rows = score_files(
         model,
         files,
         times=times,
         map=map,
         refused=refused,
     )
-    rows = list(scored)
     if not model.has_bank and not map:
         print(NO_BANK, file=sys.stderr)
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)

@@ -1,6 +1,6 @@
 """What `naign restore` and `naign score` do with pictures, at the model's size or their own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -75,27 +75,27 @@ def score_files(
     times: int,
     map: bool,
     refused: float,
-) -> Iterator[tuple[str, ...]]:
+) -> list[tuple[str, ...]]:
     """The rows of the table that `naign score` prints, with its head."""
     paths = [path for path, _ in find_files(files, model)]
-    if map or not model.has_bank:
-        yield "file", "energy"
-        if map:
-            energies = _map_photos(model, paths, times)
-        else:
-            images = torch.cat(read_images(paths, model))
-            with counted("scoring", total=len(paths), unit="image") as bar:
-                energies = model.energy(images, times=times, advance=bar.update).tolist()
-        for path, energy in zip(paths, energies, strict=True):
-            yield str(path), f"{energy:.6g}"
-        return
+    if map:
+        return _energy_rows(paths, _map_photos(model, paths, times))
     images = torch.cat(read_images(paths, model))
     with counted("scoring", total=len(paths), unit="image") as bar:
+        if not model.has_bank:
+            energies = model.energy(images, times=times, advance=bar.update)
+            return _energy_rows(paths, energies.tolist())
         scores = model.score(images, times=times, advance=bar.update)
-    yield "file", "energy", "energy_rank", "distance", "distance_rank", "rank", "unlike"
+    rows: list[tuple[str, ...]] = [("file", *scores._fields, "unlike")]
     for path, *values, rank in zip(paths, *(part.tolist() for part in scores), strict=True):
         unlike = "yes" if rank > 1 - refused else "no"
-        yield str(path), *(f"{value:.6g}" for value in values), f"{rank:.4f}", unlike
+        rows.append((str(path), *(f"{value:.6g}" for value in values), f"{rank:.4f}", unlike))
+    return rows
+
+
+def _energy_rows(paths: Sequence[Path], energies: Sequence[float]) -> list[tuple[str, ...]]:
+    rows = [(str(path), f"{energy:.6g}") for path, energy in zip(paths, energies, strict=True)]
+    return [("file", "energy"), *rows]
 
 
 def _map_photos(model: NAIGN, paths: Sequence[Path], times: int) -> list[float]:

@@ -127,7 +127,7 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     for name, value in tensors.items():
         if value.is_floating_point():
             tensors[name] = value.float()
-    if not _all_finite(tensors):
+    if not all_finite(tensors):
         raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
     return metadata, tensors
 
@@ -168,12 +168,13 @@ def save_model(
         if value.is_floating_point():  # unlike counters and masks
             value = value.to(dtype)
         tensors[name] = value.contiguous()
-    if dtype == torch.float16 and not _all_finite(tensors):
+    if dtype == torch.float16 and not all_finite(tensors):
         raise InputError("the model has weights beyond 65504, which float16 does not hold: store it as float32")
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
 
 
-def _all_finite(tensors: dict[str, Tensor]) -> bool:
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether no value of the tensors is NaN or infinite."""
     return all(bool(value.isfinite().all()) for value in tensors.values())
 
 

@@ -20,7 +20,7 @@ from naign import philox
 from naign.config import Config
 from naign.data.damage import find_damage
 from naign.data.loader import Rows
-from naign.data.order import rank_rows
+from naign.data.order import parts, rank_rows
 from naign.data.scale import scaled
 from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopPoll
@@ -349,8 +349,7 @@ def fill_bank(run: Trainer) -> None:
             references = images[: max(1, REFERENCES // run.world)]
         codes.append(run.accelerator.gather(rounded(apply(run, "encode", images))))
     known = torch.cat(codes)[:most].unique(dim=0)  # an image may be there twice where an epoch ends
-    first = len(known) * run.rank // run.world
-    last = len(known) * (run.rank + 1) // run.world
+    first, last = parts(0, len(known), run.world)[run.rank]
     measured = []
     for images in (references, disturbed(references)):
         result = search(

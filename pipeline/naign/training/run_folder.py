@@ -60,11 +60,11 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
     seconds = LOCK_SECONDS_AGAIN if "SLURM_RESTART_COUNT" in os.environ else LOCK_SECONDS
     lock = FileLock(folder / ".lock", timeout=seconds)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.acquire()
         checkpoints = folder / "checkpoints"
         if checkpoints.exists() and not checkpoints.is_dir():
-            raise NotADirectoryError(f"{checkpoints} is no folder")
+            raise NotADirectoryError(f"{checkpoints} is not a folder")
         newest = find_newest(config)
         token = uuid.uuid4().hex
         write_atomically(folder / ".claim", token)
@@ -72,11 +72,18 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
         raise InputError(f"'{folder}' is in use by another process: wait, or choose another --run.path") from None
     except BaseException as error:
         lock.release()
-        unfit = isinstance(error, ValueError) or isinstance(error, OSError) and error.errno not in TRANSIENT
-        if unfit and not isinstance(error, InputError):
-            raise InputError(f"run.path {str(folder)!r} cannot be written: {error}") from None
+        if isinstance(error, OSError) and error.errno not in TRANSIENT:
+            raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
         raise
     return newest, token, lock
+
+
+def make_folder(folder: Path) -> None:
+    """Make the run's folder. InputError for a name that no file system takes, with NUL or a lone surrogate."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        raise InputError(f"run.path {str(folder)!r} cannot be written: {error}") from None
 
 
 def find_newest(config: Config) -> Path | None:
@@ -117,7 +124,7 @@ def find_newest(config: Config) -> Path | None:
             log.warning("%s is damaged: passed over", damaged[-1])
     unfinished = sorted(checkpoints.glob("step-*"))
     if unfinished and not damaged and newest is None:
-        log.warning("%s has no manifest: it was not written to its end", unfinished[-1])
+        log.warning("%s has no manifest, so it is incomplete: passed over", unfinished[-1])
     if damaged and newest is None:
         raise InputError(f"{damaged[0]} and all before it are damaged: mend one, or remove them to start anew")
     return newest

@@ -140,7 +140,12 @@ def build_model(config: Config, stream: Stream, device: torch.device) -> tuple[n
         find_damage(config.objective.damage).check(stream.shape)
     if prior.learns:
         name = config.prior.name
-        require((config.prior.images > 0, f"prior.name={name} learns, and its settings say of no `images`: add them"))
+        require(
+            (
+                config.prior.images > 0,
+                f"prior.name={name} is fitted to images, and its settings have no `images`: add it",
+            )
+        )
         codes = -(-count_codes(config, stream) // config.match.round) * config.match.round
         config.prior.check_codes(codes, prior.shape)
     return network, latents, prior

@@ -20,7 +20,7 @@ from naign.data.loader import Stream
 from naign.distributed.engine import Engine
 from naign.errors import InputError
 from naign.model.bank import Bank
-from naign.model.files import save_model
+from naign.model.files import all_finite, save_model
 from naign.model.prior import Latents, Prior
 from naign.storage.local import write_atomically
 from naign.training.run_folder import damage_named, open_tensors, read_model
@@ -110,7 +110,7 @@ def restore(checkpoint: Path, engine: Engine) -> State:
                     kept[key] = file_of[f"{key}.{name}"].get_tensor(f"{key}.{name}")
                 if any(value.shape != shapes[key] or not value.is_floating_point() for key, value in kept.items()):
                     raise ValueError(f"state of {name} has another shape than {shapes}, or type")
-                if not all(bool(value.isfinite().all()) for value in kept.values()):
+                if not all_finite(kept):
                     raise ValueError(f"state of {name} is not finite")
             engine.restore(name, kept, trainer["adam_steps"])
     if engine.ema is not None:
