@@ -72,8 +72,8 @@ def launched(digits, tmp_path):
     return launched
 
 
-def assert_alike(run, other, rel=1e-3):
-    """Every round of both runs has the same losses and matches, but for rounding, which Muon does in bfloat16."""
+def assert_alike(run, other, rel=1e-4):
+    """Every round of both runs has the same losses and matches, but for rounding."""
     for ours, theirs in zip(losses(run, "match/dist"), losses(other, "match/dist"), strict=True):
         assert ours == pytest.approx(theirs, rel=rel)
 
@@ -174,7 +174,7 @@ def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, la
     launched(name, "run", ranks=ranks)
     # The images of a step are the same on every world size.
     for ours, theirs in zip(losses(tmp_path / "run"), losses(plain)[2:], strict=True):
-        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-3)
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cpu", "fsdp", "zero2"])
@@ -193,7 +193,7 @@ def test_micro_batches_and_bfloat16(name, plain, launched, tmp_path):
 def test_recomputed_networks_train_alike(launched, tmp_path):
     launched("cpu", "deep", "--model.depth=1")
     launched("cpu", "other", "--model.depth=1", "--train.recompute")
-    assert_alike(tmp_path / "other", tmp_path / "deep")
+    assert_alike(tmp_path / "other", tmp_path / "deep", rel=1e-3)
 
 
 def test_what_an_engine_cannot_do_is_refused_at_the_start(digits, tmp_path):

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 MOMENTUM = 0.95
 RMS = 0.2
 """Root mean square of a step of rate 1, about that of AdamW's (arXiv 2502.16982), so that one rate serves both."""
+STEPS = 5  # of the iteration
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic, which grows small singular values fast and leaves all between 0.7 and 1.2."""
 
@@ -103,26 +104,31 @@ def turn_shared(weights: list[Tensor], directions: list[Tensor]) -> list[Tensor]
 
 
 def orthogonal(direction: Tensor) -> Tensor:
-    """A step, of root mean square RMS: `direction`, as a matrix, with all singular values about equal."""
-    from naign.distributed.connect import choose_precision  # imports Accelerate, which takes a second
+    """A step, of root mean square RMS: `direction`, as a matrix, with all singular values about equal.
 
-    matrix = direction.flatten(1)
+    The iteration multiplies a matrix X by polynomials of X X', which commute: it is done on X X', the smaller square,
+    and X is multiplied once. In float32, so that steps are the same wherever they are computed, up to rounding.
+    """
+    matrix = direction.flatten(1).float()
     rows, columns = matrix.shape
     if rows > columns:
         matrix = matrix.T
-    if choose_precision(on_cpu=direction.device.type != "cuda") == "bf16":
-        matrix = matrix.bfloat16()
     matrix = matrix / (matrix.norm() + 1e-7)
     first, third, fifth = _NEWTON_SCHULZ
-    for _ in range(5):
-        square = matrix @ matrix.T
-        polynomial = square.addmm(square, square, beta=third, alpha=fifth)
-        matrix = matrix.addmm(polynomial, matrix, beta=first)
-    if rows > columns:
-        matrix = matrix.T
+    square = matrix @ matrix.T
+    powers = square.addmm(square, square, beta=third, alpha=fifth)
+    factor = powers.clone()
+    factor.diagonal().add_(first)
+    for _ in range(STEPS - 1):
+        half = square.addmm(square, powers, beta=first)
+        square = half.addmm(powers, half, beta=first)
+        powers = square.addmm(square, square, beta=third, alpha=fifth)
+        factor = factor.addmm(powers, factor, beta=first)
     scale = RMS * math.sqrt(max(rows, columns))
-    step: Tensor = scale * matrix.float()
-    return step.reshape(direction.shape).contiguous()
+    turned = torch.addmm(matrix, factor, matrix, beta=0, alpha=scale)
+    if rows > columns:
+        turned = turned.T
+    return turned.reshape(direction.shape).contiguous()
 
 
 def whole(value: Tensor) -> Tensor:
