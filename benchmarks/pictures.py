@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from naign.cli.files import save
 from naign.data.damage import KINDS
@@ -36,7 +37,7 @@ FONT = 28
 """Height of letters."""
 CLEAR = (0, 0, 0, 0)
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-NAMES = {0: "samples", 3: "damaged", 4: "repaired", 5: "drawn"}
+NAMES = {0: "samples", 3: "damaged", 4: "repaired", 5: "drawn", 6: "noise"}
 """Of rows."""
 DRAWINGS = (
     [
@@ -62,8 +63,8 @@ class Settings:
     to: Path
     """The PNG to write."""
     front: bool = False
-    """A column a run instead of a row, with the first 12 samples and four repairs; and drawings that the first run's
-    model repairs."""
+    """A column a run instead of a row, with the first 12 samples and four repairs; and what the first run's model makes
+    of drawings and of white noise."""
     colours: int = 0
     """Size of the palette, at most 256, for a smaller file. 0: all colours."""
 
@@ -126,10 +127,27 @@ def column_of(run: Path) -> list[list[Image.Image]]:
     return lines
 
 
-def drawings(run: Path) -> list[Image.Image]:
-    """Each of DRAWINGS, and behind it the repair by the run's model."""
+def brought(run: Path) -> list[list[Image.Image]]:
+    """Two rows of four: each of DRAWINGS, and behind it f of it by the run's model; normal and uniform noise."""
     model = NAIGN.from_pretrained(run)
-    images = []
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 28, 28)
+    noise = [
+        torch.randn(1, *shape, generator=generator),
+        2 * torch.rand(1, *shape, generator=generator) - 1,
+    ]
+    lines = []
+    for given in (drawings(), noise):
+        images = []
+        for x in given:
+            images += [to_image(x[0]), to_image(model.project(x)[0])]
+        lines.append(images)
+    return lines
+
+
+def drawings() -> list[Tensor]:
+    """Each of DRAWINGS, (1, 1, 28, 28)."""
+    found = []
     for strokes in DRAWINGS:
         canvas = Image.new("L", (28 * 8, 28 * 8))
         for stroke in strokes:
@@ -137,21 +155,19 @@ def drawings(run: Path) -> list[Image.Image]:
             ImageDraw.Draw(canvas).line(line, fill=255, width=14, joint="curve")
         small = canvas.resize((28, 28), Image.Resampling.BOX)
         pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
-        given = scaled(pixels.view(1, 1, 28, 28))
-        repaired = model.project(given)
-        images += [to_image(given[0]), to_image(repaired[0])]
-    return images
+        found.append(scaled(pixels.view(1, 1, 28, 28)))
+    return found
 
 
 def front(runs: list[Path]) -> Image.Image:
     """A column a run, with names that stay legible when the picture is 360 pixels wide."""
     width = 4 * ROW + 20
-    size = (MARGIN + len(runs) * width - 24, 40 + 6 * ROW + 44)
+    size = (MARGIN + len(runs) * width - 24, 40 + 7 * ROW + 44)
     canvas = Image.new("RGBA", size, CLEAR)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(FONT)
     tops = []
-    for row in range(6):
+    for row in range(7):
         gaps = (row > 2) + (row > 4)
         tops.append(44 + ROW * row + 12 * gaps)
     for row, name in NAMES.items():
@@ -162,7 +178,7 @@ def front(runs: list[Path]) -> Image.Image:
         draw.text((left, 4), title_of(run), fill=TEXT, font=font)
         lines = column_of(run)
         if number == 0:
-            lines.append(drawings(run))
+            lines += brought(run)
         for row, images in enumerate(lines):
             for column, image in enumerate(images):
                 shown = image.resize((CELL, CELL), Image.Resampling.BICUBIC)

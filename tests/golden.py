@@ -30,13 +30,14 @@ TRACES = {
     ],
     "naign idempotence": [
         *("--objective.third=idempotence", "--objective.distance=norm", "--latents.name=smooth", "--train.ema=0.9"),
+        "--latents.white=0",
         *("--objective.imle=1", "--objective.denoising=0"),
     ],
     "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--latents.name=fourier"],
     "flow of codes": FLOW,
     "mixture of codes": [
         *("--objective.third=none", "--objective.imle=0.3", "--prior.name=gmm", "--prior.components=3"),
-        "--objective.denoising=0",
+        *("--objective.denoising=0", "--latents.white=0"),
     ],
 }
 RECIPE = [

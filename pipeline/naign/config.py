@@ -39,7 +39,7 @@ to_dict = dataclasses.asdict
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    images: int = field(default=237_568, metadata=MAY_CHANGE | POSITIVE)
+    images: int = field(default=268_288, metadata=MAY_CHANGE | POSITIVE)
     """Images that f is trained on, over all ranks and passes; rounded up to whole rounds. See also prior.images."""
     batch: int = field(default=128, metadata=POSITIVE)
     """Images per step, over all ranks."""

@@ -20,7 +20,7 @@ from torch import Tensor
 # Streams, 16 at most: independent draws for one (seed, round, id).
 LATENT = 0
 SCALE = 1  # the component of a mixture
-IMAGINARY = 2  # the imaginary part of the latents `fourier`
+IMAGINARY = 2  # the imaginary part of the latents `fourier`, and the noise that `smooth` ones are buried in
 NOISE = 3  # noise that an objective adds to images
 ORDER = 4  # the order of a round's rows
 DAMAGE = 5  # other damage to images

@@ -130,4 +130,4 @@ def test_an_empty_pool_is_refused():
 def test_the_ratio_may_not_change_within_a_run():
     other = Config()
     other.match.ratio = 2.0
-    assert differences(Config(), other) == ["match.ratio: 12.0 there, 2.0 now"]
+    assert differences(Config(), other) == ["match.ratio: 10.0 there, 2.0 now"]

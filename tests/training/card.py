@@ -101,8 +101,7 @@ def round_of(config, shape, device, engine):
     """A run, and the images and the match of its first round, of STEPS steps a pass, as `fit` takes them."""
     count = STEPS * config.train.batch
     config.match.round = count
-    with device:
-        latents = build_latents(config.latents, shape)
+    latents = build_latents(config.latents, shape).to(device)
     images = torch.empty(count, *shape, device=device)
     match = None
     if config.objective.needs_match:

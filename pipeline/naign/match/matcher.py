@@ -15,7 +15,7 @@ from naign.settings.constraints import POSITIVE, between
 
 @dataclass(kw_only=True, slots=True)
 class MatchConfig:
-    ratio: float = field(default=12.0, metadata=between(1e-6, 10**6))
+    ratio: float = field(default=10.0, metadata=between(1e-6, 10**6))
     """Samples in the pool for each image of the round; 1 to 100 is sensible."""
     round: int = field(default=2048, metadata=POSITIVE)
     """Images per round, over all ranks."""

@@ -150,6 +150,8 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
             if objective.needs_latents:
                 ids = numbers if matched is None else matched[rows]
                 latents = run.latents.draw(config.seed, state.round, ids, images.device)
+                if matched is not None:
+                    latents = run.latents.buried(latents, config.seed, state.round, numbers)
             if objective.needs_damaged:
                 damaged = damage_images(config, state.round, images[rows], numbers)
             with engine.micro_batch():

@@ -108,6 +108,30 @@ def test_smooth_noise_has_few_dimensions():
     assert float(drawn.mean()) == pytest.approx(0, abs=0.05)
 
 
+def test_a_buried_latent_keeps_its_smooth_part_fainter_in_white_noise():
+    latents = build(SmoothConfig(white=0.4), (2, 24, 16))
+    ids = torch.arange(3000)
+    drawn = latents.draw(0, 0, ids, "cpu")
+    buried = latents.buried(drawn, 0, 0, ids)
+    changed = (buried != drawn).flatten(1).any(1)
+    assert float(changed.float().mean()) == pytest.approx(0.4, abs=0.03)
+    basis = latents.draw(1, 0, torch.arange(60), "cpu")[:, 0].flatten(1)
+    directions = torch.linalg.svd(basis, full_matrices=False).Vh[:16]
+    before = drawn[changed].flatten(2) @ directions.T
+    after = buried[changed].flatten(2) @ directions.T
+    left = (after * before).sum((1, 2)) / before.square().sum((1, 2))
+    assert_close(after, left[:, None, None] * before, atol=1e-4, rtol=1e-3)
+    amplitude = 4 / (24 * 16) ** 0.5  # of 4 x 4 normals in N(0, I), which is lowered by up to a half
+    assert amplitude / 2 < float(left.min()) < amplitude
+    assert 0.99 < float(left.max()) <= 1
+    rest = buried[changed].flatten(2) - after @ directions
+    deviations = rest.std((1, 2))
+    assert 0.9 < float(deviations.max()) < 1.1
+    assert float(deviations.min()) < 0.02
+    assert torch.equal(latents.buried(drawn[7:9], 0, 0, ids[7:9]), buried[7:9])
+    assert torch.equal(build(SmoothConfig(white=0), (2, 24, 16)).buried(drawn, 0, 0, ids), drawn)
+
+
 def test_fourier_noise_has_the_spectrum_of_the_first_round():
     grid = torch.arange(16) / 16 * 2 * torch.pi
     phase = 9 * draw(0, 4000, 1, 1, 1)
