@@ -128,13 +128,12 @@ def column_of(run: Path) -> list[list[Image.Image]]:
 
 
 def brought(run: Path) -> list[list[Image.Image]]:
-    """Two rows of four: each of DRAWINGS, and behind it f of it by the run's model; normal and uniform noise."""
+    """A row of DRAWINGS and one of noise, normal and uniform, each image followed by f of it by the run's model."""
     model = NAIGN.from_pretrained(run)
     generator = torch.Generator().manual_seed(0)
-    shape = (1, 28, 28)
     noise = [
-        torch.randn(1, *shape, generator=generator),
-        2 * torch.rand(1, *shape, generator=generator) - 1,
+        torch.randn(1, *model.shape, generator=generator),
+        2 * torch.rand(1, *model.shape, generator=generator) - 1,
     ]
     lines = []
     for given in (drawings(), noise):

@@ -40,7 +40,10 @@ class Latents(Prior):
         round: int,
         numbers: Tensor,  # (n,) int64: the rows of the round
     ) -> Tensor:
-        """Latents (n, *shape) in whose place f learns: what it makes of other noise is then the same."""
+        """The latents (n, *shape) that f is trained on in place of these; by default the same.
+
+        Other latents teach f to map other noise to the same images.
+        """
         return latents
 
 
@@ -168,7 +171,7 @@ class Smooth(Latents):
         rest = noise - self.over_rows @ noise @ self.over_columns
         left = 1 - depth * (1 - self.faint)
         buried = left * latents + depth * rest
-        fainter = 1 - depth * scale / 2  # uniform noise in [-1, 1] has half the amplitude
+        fainter = 1 - depth * scale / 2  # the deviation of uniform noise in [-1, 1] is about half of that of N(0, I)
         return torch.where(chosen < self.config.white, fainter * buried, latents)
 
 
