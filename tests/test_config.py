@@ -60,7 +60,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(written):
         ("train: 3", "'train' must hold keys and values"),
         ("[1, 2]", "must hold keys and values"),
         ("train: {batch: 100}", "match.round=2048 is not a multiple of train.batch=100"),
-        ("objective: {name: gan}", "a.yaml: objective.name is 'gan': choose one of naign, ign"),
+        ("objective: {name: gan}", "a.yaml: objective.name is 'gan': choose one of naign, ebm, ign"),
         (
             "objective: {name: ign, third: matched}",
             "unknown key 'objective.third' of objective.name=ign; known settings|did you mean",
@@ -129,7 +129,7 @@ def test_what_is_no_configuration_is_not_shown(written, text):
     ("option", "message"),
     [
         ("--train.lr=fast", "could not convert"),
-        ("--objective.name=gan", "choose one of naign, ign"),
+        ("--objective.name=gan", "choose one of naign, ebm, ign"),
         ("--objective.clamp=2", "--objective.clamp"),
         ("--objective.thrid=none", "--objective.third"),
     ],

@@ -1,9 +1,11 @@
-"""The VAE and the rectified flow of the baselines package: what they compute, and what they refuse."""
+"""The networks of the baselines package: what they compute, and what they refuse."""
 
 import math
 
 import pytest
 import torch
+from naign_baselines.dcgan import DcganConfig
+from naign_baselines.ebm import EbmConfig, EbmNetworkConfig
 from naign_baselines.rectified_flow import FlowConfig, FlowNetworkConfig
 from naign_baselines.vae import VaeConfig, VaeNetworkConfig
 from torch.distributions import Laplace, Normal, kl_divergence
@@ -120,9 +122,38 @@ def test_the_flow_learns_the_way_from_its_latents_to_the_data():
     assert_close(total_loss(FlowConfig(), f, x, z), expected)
 
 
+def test_an_energy_model_tells_data_from_the_ends_of_its_chains_and_f_goes_down():
+    f = build(EbmNetworkConfig(width=8, chains=3, steps=4, rate=1.0))
+    x = (normals(9) / 4 + 0.5).clamp(-1, 1)
+    before = f.chains.clone()
+    optimizer = torch.optim.Adam(f.parameters(), lr=1e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        total_loss(EbmConfig(), f, x)
+        optimizer.step()
+    assert (f.chains != before).any() and f.chains.abs().max() <= 1
+    assert f.energy(x).mean() < f.energy(before).mean() - 1
+    assert (f.energy(f(before)) < f.energy(before)).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_ign_s_own_network_has_a_code_and_sees_all_pixels(shape):
+    f = build(DcganConfig(width=8, code=6), shape)
+    assert networks.code_shape(f, "prior") == (6,)
+    x = draw(0, 2, *shape).requires_grad_()
+    made = f(x)
+    assert made.shape == x.shape and made.abs().max() <= 1
+    (slope,) = torch.autograd.grad(made[0, 0, 0, 0], x)
+    assert (slope[0] != 0).all() and (slope[1] == 0).all()  # no image depends on others of its batch
+
+
 @pytest.mark.parametrize(
     "settings, options, said",
     [
+        (EbmNetworkConfig(), {"shape": (2,)}, "takes square images"),
+        (EbmNetworkConfig(), {"recompute": True}, "leave out train.recompute"),
+        (DcganConfig(), {"shape": (1, 64, 64)}, "takes images of 28x28 or 32x32"),
+        (DcganConfig(), {"shape": (1, 28, 28), "recompute": True}, "leave out train.recompute"),
         (FlowNetworkConfig(), {"shape": (2,)}, "takes images"),
         (FlowNetworkConfig(), {"shape": (1, 27, 28)}, "model.patch=2 does not divide"),
         (VaeNetworkConfig(), {"shape": (2,)}, "takes images"),

@@ -1,0 +1,107 @@
+"""How f of noise changes while a run trains: a row for each of its checkpoints.
+
+    pip install -e benchmarks/baselines
+    naign train --config mnist_ign_dcgan --checkpoint.keep 0 --checkpoint.rounds 12
+    python benchmarks/curve.py --runs runs/mnist_ign_dcgan --to benchmarks/results/curve
+
+FD is the Frechet distance of 10,000 samples to test images, over that of as many training images. *Rarest* is the share
+of the class that fewest samples belong to, as the encoder's classifier sees them. *Moved again* is the mean of
+|f(f(z)) - f(z)|.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from density import place
+from output import number, table, write_tables
+
+from naign.data.loader import read_split
+from naign.data.scale import scaled
+from naign.errors import InputError, exit_on_input_error
+from naign.evaluate.coverage import coverage
+from naign.evaluate.frechet import frechet_distance
+from naign.model.encoders import load_encoder
+from naign.model.naign import NAIGN
+
+TITLES = (
+    "processor s",
+    "images, 10³",
+    "FD of f(z)",
+    "FD of f(f(z))",
+    "recall",
+    "rarest, %",
+    "moved again",
+    "FD of f(N(0, I))",
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    """Make the tables."""
+
+    runs: tuple[Path, ...]
+    """Folders of runs whose checkpoints were kept."""
+    to: Path = Path("benchmarks/results/curve")
+    """Where to write, without an ending."""
+    data: str = "mnist"
+    """The data set of all of them: mnist, fashion_mnist or cifar10."""
+    count: int = 10_000
+    """Samples."""
+
+
+def rows_of(run: Path, settings: Settings) -> list[list[float]]:
+    """The numbers of TITLES of each checkpoint, the oldest first."""
+    found = [folder for folder in run.glob("checkpoints/step-*") if (folder / "model.safetensors").is_file()]
+    if not found:
+        raise InputError(f"{run} has no checkpoints: train it with --checkpoint.keep 0")
+    encoder = load_encoder(f"{settings.data}-cnn64")
+    train, _ = read_split(place(settings.data), "train", limit=settings.count)
+    test, _ = read_split(place(settings.data), "test", limit=settings.count)
+    real = encoder.features(scaled(test))
+    floor = frechet_distance(encoder.features(scaled(train)), real)
+    generator = torch.Generator().manual_seed(0)
+    white = torch.randn(settings.count, *test.shape[1:], generator=generator)
+    rows = []
+    for folder in sorted(found, key=lambda folder: int(re.findall(r"\d+", folder.name)[-1])):
+        model = NAIGN.from_pretrained(folder)
+        once = model.project(model.latent(torch.arange(settings.count), latents="noise"))
+        twice = model.project(once)
+        features = encoder.features(once)
+        classes = encoder.logits(once).argmax(1)
+        shares = torch.bincount(classes, minlength=10) / settings.count
+        row = [
+            model.metadata["cpu_seconds"],
+            model.metadata["images_seen"] / 1000,
+            frechet_distance(features, real) / floor,
+            frechet_distance(encoder.features(twice), real) / floor,
+            coverage(real, features)["recall"],
+            100 * float(shares.min()),
+            float((twice - once).abs().mean()),
+            frechet_distance(encoder.features(model.project(white)), real) / floor,
+        ]
+        rows.append(row)
+    return rows
+
+
+def table_of(rows: list[list[float]]) -> str:
+    return table(list(TITLES), [[number(value) for value in row] for row in rows])
+
+
+def main(settings: Settings) -> None:
+    if not 100 <= settings.count <= 10_000:
+        raise InputError("--count must be 100 to 10000, for which there are test images")
+    write_tables(
+        settings.to,
+        "f of noise by time, {}",
+        {str(run): run.name for run in settings.runs},
+        lambda run: rows_of(Path(run), settings),
+        table_of,
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_input_error("curve"):
+        main(tyro.cli(Settings))
