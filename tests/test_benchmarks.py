@@ -12,7 +12,7 @@ import yaml
 from naign.config import parse
 from naign.errors import InputError
 from naign.model.networks import ConvConfig
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, SMALL, environment
 from tests.programs import execute, succeeded
 
 
@@ -51,6 +51,18 @@ def test_match_compares_with_faiss(run, save_untrained, digits, tmp_path):
     assert problem["candidates"] == 480
     assert set(problem["methods"]) == {"faiss.knn", "HNSW", "auto"}
     assert problem["methods"]["auto"]["wrong"] == 0
+
+
+@pytest.mark.slow
+def test_a_curve_has_a_row_for_each_checkpoint(run, train, digits, tmp_path):
+    options = ["--checkpoint.rounds=2", "--checkpoint.keep=0", "--train.images=1536", "--prior.name=none"]
+    succeeded(train(*SMALL, f"--data.path={digits}", "--run.path=run", *options))
+    found = run(f"curve --runs run --data {digits} --encoder digits-cnn64 --count 300")
+    (rows,) = found.values()
+    assert [row[1] for row in rows] == [0.512, 1.024, 1.536]
+    assert rows[0][0] < rows[1][0] < rows[2][0]
+    for row in rows:
+        assert row[2] > 1 and row[7] > 1 and 0 <= row[4] <= 1
 
 
 def test_right_answers_are_those_of_float64(benchmarks):

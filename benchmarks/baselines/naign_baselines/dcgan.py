@@ -40,7 +40,15 @@ def _build(config: DcganConfig, shape: tuple[int, ...], *, recompute: bool) -> n
     down: list[nn.Module] = [nn.ConstantPad2d(margin, PADDED)]
     before = shape[0]
     for after in widths:
-        down.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
+        down.append(
+            nn.Conv2d(
+                before,
+                after,
+                4,
+                stride=2,
+                padding=1,
+            )
+        )
         if before != shape[0]:
             down.append(Norm(after))
         down.append(nn.LeakyReLU(SLOPE))
@@ -53,7 +61,15 @@ def _build(config: DcganConfig, shape: tuple[int, ...], *, recompute: bool) -> n
     for after in (*reversed(widths[:-1]), shape[0]):
         up.append(Norm(before))
         up.append(nn.ReLU())
-        up.append(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1))
+        up.append(
+            nn.ConvTranspose2d(
+                before,
+                after,
+                4,
+                stride=2,
+                padding=1,
+            )
+        )
         before = after
     up.append(nn.ConstantPad2d(-margin, PADDED))
     up.append(nn.Tanh())

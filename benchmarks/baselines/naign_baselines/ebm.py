@@ -47,7 +47,15 @@ class EnergyNetwork(nn.Module):
         channels = shape[0]
         layers = list[nn.Module]()
         for width in (config.width, 2 * config.width, 2 * config.width):
-            layers.append(nn.Conv2d(channels, width, 4, stride=2, padding=1))
+            layers.append(
+                nn.Conv2d(
+                    channels,
+                    width,
+                    4,
+                    stride=2,
+                    padding=1,
+                )
+            )
             layers.append(nn.SiLU())
             channels = width
         side = shape[1] // 8
@@ -77,7 +85,9 @@ class EnergyNetwork(nn.Module):
         x.requires_grad_(True)
         energies = functional_call(self, weights, (x.flatten(1),))
         (slope,) = torch.autograd.grad(energies.sum(), x)
-        return (x.detach() - self.config.rate * slope.clamp(-STEEPEST, STEEPEST)).clamp(-1, 1)
+        gentle = slope.clamp(-STEEPEST, STEEPEST)
+        moved = x.detach() - self.config.rate * gentle
+        return moved.clamp(-1, 1)
 
 
 def _build(config: EbmNetworkConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
@@ -122,18 +132,24 @@ def ebm(config: EbmConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     assert isinstance(model, EnergyNetwork)
     drawn = torch.special.ndtr(batch.normals(0))  # uniform
     chosen = drawn.flatten(1)[:, :2]
-    rows = (chosen[:, 0] * len(model.chains)).long().clamp(max=len(model.chains) - 1)
-    anew = (chosen[:, 1] < RESTARTED).view(-1, 1, 1, 1)
-    samples = torch.where(anew, 2 * drawn - 1, model.chains[rows])
+    count = len(model.chains)
+    rows = (chosen[:, 0] * count).long()
+    rows = rows.clamp(max=count - 1)
+    anew = chosen[:, 1] < RESTARTED
+    uniform = 2 * drawn - 1
+    samples = torch.where(anew.view(-1, 1, 1, 1), uniform, model.chains[rows])
     weights = {}
     for name, value in model.named_parameters():
         weights[name] = value.detach()
     for step in range(model.config.steps):
-        jittered = (samples + JITTER * batch.normals(step + 1)).clamp(-1, 1)
+        noise = JITTER * batch.normals(step + 1)
+        jittered = (samples + noise).clamp(-1, 1)
         samples = model.descend(jittered, weights)
     model.chains[rows] = samples
-    data = (batch.images + JITTER * batch.normals(model.config.steps + 1)).clamp(-1, 1)
-    energies = network(torch.cat([data, samples]).flatten(1)).float()[:, 0]
+    noise = JITTER * batch.normals(model.config.steps + 1)
+    data = (batch.images + noise).clamp(-1, 1)
+    inputs = torch.cat([data, samples])
+    energies = network(inputs.flatten(1)).float()[:, 0]
     real, other = energies.split(len(data))
     drift = real.square().mean() + other.square().mean()
     return {
