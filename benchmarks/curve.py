@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import tyro
 from output import number, table, write_tables
+from projector import applied
 
 from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import InputError, exit_on_input_error
-from naign.evaluate.coverage import coverage
 from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import load_encoder
 from naign.model.naign import NAIGN
@@ -76,21 +76,25 @@ def rows_of(run: Path, settings: Settings) -> list[list[float]]:
     ids = torch.arange(settings.count)
     for step in sorted(found):
         model = NAIGN.from_pretrained(found[step])
-        once = model.project(model.latent(ids, latents="noise"))
-        twice = model.project(once)
-        other = model.project(white)
-        features = encoder.features(once)
+        once, (distance, recall, second, again) = applied(
+            model,
+            model.latent(ids, latents="noise"),
+            real,
+            floor,
+            encoder,
+        )
         classes = encoder.logits(once).argmax(1)
         shares = torch.bincount(classes, minlength=10) / settings.count
+        other = encoder.features(model.project(white))
         row = [
             model.metadata["cpu_seconds"],
             model.metadata["images_seen"] / 1000,
-            frechet_distance(features, real) / floor,
-            frechet_distance(encoder.features(twice), real) / floor,
-            coverage(real, features)["recall"],
+            distance,
+            second,
+            recall,
             100 * float(shares.min()),
-            float((twice - once).abs().mean()),
-            frechet_distance(encoder.features(other), real) / floor,
+            again,
+            frechet_distance(other, real) / floor,
         ]
         rows.append(row)
     return rows

@@ -82,6 +82,27 @@ def points(name: str, count: int) -> dict[str, Tensor]:
     }
 
 
+def applied(
+    model: NAIGN,
+    x: Tensor,
+    real: Tensor,  # features of test images
+    floor: float,
+    encoder: Encoder,
+) -> tuple[Tensor, Row]:
+    """f(x), and of it: FD, recall, the FD of f(f(x)), and the mean of |f(f(x)) - f(x)|."""
+    once = model.project(x)
+    twice = model.project(once)
+    features = encoder.features(once)
+    again = encoder.features(twice)
+    row = [
+        frechet_distance(features, real) / floor,
+        coverage(real, features)["recall"],
+        frechet_distance(again, real) / floor,
+        float((twice - once).abs().mean()),
+    ]
+    return once, row
+
+
 def measured(
     model: NAIGN,
     x: Tensor,
@@ -91,18 +112,22 @@ def measured(
     encoder: Encoder,
 ) -> Row:
     """A number for each of TITLES."""
-    once = model.project(x)
-    twice = model.project(once)
-    features = encoder.features(once)
+    once, (distance, recall, second, again) = applied(
+        model,
+        x,
+        real,
+        floor,
+        encoder,
+    )
     sure = encoder.logits(once).softmax(1).amax(1) > SURE
     few = x[:: len(x) // COMPARED]
     _, places = nearest(few, train)
     return [
-        frechet_distance(features, real) / floor,
-        coverage(real, features)["recall"],
-        frechet_distance(encoder.features(twice), real) / floor,
+        distance,
+        recall,
+        second,
         float(sure.float().mean()),
-        float((twice - once).abs().mean()),
+        again,
         float((once - x).abs().mean()),
         float((train[places] - few).abs().mean()),
     ]

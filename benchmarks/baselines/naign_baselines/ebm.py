@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from naign.errors import InputError
 from naign.model.losses import Batch, Network, ObjectiveConfig
@@ -73,18 +72,17 @@ class EnergyNetwork(nn.Module):
             return self.layers(x.view(-1, *self.shape))
         with torch.enable_grad():
             for _ in range(self.config.steps):
-                x = self.descend(x.detach(), dict(self.named_parameters()))
-        return x.detach()
+                x = self.descend(x)
+        return x
 
     def energy(self, x: Tensor) -> Tensor:
         """(n,), high for what is unlike the data."""
         return self.layers(x)[:, 0]
 
-    def descend(self, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """A step down the energy with these weights."""
-        x.requires_grad_(True)
-        energies = functional_call(self, weights, (x.flatten(1),))
-        (slope,) = torch.autograd.grad(energies.sum(), x)
+    def descend(self, x: Tensor) -> Tensor:
+        """A step down the energy, without a gradient."""
+        x = x.detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(self.energy(x).sum(), x)
         gentle = slope.clamp(-STEEPEST, STEEPEST)
         moved = x.detach() - self.config.rate * gentle
         return moved.clamp(-1, 1)
@@ -115,17 +113,6 @@ class EbmConfig(ObjectiveConfig):
         return False
 
 
-def adam(parameters: list[Tensor], *, lr: float, weight_decay: float, fused: bool) -> torch.optim.Optimizer:
-    """AdamW without momentum, which chases the samples in circles (arXiv 1903.08689)."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=lr,
-        betas=(0.0, 0.999),
-        weight_decay=weight_decay,
-        fused=fused or None,
-    )
-
-
 def ebm(config: EbmConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """The energy of data falls, that of the chains' ends rises."""
     model = batch.frozen
@@ -138,13 +125,10 @@ def ebm(config: EbmConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     anew = chosen[:, 1] < RESTARTED
     uniform = 2 * drawn - 1
     samples = torch.where(anew.view(-1, 1, 1, 1), uniform, model.chains[rows])
-    weights = {}
-    for name, value in model.named_parameters():
-        weights[name] = value.detach()
     for step in range(model.config.steps):
         noise = JITTER * batch.normals(step + 1)
         jittered = (samples + noise).clamp(-1, 1)
-        samples = model.descend(jittered, weights)
+        samples = model.descend(jittered)
     model.chains[rows] = samples
     noise = JITTER * batch.normals(model.config.steps + 1)
     data = (batch.images + noise).clamp(-1, 1)

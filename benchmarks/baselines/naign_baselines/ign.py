@@ -37,17 +37,6 @@ class IgnConfig(DistanceConfig):
         return 4
 
 
-def adam(parameters: list[Tensor], *, lr: float, weight_decay: float, fused: bool) -> torch.optim.Optimizer:
-    """AdamW with the moments' decays of IGN's authors (arXiv 2311.01462)."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=lr,
-        betas=(0.5, 0.999),
-        weight_decay=weight_decay,
-        fused=fused or None,
-    )
-
-
 def ign(config: IgnConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """Idempotence reaches the weights through the inner f only, tightness through the outer f only."""
     assert batch.latents is not None
