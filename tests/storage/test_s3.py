@@ -378,7 +378,7 @@ def test_writing_through_faults(
 ):
     monkeypatch.setattr("naign.storage.retry.PATIENCE", 30.0)
     faults = Faults(
-        errors=0.15,
+        errors=0.4,
         refuse=0.1,
         stall=0.05,
         reset_every=(100, 3000),
