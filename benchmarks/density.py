@@ -3,12 +3,12 @@
     pip install -e benchmarks/baselines
     python benchmarks/density.py --to benchmarks/results/density
 
-Compared in the same run, on MNIST and Fashion-MNIST: energies and densities of codes of f and of baselines at equal
-processor time, and the nearest training code and image. An AUROC is the chance that an outlier scores above
-a test image: 1 is perfect, 0.5 chance. Networks with a dense code of 64 values learn without one class, whose test
-images are outliers too; above them stands the data set's recipe, trained on all classes. Other outliers: the other data
-set, constants of every shade, uniform noise, test images upside down, and with a patch of another image pasted in. Runs
-are kept under runs/tables as table.py's are; docs/energy.md discusses the result.
+Compared in the same run: energies and densities of codes of f, of f without IMLE, and of baselines at about equal
+processor time; energy-based models for longer, too; and the nearest training code and image. An AUROC is the chance
+that an outlier scores above a test image: 1 is perfect, 0.5 chance. Outliers: the other data set, constants of every
+shade, uniform noise, test images upside down, and with a patch of another image pasted in. One more network learns
+without one class, whose test images are outliers too. Runs are kept under runs/tables as table.py's are, and
+projector.py has the same ones; docs/energy.md discusses the result.
 """
 
 import math
@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import tyro
-from output import ROOT, seeds_of, spread, table, write_tables
+from output import ROOT, number, table, write_tables
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
@@ -65,29 +66,26 @@ class Data:
     recipe: str
 
 
+RECIPE = "configs/mnist.yaml"
 SETS = {
-    "mnist": Data("MNIST", "fashion_mnist", "9", "configs/mnist.yaml"),
+    "mnist": Data("MNIST", "fashion_mnist", "9", RECIPE),
     "fashion_mnist": Data("Fashion-MNIST", "mnist", "Bag", "configs/fashion_mnist.yaml"),
     "cifar10": Data("CIFAR-10", "mnist", "", "configs/cifar10_cpu.yaml"),
 }
-WHOLE = "NAIGN, whole recipe, all classes"
-DENSE = "configs/mnist.yaml"
-ALONE = ("--objective.imle=0", "--objective.third=none", "--model.code=64", "--prior.name=none")
-IMLE = (
-    "--objective.imle=0.3",
-    "--objective.third=none",
-    "--match.ratio=1",
-    "--model.code=64",
-    "--prior.components=50",
-)
+ALONE = ("--objective.imle=0", "--objective.third=none", "--prior.name=none")
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "NAIGN, with IMLE": (DENSE, (*IMLE, "--train.images=83968")),
-    "denoising autoencoder": (DENSE, (*ALONE, "--train.images=172032")),
-    "VAE": ("configs/mnist_vae.yaml", ("--train.images=294912",)),
-    "normalised autoencoder": ("configs/mnist_nae.yaml", ("--model.code=64", "--train.images=38912")),
-    "autoencoder": (DENSE, (*ALONE, "--objective.denoising=0", "--train.images=325632")),
+    "NAIGN": (RECIPE, ()),
+    "without IMLE": (RECIPE, (*ALONE, "--train.images=700_000")),
+    "IGN": ("configs/mnist_ign.yaml", ("--train.images=520_000",)),
+    "VAE": ("configs/mnist_vae.yaml", ()),
+    "normalised autoencoder": ("configs/mnist_nae.yaml", ("--train.images=128_000",)),
+    "energy-based model": ("configs/mnist_ebm.yaml", ("--train.images=240_000",)),
 }
-"""Configurations and options; all have a dense code of 64 values."""
+"""Configurations and options of about one processor time."""
+LONGER = {
+    "normalised autoencoder, longer": ("configs/mnist_nae.yaml", ()),
+    "energy-based model, longer": ("configs/mnist_ebm.yaml", ()),
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,8 +96,8 @@ class Settings:
     """Where to write, without an ending."""
     train: bool = True
     """Train what is missing; otherwise show what exists."""
-    seeds: int = 2
-    """Seeds of NAIGN; the other networks have one."""
+    sets: tuple[str, ...] = tuple(SETS)
+    """Data sets."""
     count: int = 1000
     """Test images, and outliers of each kind."""
     runs: Path = Path("runs/tables")
@@ -165,8 +163,8 @@ def pasted(
     patches = donors[..., first : first + PATCH, first : first + PATCH]
     corners = torch.randint(side - PATCH + 1, (len(images), 2), generator=generator)
     made = images.clone()
-    for number, (row, column) in enumerate(corners.tolist()):
-        made[number, :, row : row + PATCH, column : column + PATCH] = patches[number]
+    for image, patch, (row, column) in zip(made, patches, corners.tolist(), strict=True):
+        image[:, row : row + PATCH, column : column + PATCH] = patch
     return made
 
 
@@ -274,16 +272,20 @@ def bound(model: NAIGN, train: Tensor) -> Score:
 
 def scores_of(model: NAIGN, train: Tensor) -> dict[str, Score]:
     """What a network can be scored by; `train` are training images (n, C, H, W) in [-1, 1]."""
+    name = model.metadata["model"]["name"]
+    if name == "ebm":
+        return {"energy": model.network.energy}
     scores: dict[str, Score] = {"energy": model.energy}
-    if model.metadata["model"]["name"] == "vae":
+    if name == "vae":
         scores = {"bound": bound(model, train)}
     bank = bank_of(model, train)
 
     def distance(images: Tensor) -> Tensor:
         return bank.distance(codes_of(model, images))
 
-    scores["nearest code of the bank"] = distance
-    scores["both, as `naign score`"] = lambda images: bank.score(model.energy(images), distance(images)).rank
+    scores["nearest code"] = distance
+    if model.has_bank:
+        scores["both, as `naign score`"] = lambda images: bank.score(model.energy(images), distance(images)).rank
     if isinstance(model.prior, (Mixture, Flow)):
         scores[f"energy, f applied {TIMES} times"] = partial(model.energy, times=TIMES)
 
@@ -311,20 +313,17 @@ def measured(
     return row
 
 
-def networks(
-    name: str,
-    data: Data,
-    seeds: int,
-) -> list[tuple[str, str, list[str], int]]:
-    """Title, configuration, options and seed of every network."""
-    asked = [(WHOLE, data.recipe, [f"--data.path={place(name)}"], 0)]
+def networks(name: str, data: Data) -> dict[str, tuple[str, list[str]]]:
+    """Configuration and options of every network, by title."""
+    asked = dict[str, tuple[str, list[str]]]()
+    whole = f"--data.path={place(name)}"
+    if data.recipe != RECIPE:
+        asked[f"recipe, {Path(data.recipe).name}"] = (data.recipe, [whole])
     if not data.left_out:
         return asked
-    path = f"--data.path={place(name, data.left_out)}"
-    for title, (config, options) in NETWORKS.items():
-        count = seeds if title.startswith("NAIGN") else 1
-        for seed in range(count):
-            asked.append((title, config, [*options, path], seed))
+    for title, (config, options) in (NETWORKS | LONGER).items():
+        asked[title] = (config, [*options, whole])
+    asked[f"NAIGN without {data.left_out}"] = (RECIPE, [f"--data.path={place(name, data.left_out)}"])
     return asked
 
 
@@ -332,53 +331,52 @@ def rows_of(
     name: str,
     data: Data,
     settings: Settings,
-) -> dict[str, list[Row]]:
-    """The rows of a table by title, each with the numbers of every seed."""
+) -> dict[str, Row]:
+    """The rows of a table by title."""
     real, others = examples(name, data, settings.count)
-    images, _ = read_split(place(name, data.left_out), "train")
+    images, _ = read_split(place(name), "train")
     train = scaled(images)
-    rows: dict[str, list[Row]] = {}
-    for title, config, options, seed in networks(name, data, settings.seeds):
-        task = Task.of(settings.runs, config, options, seed)
+    unseen = f"{data.left_out}, left out"
+    rows: dict[str, Row] = {}
+    for title, (config, options) in networks(name, data).items():
+        task = Task.of(settings.runs, config, options, 0)
         if settings.train:
             task.train()
-        if not task.ended:
-            continue
-        if task.diverged:
-            rows.setdefault(f"{title}: diverged", []).append({})
+        if not task.ended or task.diverged:
             continue
         model = NAIGN.from_pretrained(task.folder)
+        kinds = dict(others)
+        if "without " + data.left_out not in title:
+            kinds.pop(unseen, None)  # it has learned that class
         for score_name, score in scores_of(model, train).items():
-            row = measured(score, real, others)
+            row = measured(score, real, kinds)
             row[COST] = model.metadata["cpu_seconds"]
-            if title == WHOLE and data.left_out:
-                del row[f"{data.left_out}, left out"]  # it has learned that class
-            rows.setdefault(f"{title}: {score_name}", []).append(row)
-    rows[NEAREST] = [measured(image_distance(train), real, others)]
+            rows[f"{title}: {score_name}"] = row
+    others.pop(unseen, None)
+    rows[NEAREST] = measured(image_distance(train), real, others)
     return rows
 
 
-def table_of(rows: dict[str, list[Row]]) -> str:
-    titles = [*rows[NEAREST][0], COST]
+def table_of(rows: dict[str, Row]) -> str:
+    kinds = [*rows[NEAREST]]
+    unseen = {title: None for row in rows.values() for title in row if title.endswith("left out")}
     lines = []
-    for title, seeds in rows.items():
-        cells = []
-        for key in titles:
-            digits = 0 if key == COST else 3
-            cells.append(spread([row.get(key) for row in seeds], digits))
-        if title != NEAREST:
-            title += seeds_of(len(seeds))
+    for title, row in rows.items():
+        cells = [f"{row[kind]:.3f}" for kind in kinds]
+        cells.append(f"{fmean(row[kind] for kind in kinds):.3f}")
+        cells += [f"{row[kind]:.3f}" if kind in row else "-" for kind in unseen]
+        cells.append(number(row[COST]) if COST in row else "-")
         lines.append([title, *cells])
-    return table(["", *titles], lines)
+    return table(["", *kinds, "mean", *unseen, COST], lines)
 
 
 def main(settings: Settings) -> None:
-    if not 2 <= settings.count <= 4000 or settings.seeds < 1:
-        raise InputError("--count must be 2 to 4000, for which there are test images, and --seeds at least 1")
+    if not 2 <= settings.count <= 4000 or not {*settings.sets} <= {*SETS}:
+        raise InputError(f"--count must be 2 to 4000, for which there are test images, and --sets of {', '.join(SETS)}")
     write_tables(
         settings.to,
         "AUROC, {}",
-        {name: data.title for name, data in SETS.items()},
+        {name: SETS[name].title for name in settings.sets},
         lambda name: rows_of(name, SETS[name], settings),
         table_of,
     )

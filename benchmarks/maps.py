@@ -5,8 +5,8 @@
 Test images of MNIST, Fashion-MNIST and CIFAR-10 get defects at known places. An AUROC is the chance that a changed
 pixel of any image scores above an unchanged pixel of any image: 1 is perfect, 0.5 chance. A pixel is changed if a
 channel differs by more than CHANGED, so black pasted on black is not a defect. Compared in the same run: f of the
-recipe; trained on holes; with a dense code, and an autoencoder, as density.py has them, whose runs are shared; and the
-nearest training image. docs/energy.md discusses the result.
+recipe; trained on holes; with a dense code; an autoencoder; and the nearest training image. Runs are shared with
+density.py. docs/energy.md discusses the result.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from statistics import fmean
 
 import torch
 import tyro
-from density import COST, NEAREST, NETWORKS, PATCH, SETS, Data, auroc, pasted, place
+from density import ALONE, COST, NEAREST, PATCH, RECIPE, SETS, Data, auroc, pasted, place
 from output import table, write_tables
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
@@ -26,7 +26,6 @@ from trained import Task
 from naign.data.damage import degrade
 from naign.data.loader import read_split
 from naign.data.scale import scaled
-from naign.data.sources.published import IDX
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.coverage import nearest
 from naign.model.naign import NAIGN
@@ -153,10 +152,10 @@ def networks(name: str, data: Data) -> dict[str, tuple[str, list[str]]]:
     asked = {f"f of {data.recipe}": (data.recipe, [whole])}
     asked["f of that network, damage=holes"] = (data.recipe, [*holes, f"--train.images={HOLES[name]}", whole])
     if data.left_out:
-        part = f"--data.path={place(name, data.left_out)}"
-        for title, kept in (("f", "denoising autoencoder"), ("autoencoder", "autoencoder")):
-            config, chosen = NETWORKS[kept]
-            asked[f"{title} with a dense code"] = (config, [*chosen, part])
+        if data.recipe != RECIPE:
+            asked["f with a dense code"] = (RECIPE, [whole])
+        plain = [*ALONE, "--objective.denoising=0", "--objective.reconstruction=1", "--train.images=325_632"]
+        asked["autoencoder with a dense code"] = (RECIPE, [*plain, whole])
     return asked
 
 
@@ -175,15 +174,9 @@ def maps_of(
     return maps
 
 
-def shuffled(
-    path: str,
-    split: str,
-    *,
-    without: int = -1,
-) -> Tensor:
-    """Images (n, C, H, W) in [-1, 1] of a split, in random order, without those of a class."""
-    images, labels = read_split(path, split)
-    images = images[labels != without]
+def shuffled(path: str, split: str) -> Tensor:
+    """Images (n, C, H, W) in [-1, 1] of a split, in random order."""
+    images, _ = read_split(path, split)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(images), generator=generator)
     return scaled(images[order])
@@ -196,14 +189,11 @@ def rows_of(
 ) -> dict[str, Row]:
     """The rows of a table, by title."""
     count = settings.count
-    left_out = -1
-    if data.left_out:
-        left_out = IDX[name][2].index(data.left_out)
-    test = shuffled(place(name), "test", without=left_out)
+    test = shuffled(place(name), "test")
     images = test[:count]
     donors = test[count : 2 * count]
     others = shuffled(place(data.other), "test")[:count]
-    train = shuffled(place(name, data.left_out), "train")
+    train = shuffled(place(name), "train")
     made = defects(images, donors, others, seed=0)
     near = image_map(train)
     rows: dict[str, Row] = {}

@@ -51,13 +51,11 @@ def write_tables(
     rows_of: Callable[[str], Any],
     table_of: Callable[[Any], str],
 ) -> None:
-    """Measure every data set, by name, and write and print a page with a table of each."""
-    check_place(to)
-    found = {}
-    tables = {}
+    """Measure every data set, by name; write and print a page with a table of each, and of those measured before."""
+    found = stored(to, object)
     for name, title in titles.items():
         found[title] = rows_of(name)
-        tables[head.format(title)] = table_of(found[title])
+    tables = {head.format(title): table_of(rows) for title, rows in found.items()}
     text = pages(tables)
     write(to, text, found)
     print(text)

@@ -37,7 +37,7 @@ FONT = 28
 """Height of letters."""
 CLEAR = (0, 0, 0, 0)
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-NAMES = {0: "samples", 3: "damaged", 4: "repaired", 5: "drawn", 6: "noise"}
+NAMES = {0: "samples", 3: "damaged", 4: "repaired", 5: "drawn", 6: "scraps", 7: "noise"}
 """Of rows."""
 DRAWINGS = (
     [
@@ -128,15 +128,22 @@ def column_of(run: Path) -> list[list[Image.Image]]:
 
 
 def brought(run: Path) -> list[list[Image.Image]]:
-    """A row of DRAWINGS and one of noise, normal and uniform, each image followed by f of it by the run's model."""
+    """Rows of DRAWINGS, of scraps and of noise, normal and uniform, each image followed by f of it by the run's model.
+
+    A scrap is the middle half of a test image, with normal noise above and below it.
+    """
     model = NAIGN.from_pretrained(run)
     generator = torch.Generator().manual_seed(0)
-    noise = [
-        torch.randn(1, *model.shape, generator=generator),
-        2 * torch.rand(1, *model.shape, generator=generator) - 1,
-    ]
+    normal = torch.randn(1, *model.shape, generator=generator)
+    uniform = 2 * torch.rand(1, *model.shape, generator=generator) - 1
+    whole = load(run, f"restoration_{KINDS[0]}")
+    scraps = []
+    for column in (10, 9):
+        scrap = normal.clone()
+        scrap[:, :, 5:19] = pixels_of(cut(whole, 5, 0, column))[:, :, 5:19]
+        scraps.append(scrap)
     lines = []
-    for given in (drawings(), noise):
+    for given in (drawings(), scraps, [normal, uniform]):
         images = []
         for x in given:
             images += [to_image(x[0]), to_image(model.project(x)[0])]
@@ -152,21 +159,26 @@ def drawings() -> list[Tensor]:
         for stroke in strokes:
             line = [(8 * x, 8 * y) for x, y in stroke]
             ImageDraw.Draw(canvas).line(line, fill=255, width=14, joint="curve")
-        small = canvas.resize((28, 28), Image.Resampling.BOX)
-        pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
-        found.append(scaled(pixels.view(1, 1, 28, 28)))
+        found.append(pixels_of(canvas))
     return found
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """(1, 1, 28, 28) in [-1, 1]."""
+    small = picture.convert("L").resize((28, 28), Image.Resampling.BOX)
+    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+    return scaled(pixels.view(1, 1, 28, 28))
 
 
 def front(runs: list[Path]) -> Image.Image:
     """A column a run, with names that stay legible when the picture is 360 pixels wide."""
     width = 4 * ROW + 20
-    size = (MARGIN + len(runs) * width - 24, 40 + 7 * ROW + 44)
+    size = (MARGIN + len(runs) * width - 24, 40 + 8 * ROW + 44)
     canvas = Image.new("RGBA", size, CLEAR)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(FONT)
     tops = []
-    for row in range(7):
+    for row in range(8):
         gaps = (row > 2) + (row > 4)
         tops.append(44 + ROW * row + 12 * gaps)
     for row, name in NAMES.items():

@@ -3,11 +3,11 @@
     pip install -e benchmarks/baselines
     python benchmarks/projector.py --to benchmarks/results/projector
 
-Compared in the same run at about equal processor time: f, f without IMLE, IGN, a VAE and a normalised autoencoder. FD
-is the Frechet distance to test images, over that of as many training images. *Sure* is the share of f(x) that the
-encoder's classifier gives a class with more than 99 %. *Moved again* is the mean of |f(f(x)) - f(x)|. *Moved*, that of
-|f(x) - x|, stands beside the same for the nearest training image. *Noise of its training* is what a network learned to
-map to the data, where it did. Runs are kept under runs/tables, as table.py's are.
+Compared in the same run are density.py's networks of about equal processor time. FD is the Frechet distance to test
+images, over that of as many training images. *Sure* is the share of f(x) that the encoder's classifier gives a class
+with more than 99 %. *Moved again* is the mean of |f(f(x)) - f(x)|. *Moved*, that of |f(x) - x|, stands beside the same
+for the nearest training image. *Noise of its training* is what a network learned to map to the data, where it did. Runs
+are kept under runs/tables, as table.py's are.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from density import SETS, place
+from density import NETWORKS, SETS, place
 from output import number, table, write_tables
 from torch import Tensor
 from trained import Task
@@ -28,14 +28,8 @@ from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import Encoder, load_encoder
 from naign.model.naign import NAIGN
 
-ALONE = ("--objective.imle=0", "--objective.third=none", "--train.images=700_000", "--prior.name=none")
-NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "NAIGN": ("configs/mnist.yaml", ()),
-    "without IMLE": ("configs/mnist.yaml", ALONE),
-    "IGN": ("configs/mnist_ign.yaml", ("--train.images=520_000",)),
-    "VAE": ("configs/mnist_vae.yaml", ()),
-    "normalised autoencoder": ("configs/mnist_nae.yaml", ("--train.images=190_000",)),
-}
+FROM_NOISE = ("NAIGN", "IGN")
+"""Those that learn to map noise to the data."""
 PATCH = 7
 SURE = 0.99
 COMPARED = 1000
@@ -151,7 +145,7 @@ def rows_of(name: str, settings: Settings) -> dict[str, Row]:
         model = NAIGN.from_pretrained(task.folder)
         cost = f"{title}, {model.metadata['cpu_seconds']:,.0f} s"
         own = {}
-        if "--objective.imle=0" not in options and model.metadata["model"]["name"] != "vae":
+        if title in FROM_NOISE:
             own["noise of its training"] = model.latent(torch.arange(settings.count), latents="noise")
         for kind, x in (own | kinds).items():
             found[f"{cost}: {kind}"] = measured(

@@ -157,9 +157,9 @@ def test_help_shows_the_settings_of_what_is_chosen_alone(capsys):
 
 def test_a_choice_on_the_command_line_has_its_own_settings(written, capsys):
     file = written("model: {name: mlp, octaves: 3}\nobjective: {name: nae, bound: 2}\n")
-    config = parse(["--config", file, "--objective.langevin-steps=3"])
+    config = parse(["--config", file, "--objective.code-steps=3"])
     assert (config.model.name, config.model.octaves) == ("mlp", 3)
-    assert (config.objective.name, config.objective.bound, config.objective.langevin_steps) == ("nae", 2.0, 3)
+    assert (config.objective.name, config.objective.bound, config.objective.code_steps) == ("nae", 2.0, 3)
     assert parse(["--model.name=mlp", "--model.octaves=1"]).model == PointConfig(octaves=1)
     assert parse(["--config", file, "--objective.name=naign"]).objective == NaignConfig()
     assert parse(["--config", "mnist", "--model.name=spatial"]).model == SpatialConfig()

@@ -73,6 +73,14 @@ def checked():
     return sum(problem["checked"] for problem in problems)
 
 
+def noise_on_fashion():
+    """FD of f of the noise that it learned from, over the floor."""
+    for name, numbers in results("projector")["Fashion-MNIST"].items():
+        if re.fullmatch("NAIGN, .* s: noise of its training", name):
+            return numbers[0]
+    raise AssertionError("no such row")
+
+
 def kills():
     return len(re.findall(r"^ *\d+\. ", (ROOT / "benchmarks/results/kills.txt").read_text(), re.M))
 
@@ -110,6 +118,8 @@ SOURCES = {
     "{} to {} times as fast as `faiss.knn`": [f"{speed_of_match(min):.1f}", f"{speed_of_match(max):.0f}"],
     "among {} that were checked": [f"{checked():,}"],
     "f is at {} times the floor": [f"{mean('two_stages', CIFAR, 'fd.once_ratio'):.0f}"],
+    "{} times the floor on Fashion-MNIST": [f"{noise_on_fashion():.0f}"],
+    "IMLE reaches {} on CIFAR-10": [f"{mean('generation_cifar10', 'code 128: NAIGN', 'fd.once_ratio'):.0f}"],
     "only from {} to {}": [f"{mean('two_stages', CIFAR, f'restoration.blur.{key}'):.3f}" for key in ("input", "once")],
     "{} samples, s": [f"{results('two_stages')[MNIST][0]['sampling']['samples']:,}"],
     "means of {}, {}, {}, {}, {} and {} seeds": [str(len(results(table)[name])) for table, name in ROWS.values()],

@@ -178,9 +178,10 @@ def test_ign_gradients_go_where_the_paper_says():
 def test_nae_raises_the_energy_where_its_chains_end_and_lowers_it_on_data():
     f, x, z, noise = setting()
     config = NaeConfig(
-        langevin_steps=2,
-        langevin_rate=0.1,
-        langevin_noise=0.3,
+        code_steps=0,
+        steps=2,
+        rate=0.1,
+        noise=0.3,
         bound=0.5,
     )
     assert config.needs_latents
@@ -196,8 +197,8 @@ def test_nae_raises_the_energy_where_its_chains_end_and_lowers_it_on_data():
     )
     chain = f(z).detach()
     for step in range(2):
-        residual = f(chain) - chain  # of a linear f the slope of its square's half is (W - 1)' residual
-        slope = residual @ f.weight - residual
+        residual = f(chain) - chain  # of a linear f the slope of its mean square is 2 / 3 of (W - 1)' residual
+        slope = 2 / 3 * (residual @ f.weight - residual)
         moved = chain - 0.1 * slope + 0.3 * noise * (step + 1)
         chain = moved.clamp(-1, 1).detach()
     data = (f(x) - x).square().mean(1)
@@ -206,6 +207,50 @@ def test_nae_raises_the_energy_where_its_chains_end_and_lowers_it_on_data():
     assert_close(terms["total"], expected)
     (ours,) = torch.autograd.grad(terms["total"], f.weight)
     assert_close(ours, torch.autograd.grad(expected, f.weight)[0])
+
+
+class Coded(nn.Module):
+    """Three values from a code of two, by linear maps."""
+
+    code = (2,)
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(3, 2)
+        self.decode = nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+def test_nae_starts_its_chains_from_codes_that_went_down_the_energy():
+    _, x, _, noise = setting()
+    f = Coded()
+    config = NaeConfig(
+        code_steps=1,
+        code_rate=0.2,
+        code_noise=0.1,
+        steps=0,
+    )
+    assert not config.needs_latents
+    terms = losses(
+        config,
+        f,
+        x,
+        None,
+        frozen=f,
+        normals=lambda step: noise * (step + 1),
+    )
+    codes = f.encode(x)
+    drawn = noise[:, :2].requires_grad_()
+
+    def energy_of(whitened):
+        made = f.decode(codes.mean(0) + codes.std(0) * whitened)
+        return (f(made) - made).square().mean(1)
+
+    (slope,) = torch.autograd.grad(energy_of(drawn).sum(), drawn)
+    ends = drawn - 0.2 * slope + 0.1 * 2 * noise[:, :2]
+    assert_close(terms["samples"], energy_of(ends).mean())
 
 
 def test_terms_without_weight_are_not_computed():
