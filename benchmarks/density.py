@@ -79,7 +79,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "IGN": ("configs/mnist_ign.yaml", ("--train.images=520_000",)),
     "VAE": ("configs/mnist_vae.yaml", ()),
     "normalised autoencoder": ("configs/mnist_nae.yaml", ("--train.images=128_000",)),
-    "energy-based model": ("configs/mnist_ebm.yaml", ("--train.images=240_000",)),
+    "energy-based model": ("configs/mnist_ebm.yaml", ("--train.images=165_000",)),
 }
 """Configurations and options of about one processor time."""
 LONGER = {
