@@ -30,6 +30,7 @@ SHRINKAGE = 0.5  # weight of the mean covariance in that of each component, in c
 GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: its multiples fill a circle of 2**32 most evenly
 FLOOR = 1e-3  # added to each variance; that of all codes is 1
 BLOCK = 1024  # codes whose densities are computed at once
+TINY = 1e-30  # shares of a code below it are zero: products of denormal numbers take a hundred times as long
 
 
 @dataclass(kw_only=True, slots=True)
@@ -232,6 +233,7 @@ class Mixture(CodesPrior):
             sums = logarithms.logsumexp(0)
             likelihood += sums.double().sum()
             shares = (logarithms - sums).exp()
+            shares = shares.where(shares > TINY, 0.0)
             moments += (features @ shares.T).double()
         return moments, likelihood
 
