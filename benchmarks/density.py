@@ -75,7 +75,7 @@ SETS = {
 ALONE = ("--objective.imle=0", "--objective.third=none", "--prior.name=none")
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "NAIGN": (RECIPE, ()),
-    "without IMLE": (RECIPE, (*ALONE, "--train.images=860_000")),
+    "without IMLE": (RECIPE, (*ALONE, "--train.images=700_000")),
     "IGN": ("configs/mnist_ign.yaml", ("--train.images=520_000",)),
     "VAE": ("configs/mnist_vae.yaml", ()),
     "normalised autoencoder": ("configs/mnist_nae.yaml", ("--train.images=128_000",)),
