@@ -82,6 +82,8 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "energy-based model": ("configs/mnist_ebm.yaml", ("--train.images=165_000",)),
 }
 """Configurations and options of about one processor time."""
+WITHOUT = "NAIGN without {}"
+"""The title of one that learns without a class."""
 LONGER = {
     "normalised autoencoder, longer": ("configs/mnist_nae.yaml", ()),
     "energy-based model, longer": ("configs/mnist_ebm.yaml", ()),
@@ -323,7 +325,7 @@ def networks(name: str, data: Data) -> dict[str, tuple[str, list[str]]]:
         return asked
     for title, (config, options) in (NETWORKS | LONGER).items():
         asked[title] = (config, [*options, whole])
-    asked[f"NAIGN without {data.left_out}"] = (RECIPE, [f"--data.path={place(name, data.left_out)}"])
+    asked[WITHOUT.format(data.left_out)] = (RECIPE, [f"--data.path={place(name, data.left_out)}"])
     return asked
 
 
@@ -346,7 +348,7 @@ def rows_of(
             continue
         model = NAIGN.from_pretrained(task.folder)
         kinds = dict(others)
-        if "without " + data.left_out not in title:
+        if title != WITHOUT.format(data.left_out):
             kinds.pop(unseen, None)  # it has learned that class
         for score_name, score in scores_of(model, train).items():
             row = measured(score, real, kinds)

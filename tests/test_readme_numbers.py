@@ -33,8 +33,6 @@ NAMES = (
 AE = "denoising autoencoder, mixture of 50"
 VAE = "VAE, mixture of 50"
 FLOW = "flow, 39 evaluations"
-SHORTER = "flow, 10 evaluations"
-LONGER = "Fashion-MNIST, the flow four times as long, guidance 2, 40 steps"
 
 
 def results(name):

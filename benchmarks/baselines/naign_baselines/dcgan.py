@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from naign.errors import InputError
-from naign.model.networks import ImageNetwork, NetworkConfig, Norm
+from naign.model.networks import Doubling, ImageNetwork, NetworkConfig, Norm, halving
 from naign.settings.constraints import between
 
 SLOPE = 0.2
@@ -40,15 +40,7 @@ def _build(config: DcganConfig, shape: tuple[int, ...], *, recompute: bool) -> n
     down: list[nn.Module] = [nn.ConstantPad2d(margin, PADDED)]
     before = shape[0]
     for after in widths:
-        down.append(
-            nn.Conv2d(
-                before,
-                after,
-                4,
-                stride=2,
-                padding=1,
-            )
-        )
+        down.append(halving(before, after))
         if before != shape[0]:
             down.append(Norm(after))
         down.append(nn.LeakyReLU(SLOPE))
@@ -61,15 +53,7 @@ def _build(config: DcganConfig, shape: tuple[int, ...], *, recompute: bool) -> n
     for after in (*reversed(widths[:-1]), shape[0]):
         up.append(Norm(before))
         up.append(nn.ReLU())
-        up.append(
-            nn.ConvTranspose2d(
-                before,
-                after,
-                4,
-                stride=2,
-                padding=1,
-            )
-        )
+        up.append(Doubling(before, after))
         before = after
     up.append(nn.ConstantPad2d(-margin, PADDED))
     up.append(nn.Tanh())

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from naign.errors import InputError
 from naign.model.losses import Batch, Network, ObjectiveConfig
-from naign.model.networks import NetworkConfig
+from naign.model.networks import NetworkConfig, halving
 from naign.settings.constraints import AT_LEAST_0, POSITIVE, between
+from naign_baselines.langevin import slope_of
 
 STEEPEST = 0.03  # largest slope of a pixel that a step follows
 JITTER = 0.005  # deviation of the noise that data gets, and a step adds
@@ -46,15 +47,7 @@ class EnergyNetwork(nn.Module):
         channels = shape[0]
         layers = list[nn.Module]()
         for width in (config.width, 2 * config.width, 2 * config.width):
-            layers.append(
-                nn.Conv2d(
-                    channels,
-                    width,
-                    4,
-                    stride=2,
-                    padding=1,
-                )
-            )
+            layers.append(halving(channels, width))
             layers.append(nn.SiLU())
             channels = width
         side = shape[1] // 8
@@ -81,9 +74,7 @@ class EnergyNetwork(nn.Module):
 
     def descend(self, x: Tensor) -> Tensor:
         """A step down the energy, without a gradient."""
-        x = x.detach().requires_grad_(True)
-        (slope,) = torch.autograd.grad(self.energy(x).sum(), x)
-        gentle = slope.clamp(-STEEPEST, STEEPEST)
+        gentle = slope_of(self.energy, x).clamp(-STEEPEST, STEEPEST)
         moved = x.detach() - self.config.rate * gentle
         return moved.clamp(-1, 1)
 

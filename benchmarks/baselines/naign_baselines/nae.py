@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from naign.errors import require
 from naign.model.losses import Batch, Network, ObjectiveConfig
 from naign.model.networks import code_shape
 from naign.settings.constraints import AT_LEAST_0
+from naign_baselines.langevin import slope_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,11 +57,7 @@ class NaeConfig(ObjectiveConfig):
 def nae(config: NaeConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """The energy of data falls, that of samples by Langevin steps on it rises. Its temperature is 1."""
     model = batch.frozen
-
-    def energy(x: Tensor) -> Tensor:
-        residual = model(x) - x
-        return residual.square().flatten(1).mean(1)
-
+    energy = partial(_energy, model)
     if batch.latents is None:
         samples = _samples_of_codes(config, batch, energy)
     else:
@@ -66,12 +65,10 @@ def nae(config: NaeConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
             samples = model(batch.latents)
     for step in range(config.steps):
         noise = config.noise * batch.normals(step)
-        moved = _descended(samples, energy, config.rate) + noise
+        moved = samples - config.rate * slope_of(energy, samples) + noise
         samples = moved.clamp(-1, 1)
     inputs = torch.cat([batch.images, samples])
-    residual = network(inputs) - inputs
-    energies = residual.square().flatten(1).mean(1)
-    data, other = energies.split(len(batch.images))
+    data, other = _energy(network, inputs).split(len(batch.images))
     bound = config.bound * other.square().mean()
     return {
         "total": data.mean() - other.mean() + bound,
@@ -80,11 +77,22 @@ def nae(config: NaeConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     }
 
 
+def _energy(f: Network, x: Tensor) -> Tensor:
+    """(b,): the mean of (f(x) - x)^2."""
+    residual = f(x) - x
+    return residual.square().flatten(1).mean(1)
+
+
 def _samples_of_codes(config: NaeConfig, batch: Batch, energy: Callable[[Tensor], Tensor]) -> Tensor:
     """Images (b, *shape): the decoded ends of chains of codes on the energy of what is decoded."""
     model = batch.frozen
     shape = code_shape(model, "objective.code_steps")
     count = math.prod(shape)
+    values = batch.images[0].numel()
+    many = (
+        f"objective.name=nae: a code of {count} values is larger than an image, {values}: ask for a smaller model.code"
+    )
+    require((count <= values, many))
 
     def normals(step: int) -> Tensor:
         drawn = batch.normals(config.steps + step).flatten(1)
@@ -101,16 +109,10 @@ def _samples_of_codes(config: NaeConfig, batch: Batch, energy: Callable[[Tensor]
     codes = normals(0)
     for step in range(config.code_steps):
         noise = config.code_noise * normals(step + 1)
-        codes = _descended(codes, lambda at: energy(decoded(at)), config.code_rate) + noise
+        slope = slope_of(lambda at: energy(decoded(at)), codes)
+        codes = codes - config.code_rate * slope + noise
     with torch.no_grad():
         return decoded(codes).float()
-
-
-def _descended(x: Tensor, energy: Callable[[Tensor], Tensor], rate: float) -> Tensor:
-    """x after a step down the energy, without a gradient."""
-    x = x.detach().requires_grad_(True)
-    (slope,) = torch.autograd.grad(energy(x).sum(), x)
-    return x.detach() - rate * slope
 
 
 NAE = (NaeConfig, nae)

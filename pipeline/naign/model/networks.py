@@ -221,15 +221,7 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
     for before, after in halvings:
         if down:
             down.append(nn.SiLU())
-        down.append(
-            nn.Conv2d(
-                before,
-                after,
-                4,
-                stride=2,
-                padding=1,
-            )
-        )
+        down.append(halving(before, after))
         down += _blocks(after, config.depth)
     down += [
         Norm(widths[-1]),
@@ -343,6 +335,17 @@ class Norm(nn.GroupNorm):
                 self.bias.to(x.dtype),
                 self.eps,
             )
+
+
+def halving(before: int, after: int) -> nn.Conv2d:
+    """A convolution by 4x4 kernels, to half the height and width."""
+    return nn.Conv2d(
+        before,
+        after,
+        4,
+        stride=2,
+        padding=1,
+    )
 
 
 class Doubling(nn.ConvTranspose2d):
