@@ -360,16 +360,28 @@ def rows_of(
 
 
 def table_of(rows: dict[str, Row]) -> str:
-    kinds = [*rows[NEAREST]]
-    unseen = {title: None for row in rows.values() for title in row if title.endswith("left out")}
+    kinds = list(rows[NEAREST])
+    titles = list(kinds)
+    titles.append("mean")
+    for row in rows.values():
+        for kind in row:
+            if kind not in titles and kind != COST:
+                titles.append(kind)  # of a class that was left out
+    titles.append(COST)
     lines = []
-    for title, row in rows.items():
-        cells = [f"{row[kind]:.3f}" for kind in kinds]
-        cells.append(f"{fmean(row[kind] for kind in kinds):.3f}")
-        cells += [f"{row[kind]:.3f}" if kind in row else "-" for kind in unseen]
-        cells.append(number(row[COST]) if COST in row else "-")
-        lines.append([title, *cells])
-    return table(["", *kinds, "mean", *unseen, COST], lines)
+    for name, row in rows.items():
+        mean = fmean(row[kind] for kind in kinds)
+        numbers = {"mean": mean, **row}
+        cells = [name]
+        for title in titles:
+            if title not in numbers:
+                cells.append("-")
+            elif title == COST:
+                cells.append(number(numbers[title]))
+            else:
+                cells.append(f"{numbers[title]:.3f}")
+        lines.append(cells)
+    return table(["", *titles], lines)
 
 
 def main(settings: Settings) -> None:
