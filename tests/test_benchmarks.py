@@ -146,9 +146,10 @@ def test_the_first_hour_with_a_gpu_can_be_tried_without_one(start, tmp_path, ben
     assert done.returncode == 0
 
 
-def test_a_part_that_fails_is_a_line_and_an_exit_code(tmp_path, benchmarks):
+def test_a_part_that_fails_is_a_line_and_an_exit_code(tmp_path, benchmarks, monkeypatch):
     from gpu import Settings, main
 
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # which main() sets: later tests must not inherit it
     settings = Settings(
         to=tmp_path / "gpu",
         device="cpu",
