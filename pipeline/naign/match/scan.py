@@ -126,6 +126,22 @@ class Scan:
             )
         self._settle(candidates, ids)
 
+    def add_pairs(
+        self,
+        candidates: Tensor,
+        ids: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> None:
+        """Search only the pairs (s,) of a row of the queries and one of a block, each pair once; see `add`."""
+        self._measure(
+            candidates,
+            ids,
+            rows,
+            columns,
+        )
+        self._settle(candidates, ids)
+
     def _search_bounded(
         self,
         candidates: Tensor,
