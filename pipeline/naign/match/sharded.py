@@ -6,8 +6,8 @@
     index.save("s3://bucket/index")
     index = ShardedIndex.load("s3://bucket/index")  # on any number of ranks
 
-The answer is that of one rank that has all rows, bit for bit. With another factory than `Flat` FAISS proposes candidates
-by its index, which are measured exactly; near ones that it does not propose are missing.
+The answer is that of one rank that has all rows, bit for bit. With another factory than `Flat`, FAISS proposes rows by
+its index, and these are measured exactly; near ones that it does not propose are missing.
 """
 
 import hashlib
@@ -163,7 +163,7 @@ class ShardedIndex:
         return sum(hit for hit, _ in counts) / max(1, sum(total for _, total in counts))
 
     def save(self, place: str) -> None:
-        """Write a file of each rank's rows, and index.json last, to a folder or a bucket; an index there is replaced."""
+        """Write a file of each rank's rows, and index.json last, to a folder or a bucket, in place of an index there."""
         ranks = self._ranks
         store = open_store(place)
         files = []
