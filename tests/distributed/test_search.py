@@ -5,7 +5,7 @@ import torch
 
 from naign.distributed.signals import POLL_SECONDS
 from tests.distributed.ranks import on_ranks
-from tests.distributed.search_cases import ASKED
+from tests.distributed.search_cases import ASKED, GROUPS, IMAGES, ROUND, SAMPLES
 from tests.match.problems import CASES, oracle
 
 pytestmark = pytest.mark.slow
@@ -84,3 +84,26 @@ def test_a_rank_that_dies_or_falls_silent_fails_the_others_in_time(how, tmp_path
         assert f"rank {rank} of 3 failed while" in part["told"]
         assert "another rank died or did not answer within the process group's timeout" in part["told"]
         assert part["seconds"] < 20
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_a_group_has_its_own_part_of_the_pool_on_every_number_of_ranks(world, tmp_path):
+    parts = on_ranks("search_cases.grouped", world, tmp_path)
+    for size in GROUPS:
+        count = size or ROUND
+        ids = torch.cat([part[size][0] for part in parts])
+        for group, rows in enumerate(IMAGES.flatten(1).split(count)):
+            first = group * 10 * count
+            samples = SAMPLES.flatten(1)[first : first + 10 * count]
+            _, places = oracle(rows, samples)
+            found = ids.split(count)[group]
+            assert (found - first).tolist() == places[:, 0].tolist()
+        for part in parts:
+            assert part[size][2] == pytest.approx(parts[0][size][2], rel=1e-12)
+
+
+def test_a_failure_in_one_group_ends_the_match_of_all_in_lock_step(tmp_path):
+    parts = on_ranks("search_cases.failing_group", 4, tmp_path)
+    assert {part["told"] for part in parts} == {"OSError: the disk is gone"}
+    assert [part["polls"] for part in parts] == [30] * 4
+    assert [part["samples"] for part in parts] == [30, 18, 30, 30]  # not again until the end of its part

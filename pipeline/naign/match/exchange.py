@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar, cast
 
 import torch
@@ -80,6 +81,15 @@ class Ranks:
             dist.all_reduce(out, dist.ReduceOp.MIN, group=self.group)
         return out.to(values.device)
 
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean over the ranks of each value."""
+        if self.world == 1:
+            return values
+        out = torch.tensor(list(values.values()), dtype=torch.float64, device=self.link)
+        with self._exchange("sharing metrics"):
+            dist.all_reduce(out, group=self.group)
+        return dict(zip(values, (out / self.world).tolist(), strict=True))
+
     @contextmanager
     def _exchange(self, what: str) -> Iterator[None]:
         """Say what another rank's death interrupted."""
@@ -88,6 +98,27 @@ class Ranks:
         except RuntimeError as error:  # every backend raises it, for a lost connection and for a timeout
             cause = f"another rank died or did not answer within the process group's timeout ({error})"
             raise RuntimeError(f"nearest: rank {self.rank} of {self.world} failed while {what}: {cause}") from error
+
+
+def nearby_ranks(span: int) -> Ranks:
+    """This rank among the `span` that share a group of images: the first of all ranks, the next, and so on. Collective
+    at its first call; `span` divides the number of ranks.
+    """
+    everyone = ranks_of(None)
+    if span == everyone.world:
+        return everyone
+    if span == 1:
+        return Ranks()
+    return ranks_of(_split(dist.group.WORLD, span))
+
+
+@cache
+def _split(world: dist.ProcessGroup, span: int) -> dist.ProcessGroup:
+    """Divide all ranks, of `world`, into groups of `span`, and return that of this rank."""
+    size = dist.get_world_size()
+    parts = [list(range(first, first + span)) for first in range(0, size, span)]
+    mine, _ = dist.new_subgroups_by_enumeration(parts)
+    return mine
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> Ranks:

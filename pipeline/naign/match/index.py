@@ -87,8 +87,29 @@ def search(
     """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does. All queries are sent
     to every rank, which answers for its candidates.
     """
+    return search_among(
+        ranks_of(group),
+        queries,
+        candidates,
+        first_id,
+        method=method,
+        neighbours=neighbours,
+        within=within,
+    )
+
+
+def search_among(
+    ranks: Ranks,
+    queries: Tensor,
+    candidates: Tensor | Blocks,
+    first_id: int,
+    *,
+    method: str = "auto",
+    neighbours: int = 1,
+    within: float = math.inf,
+) -> SearchResult:
+    """`search` by these ranks."""
     assert method in METHODS and neighbours >= 1
-    ranks = ranks_of(group)
     try:
         mine: Shard | ValueError = describe(queries, candidates, first_id, ranks.rank)
     except ValueError as error:

@@ -163,7 +163,7 @@ class ShardedIndex:
         return sum(hit for hit, _ in counts) / max(1, sum(total for _, total in counts))
 
     def save(self, place: str) -> None:
-        """Write a file of each rank's rows, and index.json last, to a folder or a bucket, in place of an index there."""
+        """Write a file of each rank's rows, and index.json last, to a folder or a bucket; one there is replaced."""
         ranks = self._ranks
         store = open_store(place)
         files = []
