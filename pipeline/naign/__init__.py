@@ -1,8 +1,9 @@
 """NAIGN: non-adversarial idempotent generative networks, trained at scale.
 
-    from naign import NAIGN, nearest, open_dataset
+    from naign import NAIGN, ShardedIndex, nearest, open_dataset
 
-These are a trained model, the exact nearest candidate over all ranks, and batches of a data set. Each is imported when
+These are a trained model, an index of rows on many ranks, the exact nearest candidate over all of them, and batches of
+a data set. Each is imported when
 it is first asked for: a program sets its signal handlers before torch takes seconds to load.
 """
 
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from naign.data.batches import open_dataset
     from naign.match.index import nearest
+    from naign.match.sharded import ShardedIndex
     from naign.model.naign import NAIGN
 
-__all__ = ["NAIGN", "nearest", "open_dataset"]
+__all__ = ["NAIGN", "ShardedIndex", "nearest", "open_dataset"]
 
 _MODULES = {
     "NAIGN": "naign.model.naign",
+    "ShardedIndex": "naign.match.sharded",
     "nearest": "naign.match.index",
     "open_dataset": "naign.data.batches",
 }

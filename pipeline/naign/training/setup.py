@@ -26,6 +26,7 @@ from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopRequest
 from naign.distributed.watchdog import Watchdog
 from naign.errors import InputError, require
+from naign.match.matcher import check_groups
 from naign.model.bank import Bank
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network
@@ -119,6 +120,7 @@ def open_stream(config: Config, accelerator: Accelerator) -> Stream:
     workers = config.data.workers
     if not workers:
         workers = 2 if accelerator.device.type == "cuda" else 1
+    check_groups(config.match, accelerator.num_processes)
     return Stream(
         replace(config.data, workers=workers),
         seed=config.seed,
