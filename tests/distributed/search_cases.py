@@ -206,24 +206,27 @@ def grouped(rank, world):
 
 def failing_group(rank, world):
     """What each rank is told, and how often it has polled and sampled, when sampling fails in one of its groups."""
-    counts = {"polls": 0, "samples": 0}
-
-    def poll():
-        counts["polls"] += 1
-
-    def sample(ids):
-        counts["samples"] += 1
-        if rank == 1 and counts["samples"] == 3:
-            raise OSError("the disk is gone")
-        return SAMPLES[ids]
-
     low, high = even(ROUND, rank, world)
-    config = MatchConfig(
-        round=ROUND,
-        group=12,
-        ratio=10,
-        block=8,
-    )
-    told = told_of(lambda: match_round(IMAGES[low:high], sample, config, poll))["told"]
-    match_round(IMAGES[low:high], SAMPLES.__getitem__, config)  # the groups are as good as before
-    return counts | {"told": told}
+    found = {}
+    for name, size in (("within a rank", 12), ("of two ranks", 48)):
+        counts = {"polls": 0, "samples": 0}
+
+        def poll(counts=counts):
+            counts["polls"] += 1
+
+        def sample(ids, counts=counts):
+            counts["samples"] += 1
+            if rank == 1 and counts["samples"] == 3:
+                raise OSError("the disk is gone")
+            return SAMPLES[ids]
+
+        config = MatchConfig(
+            round=ROUND,
+            group=size,
+            ratio=10,
+            block=8,
+        )
+        told = told_of(lambda: match_round(IMAGES[low:high], sample, config, poll))["told"]  # noqa: B023
+        match_round(IMAGES[low:high], SAMPLES.__getitem__, config)  # the groups are as good as before
+        found[name] = (told, counts["polls"], counts["samples"])
+    return found

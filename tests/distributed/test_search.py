@@ -47,8 +47,8 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
         "size": "ValueError: nearest: the rows of rank 2 have 3 values in blocks of 8, those of rank 0 3 in 65536",
         "none": "ValueError: nearest: no rank has a candidate",
         "shared ids": "ValueError: nearest: ranks 0 and 1 both have a candidate with the id 4",
-        "failing in blocks of 4": "RuntimeError: nearest: rank 2 failed to make its candidates from row 4 on",
-        "failing in blocks of 1": "RuntimeError: nearest: rank 2 failed to make its candidates from row 1 on",
+        "failing in blocks of 4": "PeerFailed: nearest: rank 2 failed to make its candidates from row 4 on",
+        "failing in blocks of 1": "PeerFailed: nearest: rank 2 failed to make its candidates from row 1 on",
         "afterwards": "5",
         "made in lock-step": "2",  # of 8: no rank makes another block
     }
@@ -67,7 +67,7 @@ def test_a_stop_asked_of_one_rank_ends_the_match_on_all_within_a_few_blocks(worl
         assert part["stopped"] == (name, made)  # in lock-step
         # A rank that cannot sample takes the others along at the end of the part that it was making.
         error, until = part["failed"]
-        assert error == ("OSError" if rank == world - 1 else "RuntimeError")
+        assert error == ("OSError" if rank == world - 1 else "PeerFailed")
         assert ASKED <= until <= ASKED + 4
 
 
@@ -104,6 +104,10 @@ def test_a_group_has_its_own_part_of_the_pool_on_every_number_of_ranks(world, tm
 
 def test_a_failure_in_one_group_ends_the_match_of_all_in_lock_step(tmp_path):
     parts = on_ranks("search_cases.failing_group", 4, tmp_path)
-    assert {part["told"] for part in parts} == {"OSError: the disk is gone"}
-    assert [part["polls"] for part in parts] == [30] * 4
-    assert [part["samples"] for part in parts] == [30, 18, 30, 30]  # not again until the end of its part
+    own = "OSError: the disk is gone"
+    other = f"PeerFailed: rank 1: {own}"
+    for size, samples in (("within a rank", [30, 18, 30, 30]), ("of two ranks", [30, 3, 30, 30])):
+        found = [part[size] for part in parts]
+        assert [told for told, _, _ in found] == [other, own, other, other]
+        assert [polls for _, polls, _ in found] == [30] * 4
+        assert [made for _, _, made in found] == samples

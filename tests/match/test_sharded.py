@@ -24,7 +24,7 @@ def indexed(rows, *, parts=1, first_id=0, **options):
 def test_the_nearest_are_the_oracles_in_however_small_parts_they_are_searched(case):
     queries, rows = CASES[case]
     expected, places = oracle(queries, rows, 3)
-    index = indexed(rows, parts=3, first_id=1000, memory=4 * 7 * rows.shape[1])  # seven queries at once
+    index = indexed(rows, parts=3, first_id=1000, memory=7 * (8 * rows.shape[1] + 1100))  # seven queries at once
     distances, ids = index.search(queries, k=3)
     found = places.shape[1]
     assert (ids[:, :found] - 1000).tolist() == places.tolist()
@@ -51,7 +51,8 @@ def test_a_saved_index_is_replaced_by_another_and_grows_after_loading(tmp_path):
     rows = draw(0, 50, 4)
     place = str(tmp_path / "index")
     indexed(draw(1, 9, 4)).save(place)
-    indexed(rows[:30]).save(place)
+    indexed(rows[:30], parts=3).save(place)
+    assert len(list((tmp_path / "index").iterdir())) == 2
     index = ShardedIndex.load(place)
     assert len(index) == 30
     index.add(rows[30:], 30)
@@ -66,7 +67,7 @@ def test_a_saved_index_is_replaced_by_another_and_grows_after_loading(tmp_path):
         (dict(rows=draw(0, 3, 5)), r"the rows of rank 0 must be a float32 torch tensor \(n, 4\), not .*\(3, 5\)"),
         (dict(rows=draw(0, 3, 4).double()), "must be a float32"),
         (dict(rows=draw(0, 3, 4) / 0), "NaN or infinity in the rows of rank 0, row 0"),
-        (dict(first_id=8), "ids must ascend on a rank: rank 0 has 9, and adds 8"),
+        (dict(first_id=8), "both have a candidate with the id 8"),
         (dict(first_id=2**62 - 1), r"leave \[0, 2\*\*62\): they start at"),
     ],
 )
@@ -81,7 +82,7 @@ def test_rows_that_cannot_be_added_leave_the_index_as_it_was(change, message):
 def test_arguments_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="factory 'XYZ': .*could not parse"):
         ShardedIndex(4, factory="XYZ")
-    with pytest.raises(ValueError, match="dims is 0"):
+    with pytest.raises(ValueError, match="dims is 0 and memory .*: both must be at least 1"):
         ShardedIndex(0)
     with pytest.raises(ValueError, match="IVF64,Flat on rank 0: .*training points"):
         indexed(draw(0, 10, 4), factory="IVF64,Flat")
@@ -104,10 +105,13 @@ def test_an_index_that_is_not_whole_is_refused(tmp_path):
         ShardedIndex.load(place)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     for key, value, message in (
-        ("dims", 5, "not the rows that index.json says"),
+        ("dims", 5, "not the rows that sharded-index.json says"),
         ("factory", "XYZ", "malformed .*could not parse"),
-        ("format", 2, "format 2, but this program reads 1"),
+        ("format", 2, "format 2, not 1"),
         ("parts", [{}], "malformed .*spans"),
+        ("parts", 2 * manifest["parts"], "both have a candidate with the id 0"),
+        ("parts", [manifest["parts"][0] | {"spans": [[-1, 10]]}], "ids leave"),
+        ("factory", "HNSW8", "files and factory do not go together"),
     ):
         file.write_bytes(whole)
         (tmp_path / MANIFEST).write_text(json.dumps(manifest | {key: value}))

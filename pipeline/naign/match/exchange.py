@@ -21,6 +21,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    first: int = 0  # the rank, among all, of the first of these
     group: dist.ProcessGroup | None = None
     link: torch.device = torch.device("cpu")  # where tensors must lie to be sent: on the GPU for NCCL, else on the CPU
 
@@ -81,14 +82,14 @@ class Ranks:
             dist.all_reduce(out, dist.ReduceOp.MIN, group=self.group)
         return out.to(values.device)
 
-    def mean(self, values: dict[str, float]) -> dict[str, float]:
+    def mean(self, values: list[float]) -> list[float]:
         """The mean over the ranks of each value."""
         if self.world == 1:
             return values
-        out = torch.tensor(list(values.values()), dtype=torch.float64, device=self.link)
+        out = torch.tensor(values, dtype=torch.float64, device=self.link)
         with self._exchange("sharing metrics"):
             dist.all_reduce(out, group=self.group)
-        return dict(zip(values, (out / self.world).tolist(), strict=True))
+        return list((out / self.world).tolist())
 
     @contextmanager
     def _exchange(self, what: str) -> Iterator[None]:
@@ -107,17 +108,20 @@ def nearby_ranks(span: int) -> Ranks:
     everyone = ranks_of(None)
     if span == everyone.world:
         return everyone
+    first = everyone.rank // span * span
     if span == 1:
-        return Ranks()
-    return ranks_of(_split(dist.group.WORLD, span))
+        return Ranks(first=first)
+    ranks = ranks_of(_new_group(dist.group.WORLD, first, span))
+    ranks.first = first
+    return ranks
 
 
 @cache
-def _split(world: dist.ProcessGroup, span: int) -> dist.ProcessGroup:
-    """Divide all ranks, of `world`, into groups of `span`, and return that of this rank."""
-    size = dist.get_world_size()
-    parts = [list(range(first, first + span)) for first in range(0, size, span)]
-    mine, _ = dist.new_subgroups_by_enumeration(parts)
+def _new_group(world: dist.ProcessGroup, first: int, span: int) -> dist.ProcessGroup:
+    """The ranks [first, first + span) of `world`, with its timeout. Collective over these alone."""
+    backend = world._get_backend(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
+    members = list(range(first, first + span))
+    mine: dist.ProcessGroup = dist.new_group(members, timeout=backend.options._timeout, use_local_synchronization=True)
     return mine
 
 

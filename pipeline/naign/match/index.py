@@ -34,7 +34,7 @@ class Blocks:
     """make(low, high) -> this rank's candidates low to high, (high - low, d) float32. A search calls it for one block
     of `size` rows after another, equally often on every rank: a rank that has no candidates left is asked for an empty
     block, low == high. If it raises on any rank, all ranks leave the search before the next block: that rank with its
-    own exception, the others with RuntimeError."""
+    own exception, the others with PeerFailed."""
     size: int = 4096
     """Candidates made and searched at once; the same on every rank."""
 
@@ -49,6 +49,10 @@ class SearchResult:
 
 class NotFinite(ValueError):
     """NaN or infinity among the queries or the candidates."""
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed to make its candidates, and says why there."""
 
 
 def nearest(
@@ -111,7 +115,7 @@ def search_among(
     """`search` by these ranks."""
     assert method in METHODS and neighbours >= 1
     try:
-        mine: Shard | ValueError = describe(queries, candidates, first_id, ranks.rank)
+        mine: Shard | ValueError = describe(queries, candidates, first_id, ranks.first + ranks.rank)
     except ValueError as error:
         mine = error
     shards = ranks.collect(mine)
@@ -212,22 +216,23 @@ class Span(NamedTuple):
     """Ids that a rank has, one after another."""
 
     first: int
-    count: int
+    rows: int
     rank: int
 
 
 def check_apart(spans: Iterable[Span]) -> None:
     """ValueError if two spans share an id."""
     for span, other in pairwise(sorted(spans)):
-        if other.first < span.first + span.count:
+        if other.first < span.first + span.rows:
             both = f"both have a candidate with the id {other.first}"
             raise ValueError(f"nearest: ranks {span.rank} and {other.rank} {both}")
 
 
 def are_rows(rows: object) -> bool:
     """Whether these are rows (n, d) float32 in a dense tensor."""
-    fits = isinstance(rows, Tensor) and rows.dtype == torch.float32 and rows.ndim == 2
-    return fits and rows.layout == torch.strided and not rows.is_meta
+    if not isinstance(rows, Tensor) or rows.dtype != torch.float32 or rows.ndim != 2:
+        return False
+    return rows.layout == torch.strided and not rows.is_meta
 
 
 def described(rows: object) -> str:
@@ -266,16 +271,17 @@ def make_block(
     """Collective: this rank's candidates of the block that begins at row `low`, (n, d) on the device of the queries,
     and their ids (n,). All ranks raise here together if `make` fails on one, or returns anything but such a block.
     """
+    me = ranks.first + ranks.rank
     first = min(low, blocks.rows)
     last = min(low + blocks.size, blocks.rows)
     try:
         block = torch.as_tensor(blocks.make(first, last)).detach().to(queries.device)
     except Exception:
         with contextlib.suppress(Exception):  # this rank's exception says more
-            ranks.collect(RuntimeError(f"nearest: rank {ranks.rank} failed to make its candidates from row {first} on"))
+            ranks.collect(PeerFailed(f"nearest: rank {me} failed to make its candidates from row {first} on"))
         raise
     fault: ValueError | None = None
-    what = f"the candidates of rank {ranks.rank}"
+    what = f"the candidates of rank {me}"
     try:
         if block.shape != (last - first, queries.shape[1]) or block.dtype != queries.dtype:
             raise ValueError(f"nearest: shape or type differs from the queries' for {what}, row {first}")

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from naign.errors import require
+from naign.errors import one_line, require
 from naign.match.exchange import Ranks, nearby_ranks, ranks_of
-from naign.match.index import search_among
+from naign.match.index import NotFinite, PeerFailed, search_among
 from naign.match.pool import Pool
 from naign.settings.constraints import AT_LEAST_0, POSITIVE, between
 
@@ -46,7 +46,7 @@ class MatchConfig:
 class Match:
     ids: Tensor  # (n,) int64: latent id of the sample of each image of this rank
     distances: Tensor  # (n,) float32: squared L2 distance to it, of pixels
-    values: dict[str, float]  # metrics over all ranks, the same on each
+    values: dict[str, float]  # metrics, the same on each rank: means over groups
 
 
 def match_round(
@@ -62,6 +62,8 @@ def match_round(
     once, any other at its end, on all ranks.
     """
     everyone = ranks_of(None)
+    if config.group:
+        check_groups(config, everyone.world)
     span = max(1, config.images * everyone.world // config.round)  # ranks that share a group
     ranks = nearby_ranks(span)
     count = max(1, config.round // config.images // everyone.world)  # groups of a rank
@@ -84,29 +86,47 @@ def match_round(
                 found.append(_match_group(part, pool, ranks))
                 continue
         except Exception as error:
-            if pool.polled_out or span == everyone.world:
+            of_group = span == 1 or pool.failed or isinstance(error, (PeerFailed, ValueError))
+            if span == everyone.world or pool.polled_out or not of_group:
                 raise
-            failure = error
+            failure = error.with_traceback(None)  # which would keep samples
         pool.skip()
-    everyone.collect(failure)
+    if span < everyone.world:
+        _raise_together(failure, everyone)
     distances, ids, values = zip(*found, strict=True)
     total = {key: sum(each[key] for each in values) / count for key in values[0]}
+    if span < everyone.world:
+        total = dict(zip(total, everyone.mean(list(total.values())), strict=True))
     return Match(
         ids=torch.cat(ids),
         distances=torch.cat(distances).float(),
-        values=everyone.mean(total),
+        values=total,
     )
+
+
+def _raise_together(failure: Exception | None, ranks: Ranks) -> None:
+    """Collective: where a rank has failed, raise that there, and what it says on the others."""
+    if not sum(ranks.mean([float(failure is not None)])):
+        return
+    said = ""
+    if failure is not None and not isinstance(failure, PeerFailed):
+        said = f"rank {ranks.rank}: {type(failure).__name__}: {one_line(failure)}"
+    told = ranks.collect((said, isinstance(failure, NotFinite)))
+    if said and failure is not None:
+        raise failure
+    cause, not_finite = next(each for each in told if each[0])
+    raise NotFinite(cause) if not_finite else PeerFailed(cause)
 
 
 def check_groups(config: MatchConfig, world: int) -> None:
     """Raise InputError where groups do not fit into the parts of a round that so many ranks have."""
     size = config.images
-    share = config.round // world
+    share = max(1, config.round // world)
     unequal = f"match.group={size} does not divide match.round={config.round}"
     apart = f"match.group={size} neither divides the {share} images a round of one of {world} ranks, nor is a multiple"
     require(
         (config.round % size == 0, f"{unequal}: choose a divisor"),
-        (share % size == 0 or size % share == 0 and world % (size // share) == 0, f"{apart}: choose one that is"),
+        (share % size == 0 or size % share == 0, f"{apart}: choose one that is"),
     )
 
 

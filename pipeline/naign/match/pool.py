@@ -46,6 +46,7 @@ class Pool:
         self._poll = poll
         self._made = 0  # samples of the rank with most
         self.polled_out = False  # whether `poll` has raised, on all ranks
+        self.failed = False  # whether `sample` has, on this one
 
     def skip(self) -> None:
         """Poll, and sample in vain, as often as the other ranks still do."""
@@ -87,5 +88,6 @@ class Pool:
             except Exception as error:
                 failure = error
         if failure is not None:
+            self.failed = True
             raise failure
         return torch.cat(samples)[: high - low].float().flatten(1)

@@ -6,14 +6,16 @@
     index.save("s3://bucket/index")
     index = ShardedIndex.load("s3://bucket/index")  # on any number of ranks
 
-The answer is that of one rank that has all rows, bit for bit. With another factory than `Flat`, FAISS proposes rows by
-its index, and these are measured exactly; near ones that it does not propose are missing.
+With the factory `Flat` the answer is that of one rank that has all rows, bit for bit. With another, FAISS proposes rows
+by an index of each rank's own, and these are measured exactly: near ones that no index proposes are missing.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from operator import index as whole
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from naign.errors import InputError, one_line, require
 from naign.match.exact import load_faiss
-from naign.match.exchange import ranks_of
+from naign.match.exchange import Ranks, ranks_of
 from naign.match.index import (
     Span,
     are_rows,
@@ -34,15 +36,33 @@ from naign.match.index import (
 )
 from naign.match.scan import FETCH, Scan
 from naign.philox import MAX_ID
-from naign.storage.store import open_store
+from naign.storage.base import Store
+from naign.storage.store import check_writable, open_store
 
-MANIFEST = "index.json"
+T = TypeVar("T")
+
+MANIFEST = "sharded-index.json"
 FORMAT = 1
 ROWS = 1 << 16
 """Of a block."""
 MEMORY = 2**28
+ANSWER = 100
+"""Bytes that a candidate of an answer takes while it is searched, about."""
 PROBE = 256
-"""Queries that the recall is measured on."""
+"""Queries of a rank that the recall is measured on."""
+
+
+def everywhere(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What this rank's work returns, once it is done on all ranks; an exception of any of them is raised on all."""
+    failure: Exception | None = None
+    try:
+        done = work()
+    except Exception as error:
+        failure = error
+        if not type(error).__module__.startswith(("builtins", "naign.")):  # others may not be sent
+            failure = RuntimeError(f"rank {ranks.rank}: {type(error).__name__}: {one_line(error)}")
+    ranks.collect(failure)
+    return done
 
 
 @dataclass(slots=True)
@@ -66,13 +86,36 @@ class Part:
 
     @property
     def ids(self) -> Tensor:
-        """(n,) int64, ascending."""
-        parts = [torch.arange(span.first, span.first + span.count) for span in self.spans]
+        """(n,) int64."""
+        parts = [torch.arange(span.first, span.first + span.rows) for span in self.spans]
         return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+
+    def train(self, values: Any) -> None:
+        if self.fast is not None and len(values) and not self.fast.is_trained:
+            self.fast.train(values)
+
+    def propose(self, values: Any) -> None:
+        """Let `fast` know of these, beside what is in `flat`; it is as before where that fails."""
+        if self.fast is None:
+            return
+        try:
+            self.fast.add(values)
+        except Exception:
+            self.forget()
+            raise
+
+    def forget(self) -> None:
+        """Take what `fast` alone knows from it."""
+        if self.fast is not None:
+            self.fast.reset()
+            self.fast.add(self.rows.numpy())
 
 
 class ShardedIndex:
-    """Rows of all ranks, searched for the nearest by (float64 squared L2 distance, id). All methods are collective."""
+    """Rows of all ranks, searched for the nearest by (float64 squared L2 distance, id).
+
+    All methods are collective, the constructor, too. Where one rank fails, every rank raises what that rank does.
+    """
 
     def __init__(
         self,
@@ -85,107 +128,112 @@ class ShardedIndex:
         """
         Args:
             dims: values of a row.
-            factory: string of FAISS's `index_factory`. `Flat` is exact, others (`IVF4096,Flat`, `HNSW32`) propose; one
-                that must be trained is, by the first rows that a rank adds.
+            factory: string of FAISS's `index_factory`. `Flat` is exact; others (`IVF4096,Flat`, `HNSW32`) propose, by
+                FAISS's default parameters, and hold the rows a second time. What must be trained is, by the first rows
+                that a rank adds.
             group: the default group, or this process alone where there is none.
-            memory: bytes of queries, of all ranks, that are searched at once; a rank holds about twice that.
+            memory: bytes that a rank needs at once for queries of all ranks and their answers, about.
 
         Raises:
-            ValueError: for a factory that FAISS does not know.
+            ValueError: for a factory that FAISS does not know, or where ranks pass different arguments.
         """
-        if not isinstance(dims, int) or dims < 1:
-            raise ValueError(f"ShardedIndex: dims is {dims!r}: it must be at least 1")
-        self.dims = dims
-        self.factory = factory
-        self.memory = memory
         self._ranks = ranks_of(group)
-        self._parts = [self._new_part()]
+
+        def checked() -> tuple[int, str, int]:
+            if whole(dims) < 1 or whole(memory) < 1:
+                raise ValueError(f"ShardedIndex: dims is {dims} and memory {memory}: both must be at least 1")
+            _new_part(whole(dims), factory)
+            return whole(dims), factory, whole(memory)
+
+        given = self._ranks.collect(everywhere(self._ranks, checked))
+        for rank, other in enumerate(given):
+            if other != given[0]:
+                differ = f"rank {rank} has {other}, rank 0 {given[0]}"
+                raise ValueError(f"ShardedIndex: dims, factory and memory must be the same on all ranks: {differ}")
+        self.dims, self.factory, self.memory = given[0]
+        self._parts = [_new_part(self.dims, factory)]
         self._spans: list[Span] = []  # of all ranks
 
     def __len__(self) -> int:
         """Rows of all ranks."""
-        return sum(span.count for span in self._spans)
+        return sum(span.rows for span in self._spans)
 
     def add(self, rows: Tensor, first_id: int) -> None:
         """Add this rank's rows (n, dims) float32, n >= 0: row i has the id first_id + i.
 
         Raises:
-            ValueError: on every rank, and nothing is added, if a rank's rows have another width or type, or hold NaN
-                or infinity, if ids are taken or do not ascend, or if FAISS cannot be trained by so few rows.
+            ValueError: and nothing is added, if a rank's rows have another width or type, or hold NaN or infinity, if
+                ids are taken, or if FAISS cannot be trained by so few rows.
         """
         ranks = self._ranks
-        mine: Span | ValueError
-        try:
-            mine = self._checked(rows, first_id)
-        except ValueError as error:
-            mine = error
-        spans = [span for span in ranks.collect(mine) if span.count]
+        mine = everywhere(ranks, lambda: self._checked(rows, first_id))
+        spans = [span for span in ranks.collect(mine) if span.rows]
         check_apart([*self._spans, *spans])
         part = self._parts[-1]
         values = rows.detach().cpu().contiguous().numpy()
-        failure: ValueError | None = None
+        _use_threads()
+        self._by_faiss(lambda: part.train(values))
         try:
-            if part.fast is not None and len(values):
-                if not part.fast.is_trained:
-                    part.fast.train(values)
-                part.fast.add(values)
-        except RuntimeError as error:
-            failure = ValueError(f"ShardedIndex: {self.factory} on rank {ranks.rank}: {one_line(error)}")
-        ranks.collect(failure)
+            self._by_faiss(lambda: part.propose(values))
+        except ValueError:
+            part.forget()
+            raise
         part.flat.add(values)
-        part.spans += [span for span in spans if span.rank == ranks.rank]
-        self._spans += spans
+        if mine.rows:
+            _append(part.spans, mine)
+        for span in spans:
+            _append(self._spans, span)
 
     def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """The k nearest rows of each query.
 
         Args:
             queries: (q, dims) float32, any q >= 0 on each rank.
-            k: how many, at least 1.
+            k: how many, at least 1, the same on every rank.
 
         Returns:
             (q, k) float64 squared L2 distances, ascending, infinite where there are fewer rows; and (q, k) int64 ids,
             -1 there; the smaller id first where distances are equal.
 
         Raises:
-            ValueError: on every rank, if a rank's queries have another width or type, or hold NaN or infinity.
+            ValueError: if a rank's queries have another width or type, or hold NaN or infinity.
             RuntimeError: if a rank dies, or is silent for longer than the process group's timeout.
         """
         return self._search(queries, k, exact=self.factory == "Flat")
 
     def recall(self, queries: Tensor, k: int = 1) -> float:
-        """The share of the k nearest rows that `search` finds, of this rank's first PROBE queries and all others'."""
-        probe = queries[:PROBE]
+        """The share of the k nearest rows that `search` finds, of the first PROBE queries of each rank."""
+        probe = queries[:PROBE] if are_rows(queries) else queries
         _, found = self.search(probe, k)
         _, wanted = self._search(probe, k, exact=True)
-        hits = (found[:, :, None] == wanted[:, None]).any(1) & (wanted >= 0)
-        counts = self._ranks.collect((int(hits.sum()), int((wanted >= 0).sum())))
+        hits = 0
+        for some, others in zip(found, wanted, strict=True):
+            hits += int(torch.isin(others[others >= 0], some).sum())
+        counts = self._ranks.collect((hits, int((wanted >= 0).sum())))
         return sum(hit for hit, _ in counts) / max(1, sum(total for _, total in counts))
 
     def save(self, place: str) -> None:
-        """Write a file of each rank's rows, and index.json last, to a folder or a bucket; one there is replaced."""
+        """Write a file of each rank's rows, and sharded-index.json last, to a folder or a bucket. An index that was
+        there is replaced, and its files are deleted. Takes twice the memory of a rank's rows.
+
+        Raises:
+            InputError: and nothing is written, where a rank cannot write there.
+        """
         ranks = self._ranks
-        store = open_store(place)
-        files = []
-        for part in self._parts:
-            if not part.spans:
-                continue
-            record: dict[str, Any] = {"spans": [[span.first, span.count] for span in part.spans]}
-            for kind, index in (("rows", part.flat), ("fast", part.fast)):
-                if index is None:
-                    continue
-                data = load_faiss().serialize_index(index).tobytes()
-                digest = hashlib.sha256(data).hexdigest()
-                name = f"{part.spans[0].first:020d}-{digest[:12]}.{kind}.faiss"
-                store.put(name, data)
-                record[kind] = {"name": name, "sha256": digest}
-            files.append(record)
-        parts = [record for each in ranks.collect(files) for record in each]
-        if ranks.rank == 0:
-            parts.sort(key=lambda record: record["spans"])
-            manifest = {"format": FORMAT, "dims": self.dims, "factory": self.factory, "parts": parts}
+        store = everywhere(ranks, lambda: open_store(place))
+        everywhere(ranks, lambda: check_writable(store, f"{place}, from rank {ranks.rank},"))
+        records = ranks.collect(everywhere(ranks, lambda: [_write(store, part) for part in self._parts if part.spans]))
+        parts = [record for each in records for record in each]
+        parts.sort(key=lambda record: record["spans"])
+        manifest = {"format": FORMAT, "dims": self.dims, "factory": self.factory, "parts": parts}
+
+        def finish() -> None:
+            old = _files(_load_manifest(store)) if store.exists(MANIFEST) else set()
             store.put(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        ranks.collect(None)
+            for name in old - _files(manifest):
+                store.delete(name)
+
+        everywhere(ranks, finish if ranks.rank == 0 else lambda: None)
 
     @classmethod
     def load(
@@ -195,7 +243,7 @@ class ShardedIndex:
         group: dist.ProcessGroup | None = None,
         memory: int = MEMORY,
     ) -> "ShardedIndex":
-        """The index that was saved there, by any number of ranks: each has some of its files.
+        """The index that was saved there, by any number of ranks: its files are shared out, whole, in their order.
 
         FAISS reads files that were made to harm it without care: load only what you trust.
 
@@ -203,91 +251,35 @@ class ShardedIndex:
             InputError: where there is no index, or a file of it is missing, damaged or of another index or FAISS.
         """
         ranks = ranks_of(group)
-        index: ShardedIndex | InputError
-        try:
-            index = cls._read(place, group, memory)
-        except InputError as error:
-            index = error
-        failure = index if isinstance(index, InputError) else None
-        ranks.collect(failure)
-        assert isinstance(index, ShardedIndex)
-        spans = ranks.collect([span for part in index._parts for span in part.spans])
-        index._spans = [span for each in spans for span in each]
+        store = everywhere(ranks, lambda: open_store(place))
+        manifest = everywhere(ranks, lambda: _load_manifest(store) if ranks.rank == 0 else {})
+        manifest = ranks.collect(manifest)[0]
+        index = cls(
+            manifest["dims"],
+            factory=manifest["factory"],
+            group=group,
+            memory=memory,
+        )
+        records = manifest["parts"]
+        first = len(records) * ranks.rank // ranks.world
+        last = len(records) * (ranks.rank + 1) // ranks.world
+
+        def read() -> list[Part]:
+            return [_read(store, record, index) for record in records[first:last]]
+
+        parts = everywhere(ranks, read)
+        index._parts = parts or index._parts
+        for each in ranks.collect([span for part in parts for span in part.spans]):
+            index._spans += each
         return index
-
-    @classmethod
-    def _read(cls, place: str, group: dist.ProcessGroup | None, memory: int) -> "ShardedIndex":
-        """This rank's part of a saved index."""
-        store = open_store(place)
-        where = store.url(MANIFEST)
-        require((store.exists(MANIFEST), f"{where}: no such file: ShardedIndex.save writes one"))
-        try:
-            manifest = json.loads(store.read(MANIFEST))
-            if manifest["format"] != FORMAT:
-                raise InputError(f"{where}: format {manifest['format']!r}, but this program reads {FORMAT}")
-            index = cls(manifest["dims"], factory=manifest["factory"], group=group, memory=memory)
-            ranks = index._ranks
-            records = manifest["parts"]
-            first = len(records) * ranks.rank // ranks.world
-            last = len(records) * (ranks.rank + 1) // ranks.world
-            for record in records[first:last]:
-                spans = [Span(start, count, ranks.rank) for start, count in record["spans"]]
-                found = {}
-                for kind in ("rows", "fast"):
-                    found[kind] = None
-                    if kind in record:
-                        found[kind] = index._parsed(place, record[kind], spans)
-                index._parts.append(Part(found["rows"], found["fast"], spans))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{where}: malformed ({type(error).__name__}: {error}): save the index again") from None
-        if len(index._parts) > 1:
-            del index._parts[0]
-        return index
-
-    def _parsed(
-        self,
-        place: str,
-        file: dict[str, str],
-        spans: list[Span],
-    ) -> Any:
-        """The FAISS index in a file, which must be of these spans."""
-        store = open_store(place)
-        url = store.url(file["name"])
-        data = store.read(file["name"])
-        sound = hashlib.sha256(data).hexdigest() == file["sha256"]
-        require((sound, f"{url}: cut, damaged or of another index: save the index again"))
-        try:
-            found = load_faiss().deserialize_index(np.frombuffer(data, np.uint8))
-        except RuntimeError as error:
-            raise InputError(f"{url}: this FAISS cannot read it: {one_line(error)}") from None
-        fits = found.d == self.dims and found.ntotal == sum(span.count for span in spans)
-        require((fits, f"{url}: not the rows that {MANIFEST} says: save the index again"))
-        return found
-
-    def _new_part(self) -> Part:
-        """Empty indexes."""
-        faiss = load_faiss()
-        fast = None
-        if self.factory != "Flat":
-            try:
-                fast = faiss.index_factory(self.dims, self.factory)
-            except RuntimeError as error:
-                raise ValueError(f"ShardedIndex: factory {self.factory!r}: {one_line(error)}") from None
-        return Part(faiss.IndexFlatL2(self.dims), fast)
 
     def _checked(self, rows: Tensor, first_id: int) -> Span:
         """The ids of rows that are added. Raises ValueError."""
         rank = self._ranks.rank
         self._check_rows(rows, "rows")
-        if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - len(rows):
+        if not 0 <= whole(first_id) <= MAX_ID - len(rows):
             raise ValueError(f"ShardedIndex: the ids of rank {rank} leave [0, 2**62): they start at {first_id}")
-        mine = [span for span in self._spans if span.rank == rank]
-        if mine and len(rows) and first_id < mine[-1].first + mine[-1].count:
-            had = mine[-1].first + mine[-1].count - 1
-            raise ValueError(f"ShardedIndex: ids must ascend on a rank: rank {rank} has {had}, and adds {first_id}")
-        return Span(first_id, len(rows), rank)
+        return Span(whole(first_id), len(rows), rank)
 
     def _check_rows(self, rows: Tensor, what: str) -> None:
         rank = self._ranks.rank
@@ -295,6 +287,18 @@ class ShardedIndex:
             needed = f"the {what} of rank {rank} must be a float32 torch tensor (n, {self.dims})"
             raise ValueError(f"ShardedIndex: {needed}, not {described(rows)}")
         check_finite(rows, f"the {what} of rank {rank}", first_row=0)
+
+    def _by_faiss(self, work: Callable[[], None]) -> None:
+        """Work of FAISS on every rank; its errors are ValueErrors."""
+
+        def named() -> None:
+            try:
+                work()
+            except RuntimeError as error:
+                problem = f"ShardedIndex: {self.factory} on rank {self._ranks.rank}: {one_line(error)}"
+                raise ValueError(problem) from None
+
+        everywhere(self._ranks, named)
 
     def _search(
         self,
@@ -304,66 +308,156 @@ class ShardedIndex:
         exact: bool,
     ) -> tuple[Tensor, Tensor]:
         ranks = self._ranks
-        mine: int | ValueError
-        try:
+        blocks = self._blocks() if exact else []
+
+        def checked() -> tuple[int, int, int]:
             self._check_rows(queries, "queries")
-            if not isinstance(k, int) or k < 1:
-                raise ValueError(f"ShardedIndex: k is {k!r}: it must be at least 1")
-            mine = len(queries)
-        except ValueError as error:
-            mine = error
-        counts = ranks.collect(mine)
-        step = max(1, self.memory // (4 * self.dims * ranks.world))
+            if whole(k) < 1:
+                raise ValueError(f"ShardedIndex: k is {k}: it must be at least 1")
+            return len(queries), whole(k), len(blocks)
+
+        given = ranks.collect(everywhere(ranks, checked))
+        counts, asked, sizes = map(list, zip(*given, strict=True))
+        if len(set(asked)) > 1:
+            raise ValueError(f"ShardedIndex: k must be the same on all ranks, not {asked}")
+        none = (torch.empty(0, self.dims), torch.empty(0, dtype=torch.int64))
+        blocks += [none] * (max(sizes) - len(blocks))
+        step = max(1, self.memory // (ranks.world * (8 * self.dims + ANSWER * (k + FETCH))))
         found = []
         for low in range(0, max(1, *counts), step):
             part = queries.detach()[low : low + step]
-            sizes = [min(step, max(0, count - low)) for count in counts]
+            shares = [min(step, max(0, count - low)) for count in counts]
             scan = Scan(
-                ranks.gather(part, sizes),
+                ranks.gather(part, shares),
                 neighbours=k,
                 method="auto",
-                expected=sum(part.flat.ntotal for part in self._parts),
+                expected=sum(each.flat.ntotal for each in self._parts),
             )
-            if exact:
-                self._scan_all(scan)
-            else:
-                self._scan_proposed(scan)
-            found.append(deliver_answers(scan, sizes, ranks))
+            for number, (rows, ids) in enumerate(blocks):
+                search_block(
+                    scan,
+                    rows,
+                    ids,
+                    ranks,
+                    first=number == 0,
+                )
+            if not exact:
+                self._by_faiss(lambda scan=scan: self._scan_proposed(scan))  # type: ignore[misc]
+            found.append(deliver_answers(scan, shares, ranks))
         distances, ids = map(torch.cat, zip(*found, strict=True))
         return distances, ids
 
-    def _scan_all(self, scan: Scan) -> None:
-        """Search all rows of this rank, in blocks, as many on every rank."""
-        blocks = []
+    def _blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows and ids of this rank."""
+        blocks = list[tuple[Tensor, Tensor]]()
         for part in self._parts:
-            blocks += list(zip(part.rows.split(ROWS), part.ids.split(ROWS), strict=True))
-        most = max(self._ranks.collect(len(blocks)))
-        none = (torch.empty(0, self.dims), torch.empty(0, dtype=torch.int64))
-        blocks += [none] * (most - len(blocks))
-        for number, (rows, ids) in enumerate(blocks):
-            search_block(
-                scan,
-                rows,
-                ids,
-                self._ranks,
-                first=number == 0,
-            )
+            blocks += zip(part.rows.split(ROWS), part.ids.split(ROWS), strict=True)
+        return blocks
 
     def _scan_proposed(self, scan: Scan) -> None:
         """Measure the rows of this rank that FAISS proposes."""
         asked = scan.queries.cpu().numpy()
-        faiss = load_faiss()
-        faiss.omp_set_num_threads(torch.get_num_threads())
+        device = scan.queries.device
+        _use_threads()
         for part in self._parts:
-            if not part.flat.ntotal:
+            if not (part.flat.ntotal and len(asked)):
                 continue
             count = min(scan.neighbours + FETCH, part.flat.ntotal)
             columns = torch.from_numpy(part.fast.search(asked, count)[1])
             rows, places = (columns >= 0).nonzero(as_tuple=True)
-            device = scan.queries.device
+            chosen, columns = columns[rows, places].unique(return_inverse=True)
             scan.add_pairs(
-                part.rows.to(device),
-                part.ids.to(device),
+                part.rows[chosen].to(device),
+                part.ids[chosen].to(device),
                 rows.to(device),
-                columns[rows, places].to(device),
+                columns.to(device),
             )
+
+
+def _new_part(dims: int, factory: str) -> Part:
+    """Empty indexes. Raises ValueError for a factory that FAISS does not know."""
+    faiss = load_faiss()
+    fast = None
+    if factory != "Flat":
+        try:
+            fast = faiss.index_factory(dims, factory)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"ShardedIndex: factory {factory!r}: {one_line(error)}") from None
+    return Part(faiss.IndexFlatL2(dims), fast)
+
+
+def _append(spans: list[Span], span: Span) -> None:
+    """Add a span, to the last one if it goes on from there."""
+    if spans and spans[-1].rank == span.rank and spans[-1].first + spans[-1].rows == span.first:
+        span = Span(spans[-1].first, spans[-1].rows + span.rows, span.rank)
+        del spans[-1]
+    spans.append(span)
+
+
+def _use_threads() -> None:
+    load_faiss().omp_set_num_threads(torch.get_num_threads())
+
+
+def _write(store: Store, part: Part) -> dict[str, Any]:
+    """Write a part's files. Returns what the manifest says of it."""
+    record: dict[str, Any] = {"spans": [[span.first, span.rows] for span in part.spans]}
+    for kind, index in (("rows", part.flat), ("fast", part.fast)):
+        if index is not None:
+            data = load_faiss().serialize_index(index).tobytes()
+            digest = hashlib.sha256(data).hexdigest()
+            name = f"{part.spans[0].first:020d}-{digest[:12]}.{kind}.faiss"
+            store.put(name, data)
+            record[kind] = {"name": name, "sha256": digest}
+    return record
+
+
+def _files(manifest: dict[str, Any]) -> set[str]:
+    """The names of a saved index's files."""
+    return {part[kind]["name"] for part in manifest["parts"] for kind in ("rows", "fast") if kind in part}
+
+
+def _load_manifest(store: Store) -> dict[str, Any]:
+    """What is saved. Raises InputError where there is nothing, or what is there is no index."""
+    where = store.url(MANIFEST)
+    require((store.exists(MANIFEST), f"{where}: no such file: ShardedIndex.save writes one"))
+    try:
+        manifest: dict[str, Any] = json.loads(store.read(MANIFEST))
+        require((manifest["format"] == FORMAT, f"{where}: format {manifest['format']!r}, not {FORMAT}"))
+        _new_part(whole(manifest["dims"]), manifest["factory"])
+        spans = []
+        for part in manifest["parts"]:
+            if ("fast" in part) == (manifest["factory"] == "Flat"):
+                raise ValueError("files and factory do not go together")
+            for first, count in part["spans"]:
+                spans.append(Span(whole(first), whole(count), 0))
+        if any(span.first < 0 or span.rows < 1 or span.first + span.rows > MAX_ID for span in spans):
+            raise ValueError("ids leave [0, 2**62)")
+        check_apart(spans)
+        names = _files(manifest)
+        if any("/" in name or not name.endswith(".faiss") for name in names):
+            raise ValueError("a file is not one of an index")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: malformed ({type(error).__name__}: {error}): save the index again") from None
+    return manifest
+
+
+def _read(store: Store, record: dict[str, Any], index: ShardedIndex) -> Part:
+    """A part of a saved index. Raises InputError."""
+    spans = [Span(first, count, index._ranks.rank) for first, count in record["spans"]]
+    found = dict[str, Any](rows=None, fast=None)
+    for kind in found:
+        if kind not in record:
+            continue
+        name = record[kind]["name"]
+        data = store.read(name)
+        sound = hashlib.sha256(data).hexdigest() == record[kind]["sha256"]
+        require((sound, f"{store.url(name)}: cut, damaged or of another index: save the index again"))
+        try:
+            found[kind] = load_faiss().deserialize_index(np.frombuffer(data, np.uint8))
+        except RuntimeError as error:
+            raise InputError(f"{store.url(name)}: this FAISS cannot read it: {one_line(error)}") from None
+        fits = found[kind].d == index.dims and found[kind].ntotal == sum(span.rows for span in spans)
+        require((fits, f"{store.url(name)}: not the rows that {MANIFEST} says: save the index again"))
+    return Part(found["rows"], found["fast"], spans)

@@ -120,14 +120,15 @@ def open_stream(config: Config, accelerator: Accelerator) -> Stream:
     workers = config.data.workers
     if not workers:
         workers = 2 if accelerator.device.type == "cuda" else 1
-    check_groups(config.match, accelerator.num_processes)
-    return Stream(
+    stream = Stream(
         replace(config.data, workers=workers),
         seed=config.seed,
         round_size=config.match.round,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
+    check_groups(config.match, accelerator.num_processes)
+    return stream
 
 
 def build_model(config: Config, stream: Stream, device: torch.device) -> tuple[nn.Module, Latents, Prior]:
