@@ -13,18 +13,27 @@ from naign.config import Config, check, load, to_dict
 from naign.errors import require
 from naign.settings.read import read_yaml
 
-# docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html.
-BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[ -~]*)?"
+# docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html; Google's names may have "_".
+BUCKET = (
+    r"(s3|gs|az)://(?![^/]*\.\.)[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[ -~]*)?|abfss://[a-z0-9-]+@[a-z0-9.]+(/[ -~]*)?"
+)
+PATH = r"(?!/|.*(\.\.|:))[ -~]+"
+CLAIM = "/claim"
+"""Where a pod has its claim."""
 NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
 
 
 def configure(job: Job) -> Config:
     """The run's configuration. Raises InputError where it does not fit the job; no message shows an address."""
     size = f"{job.nodes} nodes of {job.gpus} GPUs"
-    bucket = "pods share a bucket only: write s3://bucket/prefix, a bucket's name as S3 wants it"
+    pattern = PATH if job.claim else BUCKET
+    shared = "pods share a bucket, or a volume by --claim: write s3://bucket/prefix, a bucket's name as S3 wants it"
+    if job.claim:
+        shared = f"with --claim={job.claim} write a path in that volume, such as runs/first, not a bucket"
     rules = (
-        ("--data", job.data, BUCKET, bucket),
-        ("--run", job.run, BUCKET, bucket),
+        ("--data", job.data, pattern, shared),
+        ("--run", job.run, pattern, shared),
+        ("--claim", job.claim, f"({NAME})?", "give the name of a PersistentVolumeClaim"),
         ("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", "write http://host:port, without user and password"),
         ("--name", job.name, NAME, "give one of small letters, digits and '-', at most 42, as Kubernetes wants names"),
     )
@@ -35,6 +44,10 @@ def configure(job: Job) -> Config:
     settings.data.path = job.data
     settings.run.path = f"/run/naign/{job.name}"
     settings.run.remote = job.run.rstrip("/")
+    if job.claim:
+        settings.data.path = f"{CLAIM}/{job.data}"
+        settings.run.path = f"{CLAIM}/{job.run}"
+        settings.run.remote = ""
     written: dict[str, Any] = read_yaml(str(job.config)) if job.config else {}
     if "within" not in (written.get("stop") or {}):
         settings.stop.within = 60
@@ -47,7 +60,7 @@ def configure(job: Job) -> Config:
 
 
 def render_k8s(job: Job) -> str:
-    """job.yaml for this job, for `kubectl apply -f -`, with a bucket instead of its S3 server."""
+    """job.yaml for this job, for `kubectl apply -f -`, with a bucket or a volume instead of its S3 server."""
     settings = configure(job)
     name = job.name
     head = (
@@ -73,7 +86,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     """The objects of job.yaml but those of its S3 server, with the job's name, size and configuration."""
     changes = {
-        "naign-0.naign": f"{job.name}-0.{job.name}",
+        "naign-0.naign": job.head,
         "name: naign-store": f"name: {job.name}.store",  # names have no dot: it is never that of another run
         'value: "2"': f'value: "{job.nodes}"',
         "completions: 2": f"completions: {job.nodes}",
@@ -97,6 +110,11 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     if job.service_account:
         pod["serviceAccountName"] = job.service_account
         del container["envFrom"][1]  # keys of a Secret would go before the role
+    if job.data.startswith("abfss"):  # by Entra Workload ID
+        training["spec"]["template"]["metadata"]["labels"]["azure.workload.identity/use"] = "true"
+    if job.claim:
+        pod["volumes"].append({"name": "claim", "persistentVolumeClaim": {"claimName": job.claim}})
+        container["volumeMounts"].append({"name": "claim", "mountPath": CLAIM})
     gpus = job.gpus
     if gpus:  # with processors, memory and shared memory for them
         container["command"][2:2] = ["--gpus", str(gpus)]
@@ -107,4 +125,64 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
         pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         (shared,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
         shared["emptyDir"]["sizeLimit"] = f"{4 * gpus}Gi"
+    if job.kind == "jobset":
+        return [store, run, _as_jobset(training)]
+    if job.kind == "trainjob":
+        return [store, run, _as_trainjob(training, store)]
     return [store, run, service, training]
+
+
+def _as_jobset(training: dict[str, Any]) -> dict[str, Any]:
+    """The Job as a JobSet, which makes the Service itself."""
+    spec = training["spec"]
+    subdomain = spec["template"]["spec"].pop("subdomain")
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": training["metadata"],
+        "spec": {
+            "ttlSecondsAfterFinished": spec.pop("ttlSecondsAfterFinished"),
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": subdomain},
+            "replicatedJobs": [{"name": "train", "replicas": 1, "template": {"spec": spec}}],
+        },
+    }
+
+
+def _as_trainjob(training: dict[str, Any], store: dict[str, Any]) -> dict[str, Any]:
+    """The Job by Kubeflow Trainer's runtime torch-distributed, which decides how often failed pods start again."""
+    template = training["spec"]["template"]
+    pod = template["spec"]
+    (container,) = pod["containers"]
+    env = container["env"]
+    for key in store["data"]:
+        env.append(_from_object("configMapKeyRef", store["metadata"]["name"], key))
+    if len(container["envFrom"]) > 1:
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            env.append(_from_object("secretKeyRef", "naign-s3", key))
+    node = {"name": "node", **{key: container[key] for key in ("securityContext", "volumeMounts")}}
+    kept = ("serviceAccountName", "terminationGracePeriodSeconds", "securityContext", "tolerations", "volumes")
+    patch = {key: pod[key] for key in kept if key in pod} | {"containers": [node]}
+    pods = {"template": {"metadata": template["metadata"], "spec": patch}}
+    jobs = {"replicatedJobs": [{"name": "node", "template": {"spec": pods}}]}
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": training["metadata"],
+        "spec": {
+            "runtimeRef": {"name": "torch-distributed"},
+            "runtimePatches": [{"manager": "naign", "trainingRuntimeSpec": {"template": {"spec": jobs}}}],
+            "trainer": {
+                "image": container["image"],
+                "numNodes": training["spec"]["completions"],
+                "numProcPerNode": 1,
+                "command": container["command"],
+                "env": env,
+                "resourcesPerNode": container["resources"],
+            },
+        },
+    }
+
+
+def _from_object(kind: str, name: str, key: str) -> dict[str, Any]:
+    """An environment variable that has its value from a key of that name."""
+    return {"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}
