@@ -5,14 +5,18 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
+import naign.cluster.job as rendering
 from naign.checkpoint.bucket import download, newest_first
 from naign.checkpoint.writer import is_complete
+from naign.cluster.render import render_k8s
+from naign.config import load, to_dict
 from naign.errors import INTERRUPTED
 from naign.storage.s3_client import forget_clients
 from tests.e2e.runs import same, weights
-from tests.hosts.cluster import Cluster, Job, possible
+from tests.hosts.cluster import Cluster, Job, manifest, possible
 from tests.hosts.losses import kill_rank, prepared, recover, reported
 from tests.hosts.test_manifests import only
 from tests.programs import succeeded
@@ -112,6 +116,58 @@ def test_a_job_loses_pods_and_ends_as_if_nothing_had_happened(cluster, naign):
 @pytest.mark.timeout(1800)
 def test_a_job_of_four_pods_loses_the_node_of_its_first(cluster):
     lose_pods(cluster, 4, [(0, "node")])
+
+
+def of_folder64(folder):
+    """What `naign render` makes of folder64.yaml with a narrow network, for two pods with ZeRO."""
+    config = to_dict(load("folder64"))
+    changes = {
+        "data.source": "digits",
+        "data.workers": 1,
+        "model.width": 8,
+        "model.depth": 1,
+        "model.code": 4,
+        "prior.width": 16,
+        "prior.depth": 1,
+        "prior.images": 1024,
+        "prior.passes": 1,
+        "prior.batch": 64,
+        "match.round": 1024,
+        "match.group": 512,
+        "train.images": 2048,
+        "train.batch": 64,
+        "train.threads": 1,
+        "train.precision": "fp32",
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        config[section][key] = value
+    (folder / "small.yaml").write_text(yaml.safe_dump(config))
+    job = rendering.Job(
+        data="s3://naign/digits",
+        run="s3://naign/runs/digits",
+        nodes=2,
+        gpus=0,
+        engine="zero2",
+        config=folder / "small.yaml",
+        endpoint="http://naign-store:8333",
+    )
+    ours = list(yaml.safe_load_all(render_k8s(job)))
+    return ours + [item for item in manifest("job.yaml") if item["metadata"]["name"] == "naign-store"]
+
+
+def test_a_rendered_job_trains_by_imle_in_groups_under_zero(cluster, tmp_path):
+    cluster.objects = of_folder64(tmp_path)
+    job = Job(cluster, "digits")
+    for index in range(2):
+        job.create(index)
+    host = job.pods[0]
+    job.until(lambda: job.failed or len(job.done) == 2, 400)
+    assert not job.failed
+    rows = reported(host)
+    assert [row["match/used"] > 0 for row in rows if "match/used" in row] == [True, True]
+    assert rows[-1]["prior/fitted"] == 1
+    assert "DeepSpeed ZeRO-2" in host.output()
 
 
 def test_a_rank_that_always_dies_fails_the_job_within_its_limit(cluster):

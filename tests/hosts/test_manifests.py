@@ -157,7 +157,14 @@ def test_other_kinds_have_the_same_pods(kind, head):
         assert container[key] == other[key]
 
 
-@pytest.mark.parametrize("place", ["gs://a_bucket", "az://container", "abfss://container@account.dfs.core.windows.net"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "gs://a_bucket",
+        "az://container",
+        "abfss://container@account.dfs.core.windows.net",
+    ],
+)
 def test_buckets_of_other_clouds(place):
     named = rendered(data=f"{place}/d", run=f"{place}/runs/r")
     config = yaml.safe_load(named["ConfigMapr"]["data"]["run.yaml"])
@@ -201,6 +208,8 @@ def test_what_cannot_be_rendered_is_refused(options, said, naign):
         ({"claim": "shared"}, "--data: with --claim=shared write a path in that volume"),
         ({"claim": "shared", "data": "d", "run": "../r"}, "--run: with --claim=shared write a path"),
         ({"claim": "My Claim", "data": "d", "run": "r"}, "--claim: give the name of a PersistentVolumeClaim"),
+        ({"engine": "zero9"}, "--engine zero9 is neither a file nor a name in launch/"),
+        ({"engine": "my/zero2.yaml"}, "--engine: give the name of a file in launch/"),
         ({"endpoint": "http://me:SECRET@host"}, "--endpoint: write http://host:port"),
         ({"nodes": 3, "gpus": 8}, "cannot be shared by 24 ranks"),
         ({"nodes": 0}, "0 nodes"),

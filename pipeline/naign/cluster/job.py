@@ -14,6 +14,7 @@ class Job:
     kind: Literal["job", "jobset", "trainjob"] = "job"  # The second needs JobSet, the third Kubeflow Trainer 2.3.
     nodes: int = 1  # Machines.
     gpus: int = 1  # GPUs of each; 0 trains on CPUs.
+    engine: str = ""  # A name in launch/, such as zero2; default: DDP.
     image: str = "naign:cuda"  # Of launch/Dockerfile.
     config: Path | None = None  # Settings of the run; default: the recommended recipe, configs/mnist.yaml.
     claim: str = ""  # A PersistentVolumeClaim, ReadWriteMany, that holds data and run instead of a bucket.

@@ -9,6 +9,7 @@ import yaml
 
 from naign import shipped
 from naign.cluster.job import Job
+from naign.cluster.ranks import find_engine
 from naign.config import Config, check, load, to_dict
 from naign.errors import require
 from naign.settings.read import read_yaml
@@ -35,11 +36,14 @@ def configure(job: Job) -> Config:
         ("--run", job.run, pattern, shared),
         ("--claim", job.claim, f"({NAME})?", "give the name of a PersistentVolumeClaim"),
         ("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", "write http://host:port, without user and password"),
+        ("--engine", job.engine, r"\w*", "give the name of a file in launch/, such as zero2"),
         ("--name", job.name, NAME, "give one of small letters, digits and '-', at most 42, as Kubernetes wants names"),
     )
     require((job.nodes >= 1 and job.gpus >= 0, f"{size}: at least one node, and no fewer than 0 GPUs"))
     for option, value, pattern, remedy in rules:
         require((re.fullmatch(pattern, value, re.ASCII), f"{option}: {remedy}"))
+    if job.engine:
+        find_engine(job.engine, ranks=job.ranks)
     settings = load(str(job.config)) if job.config else Config()
     settings.data.path = job.data
     settings.run.path = f"/run/naign/{job.name}"
@@ -116,6 +120,8 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
         pod["volumes"].append({"name": "claim", "persistentVolumeClaim": {"claimName": job.claim}})
         container["volumeMounts"].append({"name": "claim", "mountPath": CLAIM})
     gpus = job.gpus
+    if job.engine:
+        container["command"][2:2] = ["--engine", job.engine]
     if gpus:  # with processors, memory and shared memory for them
         container["command"][2:2] = ["--gpus", str(gpus)]
         container["resources"] = {
