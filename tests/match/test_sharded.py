@@ -24,12 +24,23 @@ def indexed(rows, *, parts=1, first_id=0, **options):
 def test_the_nearest_are_the_oracles_in_however_small_parts_they_are_searched(case):
     queries, rows = CASES[case]
     expected, places = oracle(queries, rows, 3)
-    index = indexed(rows, parts=3, first_id=1000, memory=7 * (8 * rows.shape[1] + 1100))  # seven queries at once
+    index = indexed(
+        rows,
+        parts=3,
+        first_id=1000,
+        memory=7 * (8 * rows.shape[1] + 1100),  # seven queries at once
+    )
     distances, ids = index.search(queries, k=3)
     found = places.shape[1]
     assert (ids[:, :found] - 1000).tolist() == places.tolist()
-    torch.testing.assert_close(distances[:, :found], torch.from_numpy(expected), rtol=1e-12, atol=0)
-    assert (ids[:, found:] == -1).all() and distances[:, found:].isinf().all()
+    torch.testing.assert_close(
+        distances[:, :found],
+        torch.from_numpy(expected),
+        rtol=1e-12,
+        atol=0,
+    )
+    assert (ids[:, found:] == -1).all()
+    assert distances[:, found:].isinf().all()
 
 
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW16", "PQ4"])
@@ -37,9 +48,14 @@ def test_what_another_factory_proposes_is_measured_exactly(factory, tmp_path):
     queries, rows = CASES["low rank"]
     index = indexed(rows, parts=2, factory=factory)
     distances, ids = index.search(queries, k=2)
-    far = torch.tensor([[float((query - rows[place]).double().square().sum()) for place in found]
-                        for query, found in zip(queries, ids, strict=True)])  # fmt: skip
-    torch.testing.assert_close(distances.float(), far, rtol=1e-5, atol=1e-6)
+    differences = queries[:, None].double() - rows[ids].double()
+    far = differences.square().sum(2)
+    torch.testing.assert_close(
+        distances,
+        far,
+        rtol=1e-12,
+        atol=0,
+    )
     assert 0.1 < index.recall(queries, k=2) <= 1
     index.save(str(tmp_path))
     again = ShardedIndex.load(str(tmp_path))
@@ -73,8 +89,12 @@ def test_a_saved_index_is_replaced_by_another_and_grows_after_loading(tmp_path):
 )
 def test_rows_that_cannot_be_added_leave_the_index_as_it_was(change, message):
     index = indexed(draw(0, 10, 4))
+    right = dict(
+        rows=draw(1, 3, 4),
+        first_id=10,
+    )
     with pytest.raises(ValueError, match=message):
-        index.add(**(dict(rows=draw(1, 3, 4), first_id=10) | change))
+        index.add(**right | change)
     assert len(index) == 10
     assert index.search(draw(0, 10, 4))[1].flatten().tolist() == list(range(10))
 
