@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from shlex import quote
 
@@ -163,7 +164,8 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
                     frozen=engine.bare,
                     normals=partial(draw_noise, config, state.round, images.shape[1:], images.device, numbers),
                 )
-                terms = compute_losses(objective, engine.forward, batch)
+                with run.apart("fit", 3 * len(steps)) if done == 0 else nullcontext():  # a backward is two forwards
+                    terms = compute_losses(objective, engine.forward, batch)
                 engine.backward(terms["total"])
             losses.add(terms)
         norm = engine.step()  # clips the gradient, makes the step, moves the average of the weights
@@ -212,7 +214,9 @@ def find_match(run: Trainer, images: Tensor) -> Match:
             raise Stopped
 
     def sample(ids: Tensor) -> Tensor:
-        return run.engine.sample(run.latents.draw(run.config.seed, run.state.round, ids, images.device))
+        latents = run.latents.draw(run.config.seed, run.state.round, ids, images.device)
+        with run.apart("match"):
+            return run.engine.sample(latents)
 
     try:
         return match_round(images, sample, run.config.match, poll)
@@ -248,7 +252,8 @@ def read_round(run: Trainer, number: int) -> Rows:
     problem: Exception | None = None
     with together(run.accelerator):
         try:
-            rows = run.stream.take(number, lambda: all_done(False) or run.stop.seen())
+            with run.phases.alone("take"):
+                rows = run.stream.take(number, lambda: all_done(False) or run.stop.seen())
         except (InputError, Unavailable, Stopped) as error:
             problem = error
         run.watchdog.beat()
