@@ -7,7 +7,8 @@
     python benchmarks/match.py --to benchmarks/results/match
 
 Compared in the same run: this project's search, faiss.knn, FAISS's HNSW index (M 32, efConstruction 40, efSearch 64)
-and IndexFlatL2Panorama (32 levels, after a rotation by principal directions), which is exact and skips rows early. Every method answers the same problem in one process, in turns, and its best run counts. Building an index counts,
+and IndexFlatL2Panorama (32 levels, after a rotation by principal directions), which is exact and skips rows early.
+Every method answers the same problem in one process, in turns, and its best run counts. Building an index counts,
 since the pool is new each round. An answer is wrong if its id is not that of the least (float64 sum of squared
 differences, id). Problems that match.json holds stay unless they are measured again.
 """
