@@ -96,7 +96,8 @@ def _of_job(name, item, objects):
         yield f"{name}: podFailurePolicy needs restartPolicy: Never"
     (container,) = pod["containers"]
     variables = {entry["name"]: entry.get("value") for entry in container["env"]}
-    if not spec["completions"] == spec["parallelism"] == int(variables["NAIGN_HOSTS"]):
+    hosts = variables["NAIGN_HOSTS"].rpartition(":")[2]
+    if not spec["completions"] == spec["parallelism"] == int(hosts):
         yield f"{name}: completions, parallelism and NAIGN_HOSTS are not the same"
     if variables["NAIGN_HEAD"] != f"{item['metadata']['name']}-0.{pod['subdomain']}":
         yield f"{name}: NAIGN_HEAD is {variables['NAIGN_HEAD']}, not the name of the first pod"

@@ -146,7 +146,7 @@ def of_folder64(folder):
     job = rendering.Job(
         data="s3://naign/digits",
         run="s3://naign/runs/digits",
-        nodes=2,
+        nodes="2",
         gpus=0,
         engine="zero2",
         config=folder / "small.yaml",
@@ -168,6 +168,48 @@ def test_a_rendered_job_trains_by_imle_in_groups_under_zero(cluster, tmp_path):
     assert [row["match/used"] > 0 for row in rows if "match/used" in row] == [True, True]
     assert rows[-1]["prior/fitted"] == 1
     assert "DeepSpeed ZeRO-2" in host.output()
+
+
+def traced(cluster):
+    """(epoch, key) of every image of each round, over all pods; a round that was repeated counts once."""
+    rounds = {}
+    for file in cluster.folder.glob("*/volumes/run/trace/*"):
+        for line in file.read_text().splitlines():
+            epoch, number, key = line.split()
+            rounds.setdefault(int(number), set()).add((epoch, key))
+    return rounds
+
+
+@pytest.mark.timeout(1800)
+def test_a_job_goes_on_with_the_hosts_that_are_there_and_takes_in_those_that_come(cluster):
+    cluster.objects = prepared(3, rounds=ROUNDS, batch=48)
+    config = cluster.find("ConfigMap", "naign")["data"]
+    settings = yaml.safe_load(config["run.yaml"])
+    settings["match"]["round"] = 1056
+    settings["train"]["images"] = ROUNDS * 1056
+    settings["data"]["trace"] = "/run/naign/trace"
+    config["run.yaml"] = yaml.safe_dump(settings)
+    (container,) = cluster.find("Job", "naign")["spec"]["template"]["spec"]["containers"]
+    container["command"][2:2] = ["--wait", "60"]
+    hosts = next(variable for variable in container["env"] if variable["name"] == "NAIGN_HOSTS")
+    hosts["value"] = "2:3"
+    job = started(cluster)
+    first = job.pods[0]
+    job.until(lambda: rounds(job) >= 3, 200)
+    assert "2 of 3 hosts are here" in first.output()
+    job.create(2)
+    job.until(lambda: "another host has come" in first.output(), 60)
+    before = rounds(job)
+    job.until(lambda: rounds(job) >= before + 4, 200)
+    assert "all hosts are here" in first.output()
+    lost = job.pods.pop(1)
+    lost.kill()  # and nobody replaces it
+    job.until(lambda: first.output().count("2 of 3 hosts are here") == 2, 60)
+    job.until(lambda: job.done == {0, 2}, 400)
+    assert [line["round"] for line in reported(first)] == [*range(ROUNDS)]
+    seen = traced(cluster)
+    assert [len(seen[number]) for number in range(ROUNDS)] == [1056] * ROUNDS
+    assert len(set.union(*seen.values())) == ROUNDS * 1056  # no image twice in an epoch
 
 
 def test_a_rank_that_always_dies_fails_the_job_within_its_limit(cluster):

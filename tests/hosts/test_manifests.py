@@ -69,7 +69,7 @@ def with_component(component, folder):
     shutil.copytree(ROOT / "k8s", folder / "k8s", dirs_exist_ok=True)
     place = folder / "k8s/try"
     place.mkdir(exist_ok=True)
-    (place / "first.yaml").write_text(render_k8s(Job(data="s3://bucket/d", run="s3://bucket/r", nodes=2)))
+    (place / "first.yaml").write_text(render_k8s(Job(data="s3://bucket/d", run="s3://bucket/r", nodes="2")))
     shutil.copy(ROOT / "k8s/evaluate-job.yaml", place)
     text = f"resources: [first.yaml, evaluate-job.yaml]\ncomponents: [../components/{component}]\n"
     (place / "kustomization.yaml").write_text(text)
@@ -118,8 +118,9 @@ def rendered(data="s3://bucket/d", run="s3://bucket/r", **changed):
 @pytest.mark.parametrize(
     ("nodes", "gpus"),
     [
-        (8, 8),
-        (3, 0),
+        ("8", 8),
+        ("3", 0),
+        ("2:4", 8),
     ],
 )
 def test_what_is_rendered_is_valid(nodes, gpus):
@@ -140,8 +141,8 @@ def test_what_is_rendered_is_valid(nodes, gpus):
     ],
 )
 def test_other_kinds_have_the_same_pods(kind, head):
-    wanted = rendered(nodes=2, gpus=8, config=ROOT / "tests/hosts/size.yaml")["Jobr"]["spec"]["template"]
-    named = rendered(kind=kind, nodes=2, gpus=8, config=ROOT / "tests/hosts/size.yaml")
+    wanted = rendered(nodes="2", gpus=8, config=ROOT / "tests/hosts/size.yaml")["Jobr"]["spec"]["template"]
+    named = rendered(kind=kind, nodes="2", gpus=8, config=ROOT / "tests/hosts/size.yaml")
     objects = list(named.values())
     validate(objects)
     assert problems(objects) == []
@@ -174,7 +175,7 @@ def test_buckets_of_other_clouds(place):
 
 
 def test_a_volume_in_place_of_a_bucket():
-    named = rendered(claim="shared", data="mnist", run="runs/r", nodes=2)
+    named = rendered(claim="shared", data="mnist", run="runs/r", nodes="2")
     objects = list(named.values())
     validate(objects)
     assert problems(objects) == []
@@ -211,8 +212,10 @@ def test_what_cannot_be_rendered_is_refused(options, said, naign):
         ({"engine": "zero9"}, "--engine zero9 is neither a file nor a name in launch/"),
         ({"engine": "my/zero2.yaml"}, "--engine: give the name of a file in launch/"),
         ({"endpoint": "http://me:SECRET@host"}, "--endpoint: write http://host:port"),
-        ({"nodes": 3, "gpus": 8}, "cannot be shared by 24 ranks"),
-        ({"nodes": 0}, "0 nodes"),
+        ({"nodes": "3", "gpus": 8}, "cannot be shared by 24 ranks"),
+        ({"nodes": "0"}, "0 nodes"),
+        ({"nodes": "2:1"}, "--nodes is 2:1: give a number of hosts, or the least, 2 or more, and the most"),
+        ({"nodes": "two"}, "--nodes is 'two': it must be a number"),
         ({"run": "s3://bucket/seed_1"}, "--name: give one of small letters"),
         ({"run": "s3://bucket/2024-06-01"}, "--name: give one of small letters"),
     ],

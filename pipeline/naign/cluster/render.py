@@ -9,7 +9,8 @@ import yaml
 
 from naign import shipped
 from naign.cluster.job import Job
-from naign.cluster.ranks import find_engine
+from naign.cluster.place import read_hosts
+from naign.cluster.ranks import check_shares, find_engine
 from naign.config import Config, check, load, to_dict
 from naign.errors import require
 from naign.settings.read import read_yaml
@@ -27,6 +28,7 @@ NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
 def configure(job: Job) -> Config:
     """The run's configuration. Raises InputError where it does not fit the job; no message shows an address."""
     size = f"{job.nodes} nodes of {job.gpus} GPUs"
+    least, most = read_hosts("--nodes", job.nodes)
     pattern = PATH if job.claim else BUCKET
     shared = "pods share a bucket, or a volume by --claim: write s3://bucket/prefix, a bucket's name as S3 wants it"
     if job.claim:
@@ -39,11 +41,11 @@ def configure(job: Job) -> Config:
         ("--engine", job.engine, r"\w*", "give the name of a file in launch/, such as zero2"),
         ("--name", job.name, NAME, "give one of small letters, digits and '-', at most 42, as Kubernetes wants names"),
     )
-    require((job.nodes >= 1 and job.gpus >= 0, f"{size}: at least one node, and no fewer than 0 GPUs"))
+    require((least >= 1 and job.gpus >= 0, f"{size}: at least one node, and no fewer than 0 GPUs"))
     for option, value, pattern, remedy in rules:
         require((re.fullmatch(pattern, value, re.ASCII), f"{option}: {remedy}"))
     if job.engine:
-        find_engine(job.engine, ranks=job.ranks)
+        find_engine(job.engine, ranks=most * max(1, job.gpus))
     settings = load(str(job.config)) if job.config else Config()
     settings.data.path = job.data
     settings.run.path = f"/run/naign/{job.name}"
@@ -56,10 +58,7 @@ def configure(job: Job) -> Config:
     if "within" not in (written.get("stop") or {}):
         settings.stop.within = 60
     check(settings)
-    batch = settings.train.batch
-    least = job.ranks * settings.train.accumulate
-    remedy = f"set a multiple of {least} in --config, match.round to one of that; a run that exists needs other --nodes"
-    require((batch % least == 0, f"train.batch={batch} cannot be shared by {job.ranks} ranks: {remedy}"))
+    check_shares(settings, least, most, max(1, job.gpus))
     return settings
 
 
@@ -67,11 +66,12 @@ def render_k8s(job: Job) -> str:
     """job.yaml for this job, for `kubectl apply -f -`, with a bucket or a volume instead of its S3 server."""
     settings = configure(job)
     name = job.name
+    _, most = read_hosts("--nodes", job.nodes)
     head = (
         f"# {name}: {job.nodes} pods, {job.gpus} GPUs each\n"
         "#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
         f"#   wait      kubectl wait --for=condition=Ready pod -l app.kubernetes.io/name={name} --timeout=30m\n"
-        f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={job.nodes}\n"
+        f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={most}\n"
     )
     return head + yaml.dump_all(_fit(job, settings), Dumper=_Dumper, sort_keys=False, width=120)
 
@@ -89,12 +89,13 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     """The objects of job.yaml but those of its S3 server, with the job's name, size and configuration."""
+    _, most = read_hosts("--nodes", job.nodes)
     changes = {
         "naign-0.naign": job.head,
         "name: naign-store": f"name: {job.name}.store",  # names have no dot: it is never that of another run
         'value: "2"': f'value: "{job.nodes}"',
-        "completions: 2": f"completions: {job.nodes}",
-        "parallelism: 2": f"parallelism: {job.nodes}",
+        "completions: 2": f"completions: {most}",
+        "parallelism: 2": f"parallelism: {most}",
         "image: naign:latest": f"image: {json.dumps(job.image)}",
     }
     text = shipped("k8s/job.yaml").read_text().partition("---\n# S3 server")[0]
