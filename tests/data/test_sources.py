@@ -52,6 +52,12 @@ def keys(made):
     return [made[index][0] for index in range(len(made))]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Not that of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 # Digits, points and subsets
 
 
@@ -365,8 +371,7 @@ def test_idx_files_gzipped_or_not_are_checked(tmp_path, monkeypatch):
     assert key == "test-00002"
 
 
-def test_every_way_that_failed_is_listed_and_success_is_cached(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_every_way_that_failed_is_listed_and_success_is_cached(tmp_path):
     sums = {"file": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}  # of b"abc"
 
     def obtain(ways):
@@ -383,7 +388,6 @@ def test_every_way_that_failed_is_listed_and_success_is_cached(tmp_path, monkeyp
 
 
 @pytest.mark.network
-def test_mnist_from_where_it_is_published(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_mnist_from_where_it_is_published():
     source = load("mnist")
     assert (len(source.splits["train"]), len(source.splits["test"])) == (60000, 10000)
