@@ -59,6 +59,9 @@ def per_10_000(part: str) -> Get:
 COLUMNS = {
     "once": Column("FD f(z), × floor", at("fd.once_ratio"), 1),
     "twice": Column("FD f(f(z)), × floor", at("fd.twice_ratio"), 1),
+    "of_noise": Column("FD of f(noise), × floor", at("fd.noise_ratio"), 1),
+    "recall_of_noise": Column("its recall", at("coverage.noise.recall"), 2),
+    "idempotence_of_noise": Column("idempotence of noise", at("idempotence.noise"), 3),
     "second": Column("FD f(z), × floor, on a second encoder", at("second.once_ratio"), 1),
     "latents": Column("FD of z where f decodes it, × floor", at("fd.latents_ratio"), 1),
     "fd_once": Column("FD f(z)", at("fd.once"), 0),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from budget import count
+from budget import count, forwards_of
 from output import ROOT, check_place, command, number, table, write
 
 from naign.config import load
@@ -113,7 +113,7 @@ def constants() -> dict[str, float]:
     given["parameters"] = sum(sizes)
     given["largest"] = max(sizes)
     given["flow"] = sum(value.numel() for value in flow.parameters())
-    given["forwards"] = config.objective.forwards
+    given["forwards"] = forwards_of(config.objective)
     given["ratio"] = config.match.ratio
     given["group"] = config.match.images
     given["block"] = config.match.block

@@ -170,7 +170,7 @@ def measure_scaled(digits, tmp_path, monkeypatch):
 def test_the_identity_changes_nothing(measure_scaled):
     metrics = measure_scaled(1.0)
     assert metrics["reconstruction"] == 0
-    assert metrics["idempotence"] == {"damaged": 0, "samples": 0}
+    assert metrics["idempotence"] == {"damaged": 0, "noise": None, "samples": 0}
     assert metrics["fd"]["once"] == metrics["fd"]["twice"]
     for table in metrics["restoration"].values():
         assert table["once"] == table["twice"] == table["input"]

@@ -105,7 +105,7 @@ def recover(job, index, kind, within):
     stayed = stays()
     met = 0
     if index:
-        met = job.pods[0].output().count("all hosts are here")
+        met = job.pods[0].output().count("hosts are here")
     begun = time.monotonic()
     seconds = []
 
@@ -118,7 +118,7 @@ def recover(job, index, kind, within):
     lose(job, index, kind)
     reached(lambda: all(map(operator.gt, stays(), stayed)))
     reached(lambda: job.pods.get(index, lost) is not lost)
-    reached(lambda: job.pods[0].output().count("all hosts are here") > met)
+    reached(lambda: job.pods[0].output().count("hosts are here") > met)
     now = time.time()
     reached(lambda: any(line["time"] > now for line in reported(job.pods.get(0))))
     job.cluster.tell(f"trains again: {[round(value, 1) for value in seconds]}")

@@ -190,7 +190,7 @@ def test_a_job_goes_on_with_the_hosts_that_are_there_and_takes_in_those_that_com
     settings["data"]["trace"] = "/run/naign/trace"
     config["run.yaml"] = yaml.safe_dump(settings)
     (container,) = cluster.find("Job", "naign")["spec"]["template"]["spec"]["containers"]
-    container["command"][2:2] = ["--wait", "60"]
+    container["command"][2:2] = ["--wait", "30"]
     hosts = next(variable for variable in container["env"] if variable["name"] == "NAIGN_HOSTS")
     hosts["value"] = "2:3"
     job = started(cluster)
@@ -201,7 +201,7 @@ def test_a_job_goes_on_with_the_hosts_that_are_there_and_takes_in_those_that_com
     job.until(lambda: "another host has come" in first.output(), 60)
     before = rounds(job)
     job.until(lambda: rounds(job) >= before + 4, 200)
-    assert "all hosts are here" in first.output()
+    assert "3 of 3 hosts are here" in first.output()
     lost = job.pods.pop(1)
     lost.kill()  # and nobody replaces it
     job.until(lambda: first.output().count("2 of 3 hosts are here") == 2, 60)

@@ -46,7 +46,10 @@ def test_the_nearest_are_the_oracles_in_however_small_parts_they_are_searched(ca
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW16", "PQ4"])
 def test_what_another_factory_proposes_is_measured_exactly(factory, tmp_path):
     queries, rows = CASES["low rank"]
-    index = indexed(rows, parts=2, factory=factory)
+    index = ShardedIndex(rows.shape[1], factory=factory)
+    index.add(rows[:0], 0)
+    for first in (0, 700):
+        index.add(rows[first : first + 700], first)
     distances, ids = index.search(queries, k=2)
     differences = queries[:, None].double() - rows[ids].double()
     far = differences.square().sum(2)
@@ -128,7 +131,8 @@ def test_an_index_that_is_not_whole_is_refused(tmp_path):
         ("dims", 5, "not the rows that sharded-index.json says"),
         ("factory", "XYZ", "malformed .*could not parse"),
         ("format", 2, "format 2, not 1"),
-        ("parts", [{}], "malformed .*spans"),
+        ("parts", [{}], "malformed .*rows"),
+        ("parts", [{"rows": {"name": "a.faiss"}}], "malformed .*sha256"),
         ("parts", 2 * manifest["parts"], "both have a candidate with the id 0"),
         ("parts", [manifest["parts"][0] | {"spans": [[-1, 10]]}], "ids leave"),
         ("factory", "HNSW8", "files and factory do not go together"),
@@ -137,7 +141,9 @@ def test_an_index_that_is_not_whole_is_refused(tmp_path):
         (tmp_path / MANIFEST).write_text(json.dumps(manifest | {key: value}))
         with refused(message):
             ShardedIndex.load(place)
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    file.write_bytes(whole)
+    indexed(draw(0, 10, 4)).save(place)  # over one whose manifest is damaged
+    assert len(ShardedIndex.load(place)) == 10
     file.unlink()
     with pytest.raises(InputError, match="no such file"):
         ShardedIndex.load(place)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from naign.cluster.place import read_hosts
+
 
 @dataclass(kw_only=True, slots=True)
 class Job:
@@ -25,6 +27,11 @@ class Job:
 
     def __post_init__(self) -> None:
         self.name = self.name or self.run.rstrip("/").rpartition("/")[2]
+
+    @property
+    def hosts(self) -> tuple[int, int]:
+        """The least and the most. Raises InputError."""
+        return read_hosts("--nodes", self.nodes)
 
     @property
     def head(self) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from naign.cluster.place import RANKS, Place, find_place, find_port
 from naign.cluster.ranks import AUDIT, MEANINGS, Ranks, become_rank, check_shares, find_engine, require_gpus
-from naign.cluster.rejoin import Hosts, Links, program, say
+from naign.cluster.rejoin import SETTLED, Hosts, Links, program, say
 from naign.errors import InputError, Outcome, PeerLost, Unavailable, kind_of
 from naign.process import on_signals
 from naign.terminal import outlive_terminal
@@ -110,7 +110,7 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
     if place.orchestrator == "Slurm" and not options.engine:
         wanted = wanted or place.processes  # the GPUs of this node that are the job's
     require_gpus(wanted, processes, engine)
-    if place.is_elastic:
+    if place.is_elastic and training[:1] != [AUDIT]:
         check_shares(config, place.least, place.hosts, processes)
     if _is_done(config, place):
         say(f"nothing left to do: the run in {config.run.remote or config.run.path} is done")
@@ -126,8 +126,7 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
             asked.at_once = True
             links = await hosts.meet()
             if place.hosts > 1:
-                met = "all" if links.hosts == place.hosts else f"{links.hosts} of {place.hosts}"
-                say(f"{met} hosts are here; host 0 is {links.address}")
+                say(f"{links.hosts} of {place.hosts} hosts are here; host 0 is {links.address}")
             asked.at_once = False
             begun = time.monotonic()
             with (
@@ -164,13 +163,16 @@ async def _watch(ranks: Ranks, links: Links, hosts: Hosts, asked: Asked) -> tupl
     code, and whether a rank was killed from outside.
     """
     is_stopping = False
+    begun = time.monotonic()
     while ranks.running():
         if asked and not is_stopping:
             ranks.stop(asked.number)
             is_stopping = True
-        if hosts.newcomer and not is_stopping:
+        is_due = hosts.newcomer and time.monotonic() > begun + SETTLED * hosts.within
+        if is_due and not is_stopping:
             say("another host has come: the ranks write a checkpoint, and all meet again")
-            ranks.stop(signal.SIGTERM)
+        if (is_due or links.codes.get(0) == Outcome.INTERRUPTED) and not is_stopping:
+            ranks.ask()
             is_stopping = True
         if links.time_left(ranks.within + 30) < 0:
             say("this host's ranks do not end: killed")

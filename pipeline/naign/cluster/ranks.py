@@ -120,11 +120,15 @@ def check_shares(config: Any, least: int, most: int, processes: int) -> None:
 
     for hosts in range(least, most + 1):
         ranks = hosts * processes
-        parts = ranks * config.train.accumulate
         batch = config.train.batch
-        size = f"{ranks} ranks ({hosts} hosts)" if most > least else f"{ranks} ranks"
+        size = f"{ranks} ranks on {hosts} hosts"
         remedy = "choose a multiple, and match.round a multiple of that; an existing run needs other numbers of hosts"
-        require((batch % parts == 0, f"train.batch={batch} cannot be shared by {size}: {remedy}"))
+        require(
+            (
+                batch % (ranks * config.train.accumulate) == 0,
+                f"train.batch={batch} cannot be shared by {size}: {remedy}",
+            )
+        )
         check_groups(config.match, ranks)
 
 
@@ -211,6 +215,12 @@ class Ranks:
             if code is not None:
                 codes[local] = code
         return codes
+
+    def ask(self) -> None:
+        """Ask the ranks to write a checkpoint and end, for which they may take their time."""
+        self._asked = signal.SIGTERM
+        for process in self._processes:
+            process.terminate()
 
     def stop(self, number: int) -> None:
         """Pass on a signal: ranks write a checkpoint and end."""

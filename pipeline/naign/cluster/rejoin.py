@@ -36,6 +36,7 @@ from naign.errors import InputError, Outcome, PeerLost, Unavailable, printable
 EVERY = 10.0  # seconds between two messages about the missing hosts
 SILENCE = 10.0  # seconds within which a connection must send its greeting
 FEWER = 1 / 15  # of the time to wait for hosts that are needed: to wait for more than these
+SETTLED = 1 / 3  # of the same: from a meeting until hosts that come later interrupt the ranks
 GRACE = 10.0  # seconds to wait for another host's code
 SOON = 3.0  # seconds that ranks have to notice by themselves that another host is gone
 LIMIT = 5  # starts in a row that may end early where no host was lost
@@ -206,7 +207,7 @@ class Hosts:
         self._place = place
         self._port = port
         self._ranks = ranks
-        self._within = within  # seconds to wait for the others
+        self.within = within  # seconds to wait for the others
         self._member = uuid.uuid4().hex
         self._is_meeting = True
         self._guests: dict[int, Guest] = {}
@@ -257,17 +258,18 @@ class Hosts:
         self._guests = {}
         self._is_meeting = True
         self.newcomer = False
-        check = _time_limit(self._within)
+        check = _time_limit(self.within)
         others = range(1, self._place.hosts)
         enough = math.inf  # when enough are there
         while not self._failure and len(self._guests) < len(others):
             enough = min(enough, time.monotonic())
             if not self._place.is_elastic or len(self._guests) + 1 < self._place.least:
                 enough = math.inf
-            if time.monotonic() > enough + FEWER * self._within:
+            if time.monotonic() > enough + FEWER * self.within:
                 break
-            missing = [str(index) for index in others if index not in self._guests]
-            check(f"host {', '.join(missing[:8])} of {self._place.hosts}")
+            if enough == math.inf:
+                missing = [str(index) for index in others if index not in self._guests]
+                check(f"host {', '.join(missing[:8])} of {self._place.hosts}")
             await asyncio.sleep(0.1)
         if self._failure:
             raise self._failure
@@ -300,7 +302,9 @@ class Hosts:
         try:
             hello = Hello.read(line)
         except ValueError:
-            self._refuse(writer, "a connection that is no host of this job was rejected")
+            if self._is_meeting:
+                self._refuse(writer, "a connection that is no host of this job was rejected")
+            writer.close()
             return
         if not self._is_meeting:
             mine = (self._place.start, self._place.hosts, self._ranks)
@@ -384,7 +388,7 @@ class Hosts:
         place = self._place
         hello = Hello(place.start, place.index, place.hosts, self._ranks, self.generation, self._member)
         head = f"{place.head}, port {self._port}"
-        check = _time_limit(self._within)
+        check = _time_limit(self.within * (1 + FEWER * self._place.is_elastic))
         reason = ""
         while True:
             check(f"host 0 ({head}){reason}")

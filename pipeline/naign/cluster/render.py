@@ -9,7 +9,6 @@ import yaml
 
 from naign import shipped
 from naign.cluster.job import Job
-from naign.cluster.place import read_hosts
 from naign.cluster.ranks import check_shares, find_engine
 from naign.config import Config, check, load, to_dict
 from naign.errors import require
@@ -20,15 +19,18 @@ BUCKET = (
     r"(s3|gs|az)://(?![^/]*\.\.)[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[ -~]*)?|abfss://[a-z0-9-]+@[a-z0-9.]+(/[ -~]*)?"
 )
 PATH = r"(?!/|.*(\.\.|:))[ -~]+"
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY")
+"""Of the Secret, where not all of it can be passed on."""
 CLAIM = "/claim"
 """Where a pod has its claim."""
+NAME_OF_CLAIM = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
 NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
 
 
 def configure(job: Job) -> Config:
     """The run's configuration. Raises InputError where it does not fit the job; no message shows an address."""
     size = f"{job.nodes} nodes of {job.gpus} GPUs"
-    least, most = read_hosts("--nodes", job.nodes)
+    least, most = job.hosts
     pattern = PATH if job.claim else BUCKET
     shared = "pods share a bucket, or a volume by --claim: write s3://bucket/prefix, a bucket's name as S3 wants it"
     if job.claim:
@@ -36,7 +38,7 @@ def configure(job: Job) -> Config:
     rules = (
         ("--data", job.data, pattern, shared),
         ("--run", job.run, pattern, shared),
-        ("--claim", job.claim, f"({NAME})?", "give the name of a PersistentVolumeClaim"),
+        ("--claim", job.claim, f"({NAME_OF_CLAIM})?", "give the name of a PersistentVolumeClaim"),
         ("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", "write http://host:port, without user and password"),
         ("--engine", job.engine, r"\w*", "give the name of a file in launch/, such as zero2"),
         ("--name", job.name, NAME, "give one of small letters, digits and '-', at most 42, as Kubernetes wants names"),
@@ -44,8 +46,17 @@ def configure(job: Job) -> Config:
     require((least >= 1 and job.gpus >= 0, f"{size}: at least one node, and no fewer than 0 GPUs"))
     for option, value, pattern, remedy in rules:
         require((re.fullmatch(pattern, value, re.ASCII), f"{option}: {remedy}"))
+    apart = job.data.rstrip("/") != job.run.rstrip("/")
+    unkeyed = job.service_account and "az" in (job.data[:2], job.run[:2])
+    require(
+        (apart, "--data and --run are the same place: give the run one of its own"),
+        (not unkeyed, "az:// does not name the account, which a role needs: write abfss://container@account..."),
+    )
     if job.engine:
-        find_engine(job.engine, ranks=most * max(1, job.gpus))
+        engine = find_engine(job.engine, ranks=most * max(1, job.gpus))
+        needs_gpus = engine["distributed_type"] in ("MULTI_GPU", "FSDP")
+        fits = not engine.get("use_cpu") if job.gpus else not needs_gpus
+        require((fits, f"--engine {job.engine} does not go with --gpus {job.gpus}"))
     settings = load(str(job.config)) if job.config else Config()
     settings.data.path = job.data
     settings.run.path = f"/run/naign/{job.name}"
@@ -66,12 +77,11 @@ def render_k8s(job: Job) -> str:
     """job.yaml for this job, for `kubectl apply -f -`, with a bucket or a volume instead of its S3 server."""
     settings = configure(job)
     name = job.name
-    _, most = read_hosts("--nodes", job.nodes)
     head = (
         f"# {name}: {job.nodes} pods, {job.gpus} GPUs each\n"
         "#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
         f"#   wait      kubectl wait --for=condition=Ready pod -l app.kubernetes.io/name={name} --timeout=30m\n"
-        f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={most}\n"
+        f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={job.hosts[1]}\n"
     )
     return head + yaml.dump_all(_fit(job, settings), Dumper=_Dumper, sort_keys=False, width=120)
 
@@ -89,7 +99,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     """The objects of job.yaml but those of its S3 server, with the job's name, size and configuration."""
-    _, most = read_hosts("--nodes", job.nodes)
+    least, most = job.hosts
     changes = {
         "naign-0.naign": job.head,
         "name: naign-store": f"name: {job.name}.store",  # names have no dot: it is never that of another run
@@ -112,10 +122,11 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     pod = training["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     pod["terminationGracePeriodSeconds"] = math.ceil(settings.stop.within) + 30
+    training["spec"]["maxFailedIndexes"] = most - least  # the others go on
     if job.service_account:
         pod["serviceAccountName"] = job.service_account
         del container["envFrom"][1]  # keys of a Secret would go before the role
-    if job.data.startswith("abfss"):  # by Entra Workload ID
+    if "abfss" in (job.data[:5], job.run[:5]):  # by Entra Workload ID
         training["spec"]["template"]["metadata"]["labels"]["azure.workload.identity/use"] = "true"
     if job.claim:
         pod["volumes"].append({"name": "claim", "persistentVolumeClaim": {"claimName": job.claim}})
@@ -164,7 +175,7 @@ def _as_trainjob(training: dict[str, Any], store: dict[str, Any]) -> dict[str, A
     for key in store["data"]:
         env.append(_from_object("configMapKeyRef", store["metadata"]["name"], key))
     if len(container["envFrom"]) > 1:
-        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        for key in KEYS:
             env.append(_from_object("secretKeyRef", "naign-s3", key))
     node = {"name": "node", **{key: container[key] for key in ("securityContext", "volumeMounts")}}
     kept = ("serviceAccountName", "terminationGracePeriodSeconds", "securityContext", "tolerations", "volumes")

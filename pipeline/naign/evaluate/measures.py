@@ -235,13 +235,20 @@ def copying(subject: Subject) -> dict[str, Any]:
 
 def repairs(subject: Subject) -> dict[str, Any]:
     """Reconstruction error of test data; restoration of every damage, None where f repairs nothing; idempotence on
-    samples and on damaged images.
+    samples, on f of noise where samples are a prior's, and on damaged images.
     """
     clean = subject.test[:REPAIRED]
+    moved = None
+    if subject.noise is not None:
+        moved = restoration.mae(subject.model.project(subject.noise), subject.noise)
     found: dict[str, Any] = {
         "reconstruction": restoration.mae(subject.model.project(clean), clean),
         "restoration": None,
-        "idempotence": {"samples": restoration.mae(subject.twice, subject.once), "damaged": None},
+        "idempotence": {
+            "samples": restoration.mae(subject.twice, subject.once),
+            "noise": moved,
+            "damaged": None,
+        },
     }
     if not subject.repairs:
         return found

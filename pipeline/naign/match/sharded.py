@@ -13,6 +13,7 @@ by an index of each rank's own, and these are measured exactly: near ones that n
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import index as whole
 from typing import Any, TypeVar
@@ -90,31 +91,27 @@ class Part:
         parts = [torch.arange(span.first, span.first + span.rows) for span in self.spans]
         return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
 
-    def train(self, values: Any) -> None:
-        if self.fast is not None and len(values) and not self.fast.is_trained:
-            self.fast.train(values)
-
     def propose(self, values: Any) -> None:
-        """Let `fast` know of these, beside what is in `flat`; it is as before where that fails."""
-        if self.fast is None:
+        """Let `fast` know of these, beside what is in `flat`. The first train it."""
+        if self.fast is None or not len(values):
             return
-        try:
-            self.fast.add(values)
-        except Exception:
-            self.forget()
-            raise
+        if not self.fast.is_trained:
+            self.fast.train(values)
+        self.fast.add(values)
 
     def forget(self) -> None:
         """Take what `fast` alone knows from it."""
         if self.fast is not None:
             self.fast.reset()
-            self.fast.add(self.rows.numpy())
+            if self.flat.ntotal:
+                self.fast.add(self.rows.numpy())
 
 
 class ShardedIndex:
     """Rows of all ranks, searched for the nearest by (float64 squared L2 distance, id).
 
-    All methods are collective, the constructor, too. Where one rank fails, every rank raises what that rank does.
+    All methods are collective, the constructor, too. What one rank raises for its arguments, files or FAISS's indexes,
+    every rank raises. A rank whose memory is full in a search is waited for until the process group's timeout.
     """
 
     def __init__(
@@ -172,13 +169,12 @@ class ShardedIndex:
         part = self._parts[-1]
         values = rows.detach().cpu().contiguous().numpy()
         _use_threads()
-        self._by_faiss(lambda: part.train(values))
         try:
             self._by_faiss(lambda: part.propose(values))
-        except ValueError:
+        except Exception:
             part.forget()
             raise
-        part.flat.add(values)
+        self._by_faiss(lambda: part.flat.add(values))
         if mine.rows:
             _append(part.spans, mine)
         for span in spans:
@@ -228,7 +224,9 @@ class ShardedIndex:
         manifest = {"format": FORMAT, "dims": self.dims, "factory": self.factory, "parts": parts}
 
         def finish() -> None:
-            old = _files(_load_manifest(store)) if store.exists(MANIFEST) else set()
+            old = set[str]()
+            with suppress(InputError):  # there is none, or it is damaged
+                old = _files(_load_manifest(store))
             store.put(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
             for name in old - _files(manifest):
                 store.delete(name)
@@ -322,7 +320,8 @@ class ShardedIndex:
             raise ValueError(f"ShardedIndex: k must be the same on all ranks, not {asked}")
         none = (torch.empty(0, self.dims), torch.empty(0, dtype=torch.int64))
         blocks += [none] * (max(sizes) - len(blocks))
-        step = max(1, self.memory // (ranks.world * (8 * self.dims + ANSWER * (k + FETCH))))
+        rows_of_query = 2 if exact else 2 + k + FETCH
+        step = max(1, self.memory // (ranks.world * (4 * self.dims * rows_of_query + ANSWER * (k + FETCH))))
         found = []
         for low in range(0, max(1, *counts), step):
             part = queries.detach()[low : low + step]
@@ -366,12 +365,10 @@ class ShardedIndex:
             columns = torch.from_numpy(part.fast.search(asked, count)[1])
             rows, places = (columns >= 0).nonzero(as_tuple=True)
             chosen, columns = columns[rows, places].unique(return_inverse=True)
-            scan.add_pairs(
-                part.rows[chosen].to(device),
-                part.ids[chosen].to(device),
-                rows.to(device),
-                columns.to(device),
-            )
+            near = part.rows[chosen].to(device)
+            ids = part.ids[chosen].to(device)
+            scan.measure(near, ids, rows.to(device), columns.to(device))
+            scan.settle(near, ids)
 
 
 def _new_part(dims: int, factory: str) -> Part:
@@ -387,10 +384,11 @@ def _new_part(dims: int, factory: str) -> Part:
 
 
 def _append(spans: list[Span], span: Span) -> None:
-    """Add a span, to the last one if it goes on from there."""
-    if spans and spans[-1].rank == span.rank and spans[-1].first + spans[-1].rows == span.first:
-        span = Span(spans[-1].first, spans[-1].rows + span.rows, span.rank)
-        del spans[-1]
+    """Add a span, to one of the same rank that it goes on from."""
+    for number, other in enumerate(spans):
+        if other.rank == span.rank and other.first + other.rows == span.first:
+            spans[number] = Span(other.first, other.rows + span.rows, span.rank)
+            return
     spans.append(span)
 
 
@@ -428,6 +426,8 @@ def _load_manifest(store: Store) -> dict[str, Any]:
         for part in manifest["parts"]:
             if ("fast" in part) == (manifest["factory"] == "Flat"):
                 raise ValueError("files and factory do not go together")
+            for kind in {"rows", *part} - {"spans"}:
+                part[kind]["name"], part[kind]["sha256"]
             for first, count in part["spans"]:
                 spans.append(Span(whole(first), whole(count), 0))
         if any(span.first < 0 or span.rows < 1 or span.first + span.rows > MAX_ID for span in spans):

@@ -5,6 +5,7 @@ alone, such as reading, is therefore measured apart.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from statistics import median_low
@@ -27,7 +28,6 @@ class Stragglers:
         self._hosts = hosts
         self._suspect: Place | None = None
         self._since = 0.0
-        self._named = set[Place]()
 
     def compare(self, alone: Sequence[dict[str, float]], spent: float) -> float:
         """The share of a round that the others waited for the slowest rank, which is logged once if it stays so.
@@ -44,13 +44,13 @@ class Stragglers:
             if excess > lost:
                 lost = excess
                 slowest = (seconds.index(max(seconds)), phase)
-        share = lost / spent
+        share = min(1.0, lost / spent)
         now = time.monotonic()
         if slowest != self._suspect or share < SHARE:
             self._suspect = slowest
             self._since = now
-        elif slowest and slowest not in self._named and now >= self._since + SUSPECTED:
-            self._named.add(slowest)
+        elif slowest and now >= self._since + SUSPECTED:
+            self._since = math.inf
             rank, phase = slowest
             log.warning(
                 "rank %d on %s is slow in phase %s: %.3g s a round, where others need %.3g; all wait for it, %.0f %% "

@@ -145,6 +145,7 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
             raise Stopped
         rate = learning_rate(config.train, state.images_seen, budget)
         engine.set_lr(rate)
+        measured = run.apart("fit", 3 * len(steps) * config.train.accumulate)  # a backward is two forwards
         for numbers in numbers_of_step.split(engine.micro):  # unique within the round, passes included
             rows = numbers % config.match.round - first
             latents = damaged = None
@@ -164,8 +165,9 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
                     frozen=engine.bare,
                     normals=partial(draw_noise, config, state.round, images.shape[1:], images.device, numbers),
                 )
-                with run.apart("fit", 3 * len(steps)) if done == 0 else nullcontext():  # a backward is two forwards
+                with measured if done == len(steps) // 2 else nullcontext():
                     terms = compute_losses(objective, engine.forward, batch)
+                measured = nullcontext()
                 engine.backward(terms["total"])
             losses.add(terms)
         norm = engine.step()  # clips the gradient, makes the step, moves the average of the weights

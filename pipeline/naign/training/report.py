@@ -67,7 +67,8 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
     values |= _speed(run)
     if run.world > 1:
         alone = gather_object([run.phases.apart])
-        values["speed/waited"] = run.stragglers.compare(alone, sum(run.phases.seconds.values()))
+        if run.rank == 0:  # which logs and reports
+            values["speed/waited"] = run.stragglers.compare(alone, sum(run.phases.seconds.values()))
     costs = {  # of what all ranks have read for the round
         "data/megabytes": read.tally.bytes / 1e6,
         "data/reread_megabytes": read.tally.reread / 1e6,

@@ -129,9 +129,14 @@ class Phases:
     @contextmanager
     def alone(self, name: str, times: float = 1.0) -> Iterator[None]:
         """What this rank does without the others, as one of `times` parts that take equally long."""
-        start = time.perf_counter()
+        start = _wait()
         yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = _wait() - start
         self.apart[name] = self.apart.get(name, 0.0) + times * seconds
+
+
+def _wait() -> float:
+    """The time, once a GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
