@@ -49,7 +49,7 @@ def test_match_compares_with_faiss(run, save_untrained, digits, tmp_path):
     (problem,) = found["problems"].values()
     assert problem["queries"] == 240
     assert problem["candidates"] == 480
-    assert set(problem["methods"]) == {"faiss.knn", "HNSW", "auto"}
+    assert set(problem["methods"]) == {"faiss.knn", "HNSW", "Panorama", "auto"}
     assert problem["methods"]["auto"]["wrong"] == 0
 
 
