@@ -79,15 +79,16 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "IGN": ("configs/mnist_ign.yaml", ("--train.images=520_000",)),
     "VAE": ("configs/mnist_vae.yaml", ()),
     "normalised autoencoder": ("configs/mnist_nae.yaml", ("--train.images=128_000",)),
-    "energy-based model": ("configs/mnist_ebm.yaml", ("--train.images=165_000",)),
 }
-"""Configurations and options of about one processor time."""
+"""Configurations and options of about one processor time, of networks with an f."""
 WITHOUT = "NAIGN without {}"
 """The title of one that learns without a class."""
-LONGER = {
+ENERGIES = {
+    "energy-based model": ("configs/mnist_ebm.yaml", ("--train.images=165_000",)),
     "normalised autoencoder, longer": ("configs/mnist_nae.yaml", ()),
     "energy-based model, longer": ("configs/mnist_ebm.yaml", ()),
 }
+"""Those that are compared by their energy alone: without an f that an image goes through once, or trained longer."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -323,7 +324,7 @@ def networks(name: str, data: Data) -> dict[str, tuple[str, list[str]]]:
         asked[f"recipe, {Path(data.recipe).name}"] = (data.recipe, [whole])
     if not data.left_out:
         return asked
-    for title, (config, options) in (NETWORKS | LONGER).items():
+    for title, (config, options) in (NETWORKS | ENERGIES).items():
         asked[title] = (config, [*options, whole])
     asked[WITHOUT.format(data.left_out)] = (RECIPE, [f"--data.path={place(name, data.left_out)}"])
     return asked

@@ -3,12 +3,11 @@
     pip install -e benchmarks/baselines
     python benchmarks/projector.py --to benchmarks/results/projector
 
-Compared in the same run are density.py's networks of about equal processor time, but for the energy-based model, which
-has no f that an image is sent through once. FD is the Frechet distance to test images, over that of as many training
-images. *Sure* is the share of f(x) that the encoder's classifier gives a class with more than 99 %. *Moved again* is
-the mean of |f(f(x)) - f(x)|. *Moved*, that of |f(x) - x|, stands beside the same for the nearest training image.
-*Noise of its training* is what a network learned to map to the data, where it did. Runs are kept under runs/tables, as
-table.py's are.
+Compared in the same run are density.py's networks that have an f, of about equal processor time. FD is the Frechet
+distance to test images, over that of as many training images. *Sure* is the share of f(x) that the encoder's
+classifier gives a class with more than 99 %. *Moved again* is the mean of |f(f(x)) - f(x)|. *Moved*, that of |f(x) -
+x|, stands beside the same for the nearest training image. *Noise of its training* is what a network learned to map to
+the data, where it did. Runs are kept under runs/tables, as table.py's are.
 """
 
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import Encoder, load_encoder
 from naign.model.naign import NAIGN
 
-LEFT_OUT = "energy-based model"
 FROM_NOISE = ("NAIGN", "IGN")
 """Those that learn to map noise to the data."""
 PATCH = 7
@@ -140,8 +138,6 @@ def rows_of(name: str, settings: Settings) -> dict[str, Row]:
     found = {}
     kinds = points(name, settings.count)
     for title, (config, options) in NETWORKS.items():
-        if title == LEFT_OUT:
-            continue
         task = Task.of(settings.runs, config, [*options, f"--data.path={place(name)}"], 0)
         task.train()
         if task.diverged:

@@ -89,10 +89,8 @@ def _samples_of_codes(config: NaeConfig, batch: Batch, energy: Callable[[Tensor]
     shape = code_shape(model, "objective.code_steps")
     count = math.prod(shape)
     values = batch.images[0].numel()
-    many = (
-        f"objective.name=nae: a code of {count} values is larger than an image, {values}: ask for a smaller model.code"
-    )
-    require((count <= values, many))
+    larger = f"objective.name=nae: a code of {count} values is larger than an image of {values}"
+    require((count <= values, f"{larger}: ask for a smaller model.code"))
 
     def normals(step: int) -> Tensor:
         drawn = batch.normals(config.steps + step).flatten(1)
