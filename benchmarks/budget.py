@@ -5,7 +5,7 @@
 Arithmetic: the layers' multiplications and additions, counted by torch, times the forwards that an image needs: one for
 each pool sample that is generated for it, and three (a forward, and a backward of twice its cost) for each input that a
 term trains on; and those of the flow, three for each code it learns from. Normalisation, activation, search and reading
-are left out: their cost is in the rate, which is measured (0.18 TFLOP/s: mnist_imle_long.yaml on two cores) or assumed
+are left out: their cost is in the rate, which is measured (0.18 TFLOP/s: f of MNIST on two cores) or assumed
 (100: a tenth of an H100's peak in bf16).
 
 Memory: torch's MemTracker follows the tensors of two steps in bfloat16 on a device that holds no values, with CUDA's
@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT))
 SHAPES = {
     "mnist": (1, 28, 28),
     "mnist_imle": (1, 28, 28),
-    "mnist_imle_long": (1, 28, 28),
     "fashion_mnist": (1, 28, 28),
     "cifar10_cpu": (3, 32, 32),
     "cifar10": (3, 32, 32),

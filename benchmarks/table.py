@@ -1,6 +1,6 @@
 """A table of networks side by side, mean ± standard deviation over seeds.
 
-    python benchmarks/table.py benchmarks/generation.yaml --to benchmarks/results/generation
+    python benchmarks/table.py benchmarks/rivals.yaml --to benchmarks/results/rivals
 
 The file names the rows, each a configuration with options (or numbers that were printed elsewhere), the seeds and the
 columns. A run is one process of one thread, trained and measured by `naign evaluate`, and kept under runs/tables, where
@@ -103,7 +103,7 @@ class Plan:
                 rows[str(name)] = Row(**row)
             return cls(**said | {"rows": rows})
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{file} is not a table: {error}: see benchmarks/generation.yaml") from None
+            raise InputError(f"{file} is not a table: {error}: see benchmarks/rivals.yaml") from None
 
 
 def check_type(name: str, value: object, kind: type) -> None:
