@@ -63,6 +63,7 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
     state = run.state
     if match:
         values |= match.values
+        values["seconds/match"] = run.phases.seconds["match"]
     values |= _speed(run)
     costs = {  # of what all ranks have read for the round
         "data/megabytes": read.tally.bytes / 1e6,
