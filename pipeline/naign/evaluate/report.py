@@ -96,7 +96,7 @@ def draw_pictures(subject: Subject) -> list[Picture]:
     drawn = [Picture("samples", "Samples", chosen, samples)]
     if subject.noise is not None:
         of_noise = grid(subject.noise[:96], columns=16)
-        drawn.append(Picture("samples_noise", "Samples of noise", "f applied once to noise, without the prior.", of_noise))
+        drawn.append(Picture("samples_noise", "Samples of noise", "f of noise: no prior is needed.", of_noise))
     asked = []
     counts = getattr(model.prior, "class_counts", ())  # of the training images
     learned = [name for name, count in zip(model.labels, counts, strict=False) if count]

@@ -110,7 +110,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         if self._metrics:
             self._metrics.update(counts | values | {"images_goal": self._images})
         self._report("log", counts | values, seen)
-        shown = {"round": counts.get("round", 0)}
+        shown: dict[str, float] = {"round": counts.get("round", 0)}
         for key, name in SHOWN.items():
             if key in values:
                 shown[name] = values[key]
