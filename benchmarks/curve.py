@@ -21,7 +21,7 @@ from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.frechet import frechet_distance
-from naign.model.encoders import load_encoder
+from naign.model.encoders import open_encoder
 from naign.model.naign import NAIGN
 
 TITLES = (
@@ -56,13 +56,19 @@ def rows_of(run: Path, settings: Settings) -> list[list[float]]:
     """The numbers of TITLES of each checkpoint, the oldest first."""
     found = {}
     for folder in run.glob("checkpoints/step-*"):
-        if (folder / "model.safetensors").is_file():
-            found[int(folder.name.removeprefix("step-"))] = folder
+        step = folder.name.removeprefix("step-")
+        if step.isdecimal() and (folder / "model.safetensors").is_file():
+            found[int(step)] = folder
     if not found:
         raise InputError(f"{run} has no checkpoints: train it with --checkpoint.keep 0")
-    encoder = load_encoder(settings.encoder)
     test, _ = read_split(settings.data, "test", limit=settings.count)
     train, _ = read_split(settings.data, "train", limit=len(test))
+    encoder = open_encoder(
+        "--encoder",
+        settings.encoder,
+        tuple(test.shape[1:]),
+        "cpu",
+    )
     real = encoder.features(scaled(test))
     likewise = encoder.features(scaled(train))
     floor = frechet_distance(likewise, real)
@@ -76,6 +82,8 @@ def rows_of(run: Path, settings: Settings) -> list[list[float]]:
     ids = torch.arange(settings.count)
     for step in sorted(found):
         model = NAIGN.from_pretrained(found[step])
+        if model.shape != test.shape[1:]:
+            raise InputError(f"{run} is of images {model.shape}, {settings.data} of others: name its --data")
         once, (distance, recall, second, again) = applied(
             model,
             model.latent(ids, latents="noise"),

@@ -53,6 +53,11 @@ def write_tables(
 ) -> None:
     """Measure every data set, by name; write and print a page with a table of each, and of those measured before."""
     found = stored(to, object)
+    try:
+        for rows in found.values():
+            table_of(rows)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise InputError(f"{to.with_suffix('.json')} is of another script: write --to another place") from None
     for name, title in titles.items():
         found[title] = rows_of(name)
     tables = {head.format(title): table_of(rows) for title, rows in found.items()}

@@ -22,7 +22,7 @@ from trained import Task
 
 from naign.data.loader import read_split
 from naign.data.scale import scaled
-from naign.errors import exit_on_input_error
+from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.coverage import coverage, nearest
 from naign.evaluate.frechet import frechet_distance
 from naign.model.encoders import Encoder, load_encoder
@@ -165,6 +165,8 @@ def table_of(rows: dict[str, Row]) -> str:
 
 
 def main(settings: Settings) -> None:
+    if not COMPARED <= settings.count <= 10_000 or not {*settings.sets} <= {"mnist", "fashion_mnist"}:
+        raise InputError(f"--count must be {COMPARED} to 10000, and --sets of mnist, fashion_mnist")
     write_tables(
         settings.to,
         "f as a projector, {}",

@@ -85,6 +85,10 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("seeds", "columns", "common", "answers"):
             check_type(name, getattr(self, name), list)
+        check_type("packed", self.packed, dict)
+        for path, arguments in self.packed.items():
+            check_type(f"packed {path}", arguments, list)
+            self.packed[path] = [str(argument) for argument in arguments]
         whole = all(type(seed) is int for seed in self.seeds)
         if not whole or len(set(self.seeds)) < len(self.seeds):
             raise TypeError("seeds must be whole numbers that differ")
@@ -102,7 +106,7 @@ class Plan:
             for name, row in said["rows"].items():
                 rows[str(name)] = Row(**row)
             return cls(**said | {"rows": rows})
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{file} is not a table: {error}: see benchmarks/rivals.yaml") from None
 
 

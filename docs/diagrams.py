@@ -30,8 +30,8 @@ text { font: 16px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f
 STAGES = {
     "shards": "tars in a folder or a bucket, every byte checked",
     "ranks": "each takes its share of the round's images",
-    "match": "the prior learns; IMLE finds each image's sample",
-    "fit": "f learns to repair",
+    "match": "IMLE finds each image's nearest sample f(noise)",
+    "fit": "f learns: reconstruction, IMLE, repair",
     "checkpoint": "written in the background; a run resumes here",
 }
 ROOMS = {
@@ -110,7 +110,7 @@ def picture(width: int, height: int, title: str, parts: Iterable[str]) -> str:
 def draw_f() -> str:
     """From z, a damaged image and any image through f, narrow at its code, to a sample, a repair and an energy."""
     rows = [
-        ("z", "drawn from the prior", "a new sample", "f(z)"),
+        ("z", "noise, or of the prior", "a new sample", "f(z)"),
         ("a damaged image", "noise, blur, gaps", "its repair", "f(image)"),
         ("any image x", "", "its energy", "mean of (f(x) − x)²"),
     ]

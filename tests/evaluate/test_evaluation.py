@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -30,7 +31,8 @@ from naign.model import encoders
 from naign.model.encoders import FOLDER, load_encoder
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, PointConfig
-from tests.model.made import wrapped
+from naign.model.prior.mixture import Mixture, MixtureConfig
+from tests.model.made import prior_state, wrapped
 from tests.refused import refused
 
 TINY = ConvConfig(width=4, code=8)
@@ -203,9 +205,12 @@ def test_what_a_number_does_not_say_is_said(digits, save):
     assert "script" not in Links(text).tags
     model = NAIGN.from_pretrained(folder)
     model.metadata["config"] = {"data": {"path": digits, "split": "test"}}
-    model.save_pretrained(folder)
+    half = model.metadata | {"prior": {"name": "gmm", "components": 1}, "fitted": 0.5}
+    prior = Mixture(MixtureConfig(components=1), model.network.code)
+    NAIGN(model.network, half, prior_state(prior)).save_pretrained(folder)
     metrics = measure(folder)
     assert "was trained on the test split" in metrics["warnings"][0]
+    assert "before its prior was fitted" in metrics["warnings"][1]
     assert metrics["nearest"]["test"] == 0
     assert "<p class='warning'>The network was trained on the test split" in read_report(folder)
 
@@ -317,7 +322,7 @@ def test_points_skip_what_is_for_images(save_untrained, tmp_path):
     assert not re.search(r"\bnan\b|\binf\b|None", text)
 
 
-@pytest.mark.parametrize("config", [None, {"data": None}, {"data": {"crop": "wide"}}])
+@pytest.mark.parametrize("config", [{"data": None}, {"data": {"crop": "wide"}}, {"data": {"crop": math.inf}}])
 def test_a_header_that_no_training_wrote_is_refused(digits, save, config):
     folder = save()
     model = NAIGN.from_pretrained(folder)

@@ -74,6 +74,9 @@ BAD = {
     "cut": {"codes": torch.zeros(19, 8, dtype=torch.int8)},
     "of another code": {"codes": torch.zeros(20, 9, dtype=torch.int8)},
     "none": {"metadata": {"bank": "all"}},
+    "without references": {"energies": torch.zeros(0), "distances": torch.zeros(0), "metadata": {"bank": [20, 0]}},
+    "of another type": {"energies": torch.zeros(100, dtype=torch.int64)},
+    "of no weight": {"weight": torch.zeros(())},
 }
 
 

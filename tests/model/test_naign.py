@@ -181,6 +181,8 @@ def test_what_is_no_model_is_refused(tmp_path):
         ({"prior": "gaussian"}, ""),
         ({"prior": {"name": "flow", "autoguidance": "a"}}, "prior.autoguidance is 'a': it must lie between"),
         ({"model": CONV | {"width": 10**8}}, ""),
+        ({"config": {"objective": 5}}, ""),
+        ({"prior": {"name": "gaussian"}, "fitted": "x"}, ""),
     ],
 )
 def test_a_header_that_lies_is_refused(change, said, tmp_path):

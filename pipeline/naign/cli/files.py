@@ -30,7 +30,7 @@ def find_files(files: Sequence[Path], model: NAIGN) -> list[tuple[Path, Path]]:
     found = []
     for file in files:
         if not file.is_dir():
-            require((not file.is_fifo(), f"{file} is a pipe: give a file"))
+            require((file.is_file() or not file.exists(), f"{file} is a pipe or a device: give a file"))
             found.append((file, Path(file.name)))
             continue
         for path in sorted(file.rglob("*")):

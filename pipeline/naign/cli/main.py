@@ -22,6 +22,7 @@ else:
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -60,6 +61,7 @@ def main() -> None:
     """Run the command in sys.argv. Exit codes are those of pipeline/naign/errors.py."""
     for name in ("stdout", "stderr"):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115  # of >&-
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         with exit_on_input_error("naign"), _described():
             try:

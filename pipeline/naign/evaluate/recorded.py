@@ -89,6 +89,6 @@ def _header(model: NAIGN) -> DataConfig:
                 setattr(config, name, str(section[name]))
         check_fields(replace(config, path="any"), "data")
         parse_resize(config)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"the model has a header that no training wrote: {error}") from None
     return config

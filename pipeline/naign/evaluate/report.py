@@ -94,6 +94,9 @@ def draw_pictures(subject: Subject) -> list[Picture]:
     chosen = "f(z): the network applied once to z. The first that were drawn, not selected."
     samples = grid(subject.once[:96], columns=16)
     drawn = [Picture("samples", "Samples", chosen, samples)]
+    if subject.noise is not None:
+        of_noise = grid(subject.noise[:96], columns=16)
+        drawn.append(Picture("samples_noise", "Samples of noise", "f of noise: no prior is needed.", of_noise))
     asked = []
     counts = getattr(model.prior, "class_counts", ())  # of the training images
     learned = [name for name, count in zip(model.labels, counts, strict=False) if count]

@@ -22,11 +22,13 @@ from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
 from naign.observe.pictures import png
 from naign.storage.base import Store
-from naign.storage.store import open_store
+from naign.storage.store import check_writable, open_store
 from naign.terminal import busy
 
 STRANGER = "efficientnet-lite2"  # the second encoder of natural images, trained on ImageNet by others
 TESTED = "The network was trained on the test split, which it is measured on: no number is of new data."
+
+UNFITTED = "The run stopped before its prior was fitted: its samples say nothing."
 
 
 def evaluate(
@@ -67,6 +69,8 @@ def evaluate(
         samples=samples,
         seed=seed,
     )
+    place = open_store(f"{folder_of(folder)}/evaluation")
+    check_writable(place, place.url(""))
     metrics: dict[str, Any] = {
         "encoder": first.name,
         "encoder_accuracy": first.accuracy,
@@ -81,6 +85,8 @@ def evaluate(
     warnings = []
     if config.split == "test":
         warnings.append(TESTED)
+    if not model.fitted:
+        warnings.append(UNFITTED)
     where = f"a CPU, {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         where = torch.cuda.get_device_name(device)
@@ -99,7 +105,7 @@ def evaluate(
     with _said("pictures and report", start, progress):
         drawn = draw_pictures(subject)
         metrics["seconds"] = round(time.monotonic() - start, 1)
-        _write(open_store(f"{folder_of(folder)}/evaluation"), metrics, drawn, header.get("config", header))
+        _write(place, metrics, drawn, header.get("config", header))
     return metrics
 
 

@@ -51,6 +51,13 @@ class Bank(nn.Module):
     def filled(self) -> bool:
         return len(self.energies) > 0
 
+    def check(self) -> None:
+        """Raises ValueError for what no training fills a bank with."""
+        kinds = [tensor.dtype for tensor in self.state_dict().values()]
+        sound = kinds == [torch.int8, torch.float32, torch.float32, torch.float32]
+        if not sound or 0 in self.sizes or self.weight not in WEIGHTS:
+            raise ValueError("its bank is damaged")
+
     @property
     def sizes(self) -> list[int]:
         """Codes and references."""

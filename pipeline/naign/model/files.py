@@ -127,6 +127,8 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     for name, value in tensors.items():
         if value.is_floating_point():
             tensors[name] = value.float()
+        elif value.is_complex():
+            raise InputError(f"{file} holds complex numbers: it is no model")
     if not all_finite(tensors):
         raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
     return metadata, tensors

@@ -69,6 +69,8 @@ class NAIGN:
         if self.has_bank:
             self._kept["bank"] = self.bank
         self._kept.load_state_dict(state or {}, assign=True)
+        if self.has_bank:
+            self.bank.check()
         self._place(self.device)
 
     @classmethod
@@ -91,6 +93,7 @@ class NAIGN:
         try:
             metadata = json.loads(header)
             model = cls(_build(metadata, weights), metadata, state)
+            _ = model.fitted, model._learned_noise  # of what the header must say
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
             why = one_line(error)
             raise InputError(f"{file} does not hold the model that its header describes: {why}") from None
@@ -156,7 +159,7 @@ class NAIGN:
     @property
     def _learned_noise(self) -> bool:
         objective = self.metadata.get("config", {}).get("objective", {})
-        return bool(objective.get("imle", 1)) or objective.get("third") != "none"
+        return bool(objective.get("imle", 1)) or objective.get("third") == "matched"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -179,8 +182,10 @@ class NAIGN:
         """
         if n < 0:
             raise InputError(f"n is {n}: give 0 or more")
-        if latents == "noise" and not self._learned_noise:
-            told = "this model was trained without IMLE, so that f of noise is a blur: leave latents out"
+        if (latents == "noise" or not self.has_prior) and not self._learned_noise:
+            told = "this model was trained without IMLE, so that f of noise is a blur"
+            if self.has_prior:
+                told += ": leave latents out"
             warnings.warn(told, stacklevel=2)
         parts = []
         for ids in torch.arange(n).split(self._rows):

@@ -17,6 +17,16 @@ from naign.observe.trackers import FILES, Settings, find_trackers, start_tracker
 
 log = logging.getLogger("naign.monitor")
 
+SHOWN = {
+    "loss/total": "loss",
+    "loss/imle": "imle",
+    "match/distance": "match",
+    "match/used": "used",
+    "seconds/match": "seconds",
+    "prior/likelihood": "likelihood",
+    "prior/loss": "prior loss",
+}
+"""Values that the progress bar shows, and their names there."""
 SINGLE = ("aim", "clearml")  # trackers of Accelerate that take no lists of pictures
 LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines if stderr is no terminal
 
@@ -100,11 +110,10 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         if self._metrics:
             self._metrics.update(counts | values | {"images_goal": self._images})
         self._report("log", counts | values, seen)
-        shown = {}
-        if "loss/total" in values:
-            shown["loss"] = values["loss/total"]
-        if "match/distance" in values:
-            shown["distance"] = values["match/distance"]
+        shown: dict[str, float] = {"round": counts.get("round", 0)}
+        for key, name in SHOWN.items():
+            if key in values:
+                shown[name] = values[key]
         self._bar.set_postfix(shown, refresh=False)
 
     def picture(self, name: str, picture: Image.Image, seen: int) -> None:
@@ -149,8 +158,7 @@ def _progress_bar(images: int, seen: int, active: bool) -> "tqdm[Any]":
             "file": _Lines(),
             "mininterval": LOG_EVERY,
             "maxinterval": LOG_EVERY,
-            "ncols": 100,
-            "ascii": True,
+            "bar_format": "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         }
     return tqdm(
         total=images,

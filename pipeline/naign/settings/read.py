@@ -22,7 +22,7 @@ RENAMED = {
     "prior.alone": "f is trained on train.images, and then the prior is fitted to the codes of prior.images",
     "prior.student": "a flow draws codes in prior.steps evaluations",
     "prior.grid": "it is latents.grid",
-    "objective.third_weight": "the third term weighs as much as objective.imle",
+    "objective.third_weight": "the third term has weight 1",
     "objective.perceptual": "distances are l1, l2 or norm, of pixels",
     "objective.encoder": "distances are l1, l2 or norm, of pixels",
     "train.schedule": "the rate falls by a cosine to train.lr_end; equal to train.lr it is constant",

@@ -264,6 +264,9 @@ def fit_prior(run: Trainer) -> None:
     state = run.state
     if state.fitted >= 1:
         return
+    name = run.config.prior.name
+    count = count_codes(run.config, run.stream)
+    run.monitor.say(f"stage 2: f is trained, and {name} is fitted to the codes of {count} images")
     at_round(None)
     stop_requested = StopPoll(run.stop)
     saved = 0.0

@@ -32,6 +32,7 @@ def headline(run: Trainer) -> str:
     second = ""
     if run.prior.learns:
         second = f", then {config.prior.name} fitted to the codes of {config.prior.images} images"
+    pool = f", pool {config.match.pool}" if config.objective.needs_match else ""
     ranks = f"{run.world} x {run.accelerator.device.type} ({run.engine.described}; {count_ranks()} a host, "
     size = "x".join(map(str, stream.shape))
     return (
@@ -40,7 +41,7 @@ def headline(run: Trainer) -> str:
         f"{torch.get_num_threads()} threads each)\n"
         f"batch {config.train.batch} = {run.engine.micro} images x {config.train.accumulate} micro-batches x "
         f"{run.world} ranks; {run.rounds} rounds of {config.match.round} images x {config.train.passes} passes for "
-        f"{config.train.images}, pool {config.match.pool}{second}; {start} in {config.run.path}"
+        f"{config.train.images}{pool}{second}; {start} in {config.run.path}"
     )
 
 
@@ -63,6 +64,7 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
     state = run.state
     if match:
         values |= match.values
+        values["seconds/match"] = run.phases.seconds["match"]
     values |= _speed(run)
     costs = {  # of what all ranks have read for the round
         "data/megabytes": read.tally.bytes / 1e6,
