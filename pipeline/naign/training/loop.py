@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from shlex import quote
 
@@ -144,6 +145,7 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
             raise Stopped
         rate = learning_rate(config.train, state.images_seen, budget)
         engine.set_lr(rate)
+        measured = run.apart("fit", 3 * len(steps) * config.train.accumulate)  # a backward is two forwards
         for numbers in numbers_of_step.split(engine.micro):  # unique within the round, passes included
             rows = numbers % config.match.round - first
             latents = damaged = None
@@ -163,7 +165,9 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
                     frozen=engine.bare,
                     normals=partial(draw_noise, config, state.round, images.shape[1:], images.device, numbers),
                 )
-                terms = compute_losses(objective, engine.forward, batch)
+                with measured if done == len(steps) // 2 else nullcontext():
+                    terms = compute_losses(objective, engine.forward, batch)
+                measured = nullcontext()
                 engine.backward(terms["total"])
             losses.add(terms)
         norm = engine.step()  # clips the gradient, makes the step, moves the average of the weights
@@ -212,7 +216,9 @@ def find_match(run: Trainer, images: Tensor) -> Match:
             raise Stopped
 
     def sample(ids: Tensor) -> Tensor:
-        return run.engine.sample(run.latents.draw(run.config.seed, run.state.round, ids, images.device))
+        latents = run.latents.draw(run.config.seed, run.state.round, ids, images.device)
+        with run.apart("match"):
+            return run.engine.sample(latents)
 
     try:
         return match_round(images, sample, run.config.match, poll)
@@ -248,7 +254,8 @@ def read_round(run: Trainer, number: int) -> Rows:
     problem: Exception | None = None
     with together(run.accelerator):
         try:
-            rows = run.stream.take(number, lambda: all_done(False) or run.stop.seen())
+            with run.phases.alone("take"):
+                rows = run.stream.take(number, lambda: all_done(False) or run.stop.seen())
         except (InputError, Unavailable, Stopped) as error:
             problem = error
         run.watchdog.beat()
