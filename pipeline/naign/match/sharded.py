@@ -335,7 +335,7 @@ class ShardedIndex:
             for number, (rows, ids) in enumerate(blocks):
                 search_block(
                     scan,
-                    rows,
+                    rows.to(scan.queries.device),
                     ids,
                     ranks,
                     first=number == 0,

@@ -26,7 +26,8 @@ from naign.data.scale import scaled
 from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopPoll
 from naign.errors import Diverged, InputError, Stopped, Unavailable
-from naign.match import Match, NotFinite, match_round, search
+from naign.match import Match, NotFinite, match_round
+from naign.match.sharded import ShardedIndex
 from naign.model.bank import CODES, REFERENCES, VALUES, disturbed, rounded, unit
 from naign.model.losses import Batch, compute_losses, find_distance
 from naign.model.prior import Codes
@@ -359,16 +360,13 @@ def fill_bank(run: Trainer) -> None:
         codes.append(run.accelerator.gather(rounded(apply(run, "encode", images))))
     known = torch.cat(codes)[:most].unique(dim=0)  # an image may be there twice where an epoch ends
     first, last = parts(0, len(known), run.world)[run.rank]
+    index = ShardedIndex(known.shape[1])
+    index.add(unit(known[first:last]), first)
     measured = []
     for images in (references, disturbed(references)):
-        result = search(
-            unit(rounded(apply(run, "encode", images))),
-            unit(known[first:last]),
-            first,
-            neighbours=2,
-        )
-        itself = result.distances[:, 0] == 0
-        squares = torch.where(itself, result.distances[:, 1], result.distances[:, 0])
+        distances, _ = index.search(unit(rounded(apply(run, "encode", images))), k=2)
+        itself = distances[:, 0] == 0
+        squares = torch.where(itself, distances[:, 1], distances[:, 0])
         moved = apply(run, "", images) - images
         energies = moved.square().flatten(1).mean(1)
         measured.append(run.accelerator.gather(energies))
