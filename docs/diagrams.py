@@ -110,7 +110,7 @@ def picture(width: int, height: int, title: str, parts: Iterable[str]) -> str:
 def draw_f() -> str:
     """From z, a damaged image and any image through f, narrow at its code, to a sample, a repair and an energy."""
     rows = [
-        ("z", "noise, or of the prior", "a new sample", "f(z)"),
+        ("z", "noise, or from the prior", "a new sample", "f(z)"),
         ("a damaged image", "noise, blur, gaps", "its repair", "f(image)"),
         ("any image x", "", "its energy", "mean of (f(x) − x)²"),
     ]

@@ -128,7 +128,7 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         if value.is_floating_point():
             tensors[name] = value.float()
         elif value.is_complex():
-            raise InputError(f"{file} holds complex numbers: it is no model")
+            raise InputError(f"{file} holds complex numbers: the weights of a model are real")
     if not all_finite(tensors):
         raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
     return metadata, tensors

@@ -46,7 +46,7 @@ class MixtureConfig(CodesConfig):
         many = f"prior.images={count} with codes of {values} values: over {KEPT} values in all"
         large = f"codes of {values} values: over {LARGEST} values in their covariance"
         require(
-            (least <= count, f"{few}: ask for fewer components, or for {least} images, of a set of as many"),
+            (least <= count, f"{few}: ask for fewer components, or for {least} images, if there are as many"),
             (count * values <= KEPT, f"{many}: fit the mixture to fewer images, or choose a flow"),
             (values**2 <= LARGEST, f"{large}: ask for a smaller code, or choose a flow"),
         )
