@@ -7,6 +7,8 @@ RUN ?= runs/$(or $(basename $(notdir $(CONFIG))),mnist)
 OPTIONS ?=
 # GPU=1, of `make install`: FAISS's GPU build that fits torch in the place of faiss-cpu (launch/faiss-gpu/pyproject.toml).
 GPU ?=
+# What `make test-lowest` installs in the place of this environment's torch, as 'torch==2.10.0 torchvision==0.25.0'.
+LOWEST_TORCH ?=
 # Of tests, on two cores: one more than these, since some tests wait.
 WORKERS ?= 3
 
@@ -34,7 +36,7 @@ help:
 	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x OPTIONS=--seed=1]"
 	@echo "make install GPU=1  install; on a GPU, with FAISS's GPU build in the place of faiss-cpu"
 	@echo "make test    install with the test tools; ruff, mypy --strict, pytest"
-	@echo "make test-lowest    the tests of ranks and engines with the lowest supported Accelerate and DeepSpeed"
+	@echo "make test-lowest    the tests of ranks and engines with the lowest supported Accelerate and DeepSpeed   [LOWEST_TORCH=torch==2.10.0]"
 	@echo "make quick   the inner loop: lint and the tests that are not slow"
 	@echo "make docs    write docs/settings.md from the code; build the pages of docs/ as a site in build/site"
 	@echo "make dist    the wheel and the source archive, in dist/; make sbom: what the wheel depends on, in build/sbom/"
@@ -109,7 +111,7 @@ $(VENV)-lowest/.installed: launch/constraints-lowest.txt | $(VENV)/.tested
 	$(BIN)/python -m venv $(VENV)-lowest
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)/benchmarks/baselines", sep="\n")' > \
 	    "$$($(VENV)-lowest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
-	$(VENV)-lowest/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r $<
+	$(VENV)-lowest/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r $< $(LOWEST_TORCH)
 	@touch $@
 
 test-lowest: $(VENV)-lowest/.installed

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from naign.config import Config, load
 from naign.errors import InputError, exit_on_input_error
+from naign.model.losses import NaignConfig, ObjectiveConfig
 from naign.model.networks import build_network
 from naign.model.prior.flow import Flow, FlowConfig
 
@@ -82,6 +83,19 @@ def main(settings: Settings) -> None:
     print(text)
 
 
+def forwards_of(objective: ObjectiveConfig) -> int:
+    """Forwards of f per image and pass, each with a backward."""
+    if not isinstance(objective, NaignConfig):
+        return 1 + objective.needs_latents
+    terms = (
+        objective.reconstruction > 0,
+        objective.needs_latents,
+        objective.third != "none",
+        objective.needs_damaged,
+    )
+    return sum(terms)
+
+
 def arithmetic(config: Config, shape: tuple[int, ...]) -> Record:
     """Parameters and floating-point operations of f, and of the flow if there is one."""
     prior = config.prior
@@ -89,7 +103,7 @@ def arithmetic(config: Config, shape: tuple[int, ...]) -> Record:
     with torch.device("meta"):
         network = build_network(config.model, shape)
         image = torch.empty(1, *shape)
-    forwards = 3 * config.objective.forwards
+    forwards = 3 * forwards_of(config.objective)
     if config.objective.needs_match:
         forwards += config.match.ratio / config.train.passes
     fitted = images
@@ -141,7 +155,7 @@ def memory(
         tracker.track_external(network, adam)
         with tracker:
             for _ in range(2):  # moments exist after the first step
-                step(network, images, config.objective.forwards, tracker)
+                step(network, images, forwards_of(config.objective), tracker)
                 adam.step()
                 adam.zero_grad()
     total = tracker.get_tracker_snapshot("peak")[device]["Total"]

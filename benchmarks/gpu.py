@@ -9,8 +9,11 @@ with 1 if a line is wrong or a part failed. Not run on a card yet. The parts:
     doctor       the checks of `naign doctor`
     random       random numbers beside the CPU's, and what a draw takes
     search       the match beside a float64 oracle on the tests' problems; the premise of its bound
+    index        a ShardedIndex beside the same oracle
+    groups       a round's match in groups beside the CPU's
     match        a round's search beside torch.cdist, FAISS and the matrix product alone
     repeat       a training, twice: the weights have the same bits
+    zero         folder64.yaml under ZeRO-2 beside DDP: losses, memory, speed
     resume       a run that is stopped and continues ends with the weights of one that was not
     trace        kernels that a step launches, and copies between host and device
     compiled     `train.compile` beside without: weights and speed
@@ -43,8 +46,9 @@ from trained import environment
 from naign import philox
 from naign.distributed.connect import repeat_bits
 from naign.errors import InputError, exit_on_input_error
-from naign.match import Blocks, bound, search
+from naign.match import Blocks, MatchConfig, bound, match_round, search
 from naign.match.exact import load_faiss
+from naign.match.sharded import ShardedIndex
 
 sys.path.insert(0, str(ROOT))
 
@@ -52,8 +56,11 @@ Part = Literal[
     "doctor",
     "random",
     "search",
+    "index",
+    "groups",
     "match",
     "repeat",
+    "zero",
     "resume",
     "trace",
     "compiled",
@@ -218,6 +225,45 @@ def searches(report: Report) -> None:
         )
 
 
+def index(report: Report) -> None:
+    from tests.match.problems import CASES, oracle
+
+    wrong = []
+    stride = 16 if report.small else 1
+    cases = list(CASES.items())[::stride]
+    for name, (queries, candidates) in cases:
+        _, rows = oracle(queries, candidates, 3)
+        made = ShardedIndex(queries.shape[1])
+        made.add(candidates.to(report.device), 0)
+        _, ids = made.search(queries.to(report.device), 3)
+        if ids[:, : rows.shape[1]].tolist() != rows.tolist():
+            wrong.append(name)
+    report.none(f"wrong answers of {len(cases)} indexes", len(wrong), wrong[:3] or "")
+
+
+def groups(report: Report) -> None:
+    count = 512 if report.small else 16_384
+    config = MatchConfig(
+        ratio=2.0,
+        round=count,
+        group=count // 8,
+        block=64,
+    )
+    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+    def matched(device: torch.device) -> Tensor:
+        def sample(ids: Tensor) -> Tensor:
+            return philox.uniform(3, 2, ids, (3, 32, 32), "cpu").to(device)
+
+        return match_round(images.to(device), sample, config).ids
+
+    ids = matched(report.device)
+    report.none("matches other than the CPU's", int((ids != matched(torch.device("cpu"))).sum()))
+    begin = time.perf_counter()
+    matched(report.device)
+    report.say(f"8 groups of {config.group}", f"{time.perf_counter() - begin:.2f} s")
+
+
 @bound.full_precision()
 def premise(
     width: int,
@@ -320,7 +366,7 @@ def parts() -> dict[str, Callable[[Report], None]]:
     found = {}
     for name in get_args(Part):
         found[name] = getattr(gpu_runs, name, None)
-    return found | {"random": random, "search": searches, "match": match}
+    return found | {"random": random, "search": searches, "index": index, "groups": groups, "match": match}
 
 
 def main(settings: Settings) -> int:

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -148,15 +149,18 @@ def recipe(
     name: str,
     steps: int,
     *options: str,
+    begin: Sequence[str] = TRAIN[:2],
+    run: str = "",
 ) -> list[Record]:
     """The metrics of three rounds of a recipe, of so many steps each, on random images."""
     batch = 8
     if not report.small:
         batch = load(str(ROOT / f"configs/{name}.yaml")).train.batch
     size = batch * steps
-    run = f"{name}-{steps}"
-    command = [*TRAIN, f"--config={name}", *LATENTS, f"--run.path={run}", *options]
+    run = run or f"{name}-{steps}"
+    command = [*begin, *TRAIN[2:], f"--config={name}", *LATENTS, f"--run.path={run}", *options]
     command += [f"--data.path={random_images(report, name, size)}", f"--match.round={size}", "--match.block=8"]
+    command.append("--match.group=0")
     command += [f"--train.batch={batch}", "--train.passes=1", f"--train.images={3 * size}", "--prior.name=none"]
     must(call(report, *command))
     return reported(report, run)
@@ -195,6 +199,34 @@ def resume(report: "Report") -> None:
     report.say("exit code of the run that was stopped", process.returncode, "75", process.returncode == 75)
     must(call(report, *command))
     report.none("tensors that are not those of the run that went through", differing(report, "whole", "stopped"))
+
+
+def zero(report: "Report") -> None:
+    steps = 2 if report.small else 16
+    engines = {}
+    for engine in ("gpus" if report.on_gpu else "single", "zero2"):
+        narrow = ("--model.width=8", "--model.depth=1") if report.small else ()
+        begin = (*NAIGN, "launch", "--processes=1", f"--engine={engine}")
+        rounds = recipe(
+            report,
+            "folder64",
+            steps,
+            "--train.precision=auto",
+            *narrow,
+            begin=begin,
+            run=f"folder64-{engine}",
+        )
+        engines[engine] = rounds[-1]
+        speed = rounds[-1]["speed/images_per_second"]
+        report.say(f"folder64, {engine}", f"{rounds[-1]['memory/peak_gb']:.2f} GB, {speed:.0f} images/s")
+    losses = [line["loss/total"] for line in engines.values()]
+    apart = abs(losses[1] / losses[0] - 1)
+    report.say(
+        "losses of both, relative difference",
+        f"{apart:.3f}",
+        "at most 0.02",
+        apart <= 0.02,
+    )
 
 
 def trace(report: "Report") -> None:
@@ -276,8 +308,9 @@ def full(report: "Report") -> None:
 
 def step(report: "Report") -> None:
     steps = 4 if report.small else 64
+    alone = ("--objective.damage=noise", "--objective.imle=0", "--objective.third=none", "--train.optimizer=adamw")
     for name in ("mnist",) if report.small else ("mnist", "cifar10"):
-        rounds = recipe(report, name, steps, "--objective.damage=noise")
+        rounds = recipe(report, name, steps, *alone)
         seconds = []
         for line in rounds[1:]:
             batch = line["images_seen"] / line["step"]

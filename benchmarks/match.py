@@ -6,8 +6,9 @@
         --data.path=data/${set%:*} --run.path=runs/${set%:*} --train.images=${set#*:}; done
     python benchmarks/match.py --to benchmarks/results/match
 
-Compared in the same run: this project's search, faiss.knn and FAISS's HNSW index (M 32, efConstruction 40, efSearch
-64). Every method answers the same problem in one process, in turns, and its best run counts. Building an index counts,
+Compared in the same run: this project's search, faiss.knn, FAISS's HNSW index (M 32, efConstruction 40, efSearch 64)
+and IndexFlatL2Panorama (32 levels, after a rotation by principal directions), which is exact and skips rows early.
+Every method answers the same problem in one process, in turns, and its best run counts. Building an index counts,
 since the pool is new each round. An answer is wrong if its id is not that of the least (float64 sum of squared
 differences, id). Problems that match.json holds stay unless they are measured again.
 """
@@ -37,7 +38,7 @@ Kind = Literal["natural", "trained", "untrained"]
 """Test images among training images; training images among samples f(z) of a run, or of its network before training."""
 SETS = {64: "digits", 784: "mnist", 3072: "cifar10", 12288: "photos64"}
 """Name of the data set, and of the run trained on it, by the values of an image."""
-METHODS = ("faiss.knn", "HNSW", "auto")
+METHODS = ("faiss.knn", "HNSW", "Panorama", "auto")
 """auto is this project's search."""
 BLOCK = 4096
 
@@ -58,6 +59,8 @@ class Settings:
     """At most."""
     most: int = 250_000_000
     """Candidate values for HNSW: larger problems are measured without it."""
+    products: float = 1e12
+    """Multiply-adds for Panorama, likewise."""
     checked: int = 1_000
     """Queries whose answers are compared with the right ones."""
     threads: int = 0
@@ -107,6 +110,8 @@ def measure(
     methods = list(METHODS)
     if candidates.numel() > settings.most:
         methods.remove("HNSW")
+    if candidates.numel() * len(queries) > settings.products:
+        methods.remove("Panorama")
     best: dict[str, Record] = {}
     for _ in range(settings.repeats):
         for method in methods:
@@ -163,9 +168,15 @@ def answer(method: str, queries: Tensor, candidates: Tensor) -> Tensor:
     if method == "faiss.knn":
         _, ids = faiss.knn(queries.numpy(), candidates.numpy(), 1)
         return torch.from_numpy(ids[:, 0])
-    index = faiss.IndexHNSWFlat(candidates.shape[1], 32)
-    index.hnsw.efConstruction = 40
-    index.hnsw.efSearch = 64
+    dims = candidates.shape[1]
+    if method == "Panorama":
+        rotation = faiss.PCAMatrix(dims, dims)
+        index = faiss.IndexPreTransform(rotation, faiss.IndexFlatL2Panorama(dims, 32))
+        index.train(candidates[:: len(candidates) // 5000 + 1].numpy())
+    else:
+        index = faiss.IndexHNSWFlat(dims, 32)
+        index.hnsw.efConstruction = 40
+        index.hnsw.efSearch = 64
     index.add(candidates.numpy())
     _, ids = index.search(queries.numpy(), 1)
     return torch.from_numpy(ids[:, 0])
@@ -227,12 +238,12 @@ def page(results: Record) -> str:
     here = results["machine"]
     return f"""Seconds to find the nearest candidate of each query, and how many times faster than `faiss.knn`.
 
-{command()} on {here["processor"]}, {here["threads"]} threads. HNSW counts with its build.
+{command()} on {here["processor"]}, {here["threads"]} threads. HNSW and Panorama count with their build.
 
 The answers to at least {looked:,} random queries of each problem were compared with float64 differences; none was wrong
 where the table does not say so.
 
-{table(["data, values: queries x candidates", "faiss.knn", "HNSW", "this search"], rows)}
+{table(["data, values: queries x candidates", "faiss.knn", "HNSW", "Panorama", "this search"], rows)}
 """
 
 

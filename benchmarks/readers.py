@@ -82,7 +82,7 @@ def webdataset_ours(job: Job) -> Read:
     import boto3  # noqa: F401  # see `ours`
     from webdataset import gopen_schemes
 
-    from tests.streams import gopen
+    from naign import gopen
 
     gopen_schemes["s3"] = gopen
     return _webdataset(job, [f"{job.path}/{shard}" for shard in job.shards])

@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py --to benchmarks/results/scale
 
-The network is that of folder256.yaml with a match. The model takes the recipe's arithmetic from its layers, constants
-of GPUs from data sheets (ASSUMED) and constants of this code that were measured in November on two cores of an AMD EPYC
-(MEASURED). Nothing was measured on GPUs.
+The recipe is folder256.yaml, whose match is within groups of images of one GPU. The model takes the recipe's
+arithmetic from its layers, constants of GPUs from data sheets (ASSUMED) and constants of this code that were measured
+in November on two cores of an AMD EPYC (MEASURED). Nothing was measured on GPUs.
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from budget import count
+from budget import count, forwards_of
 from output import ROOT, check_place, command, number, table, write
 
 from naign.config import load
@@ -21,7 +21,7 @@ from naign.errors import exit_on_input_error
 from naign.model.networks import build_network
 from naign.model.prior.flow import Flow
 
-GPUS = (8, 512, 4096)
+GPUS = (8, 1024, 4096)
 IMAGES = (10**7, 10**9, 10**11)
 SHARE = 2048
 """Images a GPU and round, as in folder256.yaml."""
@@ -34,13 +34,10 @@ WIDTH = 256
 STEPS = 32
 """Steps a round."""
 DIMS = 3 * 256 * 256
-HEADROOM = 8e9
-"""Bytes of a GPU's memory that CUDA, NCCL and fragments take."""
 
 ASSUMED = {
     "flops": (100e12, "FLOP/s of f in bf16: a tenth of the H100 SXM's 989 TFLOP/s (NVIDIA's data sheet)"),
     "products": (300e12, "FLOP/s of large matrix products: a third of the same"),
-    "memory": (80e9, "bytes of a GPU (the same data sheet)"),
     "link": (50e9, "bytes/s of a GPU to other hosts: 400 Gb/s (NVIDIA's data sheet of the DGX H100)"),
     "latency": (10e-6, "s of a step of a collective; assumed"),
     "host": (8, "GPUs a host (the same)"),
@@ -58,7 +55,7 @@ MEASURED = {
     "index cpu": (2.809e-9, "processor s a byte of the same"),
     "meet": (1.907, "s until all hosts are there (lost_hosts.py)"),
     "program": (3.177, "s from the program's start to the end of its first step"),
-    "step memory": (4.367e9, "bytes of a step besides weights and moments, and of the average (budget.py)"),
+    "step memory": (8.75e9, "bytes of a step besides weights and moments, and of the average (budget.py)"),
     "agree": (2.411e-4, "s a rank to agree on a checkpoint, over gloo"),
     "requests": (8.192, "requests of a rank and round, of packed data"),
     "tables": (1.203, "page tables of the same"),
@@ -116,7 +113,10 @@ def constants() -> dict[str, float]:
     given["parameters"] = sum(sizes)
     given["largest"] = max(sizes)
     given["flow"] = sum(value.numel() for value in flow.parameters())
-    given["forwards"] = config.objective.forwards + 1  # with objective.imle
+    given["forwards"] = forwards_of(config.objective)
+    given["ratio"] = config.match.ratio
+    given["group"] = config.match.images
+    given["block"] = config.match.block
     return given
 
 
@@ -138,14 +138,15 @@ def cost(
     waiting = STEPS * 2 * math.log2(gpus) * given["latency"]
     fit = max(products, averaging) + waiting
 
-    generate = SHARE * given["flop"] / given["flops"]
-    received = queries * share * (4 * DIMS + 2 * WIDTH)  # float32, and bfloat16 coordinates for the bound
-    exchange = received / given["link"]
-    pairs = queries * SHARE
-    encoding = 2 * SHARE * DIMS
+    samples = given["ratio"] * SHARE
+    generate = samples * given["flop"] / given["flops"]
+    exchange = 4 * math.log2(gpus) * given["latency"]  # a failure, and the means of metrics
+    pairs = samples * given["group"]
+    encoding = (SHARE + samples) * DIMS
     search = 2 * (encoding + pairs) * WIDTH / given["products"]
+    held = given["block"] * 4 * DIMS + given["group"] * (1 + given["ratio"]) * 4 * WIDTH
     besides = 4 * weights + given["step memory"] + SHARE * 4 * DIMS
-    grouped = fit + generate + (search + exchange) / hosts
+    whole = fit + generate + search + exchange
 
     read = queries * given["size"]
     tables = min(1.0, queries / LANES / SHARD)  # of a shard, a round: that of the last round is kept
@@ -167,17 +168,15 @@ def cost(
         "fit: sent a link and step, MB": sent / 1e6,
         "match: generation, s": generate,
         "match: search, s": search,
-        "match: received a rank, GB": received / 1e9,
         "match: exchange, s": exchange,
-        "match: memory a rank, GB": queries * (4 * DIMS + 4 * WIDTH) / 1e9,
+        "match: memory a rank, GB": held / 1e9,
         "memory a rank besides, GB": besides / 1e9,
-        "round, s": fit + generate + search + exchange,
-        "round with matches within hosts, s": grouped,
-        "reading: bytes/s of the bucket, GB": read / grouped / 1e9,
-        "reading: requests/s, packed": gpus * (given["requests"] + 2 * given["tables"]) / grouped,
-        "reading: requests/s, others' tars": gpus * given["pieces"] * (1 + 2 * tables) / grouped,
+        "round, s": whole,
+        "reading: bytes/s of the bucket, GB": read / whole / 1e9,
+        "reading: requests/s, packed": gpus * (given["requests"] + 2 * given["tables"]) / whole,
+        "reading: requests/s, others' tars": gpus * given["pieces"] * (1 + 2 * tables) / whole,
         "reading: page tables of others' tars, % of the bytes": 100 * table_bytes / given["size"],
-        "reading: cores a GPU that decode": SHARE * given["decode"] / grouped,
+        "reading: cores a GPU that decode": SHARE * given["decode"] / whole,
         "checkpoint: rank 0 writes, GB": first / 1e9,
         "checkpoint: s, in the background": 2 * first / given["stream"] + agreeing,
         "checkpoint: files": files,
@@ -187,7 +186,7 @@ def cost(
         "losses: hours between two": between / 3600,
         "losses: lost by each, s": lost,
         "losses: of the time, %": 100 * lost / between,
-        "epoch, hours": images / queries * grouped / 3600,
+        "epoch, hours": images / queries * whole / 3600,
         **of_images,
     }
 
@@ -213,13 +212,6 @@ def cost_of_images(
 
 
 LIMITS = (
-    (
-        "match: memory a rank, GB",
-        None,  # what a GPU has left
-        "The match: all images of a round lie on every GPU.",
-        "Search within groups of 8 GPUs: `search(group=...)` can, the loop does not ask for it. Today: keep "
-        "match.round below this many times 2,048.",
-    ),
     (
         "reading: requests/s, others' tars",
         ASSUMED["gets"][0],
@@ -268,19 +260,16 @@ LIMITS = (
 
 def breaks(given: dict[str, float]) -> list[list[str]]:
     """From which size on each limit is exceeded."""
-    besides = cost(8, 10**9, given)["memory a rank besides, GB"]
-    room = (given["memory"] - HEADROOM) / 1e9 - besides
     rows = []
     for name, limit, what, remedy in LIMITS:
-        most = room if limit is None else limit
         if name in OF_IMAGES:
             images = 10**6
-            while cost(8, images, given)[name] <= most:
+            while cost(8, images, given)[name] <= limit:
                 images *= 10
             rows.append([f"{images:.0e} images", what, remedy])
         else:
             gpus = 8
-            while cost(gpus, 10**9, given)[name] <= most:
+            while cost(gpus, 10**9, given)[name] <= limit:
                 gpus += 8
             rows.append([f"{gpus:,} GPUs", what, remedy])
     return rows

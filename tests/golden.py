@@ -20,7 +20,7 @@ FLOW = [
     *("--prior.batch=64", "--prior.passes=2", "--prior.images=1024"),
 ]
 TRACES = {
-    "naign": ["--latents.name=halves", "--objective.third=none", "--objective.imle=1", "--objective.denoising=0"],
+    "naign": ["--latents.name=gaussian", "--objective.third=none", "--objective.imle=1", "--objective.denoising=0"],
     "naign denoising": [
         "--objective.third=none",
         *("--objective.imle=1", "--objective.denoising=1", "--objective.damage=noise"),

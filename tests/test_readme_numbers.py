@@ -62,7 +62,7 @@ def row(table, name):
 def speed_of_match(choose):
     """How many times as fast as faiss.knn, of the problem that `choose` picks."""
     ratios = []
-    for problem in results("match")["problems"].values():
+    for problem in [*results("match")["problems"].values(), *results("match-intel")["problems"].values()]:
         methods = problem["methods"]
         ratios.append(methods["faiss.knn"]["seconds"] / methods["auto"]["seconds"])
     return choose(ratios)

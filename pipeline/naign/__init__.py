@@ -1,9 +1,10 @@
 """NAIGN: non-adversarial idempotent generative networks, trained at scale.
 
-    from naign import NAIGN, nearest, open_dataset
+    from naign import NAIGN, ShardedIndex, gopen, nearest, open_dataset
 
-These are a trained model, the exact nearest candidate over all ranks, and batches of a data set. Each is imported when
-it is first asked for: a program sets its signal handlers before torch takes seconds to load.
+These are a trained model, an index of rows on many ranks, a file in a bucket as a stream, the exact nearest candidate
+over all ranks, and batches of a data set. Each is imported when it is first asked for: a program sets its signal
+handlers before torch takes seconds to load.
 """
 
 import os
@@ -14,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from naign.data.batches import open_dataset
     from naign.match.index import nearest
+    from naign.match.sharded import ShardedIndex
     from naign.model.naign import NAIGN
+    from naign.storage.streams import gopen
 
-__all__ = ["NAIGN", "nearest", "open_dataset"]
+__all__ = ["NAIGN", "ShardedIndex", "gopen", "nearest", "open_dataset"]
 
 _MODULES = {
     "NAIGN": "naign.model.naign",
+    "ShardedIndex": "naign.match.sharded",
+    "gopen": "naign.storage.streams",
     "nearest": "naign.match.index",
     "open_dataset": "naign.data.batches",
 }

@@ -15,7 +15,7 @@ import tyro
 
 from naign.data.dataset import DataConfig, check_config
 from naign.errors import InputError, require, shown
-from naign.match.matcher import MatchConfig
+from naign.match.matcher import MatchConfig, check_groups
 from naign.model import losses, networks
 from naign.model.prior import LatentsConfig, MixtureConfig, PriorConfig, SmoothConfig, find_latents, find_prior
 from naign.observe.speed import parse_rounds
@@ -218,6 +218,7 @@ def check(config: Config) -> None:
     for section in (model, objective, config.latents, config.prior):
         section.check()
     parse_rounds(config.profile.rounds)
+    check_groups(config.match, 1)
     together = model.only_with in ("", objective.name) and objective.only_with in ("", model.name)
     both = f"model.name={model.name} and objective.name={objective.name} do not go together"
     size = config.match.round

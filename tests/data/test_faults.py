@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import webdataset
 
+import naign
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
 from naign.data.format.writer import pack
@@ -216,3 +218,24 @@ def test_a_shard_that_was_missing_from_the_start_is_bad_input(remote):
     with stream, refused("no such object: check the path"):
         for number in range(8):
             stream.take(number)
+
+
+@pytest.mark.slow
+def test_webdatasets_own_reader_streams_through_faults(local, remote, proxy, monkeypatch):
+    monkeypatch.setitem(webdataset.gopen_schemes, "s3", naign.gopen)
+    names = [Path(file).name for file in sorted(Path(local).glob("train-*.tar"))]
+
+    def read(place):
+        shards = [f"{place}/{name}" for name in names]
+        dataset = webdataset.WebDataset(shards, shardshuffle=False)
+        return [(sample["__key__"], sample["npy"]) for sample in dataset]
+
+    proxy.faults = Faults(
+        reset_every=(100_000, 500_000),
+        stall=0.05,
+        errors=0.1,
+    )
+    assert read(remote) == read(local)
+    assert proxy.counts["reset"]
+    with refused("streams are only read"):
+        naign.gopen(f"{remote}/new", "wb")

@@ -41,7 +41,7 @@ def matched(rank, world):
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
-    latents = build_latents(LatentsConfig(name="halves"), (1, 8, 8))
+    latents = build_latents(LatentsConfig(name="gaussian"), (1, 8, 8))
 
     @torch.inference_mode()
     def sample(ids):

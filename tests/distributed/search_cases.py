@@ -181,3 +181,52 @@ def stopped(rank, world):
         return "nothing", len(made)
 
     return {"stopped": match(fail=False), "failed": match(fail=True)}
+
+
+ROUND = 96
+GROUPS = (0, 48, 24, 12, 6)
+IMAGES, SAMPLES = draw(5, ROUND, 1, 4, 4), draw(6, 10 * ROUND, 1, 4, 4)
+
+
+def grouped(rank, world):
+    """Ids, distances and metrics of the match of this rank's images, by the size of a group."""
+    found = {}
+    low, high = even(ROUND, rank, world)
+    for size in GROUPS:
+        config = MatchConfig(
+            round=ROUND,
+            group=size,
+            ratio=10,
+            block=8,
+        )
+        match = match_round(IMAGES[low:high], SAMPLES.__getitem__, config)
+        found[size] = (match.ids, match.distances, match.values)
+    return found
+
+
+def failing_group(rank, world):
+    """What each rank is told, and how often it has polled and sampled, when sampling fails in one of its groups."""
+    low, high = even(ROUND, rank, world)
+    found = {}
+    for name, size in (("within a rank", 12), ("of two ranks", 48)):
+        counts = {"polls": 0, "samples": 0}
+
+        def poll(counts=counts):
+            counts["polls"] += 1
+
+        def sample(ids, counts=counts):
+            counts["samples"] += 1
+            if rank == 1 and counts["samples"] == 3:
+                raise OSError("the disk is gone")
+            return SAMPLES[ids]
+
+        config = MatchConfig(
+            round=ROUND,
+            group=size,
+            ratio=10,
+            block=8,
+        )
+        told = told_of(lambda: match_round(IMAGES[low:high], sample, config, poll))["told"]  # noqa: B023
+        match_round(IMAGES[low:high], SAMPLES.__getitem__, config)  # the groups are as good as before
+        found[name] = (told, counts["polls"], counts["samples"])
+    return found

@@ -14,6 +14,7 @@ from tests.programs import ends
 
 LOADING = """
 import os, signal, sys, time
+from contextlib import nullcontext
 from types import SimpleNamespace
 from pipeline.train import build_accelerator, exit_on_input_error, peers_missed
 from naign.distributed.signals import StopRequest
@@ -37,7 +38,9 @@ with exit_on_input_error("train"), peers_missed():
     accelerator, stop = build_accelerator(), StopRequest(world=2, timeout=60)
     accelerator.wait_for_everyone()
     watchdog = Watchdog(rank=rank, timeout=60)
-    read_round(SimpleNamespace(accelerator=accelerator, stop=stop, watchdog=watchdog, stream=Stream()), 0)
+    run = SimpleNamespace(accelerator=accelerator, stop=stop, watchdog=watchdog, stream=Stream())
+    run.phases = SimpleNamespace(alone=lambda phase: nullcontext())
+    read_round(run, 0)
 """
 
 

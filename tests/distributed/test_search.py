@@ -5,7 +5,7 @@ import torch
 
 from naign.distributed.signals import POLL_SECONDS
 from tests.distributed.ranks import on_ranks
-from tests.distributed.search_cases import ASKED
+from tests.distributed.search_cases import ASKED, GROUPS, IMAGES, ROUND, SAMPLES
 from tests.match.problems import CASES, oracle
 
 pytestmark = pytest.mark.slow
@@ -47,8 +47,8 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
         "size": "ValueError: nearest: the rows of rank 2 have 3 values in blocks of 8, those of rank 0 3 in 65536",
         "none": "ValueError: nearest: no rank has a candidate",
         "shared ids": "ValueError: nearest: ranks 0 and 1 both have a candidate with the id 4",
-        "failing in blocks of 4": "RuntimeError: nearest: rank 2 failed to make its candidates from row 4 on",
-        "failing in blocks of 1": "RuntimeError: nearest: rank 2 failed to make its candidates from row 1 on",
+        "failing in blocks of 4": "PeerFailed: nearest: rank 2 failed to make its candidates from row 4 on",
+        "failing in blocks of 1": "PeerFailed: nearest: rank 2 failed to make its candidates from row 1 on",
         "afterwards": "5",
         "made in lock-step": "2",  # of 8: no rank makes another block
     }
@@ -67,7 +67,7 @@ def test_a_stop_asked_of_one_rank_ends_the_match_on_all_within_a_few_blocks(worl
         assert part["stopped"] == (name, made)  # in lock-step
         # A rank that cannot sample takes the others along at the end of the part that it was making.
         error, until = part["failed"]
-        assert error == ("OSError" if rank == world - 1 else "RuntimeError")
+        assert error == ("OSError" if rank == world - 1 else "PeerFailed")
         assert ASKED <= until <= ASKED + 4
 
 
@@ -84,3 +84,30 @@ def test_a_rank_that_dies_or_falls_silent_fails_the_others_in_time(how, tmp_path
         assert f"rank {rank} of 3 failed while" in part["told"]
         assert "another rank died or did not answer within the process group's timeout" in part["told"]
         assert part["seconds"] < 20
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_a_group_has_its_own_part_of_the_pool_on_every_number_of_ranks(world, tmp_path):
+    parts = on_ranks("search_cases.grouped", world, tmp_path)
+    for size in GROUPS:
+        count = size or ROUND
+        ids = torch.cat([part[size][0] for part in parts])
+        for group, rows in enumerate(IMAGES.flatten(1).split(count)):
+            first = group * 10 * count
+            samples = SAMPLES.flatten(1)[first : first + 10 * count]
+            _, places = oracle(rows, samples)
+            found = ids.split(count)[group]
+            assert (found - first).tolist() == places[:, 0].tolist()
+        for part in parts:
+            assert part[size][2] == pytest.approx(parts[0][size][2], rel=1e-12)
+
+
+def test_a_failure_in_one_group_ends_the_match_of_all_in_lock_step(tmp_path):
+    parts = on_ranks("search_cases.failing_group", 4, tmp_path)
+    own = "OSError: the disk is gone"
+    other = f"PeerFailed: rank 1: {own}"
+    for size, samples in (("within a rank", [30, 18, 30, 30]), ("of two ranks", [30, 3, 30, 30])):
+        found = [part[size] for part in parts]
+        assert [told for told, _, _ in found] == [other, own, other, other]
+        assert [polls for _, polls, _ in found] == [30] * 4
+        assert [made for _, _, made in found] == samples

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 
@@ -42,3 +43,12 @@ def test_processor_time_is_that_of_all_ranks_over_all_resumptions(digits, tmp_pa
         with Job(tmp_path, ranks, (*options, images), program="tests/e2e/clocked.py") as job:
             job.ends(0, within=120)
         assert json.loads((newest(tmp_path / "run") / "trainer.json").read_text())["cpu_seconds"] == spent
+
+
+def test_a_rank_that_the_others_wait_for_is_named(digits, tmp_path):
+    options = [*SMALL, f"--data.path={digits}", "--run.path=run", "--train.images=4096", "--report.pictures=0"]
+    with Job(tmp_path, 2, tuple(options), program="tests/e2e/slowed.py") as job:
+        job.ends(0, within=120)
+    assert f"rank 1 on {socket.gethostname()} is slow in phase match" in job.said()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(row.get("speed/waited", 0) for row in rows) > 0.1

@@ -1,6 +1,7 @@
 """The losses that a pod can suffer, and how long a Job takes to train again."""
 
 import contextlib
+import copy
 import json
 import operator
 import signal
@@ -16,14 +17,27 @@ KINDS = ("delete", "rank", "launcher", "node")
 """The pod is deleted; SIGKILL for its rank, as when memory is out; SIGKILL for all of it; its node vanishes."""
 
 
+SMOKE = {
+    "data": {"path": "s3://naign/digits", "source": "digits"},
+    "run": {"path": "/run/naign/digits", "remote": "s3://naign/runs/digits"},
+    "model": {"width": 16, "code": 32},
+    "prior": {"name": "none"},
+    "match": {"round": 1024, "ratio": 4.0},
+    "train": {"batch": 64, "timeout": 120, "threads": 1},
+    "checkpoint": {"rounds": 5},
+    "report": {"pictures": 100},
+    "stop": {"within": 60},
+}
+"""A run on digits of 8 x 8."""
+
+
 def prepared(hosts, *, rounds=24, **train):
-    """The manifest for so many pods, with a smaller budget."""
+    """The manifest for so many pods, with a run that ends in a minute."""
     objects = manifest("job.yaml")
     for item in objects:
         if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:
-            config = yaml.safe_load(item["data"]["run.yaml"])
+            config = copy.deepcopy(SMOKE)
             config["train"] |= {"images": rounds * 1024, **train}
-            config["checkpoint"] = {"rounds": 5}
             item["data"]["run.yaml"] = yaml.safe_dump(config)
         if item["kind"] == "Job":
             item["spec"] |= {"completions": hosts, "parallelism": hosts}
@@ -91,7 +105,7 @@ def recover(job, index, kind, within):
     stayed = stays()
     met = 0
     if index:
-        met = job.pods[0].output().count("all hosts are here")
+        met = job.pods[0].output().count("hosts are here")
     begun = time.monotonic()
     seconds = []
 
@@ -104,7 +118,7 @@ def recover(job, index, kind, within):
     lose(job, index, kind)
     reached(lambda: all(map(operator.gt, stays(), stayed)))
     reached(lambda: job.pods.get(index, lost) is not lost)
-    reached(lambda: job.pods[0].output().count("all hosts are here") > met)
+    reached(lambda: job.pods[0].output().count("hosts are here") > met)
     now = time.time()
     reached(lambda: any(line["time"] > now for line in reported(job.pods.get(0))))
     job.cluster.tell(f"trains again: {[round(value, 1) for value in seconds]}")

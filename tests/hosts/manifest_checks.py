@@ -28,7 +28,20 @@ def templates(item):
     if item["kind"] == "JobSet":
         jobs = item["spec"]["replicatedJobs"]
         return [(f"{name} {job['name']}", job["template"]["spec"]["template"]) for job in jobs]
+    if item["kind"] == "TrainJob":
+        return [(name, _of_train_job(item["spec"]))]
     return []
+
+
+def _of_train_job(spec):
+    """The pod template that Trainer makes of its runtime, the patch and the trainer."""
+    (patch,) = spec["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    template = node["template"]["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    trainer = spec["trainer"]
+    more = {key: trainer[key] for key in ("image", "command", "env")} | {"resources": trainer["resourcesPerNode"]}
+    return template | {"spec": template["spec"] | {"containers": [container | more]}}
 
 
 def _of(item, objects):
@@ -83,7 +96,8 @@ def _of_job(name, item, objects):
         yield f"{name}: podFailurePolicy needs restartPolicy: Never"
     (container,) = pod["containers"]
     variables = {entry["name"]: entry.get("value") for entry in container["env"]}
-    if not spec["completions"] == spec["parallelism"] == int(variables["NAIGN_HOSTS"]):
+    hosts = variables["NAIGN_HOSTS"].rpartition(":")[2]
+    if not spec["completions"] == spec["parallelism"] == int(hosts):
         yield f"{name}: completions, parallelism and NAIGN_HOSTS are not the same"
     if variables["NAIGN_HEAD"] != f"{item['metadata']['name']}-0.{pod['subdomain']}":
         yield f"{name}: NAIGN_HEAD is {variables['NAIGN_HEAD']}, not the name of the first pod"

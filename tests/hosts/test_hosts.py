@@ -48,6 +48,7 @@ class Meeting:
             orchestrator="test",
             index=index,
             hosts=changed.get("hosts", self.count),
+            least=changed.get("least", 0),
             head="localhost",
             start=changed.get("start", "a"),
         )
@@ -97,6 +98,32 @@ class Meeting:
 
     def greet(self, **changed):
         return self.connection(dataclasses.replace(HELLO, hosts=self.count, **changed).line())
+
+
+@in_loop
+async def test_fewer_hosts_meet_where_no_more_come_and_one_that_comes_later_is_noticed():
+    meeting = Meeting(4)
+    first = meeting.host(0, least=2, within=15.0)
+    async with first:
+        late = asyncio.create_task(first.meet())
+        meeting.come(3, least=2)
+        links = await asyncio.wait_for(late, 10)
+        other = await meeting.tasks[3]
+        assert (links.hosts, links.number) == (2, 0)
+        assert (other.hosts, other.number) == (2, 1)
+        assert not first.newcomer
+        async with meeting.greet(index=3), meeting.greet(index=1, start="another"):
+            await asyncio.sleep(0.5)
+        assert not first.newcomer
+        async with meeting.greet(index=1):
+            await module.wait_for(lambda: first.newcomer, 5)
+        assert first.newcomer
+        meeting.come(1, least=2)
+        meeting.come(3, least=2, generation=1)
+        links = await asyncio.wait_for(first.meet(), 10)
+        await asyncio.gather(*meeting.tasks.values())
+        assert [meeting.tasks[index].result().number for index in (1, 3)] == [1, 2]
+        assert links.hosts == 3 and not first.newcomer
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])

@@ -5,14 +5,18 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
+import naign.cluster.job as rendering
 from naign.checkpoint.bucket import download, newest_first
 from naign.checkpoint.writer import is_complete
+from naign.cluster.render import render_k8s
+from naign.config import load, to_dict
 from naign.errors import INTERRUPTED
 from naign.storage.s3_client import forget_clients
 from tests.e2e.runs import same, weights
-from tests.hosts.cluster import Cluster, Job, possible
+from tests.hosts.cluster import Cluster, Job, manifest, possible
 from tests.hosts.losses import kill_rank, prepared, recover, reported
 from tests.hosts.test_manifests import only
 from tests.programs import succeeded
@@ -112,6 +116,100 @@ def test_a_job_loses_pods_and_ends_as_if_nothing_had_happened(cluster, naign):
 @pytest.mark.timeout(1800)
 def test_a_job_of_four_pods_loses_the_node_of_its_first(cluster):
     lose_pods(cluster, 4, [(0, "node")])
+
+
+def of_folder64(folder):
+    """What `naign render` makes of folder64.yaml with a narrow network, for two pods with ZeRO."""
+    config = to_dict(load("folder64"))
+    changes = {
+        "data.source": "digits",
+        "data.workers": 1,
+        "model.width": 8,
+        "model.depth": 1,
+        "model.code": 4,
+        "prior.width": 16,
+        "prior.depth": 1,
+        "prior.images": 1024,
+        "prior.passes": 1,
+        "prior.batch": 64,
+        "match.round": 1024,
+        "match.group": 512,
+        "train.images": 2048,
+        "train.batch": 64,
+        "train.threads": 1,
+        "train.precision": "fp32",
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        config[section][key] = value
+    (folder / "small.yaml").write_text(yaml.safe_dump(config))
+    job = rendering.Job(
+        data="s3://naign/digits",
+        run="s3://naign/runs/digits",
+        nodes="2",
+        gpus=0,
+        engine="zero2",
+        config=folder / "small.yaml",
+        endpoint="http://naign-store:8333",
+    )
+    ours = list(yaml.safe_load_all(render_k8s(job)))
+    return ours + [item for item in manifest("job.yaml") if item["metadata"]["name"] == "naign-store"]
+
+
+def test_a_rendered_job_trains_by_imle_in_groups_under_zero(cluster, tmp_path):
+    cluster.objects = of_folder64(tmp_path)
+    job = Job(cluster, "digits")
+    for index in range(2):
+        job.create(index)
+    host = job.pods[0]
+    job.until(lambda: job.failed or len(job.done) == 2, 400)
+    assert not job.failed
+    rows = reported(host)
+    assert [row["match/used"] > 0 for row in rows if "match/used" in row] == [True, True]
+    assert rows[-1]["prior/fitted"] == 1
+    assert "DeepSpeed ZeRO-2" in host.output()
+
+
+def traced(cluster):
+    """(epoch, key) of every image of each round, over all pods; a round that was repeated counts once."""
+    rounds = {}
+    for file in cluster.folder.glob("*/volumes/run/trace/*"):
+        for line in file.read_text().splitlines():
+            epoch, number, key = line.split()
+            rounds.setdefault(int(number), set()).add((epoch, key))
+    return rounds
+
+
+@pytest.mark.timeout(1800)
+def test_a_job_goes_on_with_the_hosts_that_are_there_and_takes_in_those_that_come(cluster):
+    cluster.objects = prepared(3, rounds=ROUNDS, batch=48)
+    config = cluster.find("ConfigMap", "naign")["data"]
+    settings = yaml.safe_load(config["run.yaml"])
+    settings["match"]["round"] = 1056
+    settings["train"]["images"] = ROUNDS * 1056
+    settings["data"]["trace"] = "/run/naign/trace"
+    config["run.yaml"] = yaml.safe_dump(settings)
+    (container,) = cluster.find("Job", "naign")["spec"]["template"]["spec"]["containers"]
+    container["command"][2:2] = ["--wait", "30"]
+    hosts = next(variable for variable in container["env"] if variable["name"] == "NAIGN_HOSTS")
+    hosts["value"] = "2:3"
+    job = started(cluster)
+    first = job.pods[0]
+    job.until(lambda: rounds(job) >= 3, 200)
+    assert "2 of 3 hosts are here" in first.output()
+    job.create(2)
+    job.until(lambda: "another host has come" in first.output(), 60)
+    before = rounds(job)
+    job.until(lambda: rounds(job) >= before + 4, 200)
+    assert "3 of 3 hosts are here" in first.output()
+    lost = job.pods.pop(1)
+    lost.kill()  # and nobody replaces it
+    job.until(lambda: first.output().count("2 of 3 hosts are here") == 2, 60)
+    job.until(lambda: job.done == {0, 2}, 400)
+    assert [line["round"] for line in reported(first)] == [*range(ROUNDS)]
+    seen = traced(cluster)
+    assert [len(seen[number]) for number in range(ROUNDS)] == [1056] * ROUNDS
+    assert len(set.union(*seen.values())) == ROUNDS * 1056  # no image twice in an epoch
 
 
 def test_a_rank_that_always_dies_fails_the_job_within_its_limit(cluster):

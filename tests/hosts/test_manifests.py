@@ -15,11 +15,11 @@ from naign.cluster.job import Job
 from naign.cluster.render import render_k8s
 from naign.errors import BAD_INPUT, INTERRUPTED, PEER_LOST, InputError
 from tests.conftest import ROOT
-from tests.hosts.manifest_checks import problems
+from tests.hosts.manifest_checks import problems, templates
 from tests.programs import execute, succeeded
 
 VERSIONS = ("1.29", "1.35", kubernetes_validate.latest_version())
-FILES = ("job", "pack-job", "evaluate-job", "tensorboard", "jobset", "trainjob")
+FILES = ("job", "pack-job", "evaluate-job", "tensorboard")
 
 
 def load(text):
@@ -58,8 +58,6 @@ def validate(objects, versions=VERSIONS):
 def test_a_manifest_is_valid_and_means_what_it_should(name):
     objects = read(name)
     validate(objects)
-    if name == "jobset":
-        objects += [item for item in read("job") if item["kind"] == "ConfigMap"]
     assert problems(objects) == []
 
 
@@ -71,7 +69,7 @@ def with_component(component, folder):
     shutil.copytree(ROOT / "k8s", folder / "k8s", dirs_exist_ok=True)
     place = folder / "k8s/try"
     place.mkdir(exist_ok=True)
-    (place / "first.yaml").write_text(render_k8s(Job(data="s3://bucket/d", run="s3://bucket/r", nodes=2)))
+    (place / "first.yaml").write_text(render_k8s(Job(data="s3://bucket/d", run="s3://bucket/r", nodes="2")))
     shutil.copy(ROOT / "k8s/evaluate-job.yaml", place)
     text = f"resources: [first.yaml, evaluate-job.yaml]\ncomponents: [../components/{component}]\n"
     (place / "kustomization.yaml").write_text(text)
@@ -120,8 +118,9 @@ def rendered(data="s3://bucket/d", run="s3://bucket/r", **changed):
 @pytest.mark.parametrize(
     ("nodes", "gpus"),
     [
-        (8, 8),
-        (3, 0),
+        ("8", 8),
+        ("3", 0),
+        ("2:4", 8),
     ],
 )
 def test_what_is_rendered_is_valid(nodes, gpus):
@@ -135,9 +134,63 @@ def test_what_is_rendered_is_valid(nodes, gpus):
 
 
 @pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("jobset", "r-train-0-0.r"),
+        ("trainjob", "r-node-0-0.r"),
+    ],
+)
+def test_other_kinds_have_the_same_pods(kind, head):
+    wanted = rendered(nodes="2", gpus=8, config=ROOT / "tests/hosts/size.yaml")["Jobr"]["spec"]["template"]
+    named = rendered(kind=kind, nodes="2", gpus=8, config=ROOT / "tests/hosts/size.yaml")
+    objects = list(named.values())
+    validate(objects)
+    assert problems(objects) == []
+    assert sorted(named)[:2] == ["ConfigMapr", "ConfigMapr.store"] and len(named) == 3
+    ((_, template),) = templates(objects[-1])
+    for key in ("securityContext", "terminationGracePeriodSeconds", "volumes", "tolerations"):
+        assert template["spec"][key] == wanted["spec"][key]
+    (container,) = template["spec"]["containers"]
+    (other,) = wanted["spec"]["containers"]
+    variables = {item["name"]: item.get("value") for item in container["env"]}
+    assert (variables["NAIGN_HOSTS"], variables["NAIGN_HEAD"]) == ("2", head)
+    for key in ("image", "command", "resources", "securityContext", "volumeMounts"):
+        assert container[key] == other[key]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "gs://a_bucket",
+        "az://container",
+        "abfss://container@account.dfs.core.windows.net",
+    ],
+)
+def test_buckets_of_other_clouds(place):
+    named = rendered(data=f"{place}/d", run=f"{place}/runs/r")
+    config = yaml.safe_load(named["ConfigMapr"]["data"]["run.yaml"])
+    assert (config["data"]["path"], config["run"]["remote"]) == (f"{place}/d", f"{place}/runs/r")
+    labels = named["Jobr"]["spec"]["template"]["metadata"]["labels"]
+    assert ("azure.workload.identity/use" in labels) == place.startswith("abfss")
+
+
+def test_a_volume_in_place_of_a_bucket():
+    named = rendered(claim="shared", data="mnist", run="runs/r", nodes="2")
+    objects = list(named.values())
+    validate(objects)
+    assert problems(objects) == []
+    config = yaml.safe_load(named["ConfigMapr"]["data"]["run.yaml"])
+    assert config["data"]["path"] == "/claim/mnist"
+    assert config["run"] | {"path": "/claim/runs/r", "remote": ""} == config["run"]
+    pod = named["Jobr"]["spec"]["template"]["spec"]
+    assert pod["volumes"][-1] == {"name": "claim", "persistentVolumeClaim": {"claimName": "shared"}}
+    assert pod["containers"][0]["volumeMounts"][-1] == {"name": "claim", "mountPath": "/claim"}
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("k8s", "--data", "data/mnist", "--run", "s3://bucket/run"), "pods share a bucket only"),
+        (("k8s", "--data", "data/mnist", "--run", "s3://bucket/run"), "pods share a bucket, or a volume by --claim"),
         (("k8s", "--data", "d", "--run", "https://me:SECRET@host/r"), "https://: the address holds a user"),
     ],
 )
@@ -150,12 +203,23 @@ def test_what_cannot_be_rendered_is_refused(options, said, naign):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"data": "s3://x/d"}, "--data: pods share a bucket only: write s3://bucket/prefix"),
+        ({"data": "s3://x/d"}, "--data: pods share a bucket, or a volume by --claim: write s3://bucket/prefix"),
         ({"run": "s3://bucket/r\n#"}, "--run: pods"),
         ({"run": "s3://me:SEC RET@bucket/r"}, "--run: pods"),
+        ({"claim": "shared"}, "--data: with --claim=shared write a path in that volume"),
+        ({"claim": "shared", "data": "d", "run": "../r"}, "--run: with --claim=shared write a path"),
+        ({"claim": "My Claim", "data": "d", "run": "r"}, "--claim: give the name of a PersistentVolumeClaim"),
+        ({"engine": "cpu", "gpus": 8}, "--engine cpu does not go with --gpus 8"),
+        ({"engine": "fsdp", "gpus": 0}, "--engine fsdp does not go with --gpus 0"),
+        ({"data": "az://container/d", "service_account": "s"}, "az:// does not name the account"),
+        ({"data": "s3://bucket/r/"}, "--data and --run are the same place"),
+        ({"engine": "zero9"}, "--engine zero9 is neither a file nor a name in launch/"),
+        ({"engine": "my/zero2.yaml"}, "--engine: give the name of a file in launch/"),
         ({"endpoint": "http://me:SECRET@host"}, "--endpoint: write http://host:port"),
-        ({"nodes": 3, "gpus": 8}, "cannot be shared by 24 ranks"),
-        ({"nodes": 0}, "0 nodes"),
+        ({"nodes": "3", "gpus": 8}, "cannot be shared by 24 ranks"),
+        ({"nodes": "0"}, "0 nodes"),
+        ({"nodes": "2:1"}, "--nodes is 2:1: give a number of hosts, or the least, 2 or more, and the most"),
+        ({"nodes": "two"}, "--nodes is 'two': it must be a number"),
         ({"run": "s3://bucket/seed_1"}, "--name: give one of small letters"),
         ({"run": "s3://bucket/2024-06-01"}, "--name: give one of small letters"),
     ],

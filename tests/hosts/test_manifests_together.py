@@ -23,21 +23,12 @@ def test_all_name_the_run_that_the_job_trains():
     assert evaluate[2] == fetch[2] == run["run"]["remote"]
 
 
-def train_job_patch():
-    """What trainjob.yaml sets of its pods beyond the runtime: a pod template."""
-    (job,) = read("trainjob")
-    (patch,) = job["spec"]["runtimePatches"]
-    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    template = node["template"]["spec"]["template"]
-    return template
-
-
 def test_the_store_is_open_to_the_pods_of_these_manifests_alone_and_tensorboard_to_none():
-    pods = {"TrainJob": train_job_patch()}
+    pods = {}
     for file in FILES:
         for item in read(file):
             pods |= dict(templates(item))
-    assert len(pods) == 7
+    assert len(pods) == 5
     policy = only(read("job"), "NetworkPolicy")["spec"]
     source = policy["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
     chosen = policy["podSelector"]["matchLabels"]
@@ -49,19 +40,3 @@ def test_the_store_is_open_to_the_pods_of_these_manifests_alone_and_tensorboard_
     labels = pods["Deployment naign-tensorboard"]["metadata"]["labels"]
     assert closed["podSelector"]["matchLabels"].items() <= labels.items()
     assert closed["policyTypes"] == ["Ingress"] and closed["ingress"] == []
-
-
-def test_the_pods_of_a_train_job_know_how_many_they_are_and_where_they_meet():
-    (job,) = read("trainjob")
-    trainer = job["spec"]["trainer"]
-    variables = {item["name"]: item.get("value") for item in trainer["env"]}
-    name = job["metadata"]["name"]
-    assert variables["NAIGN_HOSTS"] == str(trainer["numNodes"])
-    assert variables["NAIGN_HEAD"] == f"{name}-node-0-0.{name}"
-
-
-def test_a_train_job_is_locked_down_as_the_job_is():
-    wanted = only(read("job"), "Job")["spec"]["template"]["spec"]
-    found = train_job_patch()["spec"]
-    assert found["securityContext"] == wanted["securityContext"]
-    assert found["containers"][0]["securityContext"] == wanted["containers"][0]["securityContext"]

@@ -29,6 +29,18 @@ ALONE = Place(orchestrator="none")
                 orchestrator="Kubernetes",
                 index=3,
                 hosts=4,
+                least=4,
+                head="a-0.a",
+                start="uid",
+            ),
+        ),
+        (
+            KUBERNETES | {"NAIGN_HOSTS": "2:5"},
+            Place(
+                orchestrator="Kubernetes",
+                index=3,
+                hosts=5,
+                least=2,
                 head="a-0.a",
                 start="uid",
             ),
@@ -56,6 +68,9 @@ def test_the_place_is_what_the_orchestrator_says(environ, expected):
     [
         (KUBERNETES, {"NAIGN_HEAD": ""}, "NAIGN_HEAD is not set"),
         (KUBERNETES, {"NAIGN_HOSTS": "3"}, "host 3 of 3, counted from 0"),
+        (KUBERNETES, {"NAIGN_HOSTS": "4:2"}, "NAIGN_HOSTS is 4:2: give a number of hosts, or the least, 2 or more"),
+        (KUBERNETES, {"NAIGN_HOSTS": "1:4"}, "NAIGN_HOSTS is 1:4: give a number"),
+        (KUBERNETES, {"NAIGN_HOSTS": ":4"}, "NAIGN_HOSTS is '': it must be a number"),
         (KUBERNETES, {"NAIGN_HOSTS": "9" * 5000}, "from 0 to 99999"),
         (KUBERNETES, {"NAIGN_HEAD": "a..b"}, "'a..b' is not a name of a host"),
         ({"JOB_COMPLETION_INDEX": "1"}, {}, "NAIGN_HOSTS is not set"),

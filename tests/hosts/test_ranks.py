@@ -11,13 +11,11 @@ import psutil
 import pytest
 
 from naign.cluster import ranks as module
-from naign.cluster.place import Place
 from naign.cluster.ranks import Ranks, environment_of, find_engine
 from naign.cluster.rejoin import Answer, Links
 from naign.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PEER_LOST, InputError
 
 ALONE = Links(Answer(generation=1, port=29555), "127.0.0.1", {})
-PLACE = Place(orchestrator="none")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,6 @@ def start(monkeypatch, tmp_path):
         return Ranks(
             [],
             find_engine("cpu"),
-            PLACE,
             ALONE,
             folder=tmp_path,
             count=count,
@@ -187,12 +184,11 @@ def test_what_ranks_have_started_is_killed_with_them(start, tmp_path):
 def test_ranks_of_several_hosts_find_each_other(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, env: seen.append(env))
-    place = Place(orchestrator="Kubernetes", index=1, hosts=3, head="a")
+    links = Links(Answer(generation=1, port=29555, hosts=3, number=1), "127.0.0.1", {})
     Ranks(
         [],
         find_engine("cpu"),
-        place,
-        ALONE,
+        links,
         folder=tmp_path,
         count=2,
         within=1,
@@ -213,7 +209,6 @@ def test_ranks_know_of_a_start_again_and_wait_for_access_then(generation, told, 
     Ranks(
         [],
         find_engine("cpu"),
-        Place(orchestrator="Kubernetes", hosts=2),
         links,
         folder=tmp_path,
         count=1,

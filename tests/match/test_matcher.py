@@ -9,7 +9,7 @@ import torch
 from naign.config import Config, check, differences
 from naign.match import nearest, pool
 from naign.match.exchange import Ranks
-from naign.match.matcher import MatchConfig, match_round
+from naign.match.matcher import MatchConfig, check_groups, match_round
 from naign.match.pool import Pool, block_range
 from tests.match.problems import draw
 from tests.refused import refused
@@ -78,6 +78,7 @@ def test_every_rank_samples_equally_often_in_each_part_of_the_pool(world, size, 
 
         ranks = Ranks(rank=rank, world=world)
         part = Pool(
+            0,
             size,
             10,
             sample,
@@ -131,3 +132,21 @@ def test_the_ratio_may_not_change_within_a_run():
     other = Config()
     other.match.ratio = 2.0
     assert differences(Config(), other) == ["match.ratio: 10.0 there, 2.0 now"]
+
+
+@pytest.mark.parametrize(
+    "group, world, message",
+    [
+        (40, 1, r"match.group=40 does not divide match.round=96: choose a divisor"),
+        (16, 4, r"match.group=16 neither divides the 24 images a round of one of 4 ranks, nor is a multiple"),
+        (48, 3, "match.group=48 neither divides the 32 images"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(group, world, message):
+    with refused(message):
+        check_groups(MatchConfig(round=96, group=group), world)
+
+
+@pytest.mark.parametrize("group, world", [(0, 3), (96, 4), (48, 4), (24, 4), (6, 4), (96, 1), (4, 1)])
+def test_groups_that_fit_are_allowed(group, world):
+    check_groups(MatchConfig(round=96, group=group), world)

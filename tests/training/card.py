@@ -8,6 +8,7 @@ program only Accelerate's placement is replaced. A process of its own: it regist
 
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -113,6 +114,7 @@ def round_of(config, shape, device, engine):
         world=1,
         rounds=9,
         engine=engine,
+        apart=lambda phase, times: nullcontext(),
         latents=latents,
         state=State(),
         stop=SimpleNamespace(poll_stop=lambda elapsed: (False, elapsed)),

@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from threading import Barrier
 from types import SimpleNamespace
 
@@ -57,6 +58,7 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
 
         run = SimpleNamespace(
             accelerator=SimpleNamespace(rank=rank, num_processes=1),
+            phases=SimpleNamespace(alone=lambda phase: nullcontext()),
             watchdog=SimpleNamespace(beat=beat),
             stop=SimpleNamespace(seen=lambda: stop),
             stream=streams[rank],

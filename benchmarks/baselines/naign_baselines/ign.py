@@ -32,10 +32,6 @@ class IgnConfig(DistanceConfig):
 
     needs_frozen = True
 
-    @property
-    def forwards(self) -> int:
-        return 4
-
 
 def ign(config: IgnConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """Idempotence reaches the weights through the inner f only, tightness through the outer f only."""

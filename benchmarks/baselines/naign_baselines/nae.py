@@ -49,10 +49,6 @@ class NaeConfig(ObjectiveConfig):
     def needs_match(self) -> bool:
         return False
 
-    @property
-    def forwards(self) -> int:
-        return 2 + self.steps + self.code_steps
-
 
 def nae(config: NaeConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """The energy of data falls, that of samples by Langevin steps on it rises. Its temperature is 1."""

@@ -115,10 +115,6 @@ class FlowConfig(ObjectiveConfig):
     def needs_match(self) -> bool:
         return False
 
-    @property
-    def forwards(self) -> int:
-        return 1
-
 
 def rectified_flow(config: FlowConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """Squared error of the velocity on straight paths from a latent to an image, at times of a logistic normal."""

@@ -2,18 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from naign.cluster.place import read_hosts
 
 
 @dataclass(kw_only=True, slots=True)
 class Job:
     """Fields are the options of `naign render`, and the comments beside them their help."""
 
-    data: str  # Packed data: s3://bucket/prefix.
-    run: str  # Where the run is kept: s3://bucket/prefix.
-    nodes: int = 1  # Machines.
+    data: str  # Packed data: s3://bucket/prefix, gs:// or az://; with --claim a path in that volume.
+    run: str  # Where the run is kept, likewise.
+    kind: Literal["job", "jobset", "trainjob"] = "job"  # The second needs JobSet, the third Kubeflow Trainer 2.3.
+    nodes: str = "1"  # Machines; 2:4 trains with two to four of them, as many as there are.
     gpus: int = 1  # GPUs of each; 0 trains on CPUs.
+    engine: str = ""  # A name in launch/, such as zero2; default: DDP.
     image: str = "naign:cuda"  # Of launch/Dockerfile.
     config: Path | None = None  # Settings of the run; default: the recommended recipe, configs/mnist.yaml.
+    claim: str = ""  # A PersistentVolumeClaim, ReadWriteMany, that holds data and run instead of a bucket.
     name: str = ""  # Of the Job, its Service and its ConfigMaps; default: the last part of --run.
     service_account: str = ""  # Of the pods, where a role instead of a Secret gives access to the bucket.
     endpoint: str = ""  # Address of the S3 server, where it is not AWS's.
@@ -23,5 +29,12 @@ class Job:
         self.name = self.name or self.run.rstrip("/").rpartition("/")[2]
 
     @property
-    def ranks(self) -> int:
-        return self.nodes * max(1, self.gpus)
+    def hosts(self) -> tuple[int, int]:
+        """The least and the most. Raises InputError."""
+        return read_hosts("--nodes", self.nodes)
+
+    @property
+    def head(self) -> str:
+        """The host name of the first pod."""
+        role = {"job": "", "jobset": "-train-0", "trainjob": "-node-0"}[self.kind]
+        return f"{self.name}{role}-0.{self.name}"

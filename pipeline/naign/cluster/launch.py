@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from naign.cluster.place import RANKS, Place, find_place, find_port
-from naign.cluster.ranks import AUDIT, MEANINGS, Ranks, become_rank, find_engine, require_gpus
-from naign.cluster.rejoin import Hosts, Links, program, say
+from naign.cluster.ranks import AUDIT, MEANINGS, Ranks, become_rank, check_shares, find_engine, require_gpus
+from naign.cluster.rejoin import SETTLED, Hosts, Links, program, say
 from naign.errors import InputError, Outcome, PeerLost, Unavailable, kind_of
 from naign.process import on_signals
 from naign.terminal import outlive_terminal
@@ -110,6 +110,8 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
     if place.orchestrator == "Slurm" and not options.engine:
         wanted = wanted or place.processes  # the GPUs of this node that are the job's
     require_gpus(wanted, processes, engine)
+    if place.is_elastic and training[:1] != [AUDIT]:
+        check_shares(config, place.least, place.hosts, processes)
     if _is_done(config, place):
         say(f"nothing left to do: the run in {config.run.remote or config.run.path} is done")
         return Outcome.DONE
@@ -124,7 +126,7 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
             asked.at_once = True
             links = await hosts.meet()
             if place.hosts > 1:
-                say(f"all hosts are here; host 0 is {links.address}")
+                say(f"{links.hosts} of {place.hosts} hosts are here; host 0 is {links.address}")
             asked.at_once = False
             begun = time.monotonic()
             with (
@@ -132,14 +134,13 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
                 Ranks(
                     training,
                     engine,
-                    place,
                     links,
                     folder=Path(scratch),
                     count=processes,
                     within=config.stop.within,
                 ) as ranks,
             ):
-                code, killed = await _watch(ranks, links, asked)
+                code, killed = await _watch(ranks, links, hosts, asked)
             if code == Outcome.PEER_LOST:
                 links.leave(code, lost=links.lost)  # before waiting for the code of a host that may wait for this one's
             code = await links.judge(code, killed=killed, asked=asked)
@@ -148,18 +149,30 @@ async def _launch(options: argparse.Namespace, training: Sequence[str], asked: A
             if asked or place.orchestrator != "Kubernetes" or not links.may_meet_again(code):
                 return code
             links.close()
-            hosts.note_training(links, time.monotonic() - begun, timeout=config.train.timeout)
+            hosts.note_training(
+                links,
+                time.monotonic() - begun,
+                timeout=config.train.timeout,
+                stopped=code == Outcome.INTERRUPTED,
+            )
             say(f"this host stays, and waits for the others to meet again (they have met {links.generation} times)")
 
 
-async def _watch(ranks: Ranks, links: Links, asked: Asked) -> tuple[int, bool]:
-    """Wait for the ranks, pass a signal on to them, and end them where another host has ended. Returns the exit code,
-    and whether a rank was killed from outside.
+async def _watch(ranks: Ranks, links: Links, hosts: Hosts, asked: Asked) -> tuple[int, bool]:
+    """Wait for the ranks, pass a signal on to them, and end them where another host has ended or come. Returns the exit
+    code, and whether a rank was killed from outside.
     """
     is_stopping = False
+    begun = time.monotonic()
     while ranks.running():
         if asked and not is_stopping:
             ranks.stop(asked.number)
+            is_stopping = True
+        is_due = hosts.newcomer and time.monotonic() > begun + SETTLED * hosts.within
+        if is_due and not is_stopping:
+            say("another host has come: the ranks write a checkpoint, and all meet again")
+        if (is_due or links.codes.get(0) == Outcome.INTERRUPTED) and not is_stopping:
+            ranks.ask()
             is_stopping = True
         if links.time_left(ranks.within + 30) < 0:
             say("this host's ranks do not end: killed")

@@ -17,10 +17,15 @@ class Place:
 
     orchestrator: str
     index: int = 0
-    hosts: int = 1
+    hosts: int = 1  # at most
+    least: int = 0  # with which training begins, and goes on where a lost host is not replaced; 0: all
     head: str = "localhost"  # name or address of host 0, as the others reach it
     start: str = ""  # id of this start of the job: hosts of an earlier one may still be running
     processes: int = 0  # ranks on this host; 0: one a GPU, or one
+
+    @property
+    def is_elastic(self) -> bool:
+        return 0 < self.least < self.hosts
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
@@ -34,10 +39,12 @@ def find_place(environ: Mapping[str, str]) -> Place:
     Without any of them the host is alone. Raises InputError where variables are missing or contradictory.
     """
     if "NAIGN_HOSTS" in environ:
+        least, hosts = read_hosts("the variable NAIGN_HOSTS", _text(environ, "NAIGN_HOSTS"))
         place = Place(
             orchestrator="Kubernetes",
             index=_number(environ, "JOB_COMPLETION_INDEX"),
-            hosts=_number(environ, "NAIGN_HOSTS"),
+            hosts=hosts,
+            least=least,
             head=_text(environ, "NAIGN_HEAD"),
             start=environ.get("NAIGN_START", ""),
         )
@@ -57,6 +64,15 @@ def find_place(environ: Mapping[str, str]) -> Place:
             "make NAIGN_HOSTS, or completions and parallelism of the Job, the number of hosts everywhere"
         )
     return place
+
+
+def read_hosts(what: str, text: str) -> tuple[int, int]:
+    """The least and the most hosts of '4', or of '2:4'. Raises InputError, which names `what` says so."""
+    least, colon, most = text.partition(":")
+    numbers = [_read_number(what, part) for part in (least, most or least)]
+    if colon and not 2 <= numbers[0] < numbers[1]:
+        raise InputError(f"{what} is {text}: give a number of hosts, or the least, 2 or more, and the most, as 2:4")
+    return numbers[0], numbers[1]
 
 
 def _of_slurm(environ: Mapping[str, str]) -> Place:
@@ -102,7 +118,10 @@ def _text(environ: Mapping[str, str], name: str, default: str = "") -> str:
 
 
 def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
-    text = _text(environ, name, default)
+    return _read_number(f"the variable {name}", _text(environ, name, default))
+
+
+def _read_number(what: str, text: str) -> int:
     if not text.isdecimal() or len(text) > 5:
-        raise InputError(f"the variable {name} is '{text[:40]}': it must be a number from 0 to 99999")
+        raise InputError(f"{what} is '{text[:40]}': it must be a number from 0 to 99999")
     return int(text)

@@ -16,9 +16,8 @@ import psutil
 import yaml
 
 from naign import shipped
-from naign.cluster.place import Place
 from naign.cluster.rejoin import Links
-from naign.errors import InputError, Outcome, one_line
+from naign.errors import InputError, Outcome, one_line, require
 from naign.process import SIGNALS
 
 AUDIT = "copies"  # a command of `naign` that ranks run instead of a training
@@ -115,6 +114,24 @@ def require_gpus(wanted: int, processes: int, engine: Mapping[str, Any]) -> None
         check_gpus(f"{processes} ranks on GPUs are to start here (on CPUs: --engine cpu)", processes)
 
 
+def check_shares(config: Any, least: int, most: int, processes: int) -> None:
+    """InputError where `least` to `most` hosts of so many ranks cannot all share a step and a group equally."""
+    from naign.match.matcher import check_groups
+
+    for hosts in range(least, most + 1):
+        ranks = hosts * processes
+        batch = config.train.batch
+        size = f"{ranks} ranks on {hosts} hosts"
+        remedy = "choose a multiple, and match.round a multiple of that; an existing run needs other numbers of hosts"
+        require(
+            (
+                batch % (ranks * config.train.accumulate) == 0,
+                f"train.batch={batch} cannot be shared by {size}: {remedy}",
+            )
+        )
+        check_groups(config.match, ranks)
+
+
 def command_of(arguments: Sequence[str]) -> list[str]:
     """The command line of a rank."""
     if arguments[:1] == [AUDIT]:
@@ -137,7 +154,6 @@ class Ranks:
         self,
         arguments: Sequence[str],
         engine: Mapping[str, Any],
-        place: Place,
         links: Links,
         *,
         folder: Path,  # for the reasons of their ends
@@ -150,7 +166,7 @@ class Ranks:
         self._deadline = math.inf
         self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
-        world = place.hosts * count
+        world = links.hosts * count
         shared = {**os.environ, **environment_of(engine)}
         shared["NAIGN_LAUNCHER"] = str(os.getpid())  # so that ranks end with this process
         if links.generation > 1:
@@ -168,7 +184,7 @@ class Ranks:
         for local in range(count):
             own = {"TORCHELASTIC_ERROR_FILE": str(self._error_file(local))}  # as torchrun's: for the reason of its end
             if "WORLD_SIZE" in shared:
-                own |= {"RANK": str(place.index * count + local), "LOCAL_RANK": str(local)}
+                own |= {"RANK": str(links.number * count + local), "LOCAL_RANK": str(local)}
             self._processes.append(subprocess.Popen(command_of(arguments), env=shared | own))
 
     def _error_file(self, local: int) -> Path:
@@ -199,6 +215,12 @@ class Ranks:
             if code is not None:
                 codes[local] = code
         return codes
+
+    def ask(self) -> None:
+        """Ask the ranks to write a checkpoint and end, for which they may take their time."""
+        self._asked = signal.SIGTERM
+        for process in self._processes:
+            process.terminate()
 
     def stop(self, number: int) -> None:
         """Pass on a signal: ranks write a checkpoint and end."""

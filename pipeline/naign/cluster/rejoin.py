@@ -7,7 +7,8 @@ A host is in one of three states:
     ends     by itself or after another one: with the code that `Links.judge` makes of how the ranks ended
 
 From `ends` a host that lost another one goes back to `waits`, in the same process and pod (`Links.may_meet_again`): the
-orchestrator replaces only the host that was lost.
+orchestrator replaces only the host that was lost. A job of 2:4 hosts waits for a while once two are there, and trains
+without the others; one that comes later ends the round of those that train (`Hosts.newcomer`), and all meet again.
 
 A terminating pod of an earlier start has the name and index of one that is awaited, so every host names its start, and
 host 0 rejects others. Hosts then use the address of host 0: its name may soon resolve to another pod. Meetings are
@@ -18,12 +19,13 @@ stays, unless its generation is older; the other one must leave, so that they do
 import asyncio
 import contextlib
 import json
+import math
 import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import psutil
@@ -33,6 +35,8 @@ from naign.errors import InputError, Outcome, PeerLost, Unavailable, printable
 
 EVERY = 10.0  # seconds between two messages about the missing hosts
 SILENCE = 10.0  # seconds within which a connection must send its greeting
+FEWER = 1 / 15  # of the time to wait for hosts that are needed: to wait for more than these
+SETTLED = 1 / 3  # of the same: from a meeting until hosts that come later interrupt the ranks
 GRACE = 10.0  # seconds to wait for another host's code
 SOON = 3.0  # seconds that ranks have to notice by themselves that another host is gone
 LIMIT = 5  # starts in a row that may end early where no host was lost
@@ -91,6 +95,8 @@ class Answer(Message):
     go: bool = False
     generation: int = 0  # the number of this meeting
     port: int = 0  # of the ranks' store on host 0
+    hosts: int = 1  # that have met
+    number: int = 0  # of this host among them
     reason: str = ""
     code: int = 0  # the host ends with it; 0: it may come again
 
@@ -110,6 +116,8 @@ class Links:
         self.address = address  # of host 0
         self.port = answer.port
         self.generation = answer.generation
+        self.hosts = answer.hosts
+        self.number = answer.number
         self.codes: dict[int, int | None] = {}  # of hosts that ended; None: it vanished
         self.lost = False  # another host vanished
         self.ended_at = 0.0  # when the first of them ended, or vanished
@@ -194,11 +202,12 @@ class Hosts:
 
     def __init__(self, place: Place, *, port: int, ranks: int, within: float) -> None:
         self.generation = 0  # of the last meeting
+        self.newcomer = False  # whether a host has come while those of the last meeting train
         self._early = 0  # starts in a row that ended early
         self._place = place
         self._port = port
         self._ranks = ranks
-        self._within = within  # seconds to wait for the others
+        self.within = within  # seconds to wait for the others
         self._member = uuid.uuid4().hex
         self._is_meeting = True
         self._guests: dict[int, Guest] = {}
@@ -232,12 +241,12 @@ class Hosts:
         self.generation = links.generation
         return links
 
-    def note_training(self, links: Links, seconds: float, *, timeout: float) -> None:
-        """The ranks ran for so many seconds, of which they may have waited `timeout` for each other in vain. Raises
-        Unavailable if starts end early again and again, without the loss of a host.
+    def note_training(self, links: Links, seconds: float, *, timeout: float, stopped: bool = False) -> None:
+        """The ranks ran for so many seconds, of which they may have waited `timeout` for each other in vain, or were
+        stopped. Raises Unavailable if starts end early again and again, without the loss of a host.
         """
         self._early += 1
-        if seconds >= LONG + timeout or links.lost:
+        if seconds >= LONG + timeout or links.lost or stopped:
             self._early = 0
         if self._early >= LIMIT:
             remedy = "see the ranks' messages above, and whether hosts reach each other on all ports"
@@ -248,22 +257,31 @@ class Hosts:
     async def _gather(self) -> Links:
         self._guests = {}
         self._is_meeting = True
-        check = _time_limit(self._within)
+        self.newcomer = False
+        check = _time_limit(self.within)
         others = range(1, self._place.hosts)
+        enough = math.inf  # when enough are there
         while not self._failure and len(self._guests) < len(others):
-            missing = [str(index) for index in others if index not in self._guests]
-            check(f"host {', '.join(missing[:8])} of {self._place.hosts}")
+            enough = min(enough, time.monotonic())
+            if not self._place.is_elastic or len(self._guests) + 1 < self._place.least:
+                enough = math.inf
+            if time.monotonic() > enough + FEWER * self.within:
+                break
+            if enough == math.inf:
+                missing = [str(index) for index in others if index not in self._guests]
+                check(f"host {', '.join(missing[:8])} of {self._place.hosts}")
             await asyncio.sleep(0.1)
         if self._failure:
             raise self._failure
         self._newest += 1
-        answer = Answer(go=True, generation=self._newest, port=free_port())
+        hosts = 1 + len(self._guests)
+        answer = Answer(go=True, generation=self._newest, port=free_port(), hosts=hosts)
         writers = {index: guest.writer for index, guest in self._guests.items()}
-        address = _plain(writers[1].get_extra_info("sockname"))
+        address = _plain(next(iter(writers.values())).get_extra_info("sockname"))
         links = Links(answer, address, writers)
-        for guest in self._guests.values():
+        for number, (_, guest) in enumerate(sorted(self._guests.items()), 1):
             guest.links = links
-            guest.writer.write(answer.line())
+            guest.writer.write(replace(answer, number=number).line())
         self._is_meeting = False
         return links
 
@@ -278,13 +296,21 @@ class Hosts:
         line = b""
         with contextlib.suppress(ValueError, OSError):
             line = await asyncio.wait_for(reader.readline(), SILENCE)
-        if not self._is_meeting or not line:
+        if not line:
             writer.close()
             return
         try:
             hello = Hello.read(line)
         except ValueError:
-            self._refuse(writer, "a connection that is no host of this job was rejected")
+            if self._is_meeting:
+                self._refuse(writer, "a connection that is no host of this job was rejected")
+            writer.close()
+            return
+        if not self._is_meeting:
+            mine = (self._place.start, self._place.hosts, self._ranks)
+            if (hello.start, hello.hosts, hello.ranks) == mine and hello.index not in (0, *self._guests):
+                self.newcomer = self._place.is_elastic
+            writer.close()
             return
         if not self._admit(hello, writer):
             return
@@ -362,7 +388,7 @@ class Hosts:
         place = self._place
         hello = Hello(place.start, place.index, place.hosts, self._ranks, self.generation, self._member)
         head = f"{place.head}, port {self._port}"
-        check = _time_limit(self._within)
+        check = _time_limit(self.within * (1 + FEWER * self._place.is_elastic))
         reason = ""
         while True:
             check(f"host 0 ({head}){reason}")

@@ -121,7 +121,10 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
 def choose_precision(on_cpu: bool) -> str:
     """bf16 where the processor or GPU multiplies it natively, else fp32: elsewhere it is slower than float32."""
     if on_cpu:
-        able = torch.cpu.get_capabilities()
+        if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.12 on
+            able = torch.cpu.get_capabilities()
+        else:
+            able = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}  # which all with AMX have
         fast = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
     else:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)

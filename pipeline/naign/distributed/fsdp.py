@@ -7,19 +7,30 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from naign.distributed.engine import Engine
+from naign.distributed.host import count_ranks
 
 UNIT = 1_000_000  # parameters, at least, of a module whose weights are gathered by themselves
 
 
 class FsdpEngine(Engine):
-    """Engine whose ranks each hold a part of the float32 weights, gradients and moments; float32 or bfloat16."""
+    """Engine whose ranks each hold a part of the float32 weights, gradients and moments; float32 or bfloat16. On
+    several hosts the ranks of each have all parts together (HSDP): only gradients pass between hosts.
+    """
 
     sharded = gathers = True
     _kind = "FSDP2"
     _ungraded = torch.no_grad
 
     def _shard(self) -> None:
-        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        world = self.accelerator.num_processes
+        local = count_ranks()
+        mesh = init_device_mesh(self.accelerator.device.type, (world,))
+        if 1 < local < world and world % local == 0:
+            mesh = init_device_mesh(
+                self.accelerator.device.type,
+                (world // local, local),
+                mesh_dim_names=("hosts", "ranks"),
+            )
         for module in reversed(list(self.bare.modules())):  # parts first, the network last
             left = 0
             for value in module.parameters():

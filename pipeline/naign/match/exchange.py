@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar, cast
 
 import torch
@@ -20,6 +21,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    first: int = 0  # the rank, among all, of the first of these
     group: dist.ProcessGroup | None = None
     link: torch.device = torch.device("cpu")  # where tensors must lie to be sent: on the GPU for NCCL, else on the CPU
 
@@ -80,6 +82,15 @@ class Ranks:
             dist.all_reduce(out, dist.ReduceOp.MIN, group=self.group)
         return out.to(values.device)
 
+    def mean(self, values: list[float]) -> list[float]:
+        """The mean over the ranks of each value."""
+        if self.world == 1:
+            return values
+        out = torch.tensor(values, dtype=torch.float64, device=self.link)
+        with self._exchange("sharing metrics"):
+            dist.all_reduce(out, group=self.group)
+        return list((out / self.world).tolist())
+
     @contextmanager
     def _exchange(self, what: str) -> Iterator[None]:
         """Say what another rank's death interrupted."""
@@ -88,6 +99,30 @@ class Ranks:
         except RuntimeError as error:  # every backend raises it, for a lost connection and for a timeout
             cause = f"another rank died or did not answer within the process group's timeout ({error})"
             raise RuntimeError(f"nearest: rank {self.rank} of {self.world} failed while {what}: {cause}") from error
+
+
+def nearby_ranks(span: int) -> Ranks:
+    """This rank among the `span` that share a group of images: the first of all ranks, the next, and so on. Collective
+    at its first call; `span` divides the number of ranks.
+    """
+    everyone = ranks_of(None)
+    if span == everyone.world:
+        return everyone
+    first = everyone.rank // span * span
+    if span == 1:
+        return Ranks(first=first)
+    ranks = ranks_of(_new_group(dist.group.WORLD, first, span))
+    ranks.first = first
+    return ranks
+
+
+@cache
+def _new_group(world: dist.ProcessGroup, first: int, span: int) -> dist.ProcessGroup:
+    """The ranks [first, first + span) of `world`, with its timeout. Collective over these alone."""
+    backend = world._get_backend(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
+    members = list(range(first, first + span))
+    mine: dist.ProcessGroup = dist.new_group(members, timeout=backend.options._timeout, use_local_synchronization=True)
+    return mine
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> Ranks:

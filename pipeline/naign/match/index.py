@@ -9,7 +9,7 @@ no nearer candidate is passed over is proved in bound.py; scan.py searches the c
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Blocks:
     """make(low, high) -> this rank's candidates low to high, (high - low, d) float32. A search calls it for one block
     of `size` rows after another, equally often on every rank: a rank that has no candidates left is asked for an empty
     block, low == high. If it raises on any rank, all ranks leave the search before the next block: that rank with its
-    own exception, the others with RuntimeError."""
+    own exception, the others with PeerFailed."""
     size: int = 4096
     """Candidates made and searched at once; the same on every rank."""
 
@@ -49,6 +49,10 @@ class SearchResult:
 
 class NotFinite(ValueError):
     """NaN or infinity among the queries or the candidates."""
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed to make its candidates, and says why there."""
 
 
 def nearest(
@@ -87,10 +91,31 @@ def search(
     """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does. All queries are sent
     to every rank, which answers for its candidates.
     """
+    return search_among(
+        ranks_of(group),
+        queries,
+        candidates,
+        first_id,
+        method=method,
+        neighbours=neighbours,
+        within=within,
+    )
+
+
+def search_among(
+    ranks: Ranks,
+    queries: Tensor,
+    candidates: Tensor | Blocks,
+    first_id: int,
+    *,
+    method: str = "auto",
+    neighbours: int = 1,
+    within: float = math.inf,
+) -> SearchResult:
+    """`search` by these ranks."""
     assert method in METHODS and neighbours >= 1
-    ranks = ranks_of(group)
     try:
-        mine: Shard | ValueError = describe(queries, candidates, first_id, ranks.rank)
+        mine: Shard | ValueError = describe(queries, candidates, first_id, ranks.first + ranks.rank)
     except ValueError as error:
         mine = error
     shards = ranks.collect(mine)
@@ -115,19 +140,31 @@ def search(
             queries,
             ranks,
         )
-        if low == 0:
-            scan.seed(block)
-            scan.limit = ranks.least(scan.limit)
-        scan.add(block, ids)
-        scan.limit = ranks.least(scan.limit)  # a candidate beyond any rank's is not among the nearest
+        search_block(scan, block, ids, ranks, first=low == 0)
 
     distances, ids = deliver_answers(scan, counts, ranks)
     return SearchResult(
-        distances=distances.to(queries.device),
-        ids=ids.to(queries.device),
+        distances=distances,
+        ids=ids,
         measured=scan.measured / max(1, len(asked)),
         method=scan.described,
     )
+
+
+def search_block(
+    scan: Scan,
+    block: Tensor,
+    ids: Tensor,
+    ranks: Ranks,
+    *,
+    first: bool,
+) -> None:
+    """Collective: search this rank's next block of candidates (n, d) with ids (n,), ascending."""
+    if first:
+        scan.seed(block)
+        scan.limit = ranks.least(scan.limit)
+    scan.add(block, ids)
+    scan.limit = ranks.least(scan.limit)  # a candidate beyond any rank's is not among the nearest
 
 
 class Shard(NamedTuple):
@@ -146,12 +183,9 @@ def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, rank: 
     if not isinstance(candidates, Blocks):
         given.append(candidates)
     for rows in given:
-        fits = isinstance(rows, Tensor) and rows.dtype == torch.float32 and rows.ndim == 2
-        fits = fits and rows.layout == torch.strided and not rows.is_meta
-        if not fits or not 1 <= rows.shape[1] == queries.shape[1]:
+        if not are_rows(rows) or not 1 <= rows.shape[1] == queries.shape[1]:
             needed = f"queries and candidates of rank {rank} must be float32 torch tensors (n, d) of the same d >= 1"
-            found = f"{getattr(rows, 'dtype', type(rows).__name__)} {tuple(getattr(rows, 'shape', ()))}"
-            raise ValueError(f"nearest: {needed}, not {found}")
+            raise ValueError(f"nearest: {needed}, not {described(rows)}")
     blocks = as_blocks(candidates)
     if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - blocks.rows:
         raise ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {first_id}")
@@ -172,12 +206,38 @@ def check_agreement(shards: list[Shard]) -> None:
         if (shard.dims, shard.size) != (first.dims, first.size):
             differ = f"{shard.dims} values in blocks of {shard.size}, those of rank 0 {first.dims} in {first.size}"
             raise ValueError(f"nearest: the rows of rank {rank} have {differ}")
-    spans = sorted((shard.first_id, shard.rows, rank) for rank, shard in enumerate(shards) if shard.rows)
+    spans = [Span(shard.first_id, shard.rows, rank) for rank, shard in enumerate(shards) if shard.rows]
     if not spans:
         raise ValueError("nearest: no rank has a candidate")
-    for (start, rows, rank), (other_start, _, other) in pairwise(spans):
-        if other_start < start + rows:
-            raise ValueError(f"nearest: ranks {rank} and {other} both have a candidate with the id {other_start}")
+    check_apart(spans)
+
+
+class Span(NamedTuple):
+    """Ids that a rank has, one after another."""
+
+    first: int
+    rows: int
+    rank: int
+
+
+def check_apart(spans: Iterable[Span]) -> None:
+    """ValueError if two spans share an id."""
+    for span, other in pairwise(sorted(spans)):
+        if other.first < span.first + span.rows:
+            both = f"both have a candidate with the id {other.first}"
+            raise ValueError(f"nearest: ranks {span.rank} and {other.rank} {both}")
+
+
+def are_rows(rows: object) -> bool:
+    """Whether these are rows (n, d) float32 in a dense tensor."""
+    if not isinstance(rows, Tensor) or rows.dtype != torch.float32 or rows.ndim != 2:
+        return False
+    return rows.layout == torch.strided and not rows.is_meta
+
+
+def described(rows: object) -> str:
+    """Type and shape, for an error."""
+    return f"{getattr(rows, 'dtype', type(rows).__name__)} {tuple(getattr(rows, 'shape', ()))}"
 
 
 def as_blocks(candidates: Tensor | Blocks) -> Blocks:
@@ -211,16 +271,17 @@ def make_block(
     """Collective: this rank's candidates of the block that begins at row `low`, (n, d) on the device of the queries,
     and their ids (n,). All ranks raise here together if `make` fails on one, or returns anything but such a block.
     """
+    me = ranks.first + ranks.rank
     first = min(low, blocks.rows)
     last = min(low + blocks.size, blocks.rows)
     try:
         block = torch.as_tensor(blocks.make(first, last)).detach().to(queries.device)
     except Exception:
         with contextlib.suppress(Exception):  # this rank's exception says more
-            ranks.collect(RuntimeError(f"nearest: rank {ranks.rank} failed to make its candidates from row {first} on"))
+            ranks.collect(PeerFailed(f"nearest: rank {me} failed to make its candidates from row {first} on"))
         raise
     fault: ValueError | None = None
-    what = f"the candidates of rank {ranks.rank}"
+    what = f"the candidates of rank {me}"
     try:
         if block.shape != (last - first, queries.shape[1]) or block.dtype != queries.dtype:
             raise ValueError(f"nearest: shape or type differs from the queries' for {what}, row {first}")

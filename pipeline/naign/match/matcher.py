@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from naign.match.exchange import Ranks, ranks_of
-from naign.match.index import search
+from naign.errors import one_line, require
+from naign.match.exchange import Ranks, nearby_ranks, ranks_of
+from naign.match.index import NotFinite, PeerFailed, search_among
 from naign.match.pool import Pool
-from naign.settings.constraints import POSITIVE, between
+from naign.settings.constraints import AT_LEAST_0, POSITIVE, between
 
 
 @dataclass(kw_only=True, slots=True)
@@ -19,20 +20,33 @@ class MatchConfig:
     """Samples in the pool for each image of the round; 1 to 100 is sensible."""
     round: int = field(default=2048, metadata=POSITIVE)
     """Images per round, over all ranks."""
+    group: int = field(default=0, metadata=AT_LEAST_0)
+    """Images that are matched with one another's part of the pool alone, by their place in the round; 0: the whole
+    round. What a match costs a rank then depends on this, not on the number of ranks."""
     block: int = field(default=512, metadata=POSITIVE)
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
 
     @property
+    def images(self) -> int:
+        """Images of a group."""
+        return self.group or self.round
+
+    @property
+    def part(self) -> int:
+        """Samples in a group's part of the pool."""
+        return max(1, round(self.ratio * self.images))
+
+    @property
     def pool(self) -> int:
         """Samples in the pool, over all ranks."""
-        return max(1, round(self.ratio * self.round))
+        return self.round // self.images * self.part
 
 
 @dataclass(kw_only=True, slots=True)
 class Match:
     ids: Tensor  # (n,) int64: latent id of the sample of each image of this rank
     distances: Tensor  # (n,) float32: squared L2 distance to it, of pixels
-    values: dict[str, float]  # metrics over all ranks, the same on each
+    values: dict[str, float]  # metrics, the same on each rank: means over groups
 
 
 def match_round(
@@ -41,32 +55,95 @@ def match_round(
     config: MatchConfig,
     poll: Callable[[], None] = lambda: None,  # called before each block, equally often on every rank; may raise on all
 ) -> Match:
-    """Collective: the sample of the pool that is nearest to each image.
+    """Collective: the sample of its group's part of the pool that is nearest to each image.
 
-    The pool is generated in fixed blocks of ids, of which each rank has a contiguous range. So the match is the same on
-    every world size that has the same images in the same order. An exception of `poll` ends the match at once.
+    The pool is generated in fixed blocks of ids, of which each rank of a group has a contiguous range. So the match is
+    the same on every world size that has the same images in the same order. An exception of `poll` ends the match at
+    once, any other at its end, on all ranks.
     """
-    ranks = ranks_of(None)
+    everyone = ranks_of(None)
+    if config.group:
+        check_groups(config, everyone.world)
+    span = max(1, config.images * everyone.world // config.round)  # ranks that share a group
+    ranks = nearby_ranks(span)
+    count = max(1, config.round // config.images // everyone.world)  # groups of a rank
+    first = everyone.rank // span * count
     queries = images.float().flatten(1)
-    counts = ranks.collect(len(images))
-    pool = Pool(
-        size=config.pool,
-        block=config.block,
-        sample=sample,
-        poll=poll,
-        dims=queries.shape[1],
-        ranks=ranks,
+    found: list[tuple[Tensor, Tensor, dict[str, float]]] = []
+    failure: Exception | None = None
+    for number, part in enumerate(queries.tensor_split(count), first):
+        pool = Pool(
+            start=number * config.part,
+            size=config.part,
+            block=config.block,
+            sample=sample,
+            poll=poll,
+            dims=queries.shape[1],
+            ranks=ranks,
+        )
+        try:
+            if failure is None:
+                found.append(_match_group(part, pool, ranks))
+                continue
+        except Exception as error:
+            of_group = span == 1 or pool.failed or isinstance(error, (PeerFailed, ValueError))
+            if span == everyone.world or pool.polled_out or not of_group:
+                raise
+            failure = error.with_traceback(None)  # which would keep samples
+        pool.skip()
+    if span < everyone.world:
+        _raise_together(failure, everyone)
+    distances, ids, values = zip(*found, strict=True)
+    total = {key: sum(each[key] for each in values) / count for key in values[0]}
+    if span < everyone.world:
+        total = dict(zip(total, everyone.mean(list(total.values())), strict=True))
+    return Match(
+        ids=torch.cat(ids),
+        distances=torch.cat(distances).float(),
+        values=total,
     )
-    result = search(queries, pool.blocks(), pool.first)
+
+
+def _raise_together(failure: Exception | None, ranks: Ranks) -> None:
+    """Collective: where a rank has failed, raise that there, and what it says on the others."""
+    if not sum(ranks.mean([float(failure is not None)])):
+        return
+    said = ""
+    if failure is not None and not isinstance(failure, PeerFailed):
+        said = f"rank {ranks.rank}: {type(failure).__name__}: {one_line(failure)}"
+    told = ranks.collect((said, isinstance(failure, NotFinite)))
+    if said and failure is not None:
+        raise failure
+    cause, not_finite = next(each for each in told if each[0])
+    raise NotFinite(cause) if not_finite else PeerFailed(cause)
+
+
+def check_groups(config: MatchConfig, world: int) -> None:
+    """Raise InputError where groups do not fit into the parts of a round that so many ranks have."""
+    size = config.images
+    share = max(1, config.round // world)
+    unequal = f"match.group={size} does not divide match.round={config.round}"
+    apart = f"match.group={size} neither divides the {share} images a round of one of {world} ranks, nor is a multiple"
+    require(
+        (config.round % size == 0, f"{unequal}: choose a divisor"),
+        (share % size == 0 or size % share == 0, f"{apart}: choose one that is"),
+    )
+
+
+def _match_group(queries: Tensor, pool: Pool, ranks: Ranks) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Collective: distances (n,) float64 and ids (n,) of this rank's images of a group, and metrics of the group."""
+    counts = ranks.collect(len(queries))
+    result = search_among(
+        ranks,
+        queries,
+        pool.blocks(),
+        pool.first,
+    )
     distances = result.distances[:, 0].cpu()
     ids = result.ids[:, 0].cpu()
     values = summarize(distances, ids, counts, ranks)
     values["match/measured"] = max(ranks.collect(result.measured))
-    return Match(
-        ids=ids,
-        distances=distances.float(),
-        values=values,
-    )
+    return distances, ids, values
 
 
 def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -> dict[str, float]:

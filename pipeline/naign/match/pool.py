@@ -1,5 +1,6 @@
 """The samples of a round, which are generated in blocks of ids while they are searched."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -22,10 +23,11 @@ def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]
 
 
 class Pool:
-    """This rank's part of a round's samples: those with ids from `first` on."""
+    """This rank's part of a pool: the samples with ids from `first` on."""
 
     def __init__(
         self,
+        start: int,  # the pool's first id
         size: int,  # samples of all ranks
         block: int,  # samples generated at once
         sample: Callable[[Tensor], Tensor],  # as in match_round
@@ -34,13 +36,31 @@ class Pool:
         ranks: Ranks,
     ) -> None:
         spans = [block_range(size, block, rank, ranks.world) for rank in range(ranks.world)]
-        self.first, last = spans[ranks.rank]
-        self.rows = last - self.first
+        first, last = spans[ranks.rank]
+        self.first = start + first
+        self.rows = last - first
         self._longest = max(last - first for first, last in spans)
         self._block = block
         self._size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // block) * block
         self._sample = sample
         self._poll = poll
+        self._made = 0  # samples of the rank with most
+        self.polled_out = False  # whether `poll` has raised, on all ranks
+        self.failed = False  # whether `sample` has, on this one
+
+    def skip(self) -> None:
+        """Poll, and sample in vain, as often as the other ranks still do."""
+        for _ in range(self._made, self._longest, self._block):
+            self._look()
+            with contextlib.suppress(Exception):
+                self._sample(torch.arange(1))
+
+    def _look(self) -> None:
+        try:
+            self._poll()
+        except Exception:
+            self.polled_out = True
+            raise
 
     def blocks(self) -> Blocks:
         """The samples as candidates of a search."""
@@ -52,10 +72,11 @@ class Pool:
         """
         # `low` is the same on every rank: they differ by one block at most, the last one of the last part.
         end = min(self._longest, low + self._size)
+        self._made = end
         samples = []
         failure = None
         for start in range(low, end, self._block):
-            self._poll()
+            self._look()
             if failure is not None:
                 continue
             ids = torch.arange(1)
@@ -67,5 +88,6 @@ class Pool:
             except Exception as error:
                 failure = error
         if failure is not None:
+            self.failed = True
             raise failure
         return torch.cat(samples)[: high - low].float().flatten(1)

@@ -124,7 +124,7 @@ class Scan:
                 part,
                 seeded if start == 0 else None,
             )
-        self._settle(candidates, ids)
+        self.settle(candidates, ids)
 
     def _search_bounded(
         self,
@@ -139,7 +139,7 @@ class Scan:
             factor = sieve.factor_of(candidates[part])
         self.described = f"bounded on {sieve.frame}"
         rows, columns, given_up = sieve.list_near(factor, self._reach())
-        self._measure(
+        self.measure(
             candidates,
             ids,
             rows,
@@ -185,7 +185,7 @@ class Scan:
             proved &= least[:, -1] > reach
         may_win = (least <= reach[:, None]) & proved[:, None]
         which, place = may_win.nonzero(as_tuple=True)
-        self._measure(
+        self.measure(
             candidates,
             ids,
             rows[which],
@@ -195,14 +195,14 @@ class Scan:
         left = rows[~proved]
         everyone = torch.arange(part.start, part.start + len(searched), device=rows.device)
         for some in left.split(max(1, _PAIRS["cpu"] // len(everyone))):
-            self._measure(
+            self.measure(
                 candidates,
                 ids,
                 some.repeat_interleave(len(everyone)),
                 everyone.repeat(len(some)),
             )
 
-    def _measure(
+    def measure(
         self,
         candidates: Tensor,
         ids: Tensor,
@@ -227,7 +227,7 @@ class Scan:
             self._waiting.append((some[may_win], others[may_win], least[may_win]))
             waiting = sum(len(pairs[0]) for pairs in self._waiting)
             if self.neighbours > 1 or waiting >= at_most:
-                self._settle(candidates, ids)
+                self.settle(candidates, ids)
 
     def _bracket(self, candidates: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """What the distances of pairs are at least and at most, (s,) float64 each, by their distances in float32."""
@@ -249,7 +249,7 @@ class Scan:
         most = near * (1 + self._relative) + self._absolute
         return least, most
 
-    def _settle(self, candidates: Tensor, ids: Tensor) -> None:
+    def settle(self, candidates: Tensor, ids: Tensor) -> None:
         """Measure the waiting pairs in float64 and merge them into the kept ones."""
         if not self._waiting:
             return

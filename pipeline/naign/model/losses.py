@@ -61,11 +61,6 @@ class ObjectiveConfig:
         """Whether the loss takes damaged images, by the settings' `damage` and `noise`, as those of NaignConfig."""
         return False
 
-    @property
-    def forwards(self) -> int:
-        """Forwards of f per image and pass, each with a backward; for estimates of the time of a step."""
-        return 1 + self.needs_latents
-
 
 @dataclass(kw_only=True, slots=True)
 class DistanceConfig(ObjectiveConfig):
@@ -107,11 +102,6 @@ class NaignConfig(DistanceConfig):
     @property
     def needs_damaged(self) -> bool:
         return self.denoising > 0
-
-    @property
-    def forwards(self) -> int:
-        terms = (self.reconstruction > 0, self.needs_latents, self.third != "none", self.needs_damaged)
-        return sum(terms)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

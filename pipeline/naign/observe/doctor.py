@@ -18,6 +18,8 @@ from naign.errors import InputError, bytes_in_words, require
 from naign.storage.store import check_writable, open_store
 
 LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tensorboard")
+TESTED = ("2.10", "2.13")
+"""Versions of torch."""
 LEAST_DISK = 2**30  # free bytes that `naign doctor`, which knows no run, asks for
 CHECKPOINTS = 3  # how many should fit on the disk: the two that are kept and the one being written
 
@@ -27,6 +29,8 @@ def examine() -> Iterator[tuple[str, str]]:
     versions = [f"{name} {version(name)}" for name in LIBRARIES]
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}", ""
     yield ", ".join(versions), ""
+    if not version("torch").startswith(TESTED):
+        yield f"torch was tested with {' and '.join(TESTED)}, not with this version", ""
     memory = bytes_in_words(psutil.virtual_memory().total)
     yield f"{joblib.cpu_count()} cores, {memory} of memory", ""
     count = count_gpus()

@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from shlex import quote
 
@@ -25,7 +26,8 @@ from naign.data.scale import scaled
 from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopPoll
 from naign.errors import Diverged, InputError, Stopped, Unavailable
-from naign.match import Match, NotFinite, match_round, search
+from naign.match import Match, NotFinite, match_round
+from naign.match.sharded import ShardedIndex
 from naign.model.bank import CODES, REFERENCES, VALUES, disturbed, rounded, unit
 from naign.model.losses import Batch, compute_losses, find_distance
 from naign.model.prior import Codes
@@ -144,6 +146,7 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
             raise Stopped
         rate = learning_rate(config.train, state.images_seen, budget)
         engine.set_lr(rate)
+        measured = run.apart("fit", 3 * len(steps) * config.train.accumulate)  # a backward is two forwards
         for numbers in numbers_of_step.split(engine.micro):  # unique within the round, passes included
             rows = numbers % config.match.round - first
             latents = damaged = None
@@ -163,7 +166,9 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
                     frozen=engine.bare,
                     normals=partial(draw_noise, config, state.round, images.shape[1:], images.device, numbers),
                 )
-                terms = compute_losses(objective, engine.forward, batch)
+                with measured if done == len(steps) // 2 else nullcontext():
+                    terms = compute_losses(objective, engine.forward, batch)
+                measured = nullcontext()
                 engine.backward(terms["total"])
             losses.add(terms)
         norm = engine.step()  # clips the gradient, makes the step, moves the average of the weights
@@ -212,7 +217,9 @@ def find_match(run: Trainer, images: Tensor) -> Match:
             raise Stopped
 
     def sample(ids: Tensor) -> Tensor:
-        return run.engine.sample(run.latents.draw(run.config.seed, run.state.round, ids, images.device))
+        latents = run.latents.draw(run.config.seed, run.state.round, ids, images.device)
+        with run.apart("match"):
+            return run.engine.sample(latents)
 
     try:
         return match_round(images, sample, run.config.match, poll)
@@ -248,7 +255,8 @@ def read_round(run: Trainer, number: int) -> Rows:
     problem: Exception | None = None
     with together(run.accelerator):
         try:
-            rows = run.stream.take(number, lambda: all_done(False) or run.stop.seen())
+            with run.phases.alone("take"):
+                rows = run.stream.take(number, lambda: all_done(False) or run.stop.seen())
         except (InputError, Unavailable, Stopped) as error:
             problem = error
         run.watchdog.beat()
@@ -355,16 +363,13 @@ def fill_bank(run: Trainer) -> None:
         codes.append(run.accelerator.gather(rounded(apply(run, "encode", images))))
     known = torch.cat(codes)[:most].unique(dim=0)  # an image may be there twice where an epoch ends
     first, last = parts(0, len(known), run.world)[run.rank]
+    index = ShardedIndex(known.shape[1])
+    index.add(unit(known[first:last]), first)
     measured = []
     for images in (references, disturbed(references)):
-        result = search(
-            unit(rounded(apply(run, "encode", images))),
-            unit(known[first:last]),
-            first,
-            neighbours=2,
-        )
-        itself = result.distances[:, 0] == 0
-        squares = torch.where(itself, result.distances[:, 1], result.distances[:, 0])
+        distances, _ = index.search(unit(rounded(apply(run, "encode", images))), k=2)
+        itself = distances[:, 0] == 0
+        squares = torch.where(itself, distances[:, 1], distances[:, 0])
         moved = apply(run, "", images) - images
         energies = moved.square().flatten(1).mean(1)
         measured.append(run.accelerator.gather(energies))

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
@@ -66,6 +67,10 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
         values |= match.values
         values["seconds/match"] = run.phases.seconds["match"]
     values |= _speed(run)
+    if run.world > 1:
+        alone = gather_object([run.phases.apart])
+        if run.rank == 0:  # which logs and reports
+            values["speed/waited"] = run.stragglers.compare(alone, sum(run.phases.seconds.values()))
     costs = {  # of what all ranks have read for the round
         "data/megabytes": read.tally.bytes / 1e6,
         "data/reread_megabytes": read.tally.reread / 1e6,

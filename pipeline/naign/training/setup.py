@@ -2,6 +2,7 @@
 
 import logging
 import math
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock
 from torch import Tensor, nn
 
@@ -26,11 +27,12 @@ from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopRequest
 from naign.distributed.watchdog import Watchdog
 from naign.errors import InputError, require
+from naign.match.matcher import check_groups
 from naign.model.bank import Bank
 from naign.model.naign import NAIGN
 from naign.model.networks import build_network
 from naign.model.prior import Latents, Prior, build_latents, build_prior
-from naign.observe import Monitor, preflight, set_up
+from naign.observe import Monitor, Stragglers, preflight, set_up
 from naign.settings.budget import count_rounds
 from naign.storage.local import write_atomically
 from naign.storage.store import open_store
@@ -105,6 +107,7 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
         monitor=monitor,
         writer=writer,
         phases=Phases(config, state, watchdog, rank),
+        stragglers=Stragglers(gather_object([socket.gethostname()])),
         stop=stop,
         watchdog=watchdog,
         lock=lock,
@@ -119,13 +122,15 @@ def open_stream(config: Config, accelerator: Accelerator) -> Stream:
     workers = config.data.workers
     if not workers:
         workers = 2 if accelerator.device.type == "cuda" else 1
-    return Stream(
+    stream = Stream(
         replace(config.data, workers=workers),
         seed=config.seed,
         round_size=config.match.round,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
+    check_groups(config.match, accelerator.num_processes)
+    return stream
 
 
 def build_model(config: Config, stream: Stream, device: torch.device) -> tuple[nn.Module, Latents, Prior]:

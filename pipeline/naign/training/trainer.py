@@ -20,7 +20,7 @@ from naign.distributed.watchdog import Watchdog
 from naign.errors import InputError, one_line
 from naign.model.bank import Bank
 from naign.model.prior import Latents, Prior
-from naign.observe import Monitor, parse_rounds, profiled, title
+from naign.observe import Monitor, Stragglers, parse_rounds, profiled, title
 from naign.training.state import State
 
 SMALLER = {  # what halves the memory of a phase
@@ -47,6 +47,7 @@ class Trainer:
     monitor: Monitor
     writer: Writer
     phases: "Phases"
+    stragglers: Stragglers
     stop: StopRequest
     watchdog: Watchdog
     lock: FileLock | None  # on the run's folder, held by rank 0
@@ -59,6 +60,12 @@ class Trainer:
     @property
     def world(self) -> int:
         return int(self.accelerator.num_processes)
+
+    def apart(self, phase: str, times: float = 1.0) -> AbstractContextManager[None]:
+        """Context of a forward that this rank computes alone, unless the network is sharded."""
+        if self.engine.sharded:
+            return nullcontext()
+        return self.phases.alone(phase, times)
 
     @property
     def finished(self) -> bool:
@@ -76,6 +83,7 @@ class Phases:
         self._watchdog = watchdog
         self.start()
         self.seconds = dict[str, float]()  # that each phase of the current round took
+        self.apart = dict[str, float]()  # of these, what this rank did without the others
         self.cpu_seconds = 0.0  # processor time of this rank since the newest checkpoint
 
     def start(self) -> None:
@@ -93,6 +101,7 @@ class Phases:
     def round(self) -> Iterator[None]:
         """A round of stage 1."""
         self.seconds.clear()
+        self.apart.clear()
         traced: AbstractContextManager[None] = nullcontext()
         if self._state.round in parse_rounds(self._config.profile.rounds):
             traced = profiled(Path(self._config.run.path), self._rank, self._state.round)
@@ -116,3 +125,18 @@ class Phases:
             full = f"the GPU's memory is full in round {self._state.round}, phase {name}"
             raise InputError(f"{full}: {remedy}. {one_line(error)}") from None
         self.seconds[name] = time.perf_counter() - start
+
+    @contextmanager
+    def alone(self, name: str, times: float = 1.0) -> Iterator[None]:
+        """What this rank does without the others, as one of `times` parts that take equally long."""
+        start = _wait()
+        yield
+        seconds = _wait() - start
+        self.apart[name] = self.apart.get(name, 0.0) + times * seconds
+
+
+def _wait() -> float:
+    """The time, once a GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

