@@ -28,8 +28,8 @@ TRACES = {
         "--latents.name=gaussian",
         "--seed=5",
     ],
-    "naign idempotence": [
-        *("--objective.third=idempotence", "--objective.distance=norm", "--latents.name=smooth", "--train.ema=0.9"),
+    "naign matched": [
+        *("--objective.third=matched", "--objective.distance=norm", "--latents.name=smooth", "--train.ema=0.9"),
         "--latents.white=0",
         *("--objective.imle=1", "--objective.denoising=0"),
     ],

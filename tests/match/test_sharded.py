@@ -132,7 +132,7 @@ def test_an_index_that_is_not_whole_is_refused(tmp_path):
         ("factory", "XYZ", "malformed .*could not parse"),
         ("format", 2, "format 2, not 1"),
         ("parts", [{}], "malformed .*rows"),
-        ("parts", [{"rows": {"name": "a.faiss"}}], "malformed .*sha256"),
+        ("parts", [manifest["parts"][0] | {"rows": "../other"}], "malformed .*hexadecimal"),
         ("parts", 2 * manifest["parts"], "both have a candidate with the id 0"),
         ("parts", [manifest["parts"][0] | {"spans": [[-1, 10]]}], "ids leave"),
         ("factory", "HNSW8", "files and factory do not go together"),

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from naign import config
 from naign.model import networks
-from naign.model.losses import Batch, compute_losses, find_distance
+from naign.model.losses import DISTANCES, Batch, compute_losses
 from naign.philox import normal
 from tests.match.problems import draw
 from tests.model.made import wrapped
@@ -36,7 +36,7 @@ def total_loss(settings, network, images, latents=None):
     batch = Batch(
         images=images,
         latents=latents,
-        distance=find_distance(settings),
+        distance=DISTANCES[settings.distance],
         frozen=network,
         normals=normals,
     )

@@ -59,7 +59,7 @@ class Engine:
             self.shapes[name] = tuple(value.shape)
         if ahead is None:
             ahead = on_gpu
-        fused = ahead and not self.gathers
+        fused = (ahead and not self.gathers) or None  # False would choose a slow loop over the weights
         build = find_optimizer(settings.optimizer)
         made = build(
             list(bare.parameters()),
@@ -67,7 +67,7 @@ class Engine:
             weight_decay=settings.weight_decay,
             fused=fused,
         )
-        self.ahead = fused and bool(made.defaults.get("fused"))
+        self.ahead = bool(fused and made.defaults.get("fused"))
         """Whether a step with a non-finite gradient is skipped on the device, without synchronizing the host."""
         if settings.compile:
             bare.compile(mode="reduce-overhead" if self._graphs else None)

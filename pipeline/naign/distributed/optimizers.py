@@ -1,4 +1,5 @@
-"""The optimizers of f by name. Each is a function `build(parameters, *, lr, weight_decay, fused)`.
+"""The optimizers of f by name. Each is a function `build(parameters, *, lr, weight_decay, fused)`,
+where `fused` is True or None.
 
 The state of an optimizer is what it keeps by parameter, in tensors, besides the number of its steps as `step`: a
 checkpoint holds no more. Another package adds one as an entry point of the group `naign.optimizers`.
@@ -6,7 +7,7 @@ checkpoint holds no more. Another package adds one as an entry point of the grou
 
 import math
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,16 +21,11 @@ from naign.settings.registry import lookup
 BETAS = (0.9, 0.99)  # decay of the moments; a short memory of the second follows the falling loss
 
 
-def adamw(parameters: Iterable[Tensor], *, fused: bool, **settings: Any) -> Optimizer:
-    return AdamW(parameters, betas=BETAS, **settings, fused=fused or None)
-
-
-def muon(parameters: Iterable[Tensor], *, fused: bool, **settings: Any) -> Optimizer:
-    return Muon(parameters, betas=BETAS, **settings, fused=fused or None)
-
-
 Build = Callable[..., Optimizer]
-OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": muon}
+OPTIMIZERS: dict[str, Build] = {
+    "adamw": partial(AdamW, betas=BETAS),
+    "muon": partial(Muon, betas=BETAS),
+}
 
 
 @cache  # the trial is made once
@@ -44,7 +40,7 @@ def find_optimizer(name: str) -> Build:
             weights,
             lr=1e-3,
             weight_decay=0.0,
-            fused=False,
+            fused=None,
         )
         require((isinstance(made, Optimizer), f"it returns a {type(made).__name__}"))
     except Exception as error:  # whatever another package's function may raise

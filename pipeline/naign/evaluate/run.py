@@ -28,8 +28,6 @@ from naign.terminal import busy
 STRANGER = "efficientnet-lite2"  # the second encoder of natural images, trained on ImageNet by others
 TESTED = "The network was trained on the test split, which it is measured on: no number is of new data."
 
-UNFITTED = "The run stopped before its prior was fitted: its samples say nothing."
-
 
 def evaluate(
     folder: str,  # a run, also s3://, checkpoint or exported model; results go to its evaluation/
@@ -86,7 +84,7 @@ def evaluate(
     if config.split == "test":
         warnings.append(TESTED)
     if not model.fitted:
-        warnings.append(UNFITTED)
+        warnings.append("The run stopped before its prior was fitted: its samples say nothing.")
     where = f"a CPU, {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         where = torch.cuda.get_device_name(device)

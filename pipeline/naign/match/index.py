@@ -8,7 +8,6 @@ no nearer candidate is passed over is proved in bound.py; scan.py searches the c
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,41 +78,19 @@ def nearest(
 
 
 def search(
-    queries: Tensor,  # this, first_id and group: as in `nearest`
+    queries: Tensor,  # this and first_id: as in `nearest`
     candidates: Tensor | Blocks,
     first_id: int,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Ranks | None = None,
     method: str = "auto",  # auto, flat or bounded; the result is the same
     neighbours: int = 1,  # k: how many of the nearest
-    within: float = math.inf,  # squared L2 beyond which candidates may be missing; the same on every rank
 ) -> SearchResult:
     """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does. All queries are sent
     to every rank, which answers for its candidates.
     """
-    return search_among(
-        ranks_of(group),
-        queries,
-        candidates,
-        first_id,
-        method=method,
-        neighbours=neighbours,
-        within=within,
-    )
-
-
-def search_among(
-    ranks: Ranks,
-    queries: Tensor,
-    candidates: Tensor | Blocks,
-    first_id: int,
-    *,
-    method: str = "auto",
-    neighbours: int = 1,
-    within: float = math.inf,
-) -> SearchResult:
-    """`search` by these ranks."""
     assert method in METHODS and neighbours >= 1
+    ranks = group if isinstance(group, Ranks) else ranks_of(group)
     try:
         mine: Shard | ValueError = describe(queries, candidates, first_id, ranks.first + ranks.rank)
     except ValueError as error:
@@ -131,7 +108,6 @@ def search_among(
         method=method,
         expected=blocks.rows,
     )
-    scan.limit.clamp_(max=within)
     for low in range(0, max(shard.rows for shard in shards), blocks.size):
         block, ids = make_block(
             blocks,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from naign.errors import one_line, require
 from naign.match.exchange import Ranks, nearby_ranks, ranks_of
-from naign.match.index import NotFinite, PeerFailed, search_among
+from naign.match.index import NotFinite, PeerFailed, search
 from naign.match.pool import Pool
 from naign.settings.constraints import AT_LEAST_0, POSITIVE, between
 
@@ -133,11 +133,11 @@ def check_groups(config: MatchConfig, world: int) -> None:
 def _match_group(queries: Tensor, pool: Pool, ranks: Ranks) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Collective: distances (n,) float64 and ids (n,) of this rank's images of a group, and metrics of the group."""
     counts = ranks.collect(len(queries))
-    result = search_among(
-        ranks,
+    result = search(
         queries,
         pool.blocks(),
         pool.first,
+        group=ranks,
     )
     distances = result.distances[:, 0].cpu()
     ids = result.ids[:, 0].cpu()

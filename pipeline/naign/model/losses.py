@@ -40,6 +40,7 @@ class ObjectiveConfig:
     """Whether the loss evaluates `Batch.frozen`, the module without the engine's wrapper. FSDP2, ZeRO-3, and ZeRO in
     half precision do not allow that."""
 
+    distance = "l1"
     damage = "noise"
     noise = 0.0
 
@@ -77,8 +78,8 @@ class NaignConfig(DistanceConfig):
     """Weight of d(f(x), x)."""
     imle: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(z*), x), z* the latent whose sample is nearest to x. 0, and third=none: no match."""
-    third: str = field(default="matched", metadata=one_of(("none", "idempotence", "matched")))
-    """Third term, of weight 1: none, idempotence, d(f(f(z*)), f(z*)), or matched, d(f(f(z*)), x)."""
+    third: str = field(default="matched", metadata=one_of(("none", "matched")))
+    """Third term, of weight 1: none, or matched, d(f(f(z*)), x)."""
     denoising: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(damaged x), x)."""
     damage: str = "mixed"
@@ -122,11 +123,6 @@ Returns scalars: the weighted sum as `total`, and each unweighted term by its na
 one forward of all their inputs."""
 
 
-def find_distance(config: ObjectiveConfig) -> Distance:
-    """The distance d of the settings; l1 where they have none."""
-    return DISTANCES[getattr(config, "distance", "l1")]
-
-
 def compute_losses(config: ObjectiveConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """The terms of an objective's loss (see Loss) on a batch."""
     assert (batch.damaged is not None) == config.needs_damaged
@@ -156,10 +152,7 @@ def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Ten
         terms[name] = batch.distance(output, images)
         terms["total"] = terms["total"] + getattr(config, name) * terms[name]
     if config.third != "none":
-        wanted = images
-        if config.third == "idempotence":
-            wanted = made["imle"]
-        terms["third"] = batch.distance(network(made["imle"]), wanted)
+        terms["third"] = batch.distance(network(made["imle"]), images)
         terms["total"] = terms["total"] + terms["third"]
     return terms
 

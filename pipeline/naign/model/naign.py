@@ -293,15 +293,11 @@ class NAIGN:
 
         Raises InputError for a label or latents that the model does not know.
         """
-        choices = ["noise"]
-        if self.has_prior:
-            choices = ["prior", "noise"]
-        kind = latents or choices[0]
-        if kind == "prior" and not self.has_prior:
+        if latents not in ("", "prior", "noise"):
+            raise InputError(f"latents is '{latents}': choose prior or noise")
+        if latents == "prior" and not self.has_prior:
             raise InputError("this model has no prior: leave latents out, and samples are f of noise")
-        if kind not in choices:
-            raise InputError(f"latents is '{latents}': choose one of {', '.join(choices)}")
-        if kind == "noise":
+        if latents == "noise" or not self.has_prior:
             if label is not None:
                 raise InputError(f"label {label} can be asked of a prior with classes, and these are latents of noise")
             return self.latents.draw(seed, SAMPLES, ids, self.device).contiguous()

@@ -29,7 +29,7 @@ from naign.errors import Diverged, InputError, Stopped, Unavailable
 from naign.match import Match, NotFinite, match_round
 from naign.match.sharded import ShardedIndex
 from naign.model.bank import CODES, REFERENCES, VALUES, disturbed, rounded, unit
-from naign.model.losses import Batch, compute_losses, find_distance
+from naign.model.losses import DISTANCES, Batch, compute_losses
 from naign.model.prior import Codes
 from naign.model.prior.base import KEPT
 from naign.observe import at_round
@@ -162,7 +162,7 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
                     images=images[rows],
                     latents=latents,
                     damaged=damaged,
-                    distance=find_distance(objective),
+                    distance=DISTANCES[objective.distance],
                     frozen=engine.bare,
                     normals=partial(draw_noise, config, state.round, images.shape[1:], images.device, numbers),
                 )

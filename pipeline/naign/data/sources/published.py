@@ -23,7 +23,7 @@ from naign.errors import InputError, Unavailable
 from naign.storage.local import write_atomically
 
 SYSTEM = Path("/usr/share/datasets")
-"""Where an image of a container has a folder of files for a data set."""
+"""Where an image of a container, or an apt package (dataset-fashion-mnist), has a folder of files for a data set."""
 TIMEOUT = 10  # seconds without an answer before the next way is tried
 FAILURES = (
     OSError,
@@ -97,7 +97,7 @@ def obtain(name: str, known: Published, root: Path | None = None) -> dict[str, b
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kept = caches / "naign" / name
-    system = SYSTEM / name
+    system = SYSTEM / name.replace("_", "-")
     ways: list[Way] = [
         (f"cache {kept}", partial(in_folder, kept)),
         (str(system), partial(in_folder, system)),
@@ -156,7 +156,6 @@ FASHION_MNIST = Published(
         "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     },
     [
-        ("apt package dataset-fashion-mnist", partial(in_folder, Path("/usr/share/datasets/fashion-mnist"))),
         ("the authors' mirror", partial(on_web, "https://fashion-mnist.s3.eu-central-1.amazonaws.com/{}.gz")),
     ],
     ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),

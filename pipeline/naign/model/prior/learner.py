@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from naign.distributed.optimizers import adamw, clip_and_step
+from naign.distributed.optimizers import OPTIMIZERS, clip_and_step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 CLIP = 1.0  # largest norm of the gradient
@@ -25,7 +25,7 @@ class Learner:
         self.counted = 0  # these steps
         self.parameters = list(self.network.parameters())
         self.ahead = self.parameters[0].device.type != "cpu"  # whether the norm of a step stays on the device
-        self.adam = adamw(self.parameters, fused=self.ahead, weight_decay=0.0)
+        self.adam = OPTIMIZERS["adamw"](self.parameters, fused=self.ahead or None, weight_decay=0.0)
         for value in self.parameters:  # as AdamW itself begins, but before the first step
             state = {name: torch.zeros_like(value) for name in MOMENTS}
             self.adam.state[value] = {"step": torch.zeros((), device=value.device), **state}
