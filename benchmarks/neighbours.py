@@ -1,16 +1,18 @@
-"""For the nearest of 10^6 rows of 512 values to 10^5, FAISS's exact index takes 12 times as long as this search.
+"""The nearest of 10^6 rows of 512 values to 10^5, by exact and by approximate searches.
 
     naign pack cifar10 --to data/cifar10
     python benchmarks/neighbours.py --threads 1 --to benchmarks/results/neighbours
 
-Compared in the same run: the search of `naign copies`, and FAISS's exact and approximate
-indexes. Rows are grey windows of 16 x 32 pixels, also mirrored, of training images, and of test images for the queries.
-Candidates lie in a file: this search reads them in blocks, FAISS's indexes hold all of them, and filling them is not
-timed as reading. Each method runs in a process of its own, whose processor time and peak memory beyond the queries are
+Compared in the same run: the search of `naign copies`, `ShardedIndex` with inverted lists, and FAISS's exact and
+approximate indexes. Rows are grey windows of 16 x 32 pixels, also mirrored, of training images, and of test images for
+the queries. Candidates lie in a file: this search reads them in blocks, indexes hold all of them, and reading is not
+timed for these. Each method runs in a process of its own, whose processor time and peak memory beyond the queries are
 measured. Recall@1 is the share of queries with a candidate as near as the nearest, by float64 differences. HNSW (M =
-32) is searched with efSearch doubled from 16 until recall@1 is 0.99 or more.
+32) is searched with efSearch, and lists with nprobe, doubled from 16 until recall@1 is 0.99 or more. In the columns
+that are computed the number of lists grows with the root of the rows.
 """
 
+import math
 import multiprocessing
 import re
 import time
@@ -27,6 +29,7 @@ import tyro
 from output import Record, megabytes, number, page, write
 from torch import Tensor
 
+from naign import ShardedIndex
 from naign.data.loader import read_split
 from naign.errors import InputError, exit_on_input_error
 from naign.match import Blocks, search
@@ -34,17 +37,22 @@ from naign.match import Blocks, search
 HEIGHT = 16
 WIDTH = 32
 RECALL = 0.99
-"""Wanted of HNSW."""
+"""Wanted of what is approximate."""
 EFFORTS = [2**power for power in range(4, 15)]
-"""Values of efSearch to try."""
+"""Values of efSearch and nprobe to try."""
 BLOCK = 4096
-PLANNED = 10**6
-"""Queries and candidates that the last column is computed for."""
+ADDED = 1 << 18
+"""Rows that indexes take at once; the first ones train lists."""
+LISTS = 4096
+PLANNED = (10**6, 10**8)
+"""Queries and candidates that the last columns are computed for."""
 TITLES = {
     "ours": "this project, exact",
+    "ivf": f"ShardedIndex, IVF{LISTS},Flat, approximate",
     "flat": "IndexFlatL2, exact",
     "hnsw": "IndexHNSWFlat, approximate",
 }
+PARAMETERS = {"ivf": "nprobe", "hnsw": "efSearch"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -147,30 +155,44 @@ def measure(
         squares = answer.distances[:, 0]
     else:
         assert least is not None
-        found, squares = measure_faiss(method, queries, candidates, least)
+        found, squares = measure_index(method, queries, candidates, least)
     return found | {"memory": resident("VmHWM") - before}, squares
 
 
-def measure_faiss(
+def build_index(method: str, dims: int) -> Any:
+    if method == "ivf":
+        return ShardedIndex(dims, factory=f"IVF{LISTS},Flat")
+    if method == "hnsw":
+        return faiss.IndexHNSWFlat(dims, 32)
+    return faiss.IndexFlatL2(dims)
+
+
+def measure_index(
     method: str,
     queries: Tensor,
     candidates: Any,
     least: Tensor,
 ) -> tuple[Record, Tensor]:
-    index = faiss.IndexFlatL2(queries.shape[1])
+    index = build_index(method, queries.shape[1])
+    sharded = isinstance(index, ShardedIndex)
+    asked = queries if sharded else queries.numpy()
+    seconds_of_parts = []
+    for low in range(0, len(candidates), ADDED):
+        part = np.array(candidates[low : low + ADDED])
+        arguments: tuple[Any, ...] = (part,)
+        if sharded:
+            arguments = (torch.from_numpy(part), low)
+        seconds_of_parts.append(timed(lambda: index.add(*arguments))[0])  # noqa: B023
     efforts = [0]
-    if method == "hnsw":
-        index = faiss.IndexHNSWFlat(queries.shape[1], 32)
+    if method in PARAMETERS:
         efforts = EFFORTS
-    build = 0.0
-    for low in range(0, len(candidates), 1 << 16):
-        part = np.array(candidates[low : low + (1 << 16)])
-        build += timed(lambda part=part: index.add(part))[0]  # type: ignore[misc]
     for effort in efforts:
-        if effort:
+        if method == "hnsw":
             index.hnsw.efSearch = effort
-        seconds, answer = timed(lambda: index.search(queries.numpy(), 1))
-        ids = answer[1][:, 0]
+        if sharded:
+            index.tune(f"nprobe={effort}")
+        seconds, answer = timed(lambda: index.search(asked, 1))
+        ids = np.asarray(answer[1])[:, 0]
         nearest = torch.from_numpy(candidates[ids.clip(min=0)])
         difference = queries.double() - nearest.double()
         squares = difference.square().sum(1)
@@ -180,7 +202,8 @@ def measure_faiss(
         if recall >= RECALL:
             break
     found = {
-        "build": build,
+        "build": sum(seconds_of_parts),
+        "trained": seconds_of_parts[0] - seconds_of_parts[1],
         "search": seconds,
         "recall": recall,
         "effort": effort,
@@ -226,30 +249,39 @@ def page_of(
     for method, record in records.items():
         title = TITLES[method]
         if record["effort"]:
-            title += f" (efSearch {record['effort']})"
+            title += f" ({PARAMETERS[method]} {record['effort']})"
         cells = [
             f"{number(record['build'])} s",
             f"{number(record['search'])} s",
             f"{record['recall']:.4f}",
             megabytes(record["memory"]),
-            f"{number(planned(method, record, settings) / 3600)} h",
         ]
+        for count in PLANNED:
+            cells.append(f"{number(planned(method, record, settings, count) / 3600)} h")
         rows.append([title, *cells])
     values = settings.window[0] * settings.window[1]
     title = f"""\
 {settings.queries:,} x {settings.candidates:,} rows of {values} values, {threads} threads. Times are processor time. The
-last column is computed: {PLANNED:,} x {PLANNED:,}, build and search."""
-    return page(title, ["search", "build", "search", "recall@1", "memory", "planned"], rows)
+last columns are computed: so many queries, and as many rows, build and search."""
+    columns = [f"{count:,}" for count in PLANNED]
+    return page(title, ["search", "build", "search", "recall@1", "memory", *columns], rows)
 
 
 def planned(
     method: str,
     record: Record,
     settings: Settings,
+    count: int,
 ) -> float:
-    """Processor seconds for PLANNED. Exact searches grow with the pairs; a graph is built by row and asked by query."""
-    more_queries = PLANNED / settings.queries
-    more_candidates = PLANNED / settings.candidates
+    """Processor seconds for `count` queries and rows. Exact searches grow with the pairs; a graph is built by row and
+    asked by query; of lists, as many more as the root of the rows, k-means compares all with as many rows each.
+    """
+    more_queries = count / settings.queries
+    more_candidates = count / settings.candidates
+    if method == "ivf":
+        more_lists = math.sqrt(more_candidates)
+        filled = (record["build"] - record["trained"]) * more_candidates * more_lists
+        return float(record["trained"] * more_lists**2 + filled + record["search"] * more_queries * more_lists)
     if method == "hnsw":
         return float(record["build"] * more_candidates + record["search"] * more_queries)
     return float(record["build"] + record["search"] * more_queries * more_candidates)

@@ -200,7 +200,13 @@ def direct_command(*options: str) -> list[str]:
 
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     """The main job without a launcher between, so that a signal reaches it."""
-    return subprocess.Popen(direct_command(*options), cwd=folder, env=forked(), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        direct_command(*options),
+        cwd=folder,
+        env=forked(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture

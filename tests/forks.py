@@ -80,7 +80,13 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
                 return
             self._server.close()
             self._server = None
-        super()._execute_child(args, executable, preexec_fn, close_fds, *more)
+        super()._execute_child(
+            args,
+            executable,
+            preexec_fn,
+            close_fds,
+            *more,
+        )
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
         if self._server is None:

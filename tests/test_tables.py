@@ -117,7 +117,13 @@ def test_a_run_is_named_after_what_it_computes(trained, tmp_path):
     config.write_text("train: {images: 1000}\n")
 
     def task(*options, seed=0, then=()):
-        return trained.Task.of(Path("runs"), str(config), options, seed, then)
+        return trained.Task.of(
+            Path("runs"),
+            str(config),
+            options,
+            seed,
+            then,
+        )
 
     first = task()
     assert task() == first

@@ -128,11 +128,26 @@ def test_bad_input_is_answered_with_a_message(page, client, digit):
 
     for values in ((9, 0), (1, 2.5)):
         with pytest.raises(AppError, match="than m"):
-            client.predict(drawn(digit[1]), *values, 0, 0, 0, api_name="/repair")
+            client.predict(
+                drawn(digit[1]),
+                *values,
+                0,
+                0,
+                0,
+                api_name="/repair",
+            )
     with pytest.raises(AppError, match="than m"):
         client.predict(65, 0, 1, api_name="/sample")
     with pytest.raises(AppError, match="something is missing: draw or upload a picture, and fill in every field"):
-        client.predict(None, 1, 0, 0, 0, 0, api_name="/repair")
+        client.predict(
+            None,
+            1,
+            0,
+            0,
+            0,
+            0,
+            api_name="/repair",
+        )
     test_samples_are_the_models(page, client)
 
 

@@ -176,7 +176,14 @@ def test_a_prior_that_is_not_fitted_is_warned_of(tmp_path, capsys, fitted, warne
         "prior.mean": torch.zeros(8),
     }
     prior = {"name": "gmm", "components": 2}
-    model = save_model(tmp_path / "model", CONV, (1, 8, 8), state, prior=prior, fitted=fitted)
+    model = save_model(
+        tmp_path / "model",
+        CONV,
+        (1, 8, 8),
+        state,
+        prior=prior,
+        fitted=fitted,
+    )
     cli.sample(model, n=2, to=tmp_path / "a.png")
     assert ("stopped before its prior was fitted" in capsys.readouterr().err) == warned
 

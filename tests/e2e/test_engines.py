@@ -65,7 +65,13 @@ def launched(digits, tmp_path):
 
     def launched(name, run, *more, ranks=2):
         file = engine(name, tmp_path)
-        done = launch(file, tmp_path, *options(digits, run), *more, ranks=ranks)
+        done = launch(
+            file,
+            tmp_path,
+            *options(digits, run),
+            *more,
+            ranks=ranks,
+        )
         succeeded(done)
         return done.stdout + done.stderr
 

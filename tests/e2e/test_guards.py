@@ -52,7 +52,13 @@ def poisoned(folder, steps, rank, *options, world=1):
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=1024", "--train.ema=0.9", "--objective.third=none"]
-    command = poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world)
+    command = poisoned(
+        tmp_path,
+        [5, 6, 20],
+        world - 1,
+        *options,
+        world=world,
+    )
     done = succeeded(execute(command, tmp_path))
     assert done.stderr.count("is not finite: skipped") == 3 and "round 0] warning: a step of round 0" in done.stderr
     last = reports(tmp_path / "run")[-1]

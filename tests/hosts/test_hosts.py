@@ -16,7 +16,14 @@ from naign.cluster.rejoin import LIMIT, LONG, Answer, End, Hello, Hosts, Links, 
 from naign.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
 from tests.servers import free_port
 
-HELLO = Hello("a", 1, 3, 1, 0, "m")
+HELLO = Hello(
+    "a",
+    1,
+    3,
+    1,
+    0,
+    "m",
+)
 pytestmark = pytest.mark.usefixtures("quickly")
 
 

@@ -43,8 +43,8 @@ def test_the_nearest_are_the_oracles_in_however_small_parts_they_are_searched(ca
     assert distances[:, found:].isinf().all()
 
 
-@pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW16", "PQ4"])
-def test_what_another_factory_proposes_is_measured_exactly(factory, tmp_path):
+@pytest.mark.parametrize("factory, more", [("IVF8,Flat", "nprobe=4"), ("HNSW16", ""), ("PQ4", "")])
+def test_what_another_factory_proposes_is_measured_exactly(factory, more, tmp_path):
     queries, rows = CASES["low rank"]
     index = ShardedIndex(rows.shape[1], factory=factory)
     index.add(rows[:0], 0)
@@ -59,7 +59,12 @@ def test_what_another_factory_proposes_is_measured_exactly(factory, tmp_path):
         rtol=1e-12,
         atol=0,
     )
-    assert 0.1 < index.recall(queries, k=2) <= 1
+    recall = index.recall(queries, k=2)
+    assert 0.1 < recall <= 1
+    if more:
+        index.tune(more)
+        assert index.recall(queries, k=2) > recall
+        ids = index.search(queries, k=2)[1]
     index.save(str(tmp_path))
     again = ShardedIndex.load(str(tmp_path))
     assert again.factory == factory
@@ -110,6 +115,10 @@ def test_arguments_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="IVF64,Flat on rank 0: .*training points"):
         indexed(draw(0, 10, 4), factory="IVF64,Flat")
     index = indexed(draw(0, 10, 4))
+    with pytest.raises(ValueError, match="Flat is exact: there is nothing to tune"):
+        index.tune("nprobe=2")
+    with pytest.raises(ValueError, match="HNSW8 on rank 0: .*nprobe"):
+        ShardedIndex(4, factory="HNSW8").tune("nprobe=2")
     with pytest.raises(ValueError, match="k is 0"):
         index.search(draw(0, 1, 4), k=0)
     with pytest.raises(ValueError, match="NaN or infinity in the queries of rank 0, row 2"):

@@ -32,7 +32,13 @@ from tests.e2e.runs import same
 
 LATENTS = build_latents(LatentsConfig(name="gaussian"), (1, 8, 8))
 PRIOR = Prior(PriorConfig(), (1, 8, 8))
-POSITION = State(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
+POSITION = State(
+    round=3,
+    images_seen=300,
+    step=30,
+    seconds=1.5,
+    skipped=2,
+)
 
 
 def make(folder, digits, seed=0):
@@ -58,7 +64,15 @@ def newest_of(config):
 
 def write(config, stream, engine, position=POSITION):
     writer = Writer(Path(config.run.path), keep=2)
-    taken = snapshot(config, stream, engine, position, LATENTS, PRIOR, Bank())
+    taken = snapshot(
+        config,
+        stream,
+        engine,
+        position,
+        LATENTS,
+        PRIOR,
+        Bank(),
+    )
     writer.start(taken.name, taken.files)
     assert writer.join()
 

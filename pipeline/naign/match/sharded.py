@@ -125,9 +125,9 @@ class ShardedIndex:
         """
         Args:
             dims: values of a row.
-            factory: string of FAISS's `index_factory`. `Flat` is exact; others (`IVF4096,Flat`, `HNSW32`) propose, by
-                FAISS's default parameters, and hold the rows a second time. What must be trained is, by the first rows
-                that a rank adds.
+            factory: string of FAISS's `index_factory`. `Flat` is exact; others (`IVF4096,Flat`, `HNSW32`) propose, as
+                `tune` says, and hold the rows a second time. What must be trained is, by the first rows that a rank
+                adds.
             group: the default group, or this process alone where there is none.
             memory: bytes that a rank needs at once for queries of all ranks and their answers, about.
 
@@ -195,6 +195,21 @@ class ShardedIndex:
             RuntimeError: if a rank dies, or is silent for longer than the process group's timeout.
         """
         return self._search(queries, k, exact=self.factory == "Flat")
+
+    def tune(self, parameters: str) -> None:
+        """Let searches take other parameters of FAISS: more `nprobe=16`, or `efSearch=128`, find more of the nearest.
+
+        Raises:
+            ValueError: for parameters that the factory does not have, and for `Flat`, which needs none.
+        """
+        if self.factory == "Flat":
+            raise ValueError("ShardedIndex: Flat is exact: there is nothing to tune")
+
+        def tuned() -> None:
+            for part in self._parts:
+                load_faiss().ParameterSpace().set_index_parameters(part.fast, parameters)
+
+        self._by_faiss(tuned)
 
     def recall(self, queries: Tensor, k: int = 1) -> float:
         """The share of the k nearest rows that `search` finds, of the first PROBE queries of each rank."""
