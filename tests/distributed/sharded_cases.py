@@ -66,6 +66,7 @@ def refused(rank, world):
     attempt("factory", lambda: ShardedIndex(3, factory="XYZ" if last else "Flat"))
     attempt("dims", lambda: ShardedIndex(4 if last else 3))
     attempt("place", lambda: index.save("/proc/nowhere" if last else os.environ["INDEX"]))
+    attempt("apart", lambda: index.save(os.environ["INDEX"] + str(rank)))
     fast = ShardedIndex(3, factory="IVF4,Flat")
     attempt("training", lambda: fast.add(draw(rank, 2 if last else 80, 3), 100 * rank))
     fast.add(draw(rank, 40, 3), 100 * rank)

@@ -55,6 +55,7 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path, monkeypatc
         "factory": "factory 'XYZ': .*could not parse",
         "dims": r"must be the same on all ranks: rank 2 has \(4, 'Flat', .*\), rank 0 \(3, ",
         "place": "/proc/nowhere, from rank 2, cannot be written",
+        "apart": "rank 0 does not find .*index0/.*: save to one place that all ranks share",
         "training": "IVF4,Flat on rank 2: .*training points",
         "left": "24",
         "trained": r"\(120, True\)",

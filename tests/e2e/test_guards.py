@@ -190,3 +190,14 @@ def test_ranks_that_do_not_share_a_folder_are_refused(small, tmp_path):
     with Job(tmp_path, 2, options, places=("one", "two")) as job:
         job.ends(BAD_INPUT)
         assert "is not the same folder on every machine" in job.said()
+
+
+def test_ranks_with_other_settings_are_refused(small, tmp_path):
+    for folder, rate in (("one", 0.01), ("two", 0.5)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "run.yaml").write_text(f"train: {{lr: {rate}}}")
+    options = (*small, "--config=run.yaml", f"--run.path={tmp_path}/run")
+    with Job(tmp_path, 2, options, places=("one", "two")) as job:
+        job.ends(BAD_INPUT)
+        assert "rank 1 has train.lr=0.5, rank 0 0.01: give all the same settings" in job.said()
+    assert not (tmp_path / "run").exists()

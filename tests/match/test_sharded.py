@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from naign.errors import InputError
+from naign.match import sharded
 from naign.match.sharded import MANIFEST, ShardedIndex
 from tests.match.problems import CASES, draw, oracle
 from tests.refused import refused
@@ -107,11 +108,41 @@ def test_rows_that_cannot_be_added_leave_the_index_as_it_was(change, message):
     assert index.search(draw(0, 10, 4))[1].flatten().tolist() == list(range(10))
 
 
+def test_rows_keep_their_ids_in_whatever_order_they_come(tmp_path):
+    rows = draw(0, 30, 4)
+    index = ShardedIndex(4)
+    for first, last in ((0, 3), (20, 23), (3, 20)):
+        index.add(rows[first:last], first)
+    index.save(tmp_path)
+    for one in (index, ShardedIndex.load(tmp_path)):
+        assert one.search(rows[:23])[1].flatten().tolist() == list(range(23))
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8"])
+def test_rows_of_which_only_some_could_be_stored_are_taken_out_again(factory, monkeypatch):
+    rows = draw(0, 20, 4)
+    index = indexed(rows[:10], factory=factory)
+
+    def add_some(part, more):
+        part.flat.add(more.numpy()[:3])
+        raise MemoryError("std::bad_alloc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded.Part, "add", add_some)
+        with pytest.raises(ValueError, match=f"{factory} on rank 0: std::bad_alloc"):
+            index.add(rows[10:], 10)
+    index.add(rows[10:], 10)
+    assert index.search(rows)[1].flatten().tolist() == list(range(20))
+
+
 def test_arguments_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="factory 'XYZ': .*could not parse"):
         ShardedIndex(4, factory="XYZ")
-    with pytest.raises(ValueError, match="dims is 0 and memory .*: both must be at least 1"):
-        ShardedIndex(0)
+    for dims in (0, 2**31):
+        with pytest.raises(ValueError, match=f"dims is {dims}: it must be at least 1, and below"):
+            ShardedIndex(dims)
+    with pytest.raises(ValueError, match="memory is 0: it must be at least 1"):
+        ShardedIndex(4, memory=0)
     with pytest.raises(ValueError, match="IVF64,Flat on rank 0: .*training points"):
         indexed(draw(0, 10, 4), factory="IVF64,Flat")
     index = indexed(draw(0, 10, 4))
@@ -141,6 +172,8 @@ def test_an_index_that_is_not_whole_is_refused(tmp_path):
         ("factory", "XYZ", "malformed .*could not parse"),
         ("format", 2, "format 2, not 1"),
         ("parts", [{}], "malformed .*rows"),
+        ("parts", {"rows": 1}, "malformed"),
+        ("dims", 0, "malformed .*dims is 0"),
         ("parts", [manifest["parts"][0] | {"rows": "../other"}], "malformed .*hexadecimal"),
         ("parts", 2 * manifest["parts"], "both have a candidate with the id 0"),
         ("parts", [manifest["parts"][0] | {"spans": [[-1, 10]]}], "ids leave"),

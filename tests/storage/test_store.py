@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import naign
 from naign.errors import InputError, Unavailable, check_address
 from naign.settings.read import read_yaml
 from naign.storage.local import LocalStore
@@ -91,3 +92,30 @@ def test_links_that_lead_nowhere_are_listed_and_named(tmp_path):
     assert local.list() == ["lost.tar"]
     with pytest.raises(InputError, match=r"lost.tar: no such file"):
         local.size("lost.tar")
+
+
+def test_a_stream_reads_a_file_by_any_name_and_never_ends_by_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path("a.tar")
+    file.write_bytes(bytes(5_000_000))
+    for name in ("a.tar", file, str(tmp_path / "a.tar")):
+        with naign.gopen(name) as stream:
+            assert len(stream.read()) == 5_000_000
+    with naign.gopen(file) as stream:
+        stream.read(10)
+        os.truncate(file, 3_000_000)
+        for _ in range(2):
+            with pytest.raises(InputError, match="bytes where .* were expected"):
+                stream.read()
+
+
+@pytest.mark.parametrize("mode", ["wb", "r+b", "rt"])
+def test_a_stream_is_only_read(mode):
+    with pytest.raises(InputError, match="streams are only read"):
+        naign.gopen("a.tar", mode)
+
+
+def test_a_streams_address_has_no_secrets():
+    with pytest.raises(InputError, match="a query") as caught:
+        naign.gopen("https://host/a.tar?signature=SECRET")
+    assert "SECRET" not in str(caught.value)

@@ -122,6 +122,6 @@ def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
 
 
 def _read_number(what: str, text: str) -> int:
-    if not text.isdecimal() or len(text) > 5:
+    if not re.fullmatch(r"[0-9]{1,5}", text):
         raise InputError(f"{what} is '{text[:40]}': it must be a number from 0 to 99999")
     return int(text)

@@ -1,6 +1,5 @@
 """The manifests of a job of any size, from k8s/job.yaml."""
 
-import json
 import math
 import re
 from typing import Any
@@ -13,12 +12,13 @@ from naign.cluster.ranks import check_shares, find_engine
 from naign.config import Config, check, load, to_dict
 from naign.errors import require
 from naign.settings.read import read_yaml
+from naign.storage.store import open_store
 
 # docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html; Google's names may have "_".
 BUCKET = (
     r"(s3|gs|az)://(?![^/]*\.\.)[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[ -~]*)?|abfss://[a-z0-9-]+@[a-z0-9.]+(/[ -~]*)?"
 )
-PATH = r"(?!/|.*(\.\.|:))[ -~]+"
+PATH = r"\w[\w.-]*(/\w[\w.-]*)*/?"
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY")
 """Of the Secret, where not all of it can be passed on."""
 CLAIM = "/claim"
@@ -40,8 +40,14 @@ def configure(job: Job) -> Config:
         ("--run", job.run, pattern, shared),
         ("--claim", job.claim, f"({NAME_OF_CLAIM})?", "give the name of a PersistentVolumeClaim"),
         ("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", "write http://host:port, without user and password"),
+        ("--service-account", job.service_account, f"({NAME_OF_CLAIM})?", "give the name of a ServiceAccount"),
         ("--engine", job.engine, r"\w*", "give the name of a file in launch/, such as zero2"),
-        ("--name", job.name, NAME, "give one of small letters, digits and '-', at most 42, as Kubernetes wants names"),
+        (
+            "--name",
+            job.name,
+            NAME,
+            "give one of small letters, digits and '-', at most 42; by default --run ends in it",
+        ),
     )
     require((least >= 1 and job.gpus >= 0, f"{size}: at least one node, and no fewer than 0 GPUs"))
     for option, value, pattern, remedy in rules:
@@ -52,10 +58,12 @@ def configure(job: Job) -> Config:
         (apart, "--data and --run are the same place: give the run one of its own"),
         (not unkeyed, "az:// does not name the account, which a role needs: write abfss://container@account..."),
     )
+    if not job.claim:
+        open_store(job.data)
     if job.engine:
         engine = find_engine(job.engine, ranks=most * max(1, job.gpus))
-        needs_gpus = engine["distributed_type"] in ("MULTI_GPU", "FSDP")
-        fits = not engine.get("use_cpu") if job.gpus else not needs_gpus
+        for_gpus = not engine.get("use_cpu")
+        fits = for_gpus if job.gpus else not (for_gpus and engine["distributed_type"] in ("MULTI_GPU", "FSDP"))
         require((fits, f"--engine {job.engine} does not go with --gpus {job.gpus}"))
     settings = load(str(job.config)) if job.config else Config()
     settings.data.path = job.data
@@ -78,7 +86,7 @@ def render_k8s(job: Job) -> str:
     settings = configure(job)
     name = job.name
     head = (
-        f"# {name}: {job.nodes} pods, {job.gpus} GPUs each\n"
+        f"# {name}. Pods: {job.nodes}; GPUs of each: {job.gpus}\n"
         "#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
         f"#   wait      kubectl wait --for=condition=Ready pod -l app.kubernetes.io/name={name} --timeout=30m\n"
         f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={job.hosts[1]}\n"
@@ -106,7 +114,6 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
         'value: "2"': f'value: "{job.nodes}"',
         "completions: 2": f"completions: {most}",
         "parallelism: 2": f"parallelism: {most}",
-        "image: naign:latest": f"image: {json.dumps(job.image)}",
     }
     text = shipped("k8s/job.yaml").read_text().partition("---\n# S3 server")[0]
     for old, new in changes.items():
@@ -122,6 +129,7 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     pod = training["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     pod["terminationGracePeriodSeconds"] = math.ceil(settings.stop.within) + 30
+    container["image"] = job.image
     training["spec"]["maxFailedIndexes"] = most - least  # the others go on
     if job.service_account:
         pod["serviceAccountName"] = job.service_account

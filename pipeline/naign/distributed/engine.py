@@ -162,9 +162,7 @@ class Engine:
     def _average(self, norm: float | Tensor) -> None:
         assert self.ema is not None
         with self.gathered():
-            now: list[Tensor] = []
-            for parameter in self.bare.parameters():
-                now.append(whole(parameter.detach()).to(torch.float32))
+            now = [whole(parameter.detach()).to(torch.float32) for parameter in self.bare.parameters()]
             averages: Any = list(self.ema.parameters())
             if isinstance(norm, Tensor):
                 change = torch._foreach_sub(now, averages)

@@ -78,10 +78,8 @@ class Muon(AdamW):
 
 def turn_here(weights: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
     """Every rank computes all steps, of which it keeps its part where the weights are cut up."""
-    changes = []
-    for weight, direction in zip(weights, directions, strict=True):
-        changes.append(like(orthogonal(whole(direction)), weight))
-    return changes
+    pairs = zip(weights, directions, strict=True)
+    return [like(orthogonal(whole(direction)), weight) for weight, direction in pairs]
 
 
 def turn_shared(weights: list[Tensor], directions: list[Tensor]) -> list[Tensor]:

@@ -32,9 +32,7 @@ OPTIMIZERS: dict[str, Build] = {
 def find_optimizer(name: str) -> Build:
     """The function that builds the optimizer of that name; InputError for an unknown one, or if a trial of it fails."""
     build = lookup("train.optimizer", name, OPTIMIZERS, "naign.optimizers")
-    weights = []
-    for dimensions in (1, 2, 4):
-        weights.append(nn.Parameter(torch.zeros([2] * dimensions)))
+    weights = [nn.Parameter(torch.zeros([2] * dimensions)) for dimensions in (1, 2, 4)]
     try:
         made: object = build(
             weights,

@@ -265,10 +265,7 @@ def repairs(subject: Subject) -> dict[str, Any]:
         )
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
-        shown = {}
-        for name, answer in answers.items():
-            shown[name] = answer[:SHOWN].clone()
-        subject.repaired[kind] = shown
+        subject.repaired[kind] = {name: answer[:SHOWN].clone() for name, answer in answers.items()}
     subject.counts |= {
         "restoration": len(clean),
         "similarity": min(restoration.SIMILAR, len(clean)),

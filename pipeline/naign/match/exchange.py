@@ -1,6 +1,6 @@
 """Communication of a search: agreement, rows of uneven shards, and answers to the rank that asked."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +9,8 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from naign.errors import one_line
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch renames it
 
@@ -36,6 +38,17 @@ class Ranks:
                 raise each
         return cast(list[T], values)
 
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What the work returns on each rank. An exception of any of them is raised on all."""
+        done: T | Exception
+        try:
+            done = work()
+        except Exception as error:
+            done = error
+            if not type(error).__module__.startswith(("builtins", "naign.")):  # others may not be sent
+                done = RuntimeError(f"rank {self.rank}: {type(error).__name__}: {one_line(error)}")
+        return self.collect(done)
+
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """All ranks' rows (sum(sizes), *shape) in rank order, on the device of `rows` (sizes[rank], *shape)."""
         if self.world == 1:
@@ -47,10 +60,8 @@ class Ranks:
         with self._exchange("sharing rows"):
             _all_gather(out, padded, group=self.group)
         if min(sizes) < longest:
-            parts = []
-            for part, size in zip(out.split(longest), sizes, strict=True):
-                parts.append(part[:size])
-            out = torch.cat(parts)
+            parts = zip(out.split(longest), sizes, strict=True)
+            out = torch.cat([part[:size] for part, size in parts])
         return out.to(rows.device)
 
     def deliver(self, rows: Tensor, sizes: list[int]) -> Tensor:

@@ -91,11 +91,7 @@ def search(
     """
     assert method in METHODS and neighbours >= 1
     ranks = group if isinstance(group, Ranks) else ranks_of(group)
-    try:
-        mine: Shard | ValueError = describe(queries, candidates, first_id, ranks.first + ranks.rank)
-    except ValueError as error:
-        mine = error
-    shards = ranks.collect(mine)
+    shards = ranks.each(lambda: describe(queries, candidates, first_id, ranks.first + ranks.rank))
     check_agreement(shards)
 
     blocks = as_blocks(candidates)
@@ -201,7 +197,7 @@ def check_apart(spans: Iterable[Span]) -> None:
     for span, other in pairwise(sorted(spans)):
         if other.first < span.first + span.rows:
             both = f"both have a candidate with the id {other.first}"
-            raise ValueError(f"nearest: ranks {span.rank} and {other.rank} {both}")
+            raise ValueError(f"nearest: ranks {span.rank} and {other.rank} {both}: give each row an id of its own")
 
 
 def are_rows(rows: object) -> bool:
@@ -256,15 +252,14 @@ def make_block(
         with contextlib.suppress(Exception):  # this rank's exception says more
             ranks.collect(PeerFailed(f"nearest: rank {me} failed to make its candidates from row {first} on"))
         raise
-    fault: ValueError | None = None
-    what = f"the candidates of rank {me}"
-    try:
+
+    def checked() -> None:
+        what = f"the candidates of rank {me}"
         if block.shape != (last - first, queries.shape[1]) or block.dtype != queries.dtype:
             raise ValueError(f"nearest: shape or type differs from the queries' for {what}, row {first}")
         check_finite(block, what, first_row=first)
-    except ValueError as error:
-        fault = error
-    ranks.collect(fault)
+
+    ranks.each(checked)
     return block, torch.arange(first_id + first, first_id + last)
 
 

@@ -21,8 +21,8 @@ class MatchConfig:
     round: int = field(default=2048, metadata=POSITIVE)
     """Images per round, over all ranks."""
     group: int = field(default=0, metadata=AT_LEAST_0)
-    """Images that are matched with one another's part of the pool alone, by their place in the round; 0: the whole
-    round. What a match costs a rank then depends on this, not on the number of ranks."""
+    """Images in a row of a round that share a part of the pool, and are matched with that alone; 0: the whole round.
+    What a match costs a rank then depends on this, not on the number of ranks."""
     block: int = field(default=512, metadata=POSITIVE)
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
 
@@ -108,14 +108,14 @@ def _raise_together(failure: Exception | None, ranks: Ranks) -> None:
     """Collective: where a rank has failed, raise that there, and what it says on the others."""
     if not sum(ranks.mean([float(failure is not None)])):
         return
-    said = ""
+    told = None
     if failure is not None and not isinstance(failure, PeerFailed):
-        said = f"rank {ranks.rank}: {type(failure).__name__}: {one_line(failure)}"
-    told = ranks.collect((said, isinstance(failure, NotFinite)))
-    if said and failure is not None:
-        raise failure
-    cause, not_finite = next(each for each in told if each[0])
-    raise NotFinite(cause) if not_finite else PeerFailed(cause)
+        kind = NotFinite if isinstance(failure, NotFinite) else PeerFailed
+        told = kind(f"rank {ranks.rank}: {type(failure).__name__}: {one_line(failure)}")
+    try:
+        ranks.collect(told)
+    except (NotFinite, PeerFailed) as error:
+        raise failure if told and failure else error from None
 
 
 def check_groups(config: MatchConfig, world: int) -> None:

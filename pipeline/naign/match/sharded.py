@@ -16,7 +16,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import index as whole
-from typing import Any, TypeVar
+from os import fspath
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from naign.errors import InputError, one_line, require
 from naign.match.exact import load_faiss
-from naign.match.exchange import Ranks, ranks_of
+from naign.match.exchange import ranks_of
 from naign.match.index import (
     Span,
     are_rows,
@@ -40,8 +42,6 @@ from naign.philox import MAX_ID
 from naign.storage.base import Store
 from naign.storage.store import check_writable, open_store
 
-T = TypeVar("T")
-
 MANIFEST = "sharded-index.json"
 FORMAT = 1
 ROWS = 1 << 16
@@ -51,19 +51,6 @@ ANSWER = 100
 """Bytes that a candidate of an answer takes while it is searched, about."""
 PROBE = 256
 """Queries of a rank that the recall is measured on."""
-
-
-def everywhere(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What this rank's work returns, once it is done on all ranks; an exception of any of them is raised on all."""
-    failure: Exception | None = None
-    try:
-        done = work()
-    except Exception as error:
-        failure = error
-        if not type(error).__module__.startswith(("builtins", "naign.")):  # others may not be sent
-            failure = RuntimeError(f"rank {ranks.rank}: {type(error).__name__}: {one_line(error)}")
-    ranks.collect(failure)
-    return done
 
 
 @dataclass(slots=True)
@@ -91,19 +78,22 @@ class Part:
         parts = [torch.arange(span.first, span.first + span.rows) for span in self.spans]
         return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
 
-    def propose(self, values: Any) -> None:
-        """Let `fast` know of these, beside what is in `flat`. The first train it."""
-        if self.fast is None or not len(values):
-            return
-        if not self.fast.is_trained:
-            self.fast.train(values)
-        self.fast.add(values)
+    def add(self, rows: Tensor) -> None:
+        """Add rows to the indexes. The first train `fast`."""
+        values = rows.detach().cpu().resolve_neg().contiguous().numpy()
+        if self.fast is not None and len(rows):
+            if not self.fast.is_trained:
+                self.fast.train(values)
+            self.fast.add(values)
+        self.flat.add(values)
 
     def forget(self) -> None:
-        """Take what `fast` alone knows from it."""
+        """Remove rows that no span has."""
+        known = sum(span.rows for span in self.spans)
+        self.flat.remove_ids(load_faiss().IDSelectorRange(known, self.flat.ntotal))
         if self.fast is not None:
             self.fast.reset()
-            if self.flat.ntotal:
+            if known:
                 self.fast.add(self.rows.numpy())
 
 
@@ -137,12 +127,12 @@ class ShardedIndex:
         self._ranks = ranks_of(group)
 
         def checked() -> tuple[int, str, int]:
-            if whole(dims) < 1 or whole(memory) < 1:
-                raise ValueError(f"ShardedIndex: dims is {dims} and memory {memory}: both must be at least 1")
+            if whole(memory) < 1:
+                raise ValueError(f"ShardedIndex: memory is {memory}: it must be at least 1")
             _new_part(whole(dims), factory)
             return whole(dims), factory, whole(memory)
 
-        given = self._ranks.collect(everywhere(self._ranks, checked))
+        given = self._ranks.each(checked)
         for rank, other in enumerate(given):
             if other != given[0]:
                 differ = f"rank {rank} has {other}, rank 0 {given[0]}"
@@ -163,20 +153,17 @@ class ShardedIndex:
                 ids are taken, or if FAISS cannot be trained by so few rows.
         """
         ranks = self._ranks
-        mine = everywhere(ranks, lambda: self._checked(rows, first_id))
-        spans = [span for span in ranks.collect(mine) if span.rows]
+        added = ranks.each(lambda: self._checked(rows, first_id))
+        spans = [span for span in added if span.rows]
         check_apart([*self._spans, *spans])
         part = self._parts[-1]
-        values = rows.detach().cpu().contiguous().numpy()
-        _use_threads()
         try:
-            self._by_faiss(lambda: part.propose(values))
+            self._by_faiss(lambda: part.add(rows))
         except Exception:
             part.forget()
             raise
-        self._by_faiss(lambda: part.flat.add(values))
-        if mine.rows:
-            part.spans.append(mine)
+        if len(rows):
+            part.spans.append(added[ranks.rank])
         self._spans += spans
 
     def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -187,8 +174,8 @@ class ShardedIndex:
             k: how many, at least 1, the same on every rank.
 
         Returns:
-            (q, k) float64 squared L2 distances, ascending, infinite where there are fewer rows; and (q, k) int64 ids,
-            -1 there; the smaller id first where distances are equal.
+            (q, k) float64 squared L2 distances, ascending, infinite where fewer rows are there or proposed; and (q, k)
+            int64 ids, -1 there; the smaller id first where distances are equal.
 
         Raises:
             ValueError: if a rank's queries have another width or type, or hold NaN or infinity.
@@ -220,7 +207,7 @@ class ShardedIndex:
         counts = self._ranks.collect((int(hits.sum()), len(hits)))
         return sum(hit for hit, _ in counts) / max(1, sum(total for _, total in counts))
 
-    def save(self, place: str) -> None:
+    def save(self, place: str | Path) -> None:
         """Write a file of each rank's rows, and sharded-index.json last, to a folder or a bucket. An index that was
         there is replaced, and its files are deleted. Takes twice the memory of a rank's rows.
 
@@ -228,14 +215,17 @@ class ShardedIndex:
             InputError: and nothing is written, where a rank cannot write there.
         """
         ranks = self._ranks
-        store = everywhere(ranks, lambda: open_store(place))
-        everywhere(ranks, lambda: check_writable(store, f"{place}, from rank {ranks.rank},"))
-        records = ranks.collect(everywhere(ranks, lambda: [_write(store, part) for part in self._parts if part.spans]))
+        ranks.each(lambda: check_writable(open_store(fspath(place)), f"{place}, from rank {ranks.rank},"))
+        store = open_store(fspath(place))
+        records = ranks.each(lambda: [_write(store, part) for part in self._parts if part.spans])
         parts = [record for each in records for record in each]
         parts.sort(key=lambda record: record["spans"])
         manifest = {"format": FORMAT, "dims": self.dims, "factory": self.factory, "parts": parts}
 
         def finish() -> None:
+            for name in _files(manifest):
+                unshared = f"rank 0 does not find {store.url(name)}, which another rank has written"
+                require((store.exists(name), f"{unshared}: save to one place that all ranks share"))
             old = set[str]()
             with suppress(InputError):  # there is none, or it is damaged
                 old = _files(_load_manifest(store))
@@ -243,12 +233,12 @@ class ShardedIndex:
             for name in old - _files(manifest):
                 store.delete(name)
 
-        everywhere(ranks, finish if ranks.rank == 0 else lambda: None)
+        ranks.each(finish if ranks.rank == 0 else lambda: None)
 
     @classmethod
     def load(
         cls,
-        place: str,
+        place: str | Path,
         *,
         group: dist.ProcessGroup | None = None,
         memory: int = MEMORY,
@@ -261,9 +251,7 @@ class ShardedIndex:
             InputError: where there is no index, or a file of it is missing, damaged or of another index or FAISS.
         """
         ranks = ranks_of(group)
-        store = everywhere(ranks, lambda: open_store(place))
-        manifest = everywhere(ranks, lambda: _load_manifest(store) if ranks.rank == 0 else {})
-        manifest = ranks.collect(manifest)[0]
+        manifest = ranks.each(lambda: _load_manifest(open_store(fspath(place))) if ranks.rank == 0 else {})[0]
         index = cls(
             manifest["dims"],
             factory=manifest["factory"],
@@ -274,13 +262,14 @@ class ShardedIndex:
         first = len(records) * ranks.rank // ranks.world
         last = len(records) * (ranks.rank + 1) // ranks.world
 
-        def read() -> list[Part]:
-            return [_read(store, record, index) for record in records[first:last]]
+        def read() -> list[Span]:
+            store = open_store(fspath(place))
+            parts = [_read(store, record, index) for record in records[first:last]]
+            index._parts = parts or index._parts
+            return [span for part in parts for span in part.spans]
 
-        parts = everywhere(ranks, read)
-        index._parts = parts or index._parts
-        for each in ranks.collect([span for part in parts for span in part.spans]):
-            index._spans += each
+        for spans in ranks.each(read):
+            index._spans += spans
         return index
 
     def _checked(self, rows: Tensor, first_id: int) -> Span:
@@ -302,13 +291,14 @@ class ShardedIndex:
         """Work of FAISS on every rank; its errors are ValueErrors."""
 
         def named() -> None:
+            load_faiss().omp_set_num_threads(torch.get_num_threads())
             try:
                 work()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 problem = f"ShardedIndex: {self.factory} on rank {self._ranks.rank}: {one_line(error)}"
                 raise ValueError(problem) from None
 
-        everywhere(self._ranks, named)
+        self._ranks.each(named)
 
     def _search(
         self,
@@ -326,7 +316,7 @@ class ShardedIndex:
                 raise ValueError(f"ShardedIndex: k is {k}: it must be at least 1")
             return len(queries), whole(k), len(blocks)
 
-        given = ranks.collect(everywhere(ranks, checked))
+        given = ranks.each(checked)
         counts, asked, sizes = map(list, zip(*given, strict=True))
         if len(set(asked)) > 1:
             raise ValueError(f"ShardedIndex: k must be the same on all ranks, not {asked}")
@@ -369,7 +359,6 @@ class ShardedIndex:
         """Measure the rows of this rank that FAISS proposes."""
         asked = scan.queries.cpu().numpy()
         device = scan.queries.device
-        _use_threads()
         for part in self._parts:
             if not (part.flat.ntotal and len(asked)):
                 continue
@@ -385,18 +374,16 @@ class ShardedIndex:
 
 def _new_part(dims: int, factory: str) -> Part:
     """Empty indexes. Raises ValueError for a factory that FAISS does not know."""
+    if not 1 <= dims < 2**31:
+        raise ValueError(f"ShardedIndex: dims is {dims}: it must be at least 1, and below 2**31")
     faiss = load_faiss()
     fast = None
     if factory != "Flat":
         try:
             fast = faiss.index_factory(dims, factory)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError, MemoryError, NotImplementedError) as error:
             raise ValueError(f"ShardedIndex: factory {factory!r}: {one_line(error)}") from None
     return Part(faiss.IndexFlatL2(dims), fast)
-
-
-def _use_threads() -> None:
-    load_faiss().omp_set_num_threads(torch.get_num_threads())
 
 
 def _write(store: Store, part: Part) -> dict[str, Any]:
@@ -430,6 +417,7 @@ def _load_manifest(store: Store) -> dict[str, Any]:
         require((manifest["format"] == FORMAT, f"{where}: format {manifest['format']!r}, not {FORMAT}"))
         _new_part(whole(manifest["dims"]), manifest["factory"])
         spans = []
+        manifest["parts"] = list(manifest["parts"])
         for part in manifest["parts"]:
             if ("fast" in part) == (manifest["factory"] == "Flat"):
                 raise ValueError("files and factory do not go together")
@@ -440,7 +428,7 @@ def _load_manifest(store: Store) -> dict[str, Any]:
             raise ValueError("ids leave [0, 2**62)")
         check_apart(spans)
         _files(manifest)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{where}: malformed ({type(error).__name__}: {error}): save the index again") from None

@@ -25,7 +25,7 @@ from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
 from naign.neighbours import CopiesOptions
 from naign.neighbours.images import Images
-from naign.neighbours.rows import ImageRows, Nearest, find_nearest
+from naign.neighbours.rows import Nearest, build_index, find_nearest, read_part
 from naign.observe.pictures import eight_bits, png, rows
 from naign.storage.store import open_store
 
@@ -60,11 +60,12 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         return eight_bits(model.project(latents).cpu())
 
     with together(accelerator):
-        candidates = ImageRows("training images", len(train), train.read, manifest.shape, ranks)
-        drawn = ImageRows("samples", options.samples, draw, manifest.shape, ranks)
-        tests = ImageRows("test images", len(test), test.read, manifest.shape, ranks)
-    samples = find_nearest(drawn, candidates, ranks, accelerator.device)
-    unseen = find_nearest(tests, candidates, ranks, accelerator.device)
+        candidates = read_part("training images", len(train), train.read, manifest.shape, ranks)
+        drawn = read_part("samples", options.samples, draw, manifest.shape, ranks)
+        tests = read_part("test images", len(test), test.read, manifest.shape, ranks)
+    index = build_index(candidates, ranks)
+    samples = find_nearest(drawn, index, ranks, accelerator.device)
+    unseen = find_nearest(tests, index, ranks, accelerator.device)
     result = {
         "dataset": manifest.name,
         "training_images": len(train),

@@ -1,87 +1,69 @@
-"""Images as rows of values, in blocks that are the same for every number of ranks, and the nearest row of each.
-
-Each rank makes the blocks of its part once, and keeps them in a temporary file: all queries are compared with all
-candidates.
-"""
+"""Images as rows of values, and the nearest row of an index to each of them."""
 
 import math
-import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from naign.errors import InputError
-from naign.match import Blocks, search
 from naign.match.exchange import Ranks
 from naign.match.pool import block_range
+from naign.match.sharded import ShardedIndex
 from naign.terminal import counted
 
 VIEWS = 2  # an image as it is, and mirrored
 ROWS = 256
 MOST = 4096
 VALUES = 2**24
-"""Rows of a block, and its float32 values: at most these, but at least ROWS rows."""
-ASKED = 2**25  # float32 values of the queries of a search, of all ranks, unless those of one block are more
+"""Images that are read or drawn at once, and their values: at most these, but at least ROWS images."""
+ASKED = 2**25
+"""Values of rows that are float32 at once."""
 
 
-class ImageRows:
-    """The rows of `count` images. This rank has those of [first, last), which are whole blocks."""
+class Part(NamedTuple):
+    """This rank's images of a set."""
 
-    def __init__(
-        self,
-        name: str,
-        count: int,
-        read: Callable[[int, int], Tensor],
-        shape: tuple[int, ...],
-        ranks: Ranks,
-    ) -> None:
-        """Make this rank's blocks; `read(first, last)` returns stored images (n, *shape) uint8."""
-        self.name = name
-        self.shape = shape
-        self.dims = math.prod(shape)
-        most = min(MOST, VALUES // self.dims)
-        self.size = max(ROWS, most // ROWS * ROWS)  # rows of a block
-        self.first, self.last = block_range(
-            count,
-            self.size,
-            ranks.rank,
-            ranks.world,
-        )
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this object)
-        with counted(f"reading {name}", total=self.last - self.first, unit="image", shown=ranks.rank == 0) as bar:
-            for low in range(self.first, self.last, self.size):
-                high = min(low + self.size, count)
-                values = read(low, high)
-                try:
-                    values.numpy().tofile(self._file)
-                except OSError as error:
-                    place = f"{tempfile.gettempdir()}: {error.strerror or error}"
-                    raise InputError(f"{place}: set TMPDIR to a folder with more space") from None
-                bar.update(high - low)
+    name: str
+    first: int  # the number of the first
+    images: Tensor  # (n, *shape) uint8
 
-    def block(self, low: int, high: int) -> Tensor:
-        """Rows (VIEWS, n, d) float32 of images [low, high) of this rank: whole numbers, so that distances are exact."""
-        count = high - low
-        self._file.seek((low - self.first) * self.dims)
-        values = np.fromfile(self._file, np.uint8, count * self.dims)
-        images = torch.from_numpy(values).view(count, *self.shape)
-        views = torch.stack([images, images.flip(-1)])
-        return views.flatten(2).float()
 
-    def candidates(self) -> Blocks:
-        """This rank's images as they are, for a search."""
+def read_part(
+    name: str,
+    count: int,
+    read: Callable[[int, int], Tensor],
+    shape: tuple[int, ...],
+    ranks: Ranks,
+) -> Part:
+    """This rank's part of `count` images. `read(first, last)` returns stored images (n, *shape) uint8, of blocks that
+    are the same for every number of ranks.
+    """
+    most = min(MOST, VALUES // math.prod(shape))
+    size = max(ROWS, most // ROWS * ROWS)
+    first, last = block_range(
+        count,
+        size,
+        ranks.rank,
+        ranks.world,
+    )
+    images = torch.empty(last - first, *shape, dtype=torch.uint8)
+    with counted(f"reading {name}", total=last - first, unit="image", shown=ranks.rank == 0) as bar:
+        for low in range(first, last, size):
+            high = min(low + size, last)
+            images[low - first : high - first] = read(low, high)
+            bar.update(high - low)
+    return Part(name, first, images)
 
-        def make(low: int, high: int) -> Tensor:
-            return self.block(self.first + low, self.first + high)[0]
 
-        return Blocks(
-            rows=self.last - self.first,
-            make=make,
-            size=self.size,
-        )
+def build_index(part: Part, ranks: Ranks) -> ShardedIndex:
+    """Collective: an index of all ranks' parts, by the images' numbers."""
+    index = ShardedIndex(math.prod(part.images.shape[1:]))
+    step = max(1, ASKED // index.dims)
+    for low in range(0, max(ranks.collect(len(part.images))), step):
+        rows = part.images[low : low + step].flatten(1)
+        index.add(rows.float(), part.first + low)  # whole numbers, so that distances are exact
+    return index
 
 
 class Nearest(NamedTuple):
@@ -93,28 +75,24 @@ class Nearest(NamedTuple):
 
 
 def find_nearest(
-    queries: ImageRows,
-    candidates: ImageRows,
+    queries: Part,
+    index: ShardedIndex,
     ranks: Ranks,
     device: torch.device,
 ) -> Nearest:
     """Collective: the nearest candidate of each query, which is also mirrored; the first by (distance, number)."""
-    values = VIEWS * queries.dims * queries.size  # of a block
-    blocks = max(1, ASKED // (values * ranks.world))
-    step = blocks * queries.size
-    sizes = ranks.collect(queries.last - queries.first)
-    most = max(sizes)
+    step = max(1, ASKED // (VIEWS * index.dims * ranks.world))
+    sizes = ranks.collect(len(queries.images))
     distances = []
     numbers = []
     mirrored = []
-    with counted(f"comparing {queries.name}", total=most, unit="image", shown=ranks.rank == 0) as bar:
-        for start in range(0, most, step):
-            low = min(queries.first + start, queries.last)
-            high = min(low + step, queries.last)
-            rows = queries.block(low, high).to(device)
-            result = search(rows.flatten(0, 1), candidates.candidates(), candidates.first)
-            straight, turned = result.distances.cpu().view(VIEWS, -1)
-            number, other = result.ids.cpu().view(VIEWS, -1)
+    with counted(f"comparing {queries.name}", total=max(sizes), unit="image", shown=ranks.rank == 0) as bar:
+        for low in range(0, max(sizes), step):
+            images = queries.images[low : low + step].to(device)
+            rows = torch.cat([images, images.flip(-1)]).flatten(1)
+            found = index.search(rows.float())
+            straight, turned = found[0].cpu().view(VIEWS, -1)
+            number, other = found[1].cpu().view(VIEWS, -1)
             is_turned = (turned < straight) | (turned == straight) & (other < number)
             distances.append(torch.where(is_turned, turned, straight))
             numbers.append(torch.where(is_turned, other, number))
@@ -122,7 +100,7 @@ def find_nearest(
             bar.update(step)
     squares = ranks.gather(torch.cat(distances), sizes)
     return Nearest(
-        (squares / queries.dims).sqrt(),
+        (squares / index.dims).sqrt(),
         ranks.gather(torch.cat(numbers), sizes),
         ranks.gather(torch.cat(mirrored), sizes),
     )

@@ -23,21 +23,12 @@ RENAMED = {
     "prior.student": "a flow draws codes in prior.steps evaluations",
     "prior.grid": "it is latents.grid",
     "objective.third_weight": "the third term has weight 1",
-    "objective.perceptual": "distances are l1, l2 or norm, of pixels",
-    "objective.encoder": "distances are l1, l2 or norm, of pixels",
-    "train.schedule": "the rate falls by a cosine to train.lr_end; equal to train.lr it is constant",
-    "train.channels_last": "the layout is chosen by the device",
     "quality": "`naign evaluate` measures a checkpoint",
     "match.assignment": "each image is matched to its nearest sample",
-    "match.reject_share": "each image is matched to its nearest sample",
-    "data.endpoint": "set AWS_ENDPOINT_URL",
-    "data.cache": "mount the bucket with a cache, or copy the data (docs/data.md)",
-    "data.cache_gb": "mount the bucket with a cache, or copy the data (docs/data.md)",
-    "data.fit": "pictures are brought to data.size by their largest central window",
     "train.beta1": "AdamW's moments decay by 0.9 and 0.99; another package can add an optimizer (CONTRIBUTING.md)",
     "train.beta2": "AdamW's moments decay by 0.9 and 0.99; another package can add an optimizer (CONTRIBUTING.md)",
 }
-"""Settings of earlier versions, and what there is now instead."""
+"""Settings that recipes of earlier versions have, and what there is now instead."""
 
 Named = Mapping[str, tuple[str, Callable[[str], tuple[Any, Any]]]]
 """Sections whose settings class depends on a name: the default name, and the lookup of a name's class."""

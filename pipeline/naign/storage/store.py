@@ -54,8 +54,8 @@ def check_writable(store: Store, what: str) -> None:
 
 def locate(url: str) -> tuple[Store, str]:
     """The store of a file, and its name there."""
-    folder, _, name = url.rpartition("/")
-    return open_store(folder), name
+    folder, slash, name = url.rpartition("/")
+    return open_store(folder or slash or "."), name
 
 
 @contextmanager

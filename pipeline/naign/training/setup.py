@@ -43,6 +43,8 @@ from naign.training.state import State, restore, restore_draws, restore_weights
 from naign.training.trainer import Phases, Trainer
 
 log = logging.getLogger("naign.train")
+OF_A_HOST = ("run.path", "data.path", "data.index", "data.workers", "data.trace", "train.threads")
+"""Settings that may differ between ranks."""
 Start = tuple[str, dict[str, Tensor]]  # the name of a network, and its weights
 
 
@@ -59,7 +61,11 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
 
     # What can be refused without weights.
     start = None
+    (first,) = broadcast_object_list([flatten(config)])
     with together(accelerator):
+        for key, value in flatten(config).items():
+            same = key in OF_A_HOST or first.get(key) == value
+            require((same, f"rank {rank} has {key}={value}, rank 0 {first.get(key)}: give all the same settings"))
         check_engine(config, accelerator)
         every = (*callbacks, *find_callbacks(config.train.callbacks))
         if rank == 0:

@@ -63,9 +63,7 @@ def from_tree(
         labels = []
         if len(names) > 1:
             log.warning("no labels: some pictures lie in folders, others in none; move these into one for labels")
-    made = {}
-    for split, group in splits.items():
-        made[split] = _examples(group, labels, resize, channels)
+    made = {split: _examples(group, labels, resize, channels) for split, group in splits.items()}
     return Source(
         name="folder",
         shape=(channels, height, width),
