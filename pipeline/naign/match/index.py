@@ -197,7 +197,7 @@ def check_apart(spans: Iterable[Span]) -> None:
     for span, other in pairwise(sorted(spans)):
         if other.first < span.first + span.rows:
             both = f"both have a candidate with the id {other.first}"
-            raise ValueError(f"nearest: ranks {span.rank} and {other.rank} {both}: give each row an id of its own")
+            raise ValueError(f"nearest: ranks {span.rank} and {other.rank} {both}")
 
 
 def are_rows(rows: object) -> bool:
