@@ -167,12 +167,36 @@ def random(report: Report) -> None:
     few = [0, 1, 2, 5, 2**40 + 3, 2**61 + 7]
     ids = torch.tensor(few)
     for shape in ((7,), (3, 32, 32)):
-        here = philox.uniform(3, 2, ids, shape, "cpu")
-        there = philox.uniform(3, 2, ids, shape, report.device)
+        here = philox.uniform(
+            3,
+            2,
+            ids,
+            shape,
+            "cpu",
+        )
+        there = philox.uniform(
+            3,
+            2,
+            ids,
+            shape,
+            report.device,
+        )
         there = there.cpu()
         report.none(f"uniform numbers {shape} other than the CPU's", int((here != there).sum()))
-        here = philox.normal(3, 2, ids, shape, "cpu")
-        there = philox.normal(3, 2, ids, shape, report.device)
+        here = philox.normal(
+            3,
+            2,
+            ids,
+            shape,
+            "cpu",
+        )
+        there = philox.normal(
+            3,
+            2,
+            ids,
+            shape,
+            report.device,
+        )
         most = float((here - there.cpu()).abs().max())
         report.say(
             f"normals {shape}, largest difference from the CPU's",
@@ -249,11 +273,23 @@ def groups(report: Report) -> None:
         group=count // 8,
         block=64,
     )
-    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(
+        count,
+        3,
+        32,
+        32,
+        generator=torch.Generator().manual_seed(1),
+    )
 
     def matched(device: torch.device) -> Tensor:
         def sample(ids: Tensor) -> Tensor:
-            return philox.uniform(3, 2, ids, (3, 32, 32), "cpu").to(device)
+            return philox.uniform(
+                3,
+                2,
+                ids,
+                (3, 32, 32),
+                "cpu",
+            ).to(device)
 
         return match_round(images.to(device), sample, config).ids
 
@@ -355,7 +391,13 @@ def peers(queries: Tensor, candidates: Tensor) -> dict[str, Callable[[], Any]]:
     }
     faiss = load_faiss()
     if queries.is_cuda and hasattr(faiss, "StandardGpuResources"):  # a GPU build
-        calls["faiss.knn_gpu"] = partial(faiss.knn_gpu, faiss.StandardGpuResources(), queries, candidates, 1)
+        calls["faiss.knn_gpu"] = partial(
+            faiss.knn_gpu,
+            faiss.StandardGpuResources(),
+            queries,
+            candidates,
+            1,
+        )
     return calls
 
 

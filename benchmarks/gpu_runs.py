@@ -83,7 +83,15 @@ def must(done: "subprocess.CompletedProcess[str]") -> str:
 def digits(report: "Report") -> None:
     """Pack the digits, once."""
     if not (report.scratch / "digits").exists():
-        must(call(report, *NAIGN, "pack", "digits", "--to=digits"))
+        must(
+            call(
+                report,
+                *NAIGN,
+                "pack",
+                "digits",
+                "--to=digits",
+            )
+        )
 
 
 def reported(report: "Report", run: str) -> list[Record]:
@@ -299,7 +307,13 @@ def full(report: "Report") -> None:
     digits(report)
     sizes = ["--run.path=full", "--match.round=1024", "--train.batch=1024", "--model.width=512"]
     python = [sys.executable, "-c", FULL]
-    done = call(report, *python, *TRAIN[1:], *DIGITS, *sizes)
+    done = call(
+        report,
+        *python,
+        *TRAIN[1:],
+        *DIGITS,
+        *sizes,
+    )
     lines = [line for line in done.stderr.splitlines() if "memory is full" in line]
     told = "".join(lines)[:160]
     report.say("exit code where the memory is full", done.returncode, "2", done.returncode == 2)
@@ -373,7 +387,15 @@ def train(report: "Report") -> None:
 
 
 def measure(report: "Report", run: str, *options: str) -> None:
-    must(call(report, *NAIGN, "evaluate", run, *options))
+    must(
+        call(
+            report,
+            *NAIGN,
+            "evaluate",
+            run,
+            *options,
+        )
+    )
     metrics = json.loads((report.scratch / run / "evaluation/metrics.json").read_text())
     report.say("images learned from", f"{reported(report, run)[-1]['images_seen']:,}")
     report.say(f"Frechet distance on {metrics['encoder']} of f(z)", f"{metrics['fd']['once']:.3g}")

@@ -185,7 +185,16 @@ def stopped(rank, world):
 
 ROUND = 96
 GROUPS = (0, 48, 24, 12, 6)
-IMAGES, SAMPLES = draw(5, ROUND, 1, 4, 4), draw(6, 10 * ROUND, 1, 4, 4)
+IMAGES, SAMPLES = (
+    draw(5, ROUND, 1, 4, 4),
+    draw(
+        6,
+        10 * ROUND,
+        1,
+        4,
+        4,
+    ),
+)
 
 
 def grouped(rank, world):

@@ -40,7 +40,15 @@ def test_pictures_of_many_sizes_are_trained_on_and_measured(train, naign, tmp_pa
     resize = parse_resize(config)
     assert model.shape == (3, 16, 24) and (resize.height, resize.width) == (16, 24)
     succeeded(naign("evaluate run --samples=50"))
-    succeeded(naign("restore", "run", *map(str, PHOTOS), "--to=out", "--size=model"))
+    succeeded(
+        naign(
+            "restore",
+            "run",
+            *map(str, PHOTOS),
+            "--to=out",
+            "--size=model",
+        )
+    )
     for photo in PHOTOS:
         assert np.asarray(Image.open(tmp_path / f"out/{photo.stem}.png")).shape == (16, 24, 3)
     succeeded(naign("sample run --to=samples.png"))

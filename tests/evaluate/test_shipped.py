@@ -68,7 +68,14 @@ def test_commands_take_its_name(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["naign", *words])
         main()
 
-    naign("sample", "mnist", "--n", "4", "--to", "each")
+    naign(
+        "sample",
+        "mnist",
+        "--n",
+        "4",
+        "--to",
+        "each",
+    )
     naign("restore", "mnist", "each")
     naign("score", "mnist", "each")
     scored = re.findall(r"^each/00000(\d)\.png,0\.\d+,.*,(?:yes|no)$", capsys.readouterr().out, re.M)

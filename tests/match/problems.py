@@ -115,8 +115,20 @@ CASES = {
     "exact duplicates": family("exact duplicates", 0, 50, 1200, 16),
     "fewer candidates than fetched": family("gaussian", 0, 20, 3, 8),
     "one candidate": family("gaussian", 0, 20, 1, 8),
-    "queries among the candidates": family("answers among the queries", 1, 100, 3000, 40),
-    "wide": family("gaussian", 0, 20, 60, 12_288),
+    "queries among the candidates": family(
+        "answers among the queries",
+        1,
+        100,
+        3000,
+        40,
+    ),
+    "wide": family(
+        "gaussian",
+        0,
+        20,
+        60,
+        12_288,
+    ),
     "wide and low rank": low_rank(9, 90, 400, 12_288),
 }
 """Fixed problems (queries, candidates)."""

@@ -14,8 +14,20 @@ from naign.match.pool import Pool, block_range
 from tests.match.problems import draw
 from tests.refused import refused
 
-TABLE = draw(0, 700, 1, 4, 4)
-IMAGES = draw(1, 90, 1, 4, 4)
+TABLE = draw(
+    0,
+    700,
+    1,
+    4,
+    4,
+)
+IMAGES = draw(
+    1,
+    90,
+    1,
+    4,
+    4,
+)
 
 
 def match_table(images=IMAGES, table=TABLE, **setting):

@@ -146,8 +146,20 @@ def test_points_keep_their_shape_and_octaves_put_waves_beside_the_coordinates():
 def test_a_doubling_to_few_channels_is_the_transposed_convolution(channels):
     torch.manual_seed(0)
     layer = Doubling(5, channels)
-    x = torch.randn(2, 5, 6, 7, requires_grad=True)
-    wanted = functional.conv_transpose2d(x, layer.weight, layer.bias, 2, 1)
+    x = torch.randn(
+        2,
+        5,
+        6,
+        7,
+        requires_grad=True,
+    )
+    wanted = functional.conv_transpose2d(
+        x,
+        layer.weight,
+        layer.bias,
+        2,
+        1,
+    )
     made = layer(x)
     assert_close(made, wanted)
     weights = torch.randn_like(made)

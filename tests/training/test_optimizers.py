@@ -59,12 +59,24 @@ def make(optimizer, *, ahead=None, **settings):
     AcceleratorState._reset_state(True)
     torch.manual_seed(0)
     network = nn.Sequential(
-        nn.Conv2d(1, 8, 4, 2, 1),
+        nn.Conv2d(
+            1,
+            8,
+            4,
+            2,
+            1,
+        ),
         nn.Flatten(),
         nn.Linear(128, 9),
         nn.Linear(9, 128),
         nn.Unflatten(1, (8, 4, 4)),
-        nn.ConvTranspose2d(8, 1, 4, 2, 1),
+        nn.ConvTranspose2d(
+            8,
+            1,
+            4,
+            2,
+            1,
+        ),
     )
     train = TrainConfig(optimizer=optimizer, lr=1e-2, batch=4, **settings)
     return Engine(Accelerator(cpu=True), network, train, ahead=ahead)
@@ -73,7 +85,13 @@ def make(optimizer, *, ahead=None, **settings):
 def train(engine, first, last):
     losses = []
     for number in range(first, last):
-        images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(number % 2))
+        images = torch.randn(
+            4,
+            1,
+            8,
+            8,
+            generator=torch.Generator().manual_seed(number % 2),
+        )
         with engine.micro_batch():
             loss = (engine.forward(images) - images).square().mean()
             engine.backward(loss)

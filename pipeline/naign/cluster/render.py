@@ -19,7 +19,14 @@ BUCKET = (
     r"(s3|gs|az)://(?![^/]*\.\.)[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[ -~]*)?|abfss://[a-z0-9-]+@[a-z0-9.]+(/[ -~]*)?"
 )
 PATH = r"\w[\w.-]*(/\w[\w.-]*)*/?"
-KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY")
+KEYS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+)
 """Of the Secret, where not all of it can be passed on."""
 CLAIM = "/claim"
 """Where a pod has its claim."""

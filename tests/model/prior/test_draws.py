@@ -49,7 +49,13 @@ def build(config, shape=(1, 8, 8)):
 def prior(request):
     """Each of them, fitted to a round."""
     built = build(request.param)
-    images = draw(0, 256, 1, 8, 8).sigmoid()
+    images = draw(
+        0,
+        256,
+        1,
+        8,
+        8,
+    ).sigmoid()
     if isinstance(built, Latents):
         built.measure(images, lambda moments: moments, 1)
     else:
@@ -119,7 +125,13 @@ def test_a_buried_latent_keeps_its_smooth_part_fainter_in_white_noise():
 
 def test_fourier_noise_has_the_spectrum_of_the_first_round():
     grid = torch.arange(16) / 16 * 2 * torch.pi
-    phase = 9 * draw(0, 4000, 1, 1, 1)
+    phase = 9 * draw(
+        0,
+        4000,
+        1,
+        1,
+        1,
+    )
     images = torch.cos(3 * grid + phase) * torch.cos(2 * grid)[:, None] + 0.2
     prior = build(FourierConfig(), (1, 16, 16))
     prior.measure(images, lambda moments: moments, 1)
@@ -131,7 +143,13 @@ def test_fourier_noise_has_the_spectrum_of_the_first_round():
 
 
 def test_the_spectrum_of_all_ranks_is_that_of_the_whole_round():
-    images = draw(0, 64, 3, 8, 8)
+    images = draw(
+        0,
+        64,
+        3,
+        8,
+        8,
+    )
     moments = []
 
     def add(part):
