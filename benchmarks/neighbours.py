@@ -200,7 +200,7 @@ def measure_index(
     squares = squares_of(answer, queries, candidates)
     found = {
         "build": sum(seconds_of_parts),
-        "trained": seconds_of_parts[0] - seconds_of_parts[1],
+        "trained": seconds_of_parts[0] - sum(seconds_of_parts[1:2]),
         "search": seconds,
         "recall": share_right(squares, least),
         "effort": effort,

@@ -30,6 +30,7 @@ from naign.checkpoint import bucket
 from naign.checkpoint.manifest import MANIFEST, by_step, is_whole, prune, read_manifest, sha256
 from naign.distributed.ranks import SideGroup
 from naign.errors import Conflict, InputError, StoreLost, Unavailable, unwritten
+from naign.observe.logs import title
 from naign.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 from naign.storage.prefetch import in_background
 
@@ -181,6 +182,7 @@ class Writer:
         folder: Path,
         files: Mapping[str, Write],
     ) -> None:
+        title("write")
         start = time.perf_counter()
         self._write(folder, files)
         self._names = list(files)
@@ -228,6 +230,7 @@ class Writer:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local. All
         ranks raise Conflict where another process has taken the bucket over.
         """
+        title("upload")
         start = time.perf_counter()
         is_first = self._rank == 0
         error = self._agreed(is_first, lambda: bucket.check_claim(self._remote, self._claim))

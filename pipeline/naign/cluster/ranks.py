@@ -121,12 +121,11 @@ def check_shares(config: Any, least: int, most: int, processes: int) -> None:
     for hosts in range(least, most + 1):
         ranks = hosts * processes
         batch = config.train.batch
-        size = f"{ranks} ranks on {hosts} hosts"
         remedy = "choose a multiple, and match.round a multiple of that; an existing run needs other numbers of hosts"
         require(
             (
                 batch % (ranks * config.train.accumulate) == 0,
-                f"train.batch={batch} cannot be shared by {size}: {remedy}",
+                f"train.batch={batch} cannot be shared by {ranks} ranks on {hosts} hosts: {remedy}",
             )
         )
         check_groups(config.match, ranks)

@@ -26,7 +26,6 @@ from naign.storage.store import check_writable, open_store
 from naign.terminal import busy
 
 STRANGER = "efficientnet-lite2"  # the second encoder of natural images, trained on ImageNet by others
-TESTED = "The network was trained on the test split, which it is measured on: no number is of new data."
 
 
 def evaluate(
@@ -82,7 +81,7 @@ def evaluate(
     header = model.metadata
     warnings = []
     if config.split == "test":
-        warnings.append(TESTED)
+        warnings.append("The network was trained on the test split, which it is measured on: no number is of new data.")
     if not model.fitted:
         warnings.append("The run stopped before its prior was fitted: its samples say nothing.")
     where = f"a CPU, {torch.get_num_threads()} threads"

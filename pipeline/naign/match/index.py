@@ -156,8 +156,10 @@ def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, rank: 
         given.append(candidates)
     for rows in given:
         if not are_rows(rows) or not 1 <= rows.shape[1] == queries.shape[1]:
-            needed = f"queries and candidates of rank {rank} must be float32 torch tensors (n, d) of the same d >= 1"
-            raise ValueError(f"nearest: {needed}, not {described(rows)}")
+            raise ValueError(
+                f"nearest: queries and candidates of rank {rank} must be float32 torch tensors (n, d) of the same "
+                f"d >= 1, not {described(rows)}"
+            )
     blocks = as_blocks(candidates)
     if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - blocks.rows:
         raise ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {first_id}")
@@ -176,8 +178,10 @@ def check_agreement(shards: list[Shard]) -> None:
     first = shards[0]
     for rank, shard in enumerate(shards):
         if (shard.dims, shard.size) != (first.dims, first.size):
-            differ = f"{shard.dims} values in blocks of {shard.size}, those of rank 0 {first.dims} in {first.size}"
-            raise ValueError(f"nearest: the rows of rank {rank} have {differ}")
+            raise ValueError(
+                f"nearest: the rows of rank {rank} have {shard.dims} values in blocks of {shard.size}, "
+                f"those of rank 0 {first.dims} in {first.size}"
+            )
     spans = [Span(shard.first_id, shard.rows, rank) for rank, shard in enumerate(shards) if shard.rows]
     if not spans:
         raise ValueError("nearest: no rank has a candidate")
@@ -196,8 +200,9 @@ def check_apart(spans: Iterable[Span]) -> None:
     """ValueError if two spans share an id."""
     for span, other in pairwise(sorted(spans)):
         if other.first < span.first + span.rows:
-            both = f"both have a candidate with the id {other.first}"
-            raise ValueError(f"nearest: ranks {span.rank} and {other.rank} {both}")
+            raise ValueError(
+                f"nearest: ranks {span.rank} and {other.rank} both have a candidate with the id {other.first}"
+            )
 
 
 def are_rows(rows: object) -> bool:

@@ -122,10 +122,9 @@ def check_groups(config: MatchConfig, world: int) -> None:
     """Raise InputError where groups do not fit into the parts of a round that so many ranks have."""
     size = config.images
     share = max(1, config.round // world)
-    unequal = f"match.group={size} does not divide match.round={config.round}"
     apart = f"match.group={size} neither divides the {share} images a round of one of {world} ranks, nor is a multiple"
     require(
-        (config.round % size == 0, f"{unequal}: choose a divisor"),
+        (config.round % size == 0, f"match.group={size} does not divide match.round={config.round}: choose a divisor"),
         (share % size == 0 or size % share == 0, f"{apart}: choose one that is"),
     )
 

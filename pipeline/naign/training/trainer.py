@@ -20,7 +20,7 @@ from naign.distributed.watchdog import Watchdog
 from naign.errors import InputError, one_line
 from naign.model.bank import Bank
 from naign.model.prior import Latents, Prior
-from naign.observe import Monitor, Stragglers, parse_rounds, profiled
+from naign.observe import Monitor, Stragglers, parse_rounds, profiled, title
 from naign.training.state import State
 
 SMALLER = {  # what halves the memory of a phase
@@ -115,6 +115,7 @@ class Phases:
     def enter(self, name: str) -> Iterator[None]:
         """A phase of the round. Raises InputError, with a remedy, where the GPU's memory is full."""
         self._watchdog.enter(name, self._state.round)
+        title(name)
         start = time.perf_counter()
         try:
             with torch.profiler.record_function(name):
