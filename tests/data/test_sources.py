@@ -247,7 +247,13 @@ def test_files_of_no_picture_are_left_out(tmp_path, caplog):
         pack_command("folder", to=f"{target}2", shards=6, **settings)
     before = {file: file.read_bytes() for file in target.iterdir()}
     with refused("no picture of a shard can be read"):
-        pack_command("folder", to=str(target), shards=6, force=True, **settings,)
+        pack_command(
+            "folder",
+            to=str(target),
+            shards=6,
+            force=True,
+            **settings,
+        )
     assert {file: file.read_bytes() for file in target.iterdir()} == before
     (target / "index.json").write_bytes((target / "index.json").read_bytes().replace(b'"folder"', b'"other"'))
     for file in target.glob("*.tar"):
