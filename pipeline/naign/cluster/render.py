@@ -36,7 +36,6 @@ NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
 
 def configure(job: Job) -> Config:
     """The run's configuration. Raises InputError where it does not fit the job; no message shows an address."""
-    size = f"{job.nodes} nodes of {job.gpus} GPUs"
     least, most = job.hosts
     pattern = PATH if job.claim else BUCKET
     shared = "pods share a bucket, or a volume by --claim: write s3://bucket/prefix, a bucket's name as S3 wants it"
@@ -56,7 +55,12 @@ def configure(job: Job) -> Config:
             "give one of small letters, digits and '-', at most 42; by default --run ends in it",
         ),
     )
-    require((least >= 1 and job.gpus >= 0, f"{size}: at least one node, and no fewer than 0 GPUs"))
+    require(
+        (
+            least >= 1 and job.gpus >= 0,
+            f"{job.nodes} nodes of {job.gpus} GPUs: at least one node, and no fewer than 0 GPUs",
+        )
+    )
     for option, value, pattern, remedy in rules:
         require((re.fullmatch(pattern, value, re.ASCII), f"{option}: {remedy}"))
     apart = job.data.rstrip("/") != job.run.rstrip("/")

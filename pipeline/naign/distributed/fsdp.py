@@ -24,13 +24,14 @@ class FsdpEngine(Engine):
     def _shard(self) -> None:
         world = self.accelerator.num_processes
         local = count_ranks()
-        mesh = init_device_mesh(self.accelerator.device.type, (world,))
         if 1 < local < world and world % local == 0:
             mesh = init_device_mesh(
                 self.accelerator.device.type,
                 (world // local, local),
                 mesh_dim_names=("hosts", "ranks"),
             )
+        else:
+            mesh = init_device_mesh(self.accelerator.device.type, (world,))
         for module in reversed(list(self.bare.modules())):  # parts first, the network last
             left = 0
             for value in module.parameters():

@@ -1,5 +1,5 @@
-"""The optimizers of f by name. Each is a function `build(parameters, *, lr, weight_decay, fused)`,
-where `fused` is True or None.
+"""The optimizers of f by name. Each is a function `build(parameters, *, lr, weight_decay, fused)`, of which `fused` is
+True or None.
 
 The state of an optimizer is what it keeps by parameter, in tensors, besides the number of its steps as `step`: a
 checkpoint holds no more. Another package adds one as an entry point of the group `naign.optimizers`.

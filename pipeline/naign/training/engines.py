@@ -58,8 +58,8 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
             (not objective.needs_frozen, f"objective.name={objective.name} {apart}"),
             (not offloaded, f"fsdp_offload_params {apart}"),
         )
-    old = f"train.compile needs torch 2.12, and this is {torch.__version__}: leave it out"
-    require((not train.compile or torch.__version__ >= "2.12.0a0", old))
+    able = not train.compile or torch.__version__ >= "2.12.0a0"
+    require((able, f"train.compile needs torch 2.12, and this is {torch.__version__}: leave it out"))
     if train.compile and accelerator.device.type == "cpu":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
         lacking = f"train.compile needs a C++ compiler, and {compiler} is not there"

@@ -146,7 +146,6 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
             raise Stopped
         rate = learning_rate(config.train, state.images_seen, budget)
         engine.set_lr(rate)
-        measured = run.apart("fit", 3 * len(steps) * config.train.accumulate)  # a backward is two forwards
         for numbers in numbers_of_step.split(engine.micro):  # unique within the round, passes included
             rows = numbers % config.match.round - first
             latents = damaged = None
@@ -166,9 +165,9 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
                     frozen=engine.bare,
                     normals=partial(draw_noise, config, state.round, images.shape[1:], images.device, numbers),
                 )
-                with measured if done == len(steps) // 2 else nullcontext():
+                # One step's forwards stand for all of the round; a backward takes as long as two.
+                with run.apart("fit", 3 * len(steps)) if done == len(steps) // 2 else nullcontext():
                     terms = compute_losses(objective, engine.forward, batch)
-                measured = nullcontext()
                 engine.backward(terms["total"])
             losses.add(terms)
         norm = engine.step()  # clips the gradient, makes the step, moves the average of the weights

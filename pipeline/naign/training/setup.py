@@ -61,9 +61,10 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
 
     # What can be refused without weights.
     start = None
-    (first,) = broadcast_object_list([flatten(config)])
+    settings = flatten(config)
+    (first,) = broadcast_object_list([settings])
     with together(accelerator):
-        for key, value in flatten(config).items():
+        for key, value in settings.items():
             same = key in OF_A_HOST or first.get(key) == value
             require((same, f"rank {rank} has {key}={value}, rank 0 {first.get(key)}: give all the same settings"))
         check_engine(config, accelerator)
@@ -90,7 +91,7 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
         engine = build_engine(config, network, accelerator, stream.shape)
         if checkpoint:
             state = restore(checkpoint, engine)
-    rounds = count_rounds(flatten(config))
+    rounds = count_rounds(settings)
     if state.round < rounds and state.fitted:  # the budget was raised: the prior is fitted anew
         state.fitted = 0.0
         state.codes_seen = 0
