@@ -68,6 +68,21 @@ def test_timm_opens_a_folder(tmp_path):
     assert_close(encoder.features(images), expected)
 
 
+def test_dinov2_gives_the_class_token_of_images_of_224(tmp_path):
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    network = timm.create_model("vit_small_patch14_dinov2")
+    timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
+    encoder = load_encoder(f"timm:local-dir:{tmp_path}")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    enlarged = F.interpolate(images, (224, 224), mode="bicubic")
+    network.set_input_size(224)
+    with torch.no_grad():
+        tokens = network.eval().forward_features((enlarged / 2 + 0.5 - mean) / std)
+    assert_close(encoder.features(images), tokens[:, 0])
+
+
 @pytest.mark.parametrize("name", ["nonesuch", "local-dir:absent"])
 def test_what_timm_does_not_have_is_refused(name):
     pytest.importorskip("timm", exc_type=ImportError)

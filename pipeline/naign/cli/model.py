@@ -49,6 +49,8 @@ def evaluate(
     data: str | None = None,
     samples: int = 10_000,
     encoder: str | None = None,
+    fid: str | None = None,
+    fid_samples: int = 50_000,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -59,6 +61,9 @@ def evaluate(
         samples: How many samples to draw; distances of different counts do not compare.
         encoder: A second encoder for Frechet distances: efficientnet-lite0 to -lite2, timm:NAME, a .safetensors file;
             default: efficientnet-lite2 for images of 3 channels.
+        fid: Also FID and KID against the training images, on Inception with the weights of this file; `download`: those
+            of torch-fidelity's release.
+        fid_samples: How many samples FID is of; papers take 50,000.
         seed: The same seed draws the same latents and damages.
     """
     from naign.evaluate.recorded import folder_of
@@ -73,6 +78,8 @@ def evaluate(
         seed=seed,
         device=_find_device(device),
         encoder=encoder,
+        fid=fid,
+        fid_samples=fid_samples,
     )
     _name_checkpoint(run, metrics["checkpoint"])
     for fd in ({"encoder": metrics["encoder"]} | metrics["fd"], metrics["second"]):
@@ -82,6 +89,9 @@ def evaluate(
             if fd["noise"] is not None:
                 times += f", f of noise {number(fd['noise_ratio'])} times"
             print(f"Frechet distance on {fd['encoder']}: {values}; {times}")
+    if found := metrics["inception"]:
+        sizes = f"{found['samples']:,} f(z) against {found['train']:,} training images"
+        print(f"FID {found['fid']:.4g}, KID {found['kid']:.3g} ± {found['kid_deviation']:.1g}: {sizes}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for text in metrics["warnings"]:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from naign.data.damage import KINDS
 from naign.data.dataset import DataConfig
@@ -21,6 +21,7 @@ from naign.errors import InputError
 from naign.evaluate import coverage, restoration
 from naign.evaluate.coverage import NEIGHBOURS
 from naign.evaluate.frechet import frechet_distance
+from naign.evaluate.inception import features_of, inception_distances
 from naign.model.encoders import Encoder
 from naign.model.naign import NAIGN
 
@@ -44,6 +45,8 @@ class Subject:
     manifest: Manifest
     encoder: Encoder
     second: Encoder | None  # another that Frechet distances are computed on
+    inception: nn.Module | None = None  # what FID is computed on
+    fid_samples: int = 0
     train: Tensor  # (n, *shape) in storage type
     test: Tensor  # (m, *shape) in the model's scale
     samples: int  # wanted
@@ -217,6 +220,19 @@ def second_opinion(subject: Subject) -> dict[str, Any]:
     return {"second": {"encoder": encoder.name, "features": width, **fd}}
 
 
+def inception(subject: Subject) -> dict[str, Any]:
+    """FID and KID of `fid_samples` f(z) against the training images; None without Inception."""
+    if subject.inception is None:
+        return {"inception": None}
+    model = subject.model
+    parts = []
+    for ids in torch.arange(subject.fid_samples).split(500):
+        samples = model.project(model.latent(ids, seed=subject.seed))
+        parts.append(features_of(subject.inception, samples))
+    train = features_of(subject.inception, subject.train)
+    return {"inception": inception_distances(torch.cat(parts), train)}
+
+
 def copying(subject: Subject) -> dict[str, Any]:
     """Distances of samples and of test data to their nearest training example."""
     reference = scaled(subject.train[: within(60_000, subject.model.shape)])
@@ -280,6 +296,7 @@ STAGES = {
     "drawing samples, applying f": draw_samples,
     "distance and coverage": overlap,
     "distance on a second encoder": second_opinion,
+    "FID and KID": inception,
     "nearest training examples": copying,
     "reconstruction and repair": repairs,
 }

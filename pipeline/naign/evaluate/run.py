@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
-from naign.errors import InputError
+from naign.errors import InputError, require
 from naign.evaluate import measures
 from naign.evaluate.coverage import NEIGHBOURS
+from naign.evaluate.inception import check_count, open_inception
 from naign.evaluate.measures import STAGES, Subject
 from naign.evaluate.notes import write_notes
 from naign.evaluate.recorded import folder_of, recorded
@@ -36,6 +38,8 @@ def evaluate(
     seed: int = 0,  # of latents, damage and order
     device: str = "cpu",  # where f is computed
     encoder: str | None = None,  # a second one for Frechet distances; None: STRANGER for images of 3 channels
+    fid: str | None = None,  # Inception's weights, as open_inception takes them; None: no FID
+    fid_samples: int = 50_000,  # f(z) that FID is computed of
     progress: bool = True,  # say on stderr what is being done
 ) -> dict[str, Any]:
     """Measure the model and write `evaluation/{metrics.json, report.html, *.png}` in its folder.
@@ -48,6 +52,10 @@ def evaluate(
         raise InputError(f"{beside}: evaluate a copy, naign export {folder} --to FOLDER")
     if samples <= NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")
+    network = None
+    if fid is not None:
+        check_count("samples", fid_samples)
+        network = open_inception(fid, device)
     start = time.monotonic()
     with _said("reading the model", start, progress):
         model = NAIGN.from_pretrained(folder, device=device)
@@ -56,11 +64,16 @@ def evaluate(
     second, missing = _open_second(encoder, manifest, device)
     with _said("reading data", start, progress):
         train, test = measures.read(config, manifest.shape, seed=seed)
+    if network:
+        require((manifest.kind == "image", "--fid is for images, these are points: leave it out"))
+        check_count("training images", len(train))
     subject = Subject(
         model=model,
         manifest=manifest,
         encoder=first,
         second=second,
+        inception=network,
+        fid_samples=fid_samples,
         train=train,
         test=test,
         samples=samples,
@@ -79,11 +92,6 @@ def evaluate(
     lost: list[str] = []
     metrics = json.loads(json.dumps(metrics), parse_constant=lost.append)  # None for NaN and infinities
     header = model.metadata
-    warnings = []
-    if config.split == "test":
-        warnings.append("The network was trained on the test split, which it is measured on: no number is of new data.")
-    if not model.fitted:
-        warnings.append("The run stopped before its prior was fitted: its samples say nothing.")
     where = f"a CPU, {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         where = torch.cuda.get_device_name(device)
@@ -94,7 +102,7 @@ def evaluate(
         "training_seconds": number(header.get("training_seconds")),
         "cpu_seconds": number(header.get("cpu_seconds")),
         "counts": subject.counts,
-        "warnings": warnings,
+        "warnings": _warnings(model, config),
         "notes": write_notes(subject, metrics, len(lost)) + missing,
         "checkpoint": model.checkpoint or None,
         "device": where,
@@ -104,6 +112,16 @@ def evaluate(
         metrics["seconds"] = round(time.monotonic() - start, 1)
         _write(place, metrics, drawn, header.get("config", header))
     return metrics
+
+
+def _warnings(model: NAIGN, config: DataConfig) -> list[str]:
+    """What makes numbers worthless."""
+    warnings = []
+    if config.split == "test":
+        warnings.append("The network was trained on the test split, which it is measured on: no number is of new data.")
+    if not model.fitted:
+        warnings.append("The run stopped before its prior was fitted: its samples say nothing.")
+    return warnings
 
 
 def number(value: Any) -> float | None:
