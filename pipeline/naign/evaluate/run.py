@@ -92,20 +92,16 @@ def evaluate(
     lost: list[str] = []
     metrics = json.loads(json.dumps(metrics), parse_constant=lost.append)  # None for NaN and infinities
     header = model.metadata
-    where = f"a CPU, {torch.get_num_threads()} threads"
-    if device.startswith("cuda"):
-        where = torch.cuda.get_device_name(device)
+    for key in ("images_seen", "training_seconds", "cpu_seconds"):
+        metrics[key] = number(header.get(key))
     metrics |= {
         "seed": number(header.get("seed", seed)),
         "evaluation_seed": seed,
-        "images_seen": number(header.get("images_seen")),
-        "training_seconds": number(header.get("training_seconds")),
-        "cpu_seconds": number(header.get("cpu_seconds")),
         "counts": subject.counts,
         "warnings": _warnings(model, config),
         "notes": write_notes(subject, metrics, len(lost)) + missing,
         "checkpoint": model.checkpoint or None,
-        "device": where,
+        "device": _in_words(device),
     }
     with _said("pictures and report", start, progress):
         drawn = draw_pictures(subject)
@@ -122,6 +118,13 @@ def _warnings(model: NAIGN, config: DataConfig) -> list[str]:
     if not model.fitted:
         warnings.append("The run stopped before its prior was fitted: its samples say nothing.")
     return warnings
+
+
+def _in_words(device: str) -> str:
+    """The name of a card, or the threads of a processor."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"a CPU, {torch.get_num_threads()} threads"
 
 
 def number(value: Any) -> float | None:
