@@ -38,7 +38,7 @@ def test_recipes_share_no_run_folder_and_no_data_folder_of_another_set():
     assert {name: recipe.run.path for name, recipe in recipes.items()} == {name: f"runs/{name}" for name in recipes}
     sources = {recipe.data.path: recipe.data.source or "mnist" for recipe in recipes.values()}
     assert all((recipe.data.source or "mnist") == sources[recipe.data.path] for recipe in recipes.values())
-    of_your_own = {"folder64", "folder256", "photos", "pictures"}
+    of_your_own = {"folder64", "folder256", "photos", "pictures", "lsun", "ffhq100"}
     for name, recipe in recipes.items():  # what is missing is packed on the way
         assert recipe.data.source or recipe.data.path == Config().data.path or name in of_your_own, name
 

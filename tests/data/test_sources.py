@@ -397,3 +397,54 @@ def test_every_way_that_failed_is_listed_and_success_is_cached(tmp_path):
 def test_mnist_from_where_it_is_published():
     source = load("mnist")
     assert (len(source.splits["train"]), len(source.splits["test"])) == (60000, 10000)
+
+
+def database(root, files):
+    """An LMDB database as LSUN's: each value is the bytes of a picture."""
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(root), map_size=2**20) as made, made.begin(write=True) as change:
+        for number, content in enumerate(files):
+            change.put(b"%08x" % number, content)
+
+
+def webp(colour, size=(12, 8)):
+    stored = io.BytesIO()
+    Image.new("RGB", size, colour).save(stored, "WEBP", lossless=True)
+    return stored.getvalue()
+
+
+def test_lsun_is_read_from_its_database(tmp_path):
+    database(tmp_path / "lsun", [webp((number, 0, 50)) for number in range(20)])
+    source = load("lsun", root=tmp_path / "lsun", size=8)
+    assert (source.shape, source.labels) == ((3, 8, 8), ())
+    assert {split: len(made) for split, made in source.splits.items()} == {"train": 18, "test": 2}
+    reds = []
+    for made in source.splits.values():
+        for index in range(len(made)):
+            _, pixels, label = made[index]
+            assert label == -1 and (pixels[2] == 50).all()
+            reds.append(int(pixels[0, 0, 0]))
+    assert sorted(reds) == list(range(20))
+
+
+def test_lsun_leaves_out_what_is_not_a_picture(tmp_path):
+    database(tmp_path / "lsun", [webp((9, 9, 9))] * 19 + [b"none"])
+    target = str(tmp_path / "packed")
+    pack(load("lsun", root=tmp_path / "lsun", size=8), target, shards=1)
+    assert sum(split.samples for split in Manifest.load(target).splits.values()) == 19
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not an LMDB database .*give the folder that holds data.mdb"),
+        ([webp((1, 1, 1))], "1 pictures, and at least 2 are needed"),
+    ],
+)
+def test_other_databases_are_refused(tmp_path, content, message):
+    if content is not None:
+        database(tmp_path / "lsun", content)
+    with refused(message):
+        load("lsun", root=tmp_path / "lsun", size=8)
+    with refused("lsun needs a database and a size"):
+        load("lsun", root=tmp_path / "lsun")

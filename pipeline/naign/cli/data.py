@@ -30,10 +30,11 @@ def pack(
     """Pack a data set into WebDataset shards with an index.json.
 
     Args:
-        source: mnist, fashion_mnist, cifar10, digits, toy2d:gaussians or folder; mnist:100 keeps 100 of mnist.
+        source: mnist, fashion_mnist, cifar10, digits, toy2d:gaussians, folder or lsun; mnist:100 keeps 100 of mnist.
         to: Folder, or s3://bucket/prefix (gs://, az://) to write.
-        root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
-        size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.
+        root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels); for lsun,
+            the LMDB database of a category.
+        size: For folder and lsun: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.
         channels: For folder: 3 colour, 1 grey.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png keeps every bit, jpg is smaller, npy is read fastest.

@@ -10,6 +10,7 @@ import numpy as np
 from naign.data.order import check_seed, shuffled
 from naign.data.sources import published, toys
 from naign.data.sources.folder import from_tree
+from naign.data.sources.lsun import lsun
 from naign.data.sources.source import Source, labelled, subset
 from naign.errors import require
 from naign.settings.registry import known, lookup
@@ -71,5 +72,6 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "toy2d:<name>": toys.toy2d,
     "folder": from_tree,
+    "lsun": lsun,
 }
 """By `name` or, with an argument, `name:<name>`: functions of the argument (else '') and of options of `load`."""

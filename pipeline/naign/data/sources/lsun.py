@@ -1,0 +1,61 @@
+"""A category of LSUN (arXiv 1506.03365), from the LMDB database that its authors publish."""
+
+from pathlib import Path
+
+import numpy as np
+
+from naign.data.order import shuffled
+from naign.data.resize import Resize, channels, parse_size, resized
+from naign.data.sources.folder import TEST_SHARE
+from naign.data.sources.source import BrokenPicture, Example, Made, Source
+from naign.errors import InputError, one_line, require
+
+
+def lsun(
+    _: str,
+    root: Path | None,
+    size: str | int | None,
+    seed: int,
+) -> Source:
+    """The pictures of a database such as church_outdoor_train_lmdb at `root`, cropped to `size` as those of a folder.
+
+    A tenth, drawn by the seed, is the test split; there are no labels. Raises InputError for what is not a database.
+    """
+    if root is None or size is None:
+        raise InputError("lsun needs a database and a size: add --root church_outdoor_train_lmdb --size 64")
+    height, width = parse_size(str(size), "--size")
+    resize = Resize(height=height, width=width)
+    try:
+        import lmdb
+    except ImportError as error:
+        raise InputError(f"lsun needs lmdb ({error}): pip install lmdb") from None
+    try:
+        database = lmdb.open(str(root), readonly=True, lock=False, readahead=False)
+        with database.begin() as view, view.cursor() as cursor:
+            keys = list(cursor.iternext(values=False))
+    except lmdb.Error as error:
+        why = f"{root} is not an LMDB database ({one_line(error)})"
+        raise InputError(f"{why}: unpack the archive, and give the folder that holds data.mdb") from None
+    require((len(keys) > 1, f"{root}: {len(keys)} pictures, and at least 2 are needed: check the path"))
+
+    def examples(rows: list[int]) -> Made:
+        def make(index: int) -> Example:
+            key = keys[rows[index]]
+            with database.begin() as view:
+                content = view.get(key)
+            try:
+                pixels = resized(content, resize)
+            except InputError as error:
+                raise BrokenPicture(f"{root}, {key.hex()}: {error}") from None
+            return key.hex(), np.ascontiguousarray(channels(pixels, 3)), -1
+
+        return Made(length=len(rows), make=make)
+
+    order = shuffled(len(keys), seed)
+    few = max(1, round(TEST_SHARE * len(keys)))
+    return Source(
+        name="lsun",
+        shape=(3, height, width),
+        labels=(),
+        splits={"train": examples(sorted(order[few:])), "test": examples(sorted(order[:few]))},
+    )
