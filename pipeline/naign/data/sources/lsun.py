@@ -42,7 +42,7 @@ def lsun(
         def make(index: int) -> Example:
             key = keys[rows[index]]
             with database.begin() as view:
-                content = view.get(key)
+                content = view.get(key, b"")
             try:
                 pixels = resized(content, resize)
             except InputError as error:
