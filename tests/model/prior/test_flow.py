@@ -61,7 +61,7 @@ def test_the_learning_rate_falls_to_zero_after_its_warm_up():
     rates = []
     for _ in prior.fit(in_memory(make_codes())):
         made = len(rates) + 1
-        rates.append(prior.learner.adam.param_groups[0]["lr"] / min(1.0, made / WARMUP))
+        rates.append(prior.learner.optimizer.param_groups[0]["lr"] / min(1.0, made / WARMUP))
     whole = [SETTINGS.lr * cosine(step / len(rates)) for step in range(len(rates))]
     assert rates == pytest.approx(whole)
     assert cosine(0.5) == pytest.approx(0.5)

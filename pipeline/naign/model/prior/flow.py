@@ -42,7 +42,7 @@ class FlowConfig(CodesConfig):
     batch: int = field(default=512, metadata=POSITIVE)
     """Codes per step, over all ranks."""
     lr: float = field(default=2e-3, metadata=POSITIVE)
-    """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at its end."""
+    """Peak learning rate of the flow's Muon: a short warm-up, then a cosine to zero at its end."""
     steps: int = field(default=10, metadata=between(1, 10**4))
     """Steps from noise to a code, with an evaluation of the flow each: the method of Adams and Bashforth of order 2."""
     autoguidance: float = field(default=0.0, metadata=between(0, 10))

@@ -1,4 +1,4 @@
-"""A network that a prior trains by itself: its weights, AdamW's moments and a moving average of the weights."""
+"""A network that a prior trains by itself: its weights, Muon's moments and a moving average of the weights."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -9,7 +9,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from naign.distributed.optimizers import OPTIMIZERS, clip_and_step
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by which Muon updates vectors; matrices have the first alone
 CLIP = 1.0  # largest norm of the gradient
 DECAY = 0.999  # of the average, per step
 WARMUP = 200  # steps over which the learning rate rises
@@ -25,10 +25,12 @@ class Learner:
         self.counted = 0  # these steps
         self.parameters = list(self.network.parameters())
         self.ahead = self.parameters[0].device.type != "cpu"  # whether the norm of a step stays on the device
-        self.adam = OPTIMIZERS["adamw"](self.parameters, fused=self.ahead or None, weight_decay=0.0)
-        for value in self.parameters:  # as AdamW itself begins, but before the first step
-            state = {name: torch.zeros_like(value) for name in MOMENTS}
-            self.adam.state[value] = {"step": torch.zeros((), device=value.device), **state}
+        self.optimizer = OPTIMIZERS["muon"](self.parameters, fused=self.ahead or None, weight_decay=0.0)
+        for group in self.optimizer.param_groups:
+            kept = MOMENTS[:1] if group["turned"] else MOMENTS
+            for value in group["params"]:  # as the optimizer itself begins, but before the first step
+                state = {name: torch.zeros_like(value) for name in kept}
+                self.optimizer.state[value] = {"step": torch.zeros((), device=value.device), **state}
 
     def step(
         self,
@@ -37,15 +39,16 @@ class Learner:
         average: nn.Module,  # of the weights, which is moved too
         add: Callable[[Tensor], Tensor],  # the sum over ranks
     ) -> None:
-        """Make a step of AdamW. Collective."""
+        """Make a step of Muon. Collective."""
         gradients = torch.autograd.grad(loss, self.parameters)
         parts = [part.flatten() for part in gradients]
         whole = add(torch.cat([*parts, loss.detach().view(1)]))
         summed = whole[:-1].split([part.numel() for part in parts])
         for value, gradient in zip(self.parameters, summed, strict=True):
             value.grad = gradient.view_as(value)
-        self.adam.param_groups[0]["lr"] = rate * min(1.0, (self.made + 1) / WARMUP)
-        clip_and_step(self.adam, self.parameters, CLIP, ahead=self.ahead)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (self.made + 1) / WARMUP)
+        clip_and_step(self.optimizer, self.parameters, CLIP, ahead=self.ahead)
         self.made += 1
         decay = min(DECAY, (1 + self.made) / (10 + self.made))
         get_ema_multi_avg_fn(decay)(list(average.parameters()), self.parameters, None)
@@ -65,7 +68,8 @@ class Learner:
         for name, value in self.network.named_parameters():
             named[f"trained.{name}"] = value.detach()
             for one in MOMENTS:
-                named[f"{one}.{name}"] = self.adam.state[value][one]
+                if one in self.optimizer.state[value]:
+                    named[f"{one}.{name}"] = self.optimizer.state[value][one]
         return named
 
     def load(self, state: Mapping[str, Tensor], made: int) -> None:
@@ -73,5 +77,5 @@ class Learner:
         for name, value in self.tensors().items():
             value.copy_(state[name])
         self.made = made
-        for moments in self.adam.state.values():
+        for moments in self.optimizer.state.values():
             moments["step"].fill_(made)
