@@ -130,8 +130,7 @@ def _split(pictures: list[Picture], root: Path, seed: int) -> dict[str, list[Pic
     """The pictures of each split, in order."""
     splits: dict[str, list[Picture]] = {"train": [], "test": []}
     if not ((root / "train").is_dir() and (root / "test").is_dir()):
-        few = max(1, round(TEST_SHARE * len(pictures)))
-        tests = set(shuffled(len(pictures), seed)[:few])
+        tests = set(choose_tests(len(pictures), seed))
         for index, picture in enumerate(pictures):
             split = "test" if index in tests else "train"
             splits[split].append(picture)
@@ -145,6 +144,12 @@ def _split(pictures: list[Picture], root: Path, seed: int) -> dict[str, list[Pic
         if not group:
             raise InputError(f"{root}: {split}/ holds no pictures: put some there, or remove it")
     return splits
+
+
+def choose_tests(count: int, seed: int) -> list[int]:
+    """The numbers of the pictures, of `count`, that are the test split where a source has none."""
+    few = max(1, round(TEST_SHARE * count))
+    return shuffled(count, seed)[:few]
 
 
 def _keys(pictures: list[Picture]) -> list[str]:

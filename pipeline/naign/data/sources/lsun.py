@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from naign.data.order import shuffled
 from naign.data.resize import Resize, channels, parse_size, resized
-from naign.data.sources.folder import TEST_SHARE
+from naign.data.sources.folder import choose_tests
 from naign.data.sources.source import BrokenPicture, Example, Made, Source
 from naign.errors import InputError, one_line, require
 
@@ -51,11 +50,11 @@ def lsun(
 
         return Made(length=len(rows), make=make)
 
-    order = shuffled(len(keys), seed)
-    few = max(1, round(TEST_SHARE * len(keys)))
+    tests = sorted(choose_tests(len(keys), seed))
+    train = sorted(set(range(len(keys))).difference(tests))
     return Source(
         name="lsun",
         shape=(3, height, width),
         labels=(),
-        splits={"train": examples(sorted(order[few:])), "test": examples(sorted(order[:few]))},
+        splits={"train": examples(train), "test": examples(tests)},
     )
