@@ -17,14 +17,16 @@ from torch import Tensor
 
 from naign.errors import require
 from naign.model.prior.base import Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
+from naign.model.prior.features import LEAST, NOISE, Features
 from naign.model.prior.learner import Learner
 from naign.model.prior.velocity import DenseVelocity, SpatialVelocity
 from naign.philox import LEARN, normal, uniform
 from naign.settings.constraints import POSITIVE, between
 
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
-DROPPED = 0.1  # share of labels that the flow learns without, for guidance (arXiv 2207.12598)
+DROPPED = 0.1  # share of conditions that the flow learns without, for guidance (arXiv 2207.12598)
 GUIDED = 0.6  # time from which guidance by classes acts; before, it costs variety and adds little (arXiv 2404.07724)
+BLIND = 0.3  # time from which the flow that autoguidance leads away from sees no features
 EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
 RIDGE = 0.3  # share of the mean variance that is added to each: fully whitening low-variance directions costs the rest
 ORDER = 2**31  # "round" of the order of rows; below it is the step
@@ -52,10 +54,20 @@ class FlowConfig(CodesConfig):
     guidance: float = field(default=0.0, metadata=between(0, 10))
     """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity
     over the last two fifths of the path, at one more evaluation a step; 0: none. Samples match their class more."""
+    features: bool = False
+    """Condition the flow on features of its codes (arXiv 2312.03701), which are found without labels. A sample draws
+    those of a training image, with noise, and autoguidance leads to them, too."""
 
     def check(self) -> None:
         blind = f"prior.guidance is {self.guidance:g}, but there are no classes to guide by: set prior.classes"
-        require((self.classes or not self.guidance, blind))
+        require(
+            (self.classes or not self.guidance, blind),
+            (not (self.classes and self.features), "prior.classes and prior.features exclude each other: choose one"),
+        )
+
+    def check_codes(self, count: int, shape: Shape) -> None:
+        few = f"prior.features are found from {LEAST:,} images or more, and these are {count:,}: leave it out"
+        require((count >= LEAST or not self.features, few))
 
 
 class Flow(CodesPrior):
@@ -80,13 +92,17 @@ class Flow(CodesPrior):
         directions = min(DIRECTIONS, channels)
         self.noise_shape = (directions, *shape[1:])
         kind = DenseVelocity if len(shape) == 1 else SpatialVelocity
+        sizes = {"classes": len(self.labels)}
+        if config.features:
+            self.features = Features(self.noise_shape)
+            sizes["features"] = self.features.size
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(self.seed)
             self.velocity = kind(
                 self.noise_shape,
                 config.width,
                 config.depth,
-                classes=len(self.labels),
+                **sizes,
             )
         if config.autoguidance:
             self.early = deepcopy(self.velocity)
@@ -107,8 +123,11 @@ class Flow(CodesPrior):
         device: Device,
         labels: Tensor | None = None,
     ) -> Tensor:
-        if labels is None:
-            labels = self.choose(seed, round, ids, device)
+        condition = labels
+        if self.config.features:
+            condition = self.features.choose(seed, round, ids, device)
+        elif condition is None:
+            condition = self.choose(seed, round, ids, device)
         return self.solve(
             normal(
                 seed,
@@ -117,26 +136,29 @@ class Flow(CodesPrior):
                 self.noise_shape,
                 device,
             ),
-            labels,
+            condition,
         )
 
-    def solve(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The codes (n, c, ...) of standard normals (n, d, ...), of the classes (n,) where there are any.
+    def solve(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The codes (n, c, ...) of standard normals (n, d, ...), of the classes (n,) or features (n, k) if there are.
 
-        The velocity is v + autoguidance * (v - early) + guidance * (v - that of no class), v and early of the classes;
-        the last of these from GUIDED on.
+        The velocity is v + autoguidance * (v - early) + guidance * (v - that of no class), v and early with the
+        condition; the last of these from GUIDED on. From BLIND on, early is without features.
         """
         steps = self.config.steps
         codes = noise
         before: Tensor | None = None
         for step in range(steps):
             time = noise.new_full((len(noise),), step / steps)
-            plain = self.velocity(codes, time, labels)
+            plain = self.velocity(codes, time, condition)
             velocity = plain
             if self.config.autoguidance:
-                velocity = velocity + self.config.autoguidance * (plain - self.early(codes, time, labels))
-            if self.config.guidance and labels is not None and step >= GUIDED * steps:
-                no_class = torch.full_like(labels, len(self.labels))
+                known = condition
+                if self.config.features and condition is not None and step >= BLIND * steps:
+                    known = torch.zeros_like(condition)
+                velocity = velocity + self.config.autoguidance * (plain - self.early(codes, time, known))
+            if self.config.guidance and condition is not None and step >= GUIDED * steps:
+                no_class = torch.full_like(condition, len(self.labels))
                 velocity = velocity + self.config.guidance * (plain - self.velocity(codes, time, no_class))
             if before is None:
                 slope = velocity  # Euler's step first
@@ -162,11 +184,14 @@ class Flow(CodesPrior):
         steps = sum(self._count_steps(size) for size in codes.sizes)
         for chunk, batches in self._batches(codes.sizes, learner.made):
             read, labels = codes.read(chunk)
-            if not self.labels:
-                labels = None
+            condition = labels if self.labels else None
             if not learner.made:
-                self._measure(read, labels)
+                self._measure(read, condition)
             whitened = self.whiten(read)
+            if self.config.features:
+                if not learner.made:
+                    self.features.fit(whitened, codes, self.seed)
+                condition = self.features(whitened)
             for rows in batches:
                 if self.config.autoguidance and learner.made == math.ceil(EARLY * steps):
                     self.early.load_state_dict(self.velocity.state_dict())
@@ -175,7 +200,7 @@ class Flow(CodesPrior):
                 loss = self._error(
                     whitened[mine],
                     numbers,
-                    labels_of(labels, mine),
+                    labels_of(condition, mine),
                     codes,
                 )
                 scale = len(rows) * math.prod(self.noise_shape)
@@ -200,27 +225,32 @@ class Flow(CodesPrior):
         self,
         wanted: Tensor,
         numbers: Tensor,
-        labels: Tensor | None,
+        condition: Tensor | None,
         codes: Codes,
     ) -> Tensor:
         """Sum of the squared errors of the velocity at random times of straight paths that end at `wanted`."""
         size = math.prod(wanted.shape[1:])
+        kept = size + 1  # noise and a time, before what the condition asks for
+        conditions = self.features.size if self.config.features else 0
         drawn = normal(
             self.seed,
             self.learner.made,
             numbers,
-            (size + 2,),
+            (kept + conditions + 1,),
             wanted.device,
             stream=LEARN,
         )
         noise = drawn[:, :size].view_as(wanted)
         time = drawn[:, size].sigmoid()
-        if labels is not None:
+        if condition is not None:
+            if conditions:
+                condition = condition + NOISE * drawn[:, kept:-1]
             dropped = torch.special.ndtr(drawn[:, -1]) < DROPPED
-            labels = labels.masked_fill(dropped, len(self.labels))
+            missing = dropped.view(-1, *(1,) * (condition.ndim - 1))
+            condition = condition.masked_fill(missing, len(self.labels))  # zeros of features
         share = time.view(-1, *(1,) * (wanted.ndim - 1))  # to multiply rows
         with codes.autocast():
-            velocity = self.learner.network(share * wanted + (1 - share) * noise, time, labels)
+            velocity = self.learner.network(share * wanted + (1 - share) * noise, time, condition)
         return (velocity.float() - (wanted - noise)).square().sum()
 
     def _count_steps(self, size: int) -> int:

@@ -1,7 +1,7 @@
 """Networks of the velocity of a rectified flow (arXiv 2209.03003), on vectors and on images.
 
-Both give (n, d, ...) at points of that shape and times (n,). With `classes`, labels (n,) int64 may condition them; the
-number of classes is the label of no class.
+Both give (n, d, ...) at points of that shape and times (n,). A condition may follow: with `classes` labels (n,) int64,
+of which the number of classes is the label of no class; with `features` vectors (n, features), of which zeros are none.
 """
 
 import math
@@ -26,6 +26,7 @@ class DenseVelocity(nn.Module):
         depth: int,
         *,
         classes: int = 0,
+        features: int = 0,
     ) -> None:
         super().__init__()
         self.inner = nn.Linear(shape[0] + 2 * _WAVES, width)
@@ -41,12 +42,12 @@ class DenseVelocity(nn.Module):
                 )
             )
         self.norm = nn.LayerNorm(width)
-        self.label = _embedding(classes, width)
+        self.label = _embedding(classes, features, width)
 
-    def forward(self, codes: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
         hidden = self.inner(torch.cat([codes, waves(time)], dim=1))
-        if labels is not None:
-            hidden = hidden + self.label(labels)
+        if condition is not None:
+            hidden = hidden + self.label(condition)
         for layer in self.layers:
             hidden = hidden + layer(hidden)
         return self.outer(self.norm(hidden))
@@ -90,6 +91,7 @@ class SpatialVelocity(nn.Module):
         depth: int,
         *,
         classes: int = 0,
+        features: int = 0,
         smallest: int = 2,
     ) -> None:
         super().__init__()
@@ -127,13 +129,13 @@ class SpatialVelocity(nn.Module):
                 self.up.append(blocks)
         self.norm = Norm(width)
         self.outer = zeroed(nn.Conv2d(width, shape[0], 3, padding=1))
-        self.label = _embedding(classes, timed)
+        self.label = _embedding(classes, features, timed)
 
-    def forward(self, codes: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
         height, width = codes.shape[2:]
         seen = self.time[0](waves(time))
-        if labels is not None:
-            seen = seen + self.label(labels)
+        if condition is not None:
+            seen = seen + self.label(condition)
         seen = self.time[1:](seen)
         right = -width % self.multiple
         below = -height % self.multiple
@@ -154,10 +156,12 @@ class SpatialVelocity(nn.Module):
         return made[:, :, :height, :width]
 
 
-def _embedding(classes: int, width: int) -> nn.Module:
-    """Of labels, added to that of the time. Made last: without classes no other weight is drawn otherwise."""
+def _embedding(classes: int, features: int, width: int) -> nn.Module:
+    """Of a condition, added to that of the time. Made last: without one no other weight is drawn otherwise."""
     if classes:
         return nn.Embedding(classes + 1, width)
+    if features:
+        return nn.Linear(features, width)
     return nn.Identity()
 
 

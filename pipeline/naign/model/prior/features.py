@@ -1,0 +1,141 @@
+"""Features of codes, which condition a flow where images have no labels (arXiv 2312.03701).
+
+Patches of a spatial code are whitened, multiplied with prototypes of patches, rectified and averaged over quarters
+(arXiv 2101.07528). What remains are the directions of most spread, of which a code's features are the angle alone.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from naign.errors import InputError
+from naign.model.prior.base import Codes, Device, Shape
+from naign.philox import CLASS, LEARN, normal, uniform
+
+SIDE = 3  # positions of a patch
+PROTOTYPES = 200
+PATCHES = 60_000  # from which prototypes are learned, about
+TURNS = 8  # of learning them
+RIDGE = 0.1  # share of the mean variance that is added to each before patches are whitened
+QUARTERS = 2  # averages per side
+DIRECTIONS = 128  # of features, at most
+MEASURED = 20_000  # codes whose directions are found, about
+LEAST = 1000  # images, for these
+BATCH = 500  # codes at once
+NOISE = 0.7  # standard deviation that is added to features, whose own is about 1
+KEPT = 2**15  # features of training images from which samples draw
+TABLE = 2**31 - 1  # "round" of the noise of these
+
+
+class Features(nn.Module):
+    """Finds features (n, size) of whitened codes (n, d, ...), and keeps some of them. Its buffers are its state."""
+
+    mean: Tensor  # (p,) of patches; empty for dense codes, which are features themselves
+    filters: Tensor  # (p, PROTOTYPES): from patches, less their mean
+    offset: Tensor  # (values,)
+    directions: Tensor  # (values, size), of most spread
+    table: Tensor  # (KEPT, size) float16: features of training images, with noise
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        patch = 0
+        values = shape[0]
+        self.side = 0
+        if len(shape) > 1:
+            self.side = min(SIDE, *shape[1:])
+            patch = shape[0] * self.side**2
+            values = 2 * PROTOTYPES * QUARTERS**2
+        self.size = min(DIRECTIONS, values)
+        self.register_buffer("mean", torch.zeros(patch))
+        self.register_buffer("filters", torch.zeros(patch, PROTOTYPES))
+        self.register_buffer("offset", torch.zeros(values))
+        self.register_buffer("directions", torch.zeros(values, self.size))
+        self.register_buffer("table", torch.zeros(KEPT, self.size, dtype=torch.float16))
+
+    def forward(self, whitened: Tensor) -> Tensor:
+        """(n, d, ...) -> (n, size), with a mean square of 1"""
+        directed = (self._values(whitened) - self.offset) @ self.directions
+        return F.normalize(directed) * math.sqrt(self.size)
+
+    def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
+        """Features (n, size) of training images, with noise, by (seed, round, id)."""
+        drawn = uniform(
+            seed,
+            round,
+            ids,
+            (1,),
+            device,
+            stream=CLASS,
+        ).flatten()
+        rows = (drawn * KEPT).long().clamp(max=KEPT - 1)
+        return self.table[rows].float()
+
+    def fit(self, whitened: Tensor, codes: Codes, seed: int) -> None:
+        """Find the features of these codes, as rank 0 finds them. Collective; InputError if all codes are alike."""
+        some = whitened[:: math.ceil(len(whitened) / MEASURED)]
+        if self.side:
+            self._learn_filters(some)
+        values = self._values(some)
+        self.offset.copy_(values.mean(0))
+        centred = values - self.offset
+        spread, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+        largest = float(spread[-1])
+        if not largest > 0:
+            raise InputError("prior.features is set, but the codes of all images are the same: leave it out")
+        scale = spread[-self.size :].clamp(min=1e-12 * largest) ** 0.25  # half whitened
+        self.directions.copy_(directions[:, -self.size :] / scale)
+        numbers = torch.arange(KEPT)
+        rows = numbers * len(whitened) // KEPT
+        noise = normal(
+            seed,
+            TABLE,
+            numbers,
+            (self.size,),
+            whitened.device,
+            stream=LEARN,
+        )
+        self.table.copy_(self(whitened[rows]) + NOISE * noise)
+        for value in self.buffers():  # other machines may round otherwise
+            value.copy_(codes.add(value.float() * float(codes.rank == 0)))
+
+    def _learn_filters(self, whitened: Tensor) -> None:
+        """Learn prototypes of patches: directions of which each patch is near to one or to its opposite."""
+        positions = (whitened.shape[2] - self.side + 1) * (whitened.shape[3] - self.side + 1)
+        wanted = math.ceil(PATCHES / positions)
+        patches = self._patches(whitened[:: math.ceil(len(whitened) / wanted)]).flatten(0, 1)
+        self.mean.copy_(patches.mean(0))
+        centred = patches - self.mean
+        spread, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+        deviations = (spread.clamp(min=0) + RIDGE * spread.mean()).clamp(min=1e-30).sqrt()
+        whiten = directions / deviations @ directions.T
+        white = centred @ whiten
+        first = white[:: max(1, len(white) // PROTOTYPES)][:PROTOTYPES]
+        prototypes = torch.zeros(PROTOTYPES, white.shape[1], device=white.device)
+        prototypes[: len(first)] = F.normalize(first)
+        for _ in range(TURNS):
+            along = white @ prototypes.T
+            nearest = along.abs().argmax(1)
+            signed = white * along.gather(1, nearest[:, None])
+            summed = torch.zeros_like(prototypes).index_add_(0, nearest, signed)
+            alive = summed.norm(dim=1, keepdim=True) > 0
+            prototypes = torch.where(alive, F.normalize(summed), prototypes)
+        self.filters.copy_(whiten @ prototypes.T)
+
+    def _patches(self, whitened: Tensor) -> Tensor:
+        """(n, d, h, w) -> (n, positions, p)"""
+        return F.unfold(whitened, self.side).transpose(1, 2)
+
+    def _values(self, whitened: Tensor) -> Tensor:
+        """(n, d, ...) -> (n, values)"""
+        if not self.side:
+            return whitened
+        height = whitened.shape[2] - self.side + 1
+        parts = []
+        for part in whitened.split(BATCH):
+            along = (self._patches(part) - self.mean) @ self.filters
+            both = torch.cat([along.relu(), (-along).relu()], dim=2)
+            maps = both.transpose(1, 2).unflatten(2, (height, -1))
+            parts.append(F.adaptive_avg_pool2d(maps, QUARTERS).flatten(1))
+        return torch.cat(parts)
