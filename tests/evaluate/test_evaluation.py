@@ -94,6 +94,7 @@ def test_metrics_and_pictures_lie_in_the_folder(evaluated):
     assert metrics["fd"]["once"] > metrics["fd"]["floor"] > 0
     assert {"twice", "latents", "once_ratio"} < metrics["fd"].keys()
     assert sum(metrics["modes"]) == pytest.approx(1)
+    assert sum(metrics["test_modes"]) == pytest.approx(1) and min(metrics["test_modes"]) > 0.05  # of ten
     assert {"precision", "recall", "density", "coverage", "train"} == metrics["coverage"].keys()
     assert list(metrics["restoration"]) == list(KINDS)
     assert metrics["seed"] == 7
@@ -211,6 +212,7 @@ def test_what_a_number_does_not_say_is_said(digits, save):
     metrics = measure(folder)
     assert "was trained on the test split" in metrics["warnings"][0]
     assert "before its prior was fitted" in metrics["warnings"][1]
+    assert metrics["fd"]["once"] > metrics["fd"]["real"] > 0
     assert metrics["nearest"]["test"] == 0
     assert "<p class='warning'>The network was trained on the test split" in read_report(folder)
 

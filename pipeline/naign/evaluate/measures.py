@@ -54,6 +54,7 @@ class Subject:
     once: Tensor = field(init=False)  # f(z): (samples, *shape), as many as fit
     twice: Tensor = field(init=False)  # f(f(z))
     latents: Tensor | None = None  # z, where f decodes it: then it is a sample itself
+    real: Tensor | None = None  # f of training data, where f decodes z: no prior passes their distance
     noise: Tensor | None = None  # f of noise, where samples are drawn from a prior: the other sampler
     neighbours: Tensor = field(init=False)  # the training examples that are nearest to the first samples
     repaired: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # SHOWN of every answer, by damage and answer
@@ -110,6 +111,7 @@ def draw_samples(subject: Subject) -> dict[str, Any]:
     sampling = {"samples": number, "cpu_seconds": spent, "latents_cpu_seconds": None}
     if model.prior.decodes:
         subject.latents = latents
+        subject.real = model.project(scaled(subject.train[:number]))
         sampling["latents_cpu_seconds"] = drawn - begin
     return {"sampling": sampling}
 
@@ -129,8 +131,8 @@ def distances(
     draws: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Frechet distances to the test data of: as many training data as samples (floor), z where it is a sample itself
-    (latents, else None), f(z) (once), f(f(z)) (twice), f of noise where z is of a prior (noise, else None). And the
-    features of all these, and of test.
+    (latents, else None), f(z) (once), f(f(z)) (twice), f of training data where z is decoded (real, else None), f of
+    noise where z is of a prior (noise, else None). And the features of all these, and of test.
 
     The floor is the mean over `draws` disjoint draws of training data, or as many as there are. Where there are fewer
     training data than samples, multiples of the floor are those of as many samples, since distances of few are larger.
@@ -150,6 +152,7 @@ def distances(
         "once": subject.once,
         "twice": subject.twice,
         "latents": subject.latents,
+        "real": subject.real,
         "noise": subject.noise,
     }
     for name, samples in sets.items():
@@ -175,7 +178,7 @@ def overlap(subject: Subject) -> dict[str, Any]:
     counts["coverage"] = number
     covers = {}
     for name, part in features.items():
-        if name not in ("test", "twice"):
+        if name not in ("test", "twice", "real"):
             rows = min(number, len(part))
             covers[name] = coverage.coverage(features["test"][:rows], part[:rows])
     cover: dict[str, Any] = covers.pop("once")
@@ -184,6 +187,7 @@ def overlap(subject: Subject) -> dict[str, Any]:
         "fd": fd,
         "coverage": cover | covers,
         "modes": None,
+        "test_modes": None,
         "classes": None,
         "asked": None,
     }
@@ -191,6 +195,7 @@ def overlap(subject: Subject) -> dict[str, Any]:
         seen = encoder.logits(subject.once)
         found |= {
             "modes": coverage.mode_shares(seen),
+            "test_modes": coverage.mode_shares(encoder.logits(subject.test)),
             "classes": list(encoder.labels),
             "asked": as_asked(subject, seen),
         }
