@@ -63,6 +63,13 @@ COLUMNS = {
     "recall_of_noise": Column("recall of f(noise)", at("coverage.noise.recall"), 2),
     "idempotence_of_noise": Column("idempotence of f(noise)", at("idempotence.noise"), 3),
     "second": Column("FD f(z), × floor, on a second encoder", at("second.once_ratio"), 1),
+    "real": Column("FD of f(training images), × floor", at("fd.real_ratio"), 1),
+    "second_real": Column("the same on a second encoder", at("second.real_ratio"), 1),
+    "unlabelled": Column("FD f(z), × floor, on an encoder trained without labels", at("unlabelled.once_ratio"), 1),
+    "unlabelled_real": Column("f(training images) there", at("unlabelled.real_ratio"), 1),
+    "accuracy": Column("accuracy on test images of a classifier of f(z), %", at("accuracy", 100), 1),
+    "accuracy_of_real": Column("of training images, %", at("accuracy_of_real", 100), 1),
+    "parameters": Column("parameters, 10⁶", at("parameters", 1e-6), 2),
     "latents": Column("FD of z where f decodes it, × floor", at("fd.latents_ratio"), 1),
     "fd_once": Column("FD f(z)", at("fd.once"), 0),
     "fd_twice": Column("FD f(f(z))", at("fd.twice"), 0),
@@ -103,6 +110,11 @@ KEPT = (
     "training_seconds",
     "cpu_seconds",
     "sampling",
+    "test_modes",
+    "unlabelled",
+    "accuracy",
+    "accuracy_of_real",
+    "parameters",
 )
 """What tables keep of the numbers of `naign evaluate`."""
 

@@ -22,6 +22,8 @@ from naign.settings.constraints import FREE
 
 METRICS = "evaluation/metrics.json"
 """What `naign evaluate` found, in a run's folder."""
+MORE = "evaluation/samples.json"
+"""What benchmarks/samples.py found, likewise."""
 FAILED = "failed.json"
 """Written there if the training diverged."""
 TRAINED = "trained"
@@ -82,7 +84,7 @@ class Task:
     @property
     def measured(self) -> bool:
         """Whether its numbers exist, or it diverged."""
-        return self.diverged or (self.folder / METRICS).exists()
+        return self.diverged or ((self.folder / METRICS).exists() and (self.folder / MORE).exists())
 
     @property
     def ended(self) -> bool:
@@ -95,7 +97,8 @@ class Task:
             self._train()
 
     def measure(self) -> Record:
-        """The numbers of `naign evaluate`, after training if needed; {"failed": reason} if it diverged.
+        """The numbers of `naign evaluate` and of samples.py, after training if needed; {"failed": reason} if it
+        diverged.
 
         Raises InputError if a command fails, or the folder cannot be used.
         """
@@ -103,11 +106,15 @@ class Task:
             if not self.measured:
                 self._train()
                 self._evaluate()
-        file = self.trained / FAILED if self.diverged else self.folder / METRICS
+        files = [self.trained / FAILED]
+        if not self.diverged:
+            files = [self.folder / METRICS, self.folder / MORE]
+        found: Record = {}
         try:
-            found = json.loads(file.read_text())
+            for file in files:
+                found |= json.loads(file.read_text())
             if "failed" in found or "fd" in found:
-                return dict(found)
+                return found
         except (OSError, ValueError, TypeError):
             pass
         raise InputError(f"{file} is damaged: remove {self.folder}, and it is trained anew")
@@ -146,7 +153,9 @@ class Task:
         if self.then:
             run = str(self.trained.absolute())
             self._run([*python, *self.then, run, f"--to={folder}"], self.trained)
-        self._run([*python, "naign.cli", "evaluate", folder], self.folder)
+        if not (self.folder / METRICS).exists():
+            self._run([*python, "naign.cli", "evaluate", folder], self.folder)
+        self._run([sys.executable, str(ROOT / "benchmarks/samples.py"), folder], self.folder)
 
     def _run(self, command: list[str], folder: Path) -> None:
         """Run a command that logs to `folder`; writes FAILED if a training diverged, raises InputError if it failed."""

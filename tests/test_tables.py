@@ -157,6 +157,7 @@ def test_a_run_whose_numbers_are_damaged_is_named(trained, tmp_path, text):
     task = trained.Task.of(tmp_path, DIGITS, [], 0)
     (task.folder / "evaluation").mkdir(parents=True)
     (task.folder / "evaluation/metrics.json").write_text(text)
+    (task.folder / "evaluation/samples.json").write_text("{}")
     with pytest.raises(InputError, match=f"{task.folder.name}, and it is trained anew"):
         task.measure()
 
