@@ -185,7 +185,7 @@ def train(
     for epoch in range(epochs):
         network.train()
         shuffled = torch.randperm(len(images), generator=generator)[: steps * batch]
-        for part in tqdm(shuffled.split(batch), desc=f"epoch {epoch + 1}/{epochs}", leave=False):
+        for part in tqdm(shuffled.split(batch), desc=f"epoch {epoch + 1}/{epochs}", leave=False, disable=None):
             inputs = scaled(images[part])
             if unlabelled:
                 seen = []

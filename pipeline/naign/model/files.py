@@ -32,7 +32,7 @@ LOGIN = "(`hf auth login`, or HF_TOKEN)"
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _STATES = ("prior.", "latents.", "bank.")  # begin the names of their tensors
-_FORMER = ("prior.phase", "prior.student.")  # of flows of earlier versions, which draw without them
+_FORMER = "prior.phase"  # of flows of earlier versions
 
 
 @contextmanager

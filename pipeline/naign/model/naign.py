@@ -342,7 +342,8 @@ class NAIGN:
         return number
 
     def with_flow(self, **settings: float) -> "NAIGN":
-        """This model with other settings of its flow of codes: `steps` or `guidance`.
+        """This model with other settings of its flow of codes, `steps` or `guidance`, and without its student, which
+        has learned by the former ones.
 
         Raises InputError for a prior that is no flow, and for unfit settings.
         """
@@ -350,7 +351,8 @@ class NAIGN:
         if known["name"] != "flow":
             other = f"{' and '.join(settings)} can be chosen for a flow of codes, and this prior is '{known['name']}'"
             raise InputError(f"{other}: leave it out")
-        return NAIGN(self.network, self.metadata | {"prior": known | settings}, self.state)
+        state = {name: value for name, value in self.state.items() if not name.startswith("prior.student.")}
+        return NAIGN(self.network, self.metadata | {"prior": known | {"student": 0} | settings}, state)
 
     @torch.no_grad()
     def _encode(self, x: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ LISTS = ("report.trackers", "train.callbacks")  # settings that a file may also 
 RENAMED = {
     "prior.begin": "f is trained on train.images, and then the prior is fitted to the codes of prior.images",
     "prior.alone": "f is trained on train.images, and then the prior is fitted to the codes of prior.images",
-    "prior.student": "a flow draws codes in prior.steps evaluations",
     "prior.grid": "it is latents.grid",
     "objective.third_weight": "the third term has weight 1",
     "quality": "`naign evaluate` measures a checkpoint",

@@ -178,6 +178,14 @@ def model(config):
     )
 
 
+def test_other_steps_leave_the_student_out(monkeypatch):
+    monkeypatch.setattr(flow, "TAUGHT", 256)
+    taught = model(replace(FLOW, passes=3, student=256))
+    other = taught.with_flow(steps=FLOW.steps)
+    assert not torch.equal(other.sample(6), taught.sample(6))
+    assert_close(other.sample(6), model(replace(FLOW, passes=3)).sample(6))
+
+
 def test_samples_of_a_class_of_a_model(tmp_path):
     model(replace(FLOW, passes=3)).save_pretrained(tmp_path)
     read = NAIGN.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The prior that is learned by gradient descent: a flow from noise to the codes of the data."""
+"""The prior that is learned by gradient descent: a flow from noise to the codes of the data, and its student."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -23,6 +23,12 @@ SETTINGS = FlowConfig(
     steps=6,
 )
 GUIDED_SETTINGS = replace(SETTINGS, passes=2, autoguidance=1.0)
+TAUGHT_SETTINGS = replace(GUIDED_SETTINGS, student=300)
+
+
+@pytest.fixture(autouse=True)
+def few_paths(monkeypatch):
+    monkeypatch.setattr(flows, "TAUGHT", 256)
 
 
 def make_codes(seed=0, count=1024):
@@ -67,16 +73,18 @@ def test_the_learning_rate_falls_to_zero_after_its_warm_up():
     assert cosine(0.5) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 9])
+@pytest.mark.parametrize("steps", [1, 4, 9, 16, 19, 23])
 def test_a_fit_goes_on_bit_for_bit(steps):
-    """Before and after autoguidance keeps its weights, and when it does."""
+    """Before and after autoguidance keeps its weights, and when it does; at the end of the flow, and as its student
+    learns from either chunk of paths.
+    """
     codes = in_memory(make_codes())
-    whole = build(GUIDED_SETTINGS)
+    whole = build(TAUGHT_SETTINGS)
     total = len(list(whole.fit(codes)))
-    assert total == 16
-    stopped = build(GUIDED_SETTINGS)
+    assert total == 16 + 2 * 4
+    stopped = build(TAUGHT_SETTINGS)
     list(islice(stopped.fit(codes), steps))
-    resumed = build(GUIDED_SETTINGS)
+    resumed = build(TAUGHT_SETTINGS)
     resumed.load_training_state(deepcopy(stopped.training_state()))
     assert len(list(resumed.fit(codes))) == total - steps
     found = resumed.training_state()
@@ -97,6 +105,15 @@ def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_t
     again = build(config)
     again.load_state_dict(prior.state_dict())
     assert torch.equal(again.solve(noise), prior.solve(noise))
+
+
+def test_a_student_reaches_in_two_evaluations_what_the_flow_does_in_many():
+    config = replace(SETTINGS, passes=40, autoguidance=0.5, student=1024)
+    prior = fitted(config)
+    noise = torch.randn(2000, 2)
+    followed = prior._path(noise, None)[-1] @ prior.outward.T + prior.mean
+    assert (prior.solve(noise) - followed).abs().mean() < 0.2 * followed.std()
+    assert list(prior.read_metrics()) == ["prior/student"]
 
 
 @pytest.mark.parametrize(
@@ -143,9 +160,9 @@ def test_of_many_directions_the_leading_ones_are_modelled(monkeypatch):
 
 
 def test_ranks_learn_what_one_would():
-    ranks = [build(GUIDED_SETTINGS) for _ in range(3)]
+    ranks = [build(TAUGHT_SETTINGS) for _ in range(3)]
     fit_on_ranks(ranks, make_codes())
-    alone = fitted(GUIDED_SETTINGS).state_dict()
+    alone = fitted(TAUGHT_SETTINGS).state_dict()
     for prior in ranks:
         for name, value in prior.state_dict().items():
             assert_close(value, alone[name], atol=1e-4, rtol=1e-4)

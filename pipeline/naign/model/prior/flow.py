@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from naign.errors import require
 from naign.model.prior.base import Codes, CodesConfig, CodesPrior, Device, Shape, labels_of
@@ -29,7 +29,11 @@ GUIDED = 0.6  # time from which guidance by classes acts; before, it costs varie
 BLIND = 0.3  # time from which the flow that autoguidance leads away from sees no features
 EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
 RIDGE = 0.3  # share of the mean variance that is added to each: fully whitening low-variance directions costs the rest
+MIDDLE = 0.4  # time at which the student's second step begins, rounded to a step of the flow
+TAUGHT = 4096  # paths at once that the student learns from
+TAUGHT_RATE = 0.4  # its learning rate over prior.lr
 ORDER = 2**31  # "round" of the order of rows; below it is the step
+PATHS = 2**30  # "round" of the paths
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +58,9 @@ class FlowConfig(CodesConfig):
     guidance: float = field(default=0.0, metadata=between(0, 10))
     """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity
     over the last two fifths of the path, at one more evaluation a step; 0: none. Samples match their class more."""
+    student: int = field(default=0, metadata=between(0, 2**30))
+    """Paths of the flow from which a student learns to reach codes in two evaluations, rounded up to chunks of 4,096;
+    0: no student. It learns from each as often as the flow from an image's code."""
     features: bool = False
     """Condition the flow on features of its codes (arXiv 2312.03701), which are found without labels. A sample draws
     those of a training image, with noise, and autoguidance leads to them, too."""
@@ -74,6 +81,7 @@ class Flow(CodesPrior):
     """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1).
 
     Whitened codes, and noise, are (n, d, ...), of at most DIRECTIONS channels. The state averages `learner`'s weights.
+    The student takes the flow's paths, guidance included, in two steps, and draws in its place.
     """
 
     config: FlowConfig
@@ -106,6 +114,8 @@ class Flow(CodesPrior):
             )
         if config.autoguidance:
             self.early = deepcopy(self.velocity)
+        if config.student:
+            self.student = deepcopy(self.velocity)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("inward", torch.eye(directions, channels))
         self.register_buffer("outward", torch.eye(channels, directions))
@@ -124,10 +134,8 @@ class Flow(CodesPrior):
         labels: Tensor | None = None,
     ) -> Tensor:
         condition = labels
-        if self.config.features:
-            condition = self.features.choose(seed, round, ids, device)
-        elif condition is None:
-            condition = self.choose(seed, round, ids, device)
+        if condition is None:
+            condition = self._condition(seed, round, ids, device)
         return self.solve(
             normal(
                 seed,
@@ -139,16 +147,33 @@ class Flow(CodesPrior):
             condition,
         )
 
+    def _condition(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor | None:
+        """Classes (n,) or features (n, k) of training images, as often as they occur; None without either."""
+        if self.config.features:
+            return self.features.choose(seed, round, ids, device)
+        return self.choose(seed, round, ids, device)
+
     def solve(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The codes (n, c, ...) of standard normals (n, d, ...), of the classes (n,) or features (n, k) if there are.
+        """The codes (n, c, ...) of standard normals (n, d, ...), of classes (n,) or features (n, k) if there are."""
+        if self.config.student:
+            early = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+            middle = self._leap(self.student, noise, early, condition)
+            codes = self._leap(self.student, middle, ~early, condition)
+        else:
+            codes = self._path(noise, condition)[-1]
+        return torch.einsum("ij,nj...->ni...", self.outward, codes) + self._mean_of(codes)
+
+    def _path(self, noise: Tensor, condition: Tensor | None) -> list[Tensor]:
+        """The points (n, d, ...) of the flow's paths from noise at times 0, 1 / steps, 2 / steps, ..., 1.
 
         The velocity is v + autoguidance * (v - early) + guidance * (v - that of no class), v and early with the
         condition; the last of these from GUIDED on. From BLIND on, early is without features.
         """
         steps = self.config.steps
-        codes = noise
+        points = [noise]
         before: Tensor | None = None
         for step in range(steps):
+            codes = points[-1]
             time = noise.new_full((len(noise),), step / steps)
             plain = self.velocity(codes, time, condition)
             velocity = plain
@@ -164,9 +189,27 @@ class Flow(CodesPrior):
                 slope = velocity  # Euler's step first
             else:
                 slope = 1.5 * velocity - 0.5 * before
-            codes = codes + slope / steps
+            points.append(codes + slope / steps)
             before = velocity
-        return torch.einsum("ij,nj...->ni...", self.outward, codes) + self._mean_of(codes)
+        return points
+
+    @property
+    def _half(self) -> int:
+        """The flow's steps that the student's first one takes."""
+        return max(1, round(MIDDLE * self.config.steps))
+
+    def _leap(
+        self,
+        student: nn.Module,
+        points: Tensor,
+        late: Tensor,
+        condition: Tensor | None,
+    ) -> Tensor:
+        """The student's first step from points (n, d, ...), or the second of rows that are `late`, (n,) bool."""
+        middle = self._half / self.config.steps
+        length = torch.where(late, 1 - middle, middle)
+        moved = student(points, late * middle, condition)
+        return points + rows_of(length, points) * moved
 
     def whiten(self, codes: Tensor) -> Tensor:
         """(n, c, ...) -> (n, d, ...)"""
@@ -177,11 +220,22 @@ class Flow(CodesPrior):
         return self.mean.view(1, -1, *(1,) * (codes.ndim - 2))
 
     def fit(self, codes: Codes) -> Iterator[float]:
-        """Fit the flow; the metric is prior/loss, the squared error per value. A function of the state, the codes and
-        the seed, whatever the number of ranks, but for the order in which gradients are added.
+        """Fit the flow, then the student; metrics are prior/loss and prior/student, squared errors per value. A
+        function of the state, the codes and the seed, whatever the number of ranks, but for the order in which
+        gradients are added.
         """
+        paths = [TAUGHT] * -(-self.config.student // TAUGHT)
+        flow = sum(self._count_steps(size) for size in codes.sizes)
+        student = sum(self._count_steps(size) for size in paths)
+        for _ in self._fit_flow(codes, flow):
+            yield self.learner.made / (flow + student)
+        if paths:
+            for _ in self._fit_student(codes, paths, flow, student):
+                yield self.learner.made / (flow + student)
+
+    def _fit_flow(self, codes: Codes, steps: int) -> Iterator[None]:
+        """Train the velocity; yields after each step."""
         learner = self.learner
-        steps = sum(self._count_steps(size) for size in codes.sizes)
         for chunk, batches in self._batches(codes.sizes, learner.made):
             read, labels = codes.read(chunk)
             condition = labels if self.labels else None
@@ -206,7 +260,70 @@ class Flow(CodesPrior):
                 scale = len(rows) * math.prod(self.noise_shape)
                 rate = self.config.lr * cosine(learner.made / steps)
                 learner.step(loss / scale, rate, self.velocity, codes.add)
-                yield learner.made / steps
+                yield
+
+    def _fit_student(
+        self,
+        codes: Codes,
+        paths: Sequence[int],
+        first: int,
+        steps: int,
+    ) -> Iterator[None]:
+        """Train the student on paths of the flow, after its `first` steps; yields after each step."""
+        learner = self.learner
+        if learner.made == first:
+            for network in (self.student, learner.network):
+                network.load_state_dict(self.velocity.state_dict())
+        learner.begun = first
+        for chunk, batches in self._batches(paths, learner.made - first):
+            noise, halves, ends, condition = self._follow(chunk, codes)
+            for rows in batches:
+                mine = codes.part(rows.to(noise.device))
+                late = (mine + learner.made) % 2 == 1  # rows that learn the second step
+                chosen = rows_of(late, noise)
+                points = torch.where(chosen, halves[mine], noise[mine])
+                wanted = torch.where(chosen, ends[mine], halves[mine])
+                with codes.autocast():
+                    reached = self._leap(
+                        learner.network,
+                        points,
+                        late,
+                        labels_of(condition, mine),
+                    )
+                error = (reached.float() - wanted).square().sum()
+                rate = self.config.lr * TAUGHT_RATE * cosine((learner.made - first) / steps)
+                learner.step(
+                    error / (len(rows) * math.prod(self.noise_shape)),
+                    rate,
+                    self.student,
+                    codes.add,
+                )
+                yield
+
+    @torch.no_grad()
+    def _follow(self, chunk: int, codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Noise (TAUGHT, d, ...), the points of its paths where the student's steps end, and the conditions.
+        Collective: each rank follows its part.
+        """
+        ids = torch.arange(chunk * TAUGHT, (chunk + 1) * TAUGHT)
+        device = self.mean.device
+        noise = normal(
+            self.seed,
+            PATHS,
+            ids,
+            self.noise_shape,
+            device,
+            stream=LEARN,
+        )
+        condition = self._condition(self.seed, PATHS, ids, device)
+        halves = torch.zeros_like(noise)
+        ends = torch.zeros_like(noise)
+        for rows in codes.part(torch.arange(TAUGHT, device=device)).split(self.config.batch):
+            with codes.autocast():
+                points = self._path(noise[rows], labels_of(condition, rows))
+            halves[rows] = points[self._half].float()
+            ends[rows] = points[-1].float()
+        return noise, codes.add(halves), codes.add(ends), condition
 
     def _measure(self, codes: Tensor, labels: Tensor | None) -> None:
         """Measure the whitening and the classes of the first chunk."""
@@ -246,9 +363,8 @@ class Flow(CodesPrior):
             if conditions:
                 condition = condition + NOISE * drawn[:, kept:-1]
             dropped = torch.special.ndtr(drawn[:, -1]) < DROPPED
-            missing = dropped.view(-1, *(1,) * (condition.ndim - 1))
-            condition = condition.masked_fill(missing, len(self.labels))  # zeros of features
-        share = time.view(-1, *(1,) * (wanted.ndim - 1))  # to multiply rows
+            condition = condition.masked_fill(rows_of(dropped, condition), len(self.labels))  # zeros of features
+        share = rows_of(time, wanted)
         with codes.autocast():
             velocity = self.learner.network(share * wanted + (1 - share) * noise, time, condition)
         return (velocity.float() - (wanted - noise)).square().sum()
@@ -274,7 +390,8 @@ class Flow(CodesPrior):
             made = max(0, made - count)
 
     def read_metrics(self) -> dict[str, float]:
-        return {"prior/loss": self.learner.report()}
+        name = "prior/student" if self.learner.begun else "prior/loss"
+        return {name: self.learner.report()}
 
     def training_state(self) -> dict[str, Tensor]:
         return self.state_dict() | self.learner.tensors() | {"made": torch.tensor(self.learner.made)}
@@ -282,6 +399,11 @@ class Flow(CodesPrior):
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_training_state(state)
         self.learner.load(state, int(state["made"]))
+
+
+def rows_of(values: Tensor, like: Tensor) -> Tensor:
+    """(n,) -> (n, 1, ...), of as many dimensions as `like`."""
+    return values.view(-1, *(1,) * (like.ndim - 1))
 
 
 def cosine(share: float) -> float:

@@ -21,6 +21,7 @@ class Learner:
     def __init__(self, network: nn.Module) -> None:
         self.network = deepcopy(network).requires_grad_(True)
         self.made = 0  # steps
+        self.begun = 0  # the step at which the present network began
         self.loss: float | Tensor = 0.0  # sum over the steps since the last report
         self.counted = 0  # these steps
         self.parameters = list(self.network.parameters())
@@ -47,10 +48,11 @@ class Learner:
         for value, gradient in zip(self.parameters, summed, strict=True):
             value.grad = gradient.view_as(value)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (self.made + 1) / WARMUP)
+            group["lr"] = rate * min(1.0, (self.made - self.begun + 1) / WARMUP)
         clip_and_step(self.optimizer, self.parameters, CLIP, ahead=self.ahead)
         self.made += 1
-        decay = min(DECAY, (1 + self.made) / (10 + self.made))
+        made = self.made - self.begun
+        decay = min(DECAY, (1 + made) / (10 + made))
         get_ema_multi_avg_fn(decay)(list(average.parameters()), self.parameters, None)
         self.loss = self.loss + whole[-1].double()
         self.counted += 1
