@@ -56,7 +56,8 @@ class Features(nn.Module):
 
     def forward(self, whitened: Tensor) -> Tensor:
         """(n, d, ...) -> (n, size), with a mean square of 1"""
-        directed = (self._values(whitened) - self.offset) @ self.directions
+        centred = self._values(whitened) - self.offset
+        directed = centred @ self.directions
         return F.normalize(directed) * math.sqrt(self.size)
 
     def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
@@ -96,22 +97,27 @@ class Features(nn.Module):
             whitened.device,
             stream=LEARN,
         )
-        self.table.copy_(self(whitened[rows]) + NOISE * noise)
+        found = self(whitened[rows])
+        self.table.copy_(found + NOISE * noise)
         for value in self.buffers():  # other machines may round otherwise
             value.copy_(codes.add(value.float() * float(codes.rank == 0)))
 
     def _learn_filters(self, whitened: Tensor) -> None:
         """Learn prototypes of patches: directions of which each patch is near to one or to its opposite."""
-        positions = (whitened.shape[2] - self.side + 1) * (whitened.shape[3] - self.side + 1)
-        wanted = math.ceil(PATCHES / positions)
-        patches = self._patches(whitened[:: math.ceil(len(whitened) / wanted)]).flatten(0, 1)
+        rows = whitened.shape[2] - self.side + 1
+        columns = whitened.shape[3] - self.side + 1
+        wanted = math.ceil(PATCHES / (rows * columns))
+        some = whitened[:: math.ceil(len(whitened) / wanted)]
+        patches = self._patches(some).flatten(0, 1)
         self.mean.copy_(patches.mean(0))
         centred = patches - self.mean
         spread, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
-        deviations = (spread.clamp(min=0) + RIDGE * spread.mean()).clamp(min=1e-30).sqrt()
+        variances = spread.clamp(min=0) + RIDGE * spread.mean()
+        deviations = variances.clamp(min=1e-30).sqrt()
         whiten = directions / deviations @ directions.T
         white = centred @ whiten
-        first = white[:: max(1, len(white) // PROTOTYPES)][:PROTOTYPES]
+        every = max(1, len(white) // PROTOTYPES)
+        first = white[::every][:PROTOTYPES]
         prototypes = torch.zeros(PROTOTYPES, white.shape[1], device=white.device)
         prototypes[: len(first)] = F.normalize(first)
         for _ in range(TURNS):
@@ -137,5 +143,6 @@ class Features(nn.Module):
             along = (self._patches(part) - self.mean) @ self.filters
             both = torch.cat([along.relu(), (-along).relu()], dim=2)
             maps = both.transpose(1, 2).unflatten(2, (height, -1))
-            parts.append(F.adaptive_avg_pool2d(maps, QUARTERS).flatten(1))
+            pooled = F.adaptive_avg_pool2d(maps, QUARTERS)
+            parts.append(pooled.flatten(1))
         return torch.cat(parts)
