@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from naign.errors import InputError, Unavailable, one_line
+from naign.errors import InputError, Unavailable, one_line, require
 from naign.observe.pictures import eight_bits
 
 FEWEST = 2048  # samples and training images: with fewer the covariance of as many features is singular
@@ -59,7 +59,11 @@ def open_inception(weights: str, device: str) -> nn.Module:
         except Exception as error:  # of other names and shapes
             other = f"--fid: {weights} holds another network's weights ({one_line(error)})"
             raise InputError(f"{other}: {source}") from None
-    return network.to(device)
+    network.to(device)
+    black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    finite = bool(features_of(network, black).isfinite().all())
+    require((finite, f"--fid: {weights} holds numbers that are not finite: {source}"))
+    return network
 
 
 def check_count(what: str, count: int) -> None:

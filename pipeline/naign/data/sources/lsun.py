@@ -30,6 +30,10 @@ def lsun(
         raise InputError(f"lsun needs lmdb ({error}): pip install lmdb") from None
     try:
         database = lmdb.open(str(root), readonly=True, lock=False, readahead=False)
+        pages = database.info()["last_pgno"] + 1
+        whole = pages * database.stat()["psize"]  # reading past the end would be SIGBUS
+        size_of = (root / "data.mdb").stat().st_size
+        require((size_of >= whole, f"{root}/data.mdb has {size_of:,} of {whole:,} bytes: unpack the archive again"))
         with database.begin() as view, view.cursor() as cursor:
             keys = list(cursor.iternext(values=False))
     except lmdb.Error as error:

@@ -26,7 +26,7 @@ from naign.settings.constraints import POSITIVE, between
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
 DROPPED = 0.1  # share of conditions that the flow learns without, for guidance (arXiv 2207.12598)
 GUIDED = 0.6  # time from which guidance by classes acts; before, it costs variety and adds little (arXiv 2404.07724)
-BLIND = 0.3  # time from which the flow that autoguidance leads away from sees no features
+BLIND = 0.4  # time from which the flow that autoguidance leads away from sees no features
 EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
 RIDGE = 0.3  # share of the mean variance that is added to each: fully whitening low-variance directions costs the rest
 MIDDLE = 0.4  # time at which the student's second step begins, rounded to a step of the flow
@@ -291,9 +291,11 @@ class Flow(CodesPrior):
                         labels_of(condition, mine),
                     )
                 error = (reached.float() - wanted).square().sum()
-                rate = self.config.lr * TAUGHT_RATE * cosine((learner.made - first) / steps)
+                scale = len(rows) * math.prod(self.noise_shape)
+                share = (learner.made - first) / steps
+                rate = self.config.lr * TAUGHT_RATE * cosine(share)
                 learner.step(
-                    error / (len(rows) * math.prod(self.noise_shape)),
+                    error / scale,
                     rate,
                     self.student,
                     codes.add,
