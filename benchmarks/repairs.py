@@ -3,10 +3,11 @@
     pip install -e benchmarks/baselines scikit-image PyWavelets bm3d
     python benchmarks/repairs.py --to benchmarks/results/repairs
 
-f is that of cifar10_cpu.yaml before its prior is fitted. The U-Net learns from the same damage with the same loss for
-as many processor seconds. Damages are those of `naign.data.damage.degrade`, of which both have seen random mixtures,
-and two that neither has seen: JPEG of quality 10, and motion over 7 pixels along a row. BM3D is given the root mean
-square of what the damage changed; non-local means estimate the noise (photos.py).
+f is that of cifar10_cpu.yaml before its prior is fitted. The U-Net learns from the same damage with the same loss; set
+--images so that it takes as many processor seconds, which the .json has as `costs`. Damages are those of
+`naign.data.damage.degrade`, of which both have seen random mixtures, and two that neither has seen: JPEG of quality 10,
+and motion over 7 pixels along a row. BM3D is given the root mean square of what the damage changed; non-local means
+estimate the noise (photos.py).
 
 The perceptual distance is 1 less the cosine of features of efficientnet-lite2, a mean over images.
 """
@@ -14,6 +15,7 @@ The perceptual distance is 1 less the cosine of features of efficientnet-lite2, 
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,7 +81,7 @@ def damages() -> dict[str, Callable[[Tensor], Tensor]]:
     """What damages images (n, 3, H, W), by name."""
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     for kind in KINDS:
-        found[kind] = lambda images, kind=kind: degrade(images, kind)  # type: ignore[misc]
+        found[kind] = partial(degrade, kind=kind)
     return found | {"JPEG, unseen": jpeg, "motion, unseen": moved}
 
 

@@ -11,27 +11,25 @@ as those of `naign evaluate`: of 10,000 f(z), of f of as many training images (r
 
 import json
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import tyro
 from output import Record
-from torch import Tensor
 from train_encoder import accuracy, train
 
 from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import exit_on_input_error
 from naign.evaluate import measures
-from naign.evaluate.frechet import frechet_distance
 from naign.evaluate.recorded import recorded
-from naign.model.encoders import Encoder, choose_encoder, load_encoder, names
+from naign.model.encoders import choose_encoder, load_encoder, names
 from naign.model.naign import NAIGN
 from naign.observe.pictures import eight_bits
 from naign.storage.local import write_atomically
 
 SAMPLES = 10_000
 WIDTH = 16  # of the classifier
+SHOWN = ("floor", "once", "once_ratio", "real", "real_ratio")
 
 
 def main(run: tyro.conf.Positional[Path]) -> None:
@@ -41,20 +39,27 @@ def main(run: tyro.conf.Positional[Path]) -> None:
     config, manifest = recorded(model, str(run), None)
     train_images, test = measures.read(config, manifest.shape, seed=0)
     some = train_images[:SAMPLES]
-    parts = []
-    for ids in torch.arange(SAMPLES).split(500):
-        latents = model.latent(ids, seed=0)
-        parts.append(model.project(latents))
-    samples = torch.cat(parts)
+    subject = measures.Subject(
+        model=model,
+        manifest=manifest,
+        encoder=choose_encoder(manifest),
+        second=None,
+        train=train_images,
+        test=test,
+        samples=SAMPLES,
+        seed=0,
+    )
+    samples = model.project(measures.draw_latents(subject, SAMPLES))
     found: Record = {"parameters": count_parameters(model)}
     name = f"{manifest.name}-simclr64"
     if name in names():
-        encoder = load_encoder(name)
-        sets = {"once": samples}
+        subject.once = samples
+        subject.twice = samples  # which is not shown
         if model.prior.decodes:
-            sets["real"] = model.project(scaled(some))
-        found["unlabelled"] = distances(encoder, train_images, test, sets)
-    encoder = choose_encoder(manifest)
+            subject.real = model.project(scaled(some))
+        fd, _ = measures.distances(load_encoder(name), subject, measures.FLOORS)
+        found["unlabelled"] = {key: fd[key] for key in SHOWN}
+    encoder = subject.encoder
     if encoder.labels:
         images, labels = read_split(config.path, "test")
         shown = {
@@ -84,29 +89,6 @@ def count_parameters(model: NAIGN) -> int:
         for value in module.parameters():
             count += value.numel()
     return count
-
-
-def distances(
-    encoder: Encoder,
-    train_images: Tensor,
-    test: Tensor,
-    sets: dict[str, Tensor],
-) -> dict[str, float]:
-    """Frechet distances to the test images of each set, and the floor."""
-    target = encoder.features(test)
-    number = min(SAMPLES, len(train_images))
-    floors = []
-    for part in train_images[: measures.FLOORS * number].split(number):
-        if len(part) == number:
-            features = encoder.features(scaled(part))
-            floors.append(frechet_distance(features, target))
-    floor = fmean(floors)
-    found = {"floor": floor}
-    for name, images in sets.items():
-        features = encoder.features(images)
-        found[name] = frechet_distance(features, target)
-        found[f"{name}_ratio"] = frechet_distance(features[:number], target) / floor
-    return found
 
 
 if __name__ == "__main__":
