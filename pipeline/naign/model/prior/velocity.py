@@ -92,7 +92,7 @@ class SpatialVelocity(nn.Module):
         *,
         classes: int = 0,
         features: int = 0,
-        smallest: int = 2,
+        smallest: int = 4,
     ) -> None:
         super().__init__()
         side = max(shape[1:])
