@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 BASE = [*SMALL, "--objective.imle=0", "--objective.denoising=1", "--prior.images=1024"]
 FLOW = [*BASE, "--prior.name=flow", "--prior.width=32", "--prior.depth=1", "--prior.batch=64", "--prior.passes=2"]
 PRIORS = {
-    "flow": [*FLOW, "--prior.classes", "--prior.autoguidance=1", "--prior.guidance=0.5"],
+    "flow": [*FLOW, "--prior.classes", "--prior.guidance=0.5"],
     "gmm": [*BASE, "--prior.name=gmm", "--prior.classes", "--prior.components=12"],
 }
 

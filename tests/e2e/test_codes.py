@@ -29,7 +29,7 @@ def test_from_training_to_samples_of_either_law(train, naign, small, tmp_path, n
         f"--model.name={network}",
         f"--model.code={size}",
         "--prior.depth=1",
-        "--prior.autoguidance=1",
+        "--prior.guidance=1",
         "--run.path=run",
         "--train.images=2048",
         "--checkpoint.rounds=4",

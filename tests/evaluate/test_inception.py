@@ -9,7 +9,7 @@ from PIL import Image
 
 from naign.data.loader import read_split
 from naign.data.scale import scaled
-from naign.evaluate import inception
+from naign.evaluate import inception, measures
 from naign.evaluate.inception import check_count, open_inception
 from naign.evaluate.run import evaluate
 from naign.model.naign import NAIGN
@@ -42,8 +42,11 @@ def weights(tmp_path):
 def test_fid_and_kid_are_those_of_torch_fidelity(weights, save_untrained, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(published.FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)  # the smallest that it takes
     monkeypatch.setattr(inception, "FEWEST", 1000)
+    monkeypatch.setattr(measures, "VALUES", 64 * 500)  # fewer training images than FID is of
     run = save_untrained(tmp_path / "run", data=digits, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
-    found = evaluate(str(run), samples=50, fid=str(weights), fid_samples=1000, progress=False)["inception"]
+    metrics = evaluate(str(run), samples=50, fid=str(weights), fid_samples=1000, progress=False)
+    assert any("are not the published ones" in note for note in metrics["notes"])
+    found = metrics["inception"]
 
     train, _ = read_split(digits, "train")
     samples = NAIGN.from_pretrained(run).sample(1000, seed=0)
@@ -70,6 +73,8 @@ def test_fid_and_kid_are_those_of_torch_fidelity(weights, save_untrained, digits
 def test_few_images_are_refused(tmp_path):
     with refused("--fid needs at least 2,048 samples, not 2,047"):
         evaluate(str(tmp_path), fid="download", fid_samples=2047)
+    with refused("--fid takes at most 16,777,216 samples, not 1"):
+        evaluate(str(tmp_path), fid="download", fid_samples=10**20)
     check_count("samples", 2048)
 
 

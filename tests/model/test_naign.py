@@ -179,7 +179,7 @@ def test_what_is_no_model_is_refused(tmp_path):
         ({"shape": [1, 12, 12]}, ""),
         ({"shape": "x"}, ""),
         ({"prior": "gaussian"}, ""),
-        ({"prior": {"name": "flow", "autoguidance": "a"}}, "prior.autoguidance is 'a': it must lie between"),
+        ({"prior": {"name": "flow", "guidance": "a"}}, "prior.guidance is 'a': it must lie between"),
         ({"model": CONV | {"width": 10**8}}, ""),
         ({"config": {"objective": 5}}, ""),
         ({"prior": {"name": "gaussian"}, "fitted": "x"}, ""),

@@ -38,7 +38,7 @@ Steps = Annotated[
 ]
 Guidance = Annotated[
     float | None,
-    tyro.conf.arg(help="By classes (prior.guidance); default: as trained."),
+    tyro.conf.arg(help="Its strength (prior.guidance), of a flow trained with any; default: as trained."),
 ]
 
 

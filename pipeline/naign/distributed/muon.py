@@ -19,6 +19,7 @@ MOMENTUM = 0.95
 RMS = 0.2
 """Root mean square of a step of rate 1, about that of AdamW's (arXiv 2502.16982), so that one rate serves both."""
 STEPS = 5  # of the iteration
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by which vectors are updated; matrices have the first alone
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic, which grows small singular values fast and leaves all between 0.7 and 1.2."""
 

@@ -15,10 +15,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from naign.distributed.engine import Engine, State
-from naign.distributed.muon import Muon, orthogonal
+from naign.distributed.muon import MOMENTS, Muon, orthogonal
 from naign.errors import InputError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape; Muon keeps the first
 
 
 class Piece(NamedTuple):

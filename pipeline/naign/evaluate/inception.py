@@ -3,6 +3,7 @@
 They compare with a paper's numbers where the paper takes as many samples, the same training images and these weights.
 """
 
+import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from naign.errors import InputError, Unavailable, one_line, require
 from naign.observe.pictures import eight_bits
 
 FEWEST = 2048  # samples and training images: with fewer the covariance of as many features is singular
+MOST = 2**24  # of either, whose features are 128 GB
 DOWNLOAD = "download"  # in place of a file of weights
+HASH = "6726825d"  # of the file of the published weights begins so
 BATCH = 100  # images seen at once
 _LAYER = "2048"
 
@@ -46,8 +49,8 @@ def open_inception(weights: str, device: str) -> nn.Module:
     else:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever the file holds
-            raise InputError(f"--fid: {weights} holds no weights ({one_line(error)}): {source}") from None
+        except Exception:  # whatever the file holds
+            raise InputError(f"--fid: {weights} holds no weights, or runs code: {source}") from None
     with tempfile.NamedTemporaryFile(suffix=".pth") as checked:  # torch-fidelity itself would unpickle anything
         torch.save(state, checked.name)
         try:
@@ -66,10 +69,21 @@ def open_inception(weights: str, device: str) -> nn.Module:
     return network
 
 
+def note_on(weights: str) -> list[str]:
+    """What is to be said of a file whose weights are not the published ones."""
+    if weights == DOWNLOAD:
+        return []
+    with open(weights, "rb") as file:
+        published = hashlib.file_digest(file, "sha256").hexdigest().startswith(HASH)
+    other = "FID and KID are on weights that are not the published ones: they compare with no paper's numbers."
+    return [] if published else [other]
+
+
 def check_count(what: str, count: int) -> None:
-    """InputError for fewer images than FID needs."""
-    if count < FEWEST:
-        raise InputError(f"--fid needs at least {FEWEST:,} {what}, not {count:,}: distances of fewer are mostly bias")
+    """InputError for fewer images than FID needs, or more than memory holds."""
+    few = f"--fid needs at least {FEWEST:,} {what}, not {count:,}: distances of fewer are mostly bias"
+    many = f"--fid takes at most {MOST:,} {what}, not {count:,}: their features are all in memory"
+    require((count >= FEWEST, few), (count <= MOST, many))
 
 
 def features_of(network: nn.Module, images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from naign.data.damage import KINDS
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
+from naign.data.images import Images
 from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import InputError
@@ -29,6 +30,7 @@ ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is roun
 FLOORS = 5  # draws of training data whose distances the floor is the mean of, where there are as many
 REPAIRED = 2_500  # test images for each damage; f is applied to each twice
 SHOWN = 10  # repairs of each kind kept for pictures
+STREAMED = 500  # images whose features are found at once
 VALUES = 2**27  # of one set in memory at most (512 MB of float32): large images are measured on fewer examples
 
 
@@ -45,7 +47,7 @@ class Subject:
     manifest: Manifest
     encoder: Encoder
     second: Encoder | None  # another that Frechet distances are computed on
-    inception: nn.Module | None = None  # what FID is computed on
+    inception: tuple[nn.Module, Images] | None = None  # what FID is computed on, and the whole training split
     fid_samples: int = 0
     train: Tensor  # (n, *shape) in storage type
     test: Tensor  # (m, *shape) in the model's scale
@@ -226,16 +228,20 @@ def second_opinion(subject: Subject) -> dict[str, Any]:
 
 
 def inception(subject: Subject) -> dict[str, Any]:
-    """FID and KID of `fid_samples` f(z) against the training images; None without Inception."""
+    """FID and KID of `fid_samples` f(z) against all training images; None without Inception."""
     if subject.inception is None:
         return {"inception": None}
+    network, images = subject.inception
     model = subject.model
-    parts = []
-    for ids in torch.arange(subject.fid_samples).split(500):
+    made = []
+    for ids in torch.arange(subject.fid_samples).split(STREAMED):
         samples = model.project(model.latent(ids, seed=subject.seed))
-        parts.append(features_of(subject.inception, samples))
-    train = features_of(subject.inception, subject.train)
-    return {"inception": inception_distances(torch.cat(parts), train)}
+        made.append(features_of(network, samples))
+    seen = []
+    for first in range(0, len(images), STREAMED):
+        last = min(first + STREAMED, len(images))
+        seen.append(features_of(network, images.read(first, last)))
+    return {"inception": inception_distances(torch.cat(made), torch.cat(seen))}
 
 
 def copying(subject: Subject) -> dict[str, Any]:

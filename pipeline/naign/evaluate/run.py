@@ -11,10 +11,11 @@ import torch
 
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
-from naign.errors import InputError, require
+from naign.data.images import Images
+from naign.errors import InputError
 from naign.evaluate import measures
 from naign.evaluate.coverage import NEIGHBOURS
-from naign.evaluate.inception import check_count, open_inception
+from naign.evaluate.inception import check_count, note_on, open_inception
 from naign.evaluate.measures import STAGES, Subject
 from naign.evaluate.notes import write_notes
 from naign.evaluate.recorded import folder_of, recorded
@@ -52,7 +53,6 @@ def evaluate(
         raise InputError(f"{beside}: evaluate a copy, naign export {folder} --to FOLDER")
     if samples <= NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")
-    network = None
     if fid is not None:
         check_count("samples", fid_samples)
         network = open_inception(fid, device)
@@ -64,15 +64,18 @@ def evaluate(
     second, missing = _open_second(encoder, manifest, device)
     with _said("reading data", start, progress):
         train, test = measures.read(config, manifest.shape, seed=seed)
-    if network:
-        require((manifest.kind == "image", "--fid is for images, these are points: leave it out"))
-        check_count("training images", len(train))
+    judge = None
+    if fid is not None:
+        images = Images(config, config.split)
+        check_count("training images", len(images))
+        judge = (network, images)
+        missing += note_on(fid)
     subject = Subject(
         model=model,
         manifest=manifest,
         encoder=first,
         second=second,
-        inception=network,
+        inception=judge,
         fid_samples=fid_samples,
         train=train,
         test=test,

@@ -351,6 +351,8 @@ class NAIGN:
         if known["name"] != "flow":
             other = f"{' and '.join(settings)} can be chosen for a flow of codes, and this prior is '{known['name']}'"
             raise InputError(f"{other}: leave it out")
+        if settings.get("guidance") and not known["guidance"]:
+            raise InputError("the flow was trained without guidance: leave it out, or train with prior.guidance")
         state = {name: value for name, value in self.state.items() if not name.startswith("prior.student.")}
         return NAIGN(self.network, self.metadata | {"prior": known | {"student": 0} | settings}, state)
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from naign.data.images import Images
 from naign.data.scale import scaled
 from naign.distributed.ranks import together
 from naign.errors import require
@@ -24,7 +25,6 @@ from naign.match.exchange import ranks_of
 from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN
 from naign.neighbours import CopiesOptions
-from naign.neighbours.images import Images
 from naign.neighbours.rows import Nearest, build_index, find_nearest, read_part
 from naign.observe.pictures import eight_bits, png, rows
 from naign.storage.store import open_store

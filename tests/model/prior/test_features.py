@@ -70,7 +70,7 @@ def test_samples_are_like_the_training_images_whose_features_they_draw():
 
 def test_a_fit_with_features_goes_on_bit_for_bit():
     codes, _ = make_codes()
-    config = replace(CONFIG, passes=2, autoguidance=1.0)
+    config = replace(CONFIG, passes=2, guidance=1.0)
     whole = build(config)
     total = len(list(whole.fit(in_memory(codes))))
     stopped = build(config)
@@ -95,14 +95,14 @@ def test_ranks_find_the_same_features():
         assert_close(prior.velocity.state_dict(), alone.velocity.state_dict(), atol=1e-4, rtol=1e-3)
 
 
-def test_autoguidance_leads_to_features():
+def test_guidance_leads_to_features():
     codes, kinds = make_codes()
-    prior = build(replace(CONFIG, passes=72, autoguidance=1.0))
+    prior = build(replace(CONFIG, passes=72, guidance=1.0))
     list(prior.fit(in_memory(codes)))
     rare = prior.features(prior.whiten(codes[kinds == 0])).mean(0).expand(500, -1)
     noise = torch.randn(500, 2)
     guided = prior.solve(noise, rare)
-    prior.config = replace(prior.config, autoguidance=0.0)
+    prior.config = replace(prior.config, guidance=0.0)
     plain = prior.solve(noise, rare)
     assert (guided[:, 0] < 0).float().mean() > (plain[:, 0] < 0).float().mean() - 0.02
     assert not torch.allclose(guided, plain, atol=1e-3)
@@ -113,8 +113,6 @@ def test_what_does_not_go_together_is_refused():
         FlowConfig(classes=True, features=True).check()
     with refused("prior.features are found from 1,000 images or more, and these are 999"):
         CONFIG.check_codes(999, (2,))
-    with refused("no classes to guide by"):
-        FlowConfig(features=True, guidance=1.0).check()
     alike = torch.ones(64, 2)
     with refused("the codes of all images are the same"):
         list(build().fit(in_memory(alike)))

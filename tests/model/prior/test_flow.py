@@ -22,7 +22,7 @@ SETTINGS = FlowConfig(
     batch=128,
     steps=6,
 )
-GUIDED_SETTINGS = replace(SETTINGS, passes=2, autoguidance=1.0)
+GUIDED_SETTINGS = replace(SETTINGS, passes=2, guidance=1.0)
 TAUGHT_SETTINGS = replace(GUIDED_SETTINGS, student=300)
 
 
@@ -75,7 +75,7 @@ def test_the_learning_rate_falls_to_zero_after_its_warm_up():
 
 @pytest.mark.parametrize("steps", [1, 4, 9, 16, 19, 23])
 def test_a_fit_goes_on_bit_for_bit(steps):
-    """Before and after autoguidance keeps its weights, and when it does; at the end of the flow, and as its student
+    """Before and after guidance keeps its weights, and when it does; at the end of the flow, and as its student
     learns from either chunk of paths.
     """
     codes = in_memory(make_codes())
@@ -92,8 +92,8 @@ def test_a_fit_goes_on_bit_for_bit(steps):
         assert torch.equal(value, found[name]), name
 
 
-def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_training():
-    config = replace(SETTINGS, steps=1, autoguidance=1.5)
+def test_guidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_training():
+    config = replace(SETTINGS, steps=1, guidance=1.5)
     prior = build(config)
     fit = prior.fit(in_memory(make_codes()))
     list(islice(fit, 16))  # of 64 steps
@@ -108,7 +108,7 @@ def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_t
 
 
 def test_a_student_reaches_in_two_evaluations_what_the_flow_does_in_many():
-    config = replace(SETTINGS, passes=40, autoguidance=0.5, student=1024)
+    config = replace(SETTINGS, passes=40, guidance=0.5, student=1024)
     prior = fitted(config)
     noise = torch.randn(2000, 2)
     followed = prior._path(noise, None)[-1] @ prior.outward.T + prior.mean

@@ -62,15 +62,8 @@ class Features(nn.Module):
 
     def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         """Features (n, size) of training images, with noise, by (seed, round, id)."""
-        drawn = uniform(
-            seed,
-            round,
-            ids,
-            (1,),
-            device,
-            stream=CLASS,
-        ).flatten()
-        rows = (drawn * KEPT).long().clamp(max=KEPT - 1)
+        drawn = uniform(seed, round, ids, (1,), device, stream=CLASS)
+        rows = (drawn.flatten() * KEPT).long() % KEPT  # they may be 1
         return self.table[rows].float()
 
     def fit(self, whitened: Tensor, codes: Codes, seed: int) -> None:
@@ -89,14 +82,7 @@ class Features(nn.Module):
         self.directions.copy_(directions[:, -self.size :] / scale)
         numbers = torch.arange(KEPT)
         rows = numbers * len(whitened) // KEPT
-        noise = normal(
-            seed,
-            TABLE,
-            numbers,
-            (self.size,),
-            whitened.device,
-            stream=LEARN,
-        )
+        noise = normal(seed, TABLE, numbers, (self.size,), whitened.device, stream=LEARN)
         found = self(whitened[rows])
         self.table.copy_(found + NOISE * noise)
         for value in self.buffers():  # other machines may round otherwise
@@ -116,17 +102,14 @@ class Features(nn.Module):
         deviations = variances.clamp(min=1e-30).sqrt()
         whiten = directions / deviations @ directions.T
         white = centred @ whiten
-        every = max(1, len(white) // PROTOTYPES)
-        first = white[::every][:PROTOTYPES]
-        prototypes = torch.zeros(PROTOTYPES, white.shape[1], device=white.device)
-        prototypes[: len(first)] = F.normalize(first)
+        every = len(white) // PROTOTYPES
+        prototypes = F.normalize(white[::every][:PROTOTYPES])
         for _ in range(TURNS):
             along = white @ prototypes.T
             nearest = along.abs().argmax(1)
             signed = white * along.gather(1, nearest[:, None])
             summed = torch.zeros_like(prototypes).index_add_(0, nearest, signed)
-            alive = summed.norm(dim=1, keepdim=True) > 0
-            prototypes = torch.where(alive, F.normalize(summed), prototypes)
+            prototypes = F.normalize(summed)  # zeros, and so a feature of zeros, where no patch is near
         self.filters.copy_(whiten @ prototypes.T)
 
     def _patches(self, whitened: Tensor) -> Tensor:

@@ -25,9 +25,8 @@ from naign.settings.constraints import POSITIVE, between
 
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
 DROPPED = 0.1  # share of conditions that the flow learns without, for guidance (arXiv 2207.12598)
-GUIDED = 0.6  # time from which guidance by classes acts; before, it costs variety and adds little (arXiv 2404.07724)
-BLIND = 0.4  # time from which the flow that autoguidance leads away from sees no features
-EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
+BLIND = 0.4  # time from which the flow that guidance leads away from sees no condition
+EARLY = 0.25  # share of the flow's training after which guidance keeps its weights
 RIDGE = 0.3  # share of the mean variance that is added to each: fully whitening low-variance directions costs the rest
 MIDDLE = 0.4  # time at which the student's second step begins, rounded to a step of the flow
 TAUGHT = 4096  # paths at once that the student learns from
@@ -51,26 +50,20 @@ class FlowConfig(CodesConfig):
     """Peak learning rate of the flow's Muon: a short warm-up, then a cosine to zero at its end."""
     steps: int = field(default=10, metadata=between(1, 10**4))
     """Steps from noise to a code, with an evaluation of the flow each: the method of Adams and Bashforth of order 2."""
-    autoguidance: float = field(default=0.0, metadata=between(0, 10))
-    """Strength of autoguidance (arXiv 2406.02507): a code follows v + strength * (v - early), where v is the flow's
-    velocity and early what it was after a quarter of its training. Up to 2 makes up for a short training, at two
-    evaluations a step; 0: none."""
     guidance: float = field(default=0.0, metadata=between(0, 10))
-    """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity
-    over the last two fifths of the path, at one more evaluation a step; 0: none. Samples match their class more."""
+    """Strength of guidance: a code follows v + strength * (v - early), where v is the flow's velocity and early what it
+    was after a quarter of its training (arXiv 2406.02507), late on the path without classes or features (2207.12598).
+    1 makes up for a short training, and classes are met more often, at two evaluations a step; 0: none."""
     student: int = field(default=0, metadata=between(0, 2**30))
     """Paths of the flow from which a student learns to reach codes in two evaluations, rounded up to chunks of 4,096;
     0: no student. It learns from each as often as the flow from an image's code."""
     features: bool = False
     """Condition the flow on features of its codes (arXiv 2312.03701), which are found without labels. A sample draws
-    those of a training image, with noise, and autoguidance leads to them, too."""
+    those of a training image, with noise."""
 
     def check(self) -> None:
-        blind = f"prior.guidance is {self.guidance:g}, but there are no classes to guide by: set prior.classes"
-        require(
-            (self.classes or not self.guidance, blind),
-            (not (self.classes and self.features), "prior.classes and prior.features exclude each other: choose one"),
-        )
+        both = "prior.classes and prior.features exclude each other: choose one"
+        require((not (self.classes and self.features), both))
 
     def check_codes(self, count: int, shape: Shape) -> None:
         few = f"prior.features are found from {LEAST:,} images or more, and these are {count:,}: leave it out"
@@ -112,7 +105,7 @@ class Flow(CodesPrior):
                 config.depth,
                 **sizes,
             )
-        if config.autoguidance:
+        if config.guidance:
             self.early = deepcopy(self.velocity)
         if config.student:
             self.student = deepcopy(self.velocity)
@@ -136,16 +129,8 @@ class Flow(CodesPrior):
         condition = labels
         if condition is None:
             condition = self._condition(seed, round, ids, device)
-        return self.solve(
-            normal(
-                seed,
-                round,
-                ids,
-                self.noise_shape,
-                device,
-            ),
-            condition,
-        )
+        noise = normal(seed, round, ids, self.noise_shape, device)
+        return self.solve(noise, condition)
 
     def _condition(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor | None:
         """Classes (n,) or features (n, k) of training images, as often as they occur; None without either."""
@@ -166,8 +151,7 @@ class Flow(CodesPrior):
     def _path(self, noise: Tensor, condition: Tensor | None) -> list[Tensor]:
         """The points (n, d, ...) of the flow's paths from noise at times 0, 1 / steps, 2 / steps, ..., 1.
 
-        The velocity is v + autoguidance * (v - early) + guidance * (v - that of no class), v and early with the
-        condition; the last of these from GUIDED on. From BLIND on, early is without features.
+        The velocity is v + guidance * (v - early), with the condition; from BLIND on early is without it.
         """
         steps = self.config.steps
         points = [noise]
@@ -175,16 +159,12 @@ class Flow(CodesPrior):
         for step in range(steps):
             codes = points[-1]
             time = noise.new_full((len(noise),), step / steps)
-            plain = self.velocity(codes, time, condition)
-            velocity = plain
-            if self.config.autoguidance:
-                known = condition
-                if self.config.features and condition is not None and step >= BLIND * steps:
-                    known = torch.zeros_like(condition)
-                velocity = velocity + self.config.autoguidance * (plain - self.early(codes, time, known))
-            if self.config.guidance and condition is not None and step >= GUIDED * steps:
-                no_class = torch.full_like(condition, len(self.labels))
-                velocity = velocity + self.config.guidance * (plain - self.velocity(codes, time, no_class))
+            velocity = plain = self.velocity(codes, time, condition)
+            if self.config.guidance:
+                seen = condition
+                if condition is not None and step >= BLIND * steps:
+                    seen = torch.full_like(condition, len(self.labels))  # no class, or zeros of features
+                velocity = plain + self.config.guidance * (plain - self.early(codes, time, seen))
             if before is None:
                 slope = velocity  # Euler's step first
             else:
@@ -247,7 +227,7 @@ class Flow(CodesPrior):
                     self.features.fit(whitened, codes, self.seed)
                 condition = self.features(whitened)
             for rows in batches:
-                if self.config.autoguidance and learner.made == math.ceil(EARLY * steps):
+                if self.config.guidance and learner.made == math.ceil(EARLY * steps):
                     self.early.load_state_dict(self.velocity.state_dict())
                 mine = codes.part(rows.to(whitened.device))
                 numbers = codes.part(torch.arange(len(rows), device=whitened.device))
@@ -284,22 +264,12 @@ class Flow(CodesPrior):
                 points = torch.where(chosen, halves[mine], noise[mine])
                 wanted = torch.where(chosen, ends[mine], halves[mine])
                 with codes.autocast():
-                    reached = self._leap(
-                        learner.network,
-                        points,
-                        late,
-                        labels_of(condition, mine),
-                    )
+                    reached = self._leap(learner.network, points, late, labels_of(condition, mine))
                 error = (reached.float() - wanted).square().sum()
                 scale = len(rows) * math.prod(self.noise_shape)
                 share = (learner.made - first) / steps
                 rate = self.config.lr * TAUGHT_RATE * cosine(share)
-                learner.step(
-                    error / scale,
-                    rate,
-                    self.student,
-                    codes.add,
-                )
+                learner.step(error / scale, rate, self.student, codes.add)
                 yield
 
     @torch.no_grad()
@@ -309,14 +279,7 @@ class Flow(CodesPrior):
         """
         ids = torch.arange(chunk * TAUGHT, (chunk + 1) * TAUGHT)
         device = self.mean.device
-        noise = normal(
-            self.seed,
-            PATHS,
-            ids,
-            self.noise_shape,
-            device,
-            stream=LEARN,
-        )
+        noise = normal(self.seed, PATHS, ids, self.noise_shape, device, stream=LEARN)
         condition = self._condition(self.seed, PATHS, ids, device)
         halves = torch.zeros_like(noise)
         ends = torch.zeros_like(noise)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from naign.distributed.muon import MOMENTS
 from naign.distributed.optimizers import OPTIMIZERS, clip_and_step
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by which Muon updates vectors; matrices have the first alone
 CLIP = 1.0  # largest norm of the gradient
 DECAY = 0.999  # of the average, per step
 WARMUP = 200  # steps over which the learning rate rises
