@@ -62,7 +62,14 @@ class Features(nn.Module):
 
     def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         """Features (n, size) of training images, with noise, by (seed, round, id)."""
-        drawn = uniform(seed, round, ids, (1,), device, stream=CLASS)
+        drawn = uniform(
+            seed,
+            round,
+            ids,
+            (1,),
+            device,
+            stream=CLASS,
+        )
         rows = (drawn.flatten() * KEPT).long() % KEPT  # they may be 1
         return self.table[rows].float()
 
@@ -82,7 +89,14 @@ class Features(nn.Module):
         self.directions.copy_(directions[:, -self.size :] / scale)
         numbers = torch.arange(KEPT)
         rows = numbers * len(whitened) // KEPT
-        noise = normal(seed, TABLE, numbers, (self.size,), whitened.device, stream=LEARN)
+        noise = normal(
+            seed,
+            TABLE,
+            numbers,
+            (self.size,),
+            whitened.device,
+            stream=LEARN,
+        )
         found = self(whitened[rows])
         self.table.copy_(found + NOISE * noise)
         for value in self.buffers():  # other machines may round otherwise

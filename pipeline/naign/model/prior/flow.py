@@ -129,7 +129,13 @@ class Flow(CodesPrior):
         condition = labels
         if condition is None:
             condition = self._condition(seed, round, ids, device)
-        noise = normal(seed, round, ids, self.noise_shape, device)
+        noise = normal(
+            seed,
+            round,
+            ids,
+            self.noise_shape,
+            device,
+        )
         return self.solve(noise, condition)
 
     def _condition(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor | None:
@@ -269,7 +275,12 @@ class Flow(CodesPrior):
                 scale = len(rows) * math.prod(self.noise_shape)
                 share = (learner.made - first) / steps
                 rate = self.config.lr * TAUGHT_RATE * cosine(share)
-                learner.step(error / scale, rate, self.student, codes.add)
+                learner.step(
+                    error / scale,
+                    rate,
+                    self.student,
+                    codes.add,
+                )
                 yield
 
     @torch.no_grad()
@@ -279,7 +290,14 @@ class Flow(CodesPrior):
         """
         ids = torch.arange(chunk * TAUGHT, (chunk + 1) * TAUGHT)
         device = self.mean.device
-        noise = normal(self.seed, PATHS, ids, self.noise_shape, device, stream=LEARN)
+        noise = normal(
+            self.seed,
+            PATHS,
+            ids,
+            self.noise_shape,
+            device,
+            stream=LEARN,
+        )
         condition = self._condition(self.seed, PATHS, ids, device)
         halves = torch.zeros_like(noise)
         ends = torch.zeros_like(noise)
