@@ -71,9 +71,9 @@ def test_fid_and_kid_are_those_of_torch_fidelity(weights, save_untrained, digits
 
 
 def test_few_images_are_refused(tmp_path):
-    with refused("--fid needs at least 2,048 samples, not 2,047"):
+    with refused("--fid needs at least 2,048 samples .*, not 2,047"):
         evaluate(str(tmp_path), fid="download", fid_samples=2047)
-    with refused("--fid takes at most 16,777,216 samples, not 1"):
+    with refused("--fid needs .*at most 16,777,216, not 1"):
         evaluate(str(tmp_path), fid="download", fid_samples=10**20)
     check_count("samples", 2048)
 

@@ -197,7 +197,7 @@ def cases():
         guided = [*narrow, "--prior.classes", "--prior.guidance=1"]
         yield f"{name}'s flow draws", draws, settings(name, *options), shape
         yield f"{name}'s guided flow draws", draws, settings(name, *guided), shape
-        student = settings(name, *narrow, "--prior.student=64", "--prior.features")
+        student = settings(name, *narrow, "--prior.student=64", "--prior.features=0.7")
         yield f"{name}'s student draws", draws, student, shape
         yield f"{name}'s flow learns", learns, settings(name, *narrow), shape
     yield "mixture draws", draws, settings("mnist", "--prior.classes"), (1, 28, 28)

@@ -71,19 +71,15 @@ def open_inception(weights: str, device: str) -> nn.Module:
 
 def note_on(weights: str) -> list[str]:
     """What is to be said of a file whose weights are not the published ones."""
-    if weights == DOWNLOAD:
-        return []
-    found = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    if found.startswith(HASH):
+    if weights == DOWNLOAD or hashlib.sha256(Path(weights).read_bytes()).hexdigest().startswith(HASH):
         return []
     return ["FID and KID are on weights that are not the published ones: they compare with no paper's numbers."]
 
 
 def check_count(what: str, count: int) -> None:
-    """InputError for fewer images than FID needs, or more than memory holds."""
-    few = f"--fid needs at least {FEWEST:,} {what}, not {count:,}: distances of fewer are mostly bias"
-    many = f"--fid takes at most {MOST:,} {what}, not {count:,}: their features are all in memory"
-    require((count >= FEWEST, few), (count <= MOST, many))
+    """InputError for fewer images than FID needs, whose distances are mostly bias, or more than memory holds."""
+    if not FEWEST <= count <= MOST:
+        raise InputError(f"--fid needs at least {FEWEST:,} {what} and at most {MOST:,}, not {count:,}: few give bias")
 
 
 def features_of(network: nn.Module, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ CONFIG = FlowConfig(
     depth=2,
     passes=24,
     batch=128,
-    features=True,
+    features=0.7,
 )
 
 
@@ -41,7 +41,7 @@ def test_textures_are_told_apart_wherever_they_lie(shape):
     stripes = (rows % 2 * 2.0 - 1).expand(600, *shape)
     codes = torch.where(kinds.view(-1, 1, 1, 1) > 0, stripes, stripes[:, :, :1]) + 0.1 * torch.randn(600, *shape)
     features = Features(shape)
-    features.fit(codes, in_memory(codes), 0)
+    features.fit(codes, in_memory(codes), 0, 0.7)
     found = features(codes)
     assert_close(found.square().mean(), torch.tensor(1.0))
     again = Features(shape)
@@ -110,7 +110,7 @@ def test_guidance_leads_to_features():
 
 def test_what_does_not_go_together_is_refused():
     with refused("prior.classes and prior.features exclude each other"):
-        FlowConfig(classes=True, features=True).check()
+        FlowConfig(classes=True, features=0.7).check()
     with refused("prior.features are found from 1,000 images or more, and these are 999"):
         CONFIG.check_codes(999, (2,))
     alike = torch.ones(64, 2)

@@ -24,7 +24,6 @@ DIRECTIONS = 128  # of features, at most
 MEASURED = 20_000  # codes whose directions are found, about
 LEAST = 1000  # images, for these
 BATCH = 500  # codes at once
-NOISE = 0.7  # standard deviation that is added to features, whose own is about 1
 KEPT = 2**15  # features of training images from which samples draw
 TABLE = 2**31 - 1  # "round" of the noise of these
 
@@ -73,7 +72,13 @@ class Features(nn.Module):
         rows = (drawn.flatten() * KEPT).long() % KEPT  # they may be 1
         return self.table[rows].float()
 
-    def fit(self, whitened: Tensor, codes: Codes, seed: int) -> None:
+    def fit(
+        self,
+        whitened: Tensor,
+        codes: Codes,
+        seed: int,
+        deviation: float,  # of the noise of the table
+    ) -> None:
         """Find the features of these codes, as rank 0 finds them. Collective; InputError if all codes are alike."""
         some = whitened[:: math.ceil(len(whitened) / MEASURED)]
         if self.side:
@@ -97,8 +102,7 @@ class Features(nn.Module):
             whitened.device,
             stream=LEARN,
         )
-        found = self(whitened[rows])
-        self.table.copy_(found + NOISE * noise)
+        self.table.copy_(self(whitened[rows]) + deviation * noise)
         for value in self.buffers():  # other machines may round otherwise
             value.copy_(codes.add(value.float() * float(codes.rank == 0)))
 
