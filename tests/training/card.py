@@ -194,7 +194,7 @@ def cases():
         yield name, steps, settings(name), shape
     for name, shape, options in (("cifar10", (3, 32, 32), []), ("mnist", (1, 28, 28), ["--prior.name=flow"])):
         narrow = [*options, "--prior.width=16"]
-        guided = [*narrow, "--prior.classes", "--prior.guidance=1"]
+        guided = [*narrow, "--prior.features=0", "--prior.classes", "--prior.guidance=1"]
         yield f"{name}'s flow draws", draws, settings(name, *options), shape
         yield f"{name}'s guided flow draws", draws, settings(name, *guided), shape
         student = settings(name, *narrow, "--prior.student=64", "--prior.features=0.7")
