@@ -115,7 +115,7 @@ def test_scale_predicts_what_the_page_says(run):
     costs = run("scale")["costs"]
     assert len(costs) == 9
     page = (ROOT / "docs/scale.md").read_text()
-    for gpus, lost in ((8, "0.00142"), (1024, "0.413"), (4096, "4.41")):
+    for gpus, lost in ((8, "0.0014"), (1024, "0.41"), (4096, "4.4")):
         found = costs[f"{gpus} 1000000000"]
         assert f"{found['losses: of the time, %']:.3g}" == lost and f" {lost} |" in page
         assert f"{found['round, s']:.3g}" == "2.87" and "| round, s | 2.87 | 2.87 | 2.87 |" in page
