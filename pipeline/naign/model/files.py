@@ -20,7 +20,7 @@ from torch import Tensor
 from naign import shipped
 from naign.checkpoint.bucket import fetch_file, newest_first
 from naign.checkpoint.writer import is_complete
-from naign.errors import Damaged, InputError, check_address, one_line
+from naign.errors import Damaged, InputError, Unavailable, check_address, one_line
 from naign.storage.store import is_in_bucket, open_store
 
 log = logging.getLogger("naign.model")
@@ -120,7 +120,7 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            metadata = dict(opened.metadata() or {})
+            metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
@@ -177,21 +177,23 @@ def save_model(
 
 def all_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Whether no value of the tensors is NaN or infinite."""
-    return all(bool(value.isfinite().all()) for value in tensors.values())
+    return all(value.isfinite().all() for value in tensors.values())
 
 
 def download(name: str, **options: Any) -> Path:
-    """The weights of user/model on the hub or in its cache; `options` are hf_hub_download's. Raises InputError."""
-    from huggingface_hub import get_token, hf_hub_download
+    """The weights of user/model on the hub or in its cache; `options` are hf_hub_download's. Raises InputError, or
+    Unavailable where the hub does not answer.
+    """
+    from huggingface_hub import errors, get_token, hf_hub_download
 
-    token = options.get("token")
-    if not isinstance(token, str):
-        token = get_token() or ""
-    if not (token.isascii() and token.isprintable()):  # a message of the HTTP library could show it
+    tokens = f"{options.get('token')}{get_token()}"
+    if not (tokens.isascii() and tokens.isprintable()):  # a message of the HTTP library could show them
         raise InputError(f"the token for the hub has characters that no token has: renew the login {LOGIN}")
     try:
         return Path(hf_hub_download(name, WEIGHTS, **options))
     except Exception as error:  # the hub's, the HTTP library's, the file system's
         reason = f"{type(error).__name__}: {one_line(error)}"
+        unreached = isinstance(error, errors.LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
     hint = f"a private model needs a login {LOGIN}, and only {WEIGHTS} is read, never a pickle"
-    raise InputError(f"no model at {PREFIX}{name} ({one_line(constants.ENDPOINT)}): {reason}; {hint}")
+    kind = Unavailable if unreached else InputError
+    raise kind(f"no model at {PREFIX}{name} ({one_line(constants.ENDPOINT)}): {reason}; {hint}")
