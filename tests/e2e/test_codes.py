@@ -10,6 +10,8 @@ from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import INTERRUPTED
 from naign.model.naign import NAIGN
+from naign.model.prior.features import KEPT, TABLE
+from naign.philox import LEARN, normal
 from tests.conftest import SMALL
 from tests.e2e.runs import newest, reports, same, weights
 from tests.programs import execute, refused, succeeded
@@ -70,6 +72,20 @@ def test_from_training_to_samples_of_either_law(train, naign, small, tmp_path, n
     ids = torch.arange(64)
     assert not torch.equal(finer.draw(0, 0, ids, "cpu"), model.prior.draw(0, 0, ids, "cpu"))
     refused(naign("sample run --steps 0"), "prior.steps is 0")
+
+
+def test_mirror_images_have_the_same_features(train, small, digits, tmp_path):
+    options = [*small, *CODES, "--model.name=spatial", "--model.code=2", "--prior.depth=1", "--prior.features=0.7"]
+    succeeded(train(*options, "--data.flip", "--run.path=run", "--train.images=512"))
+    model = NAIGN.from_pretrained(tmp_path / "run")
+    flow = model.prior
+    images = scaled(read_split(str(digits), "train")[0])
+    with torch.no_grad():
+        views = [flow.whiten(model.network.encode(each)) for each in (images, images.flip(-1))]
+    noise = normal(0, TABLE, torch.arange(KEPT), (flow.features.size,), "cpu", stream=LEARN)
+    drawn = (flow.features.table - 0.7 * noise)[::64]  # what samples draw, without its noise
+    assert torch.cdist(drawn, flow.features(*views)).amin(1).max() < 0.1
+    assert torch.cdist(drawn, flow.features(views[0])).amin(1).median() > 1
 
 
 def test_a_mixture_of_the_codes_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, small, tmp_path):

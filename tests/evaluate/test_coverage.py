@@ -29,17 +29,17 @@ def test_agrees_with_the_definitions(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 37)  # several blocks, the last one short
     real = draw(0, 211, 6)
     samples = 0.3 + 0.8 * draw(1, 173, 6)
-    found = coverage(real, samples, k=5)
+    found = coverage(real, samples)
     expected = _naive(real.double().numpy(), samples.double().numpy(), 5)
     assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_equal_sets_are_complete():
     real = draw(0, 300, 4)
-    found = coverage(real, real, k=5)
+    found = coverage(real, real)
     assert found.pop("density") == pytest.approx(6 / 5)  # every ball holds its k neighbours and its own centre
     assert set(found.values()) == {1}
-    apart = coverage(real + 1000, real, k=5)
+    apart = coverage(real + 1000, real)
     assert set(apart.values()) == {0}
 
 

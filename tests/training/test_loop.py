@@ -33,7 +33,7 @@ class Arriving:
                 raise InputError("damaged")
             if cancelled():
                 raise Stopped
-        return number
+        return SimpleNamespace(number=number, images=torch.zeros(1, dtype=torch.uint8))
 
 
 def read_on_ranks(monkeypatch, *streams, stop=False):
@@ -57,14 +57,16 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
             beats[rank] += 1
 
         run = SimpleNamespace(
-            accelerator=SimpleNamespace(rank=rank, num_processes=1),
+            accelerator=SimpleNamespace(rank=rank, num_processes=1, device="cpu"),
             phases=SimpleNamespace(alone=lambda phase: nullcontext()),
             watchdog=SimpleNamespace(beat=beat),
             stop=SimpleNamespace(seen=lambda: stop),
             stream=streams[rank],
         )
         try:
-            results[rank] = loop.read_round(run, 3)
+            rows, images = loop.read_round(run, 3)
+            assert images.item() == -1, "black"
+            results[rank] = rows.number
         except (InputError, Stopped) as error:
             results[rank] = type(error)
 

@@ -19,51 +19,45 @@ NEIGHBOURS = 5  # k of precision, recall, density and coverage
 BLOCK = 1000  # rows of a distance matrix held at a time: 1,000 x 10,000 float32 are 40 MB
 
 
-def radii(features: Tensor, k: int) -> Tensor:
-    """(n, d) -> (n,): squared distance of every point to its k-th nearest other point of the same set."""
+def radii(features: Tensor) -> Tensor:
+    """(n, d) -> (n,): squared distance of every point to the last of its NEIGHBOURS nearest others of the same set."""
     parts = []
     for start in range(0, len(features), BLOCK):
         block = squares(features[start : start + BLOCK], features)
         block.diagonal(start).zero_()  # exactly, whatever the rounding: the point itself is the first of k + 1
-        smallest = block.topk(k + 1, dim=1, largest=False).values  # kthvalue is nine times slower
-        parts.append(smallest[:, k])
+        smallest = block.topk(NEIGHBOURS + 1, dim=1, largest=False).values  # kthvalue is nine times slower
+        parts.append(smallest[:, NEIGHBOURS])
     return torch.cat(parts)
 
 
-def coverage(
-    real: Tensor,
-    samples: Tensor,
-    *,
-    k: int = NEIGHBOURS,
-) -> dict[str, float]:
-    """How features (n, d) of real data and (m, d) of samples overlap; both need more than k rows.
+def coverage(real: Tensor, samples: Tensor) -> dict[str, float]:
+    """How features (n, d) of real data and (m, d) of samples overlap; both need more than k = NEIGHBOURS rows.
 
     precision and recall: share of samples in the k-nearest-neighbour balls of real data, and of real data in those of
     samples. density: mean number of real balls that hold a sample, over k, precision that outliers do not inflate; 1
     for equal sets. coverage: share of real balls that hold a sample, recall that stray samples do not inflate.
     """
-    if min(len(real), len(samples)) <= k:
-        raise ValueError(f"{len(real)} real and {len(samples)} sampled rows: both must be more than k = {k}")
+    if min(len(real), len(samples)) <= NEIGHBOURS:
+        raise ValueError(f"{len(real)} real and {len(samples)} sampled rows: both must be more than k = {NEIGHBOURS}")
     real = real.double()
     centre = real.mean(0)
     real = (real - centre).float()
     samples = (samples.double() - centre).float()
-    real_radii = radii(real, k)
-    sample_radii = radii(samples, k)
+    real_radii = radii(real)
+    sample_radii = radii(samples)
     inside = torch.zeros(len(samples), dtype=torch.int64)  # real balls that hold the sample
     recalled = 0
     covered = 0
-    for start in range(0, len(real), BLOCK):
-        part = slice(start, start + BLOCK)
-        block = squares(real[part], samples)
-        holds = block <= real_radii[part, None]
+    for part, reach in zip(real.split(BLOCK), real_radii.split(BLOCK), strict=True):
+        block = squares(part, samples)
+        holds = block <= reach[:, None]
         inside += holds.sum(0)
         covered += int(holds.any(1).sum())
         recalled += int((block <= sample_radii).any(1).sum())
     return {
         "precision": float((inside > 0).double().mean()),
         "recall": recalled / len(real),
-        "density": float(inside.double().mean()) / k,
+        "density": float(inside.double().mean()) / NEIGHBOURS,
         "coverage": covered / len(real),
     }
 

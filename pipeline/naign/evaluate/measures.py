@@ -82,16 +82,14 @@ def read(
 
     Raises InputError if one is too small, or its examples too large.
     """
-    if within(NEIGHBOURS + 1, shape) <= NEIGHBOURS:
-        large = f"examples of shape {shape} are too large: too few of them fit in memory to measure with"
-        raise InputError(f"{large}: train on smaller ones, with data.size or data.crop")
     generator = torch.Generator().manual_seed(seed)
     splits = []
     for split, wanted in ((data.split, 100_000), ("test", 10_000)):
         images, _ = read_split(data, split, limit=within(wanted, shape))
         if len(images) <= NEIGHBOURS:
-            few = f"{data.path} has {len(images)} examples in its {split} split, too few to measure with"
-            raise InputError(f"{few}: give a data set with more than {NEIGHBOURS} in each, with --data")
+            few = f"{data.path} has {len(images)} examples in its {split} split that fit in memory, too few to measure"
+            more = f"give a data set with more than {NEIGHBOURS} in each, with --data"
+            raise InputError(f"{few}: {more}, or train on smaller ones, with data.size or data.crop")
         order = torch.randperm(len(images), generator=generator)
         splits.append(images[order])
     return splits[0], scaled(splits[1])

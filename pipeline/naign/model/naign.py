@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -228,12 +229,9 @@ class NAIGN:
             for _ in range(times):
                 filled = put_back(x, self.project(filled, advance=advance), mask)
             return filled
+        f = partial(self._apply, times=times, advance=advance)
         if x.shape[1:] == self.shape:
-            return self._apply(x, times, advance)
-
-        def f(tiles: Tensor) -> Tensor:
-            return self._apply(tiles, times, advance)
-
+            return f(x)
         return blended(f, x, self.shape[1:])
 
     def energy(

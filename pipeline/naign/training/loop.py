@@ -87,8 +87,7 @@ def train_network(run: Trainer) -> None:
         with run.phases.round():
             try:
                 with run.phases.enter("take"):
-                    rows = read_round(run, state.round)
-                    images = scaled(rows.images.to(run.accelerator.device))
+                    rows, images = read_round(run, state.round)
                     if state.round == 0:
                         run.latents.measure(images, run.accelerator.reduce, run.world)
                 match = None
@@ -233,11 +232,11 @@ def fits_in_time(run: Trainer, seconds: float, done: float) -> bool:
     """
     left = run.stop.left - max(run.writer.seconds, 0.2 * run.config.stop.within)
     needed = seconds * (1 - done) / max(done, 1e-9)
-    return total([float(needed > left)], run.accelerator)[0] == 0
+    return not total([needed > left], run.accelerator)[0]
 
 
-def read_round(run: Trainer, number: int) -> Rows:
-    """This rank's rows of a round, once every rank has read its own. Collective.
+def read_round(run: Trainer, number: int) -> tuple[Rows, Tensor]:
+    """This rank's rows of a round, and their images in [-1, 1], once every rank has read its own. Collective.
 
     Only rows that arrive, on any rank, count as progress: a store that stalls ends the run after train.timeout.
     """
@@ -246,7 +245,7 @@ def read_round(run: Trainer, number: int) -> Rows:
     def all_done(done: bool) -> bool:
         nonlocal arrived
         before = arrived
-        arrived, missing = total([run.stream.rows_read, float(not done)], run.accelerator)
+        arrived, missing = total([run.stream.rows_read, not done], run.accelerator)
         if arrived > before:
             run.watchdog.beat()
         return not missing
@@ -263,7 +262,7 @@ def read_round(run: Trainer, number: int) -> Rows:
             pass  # it takes as long as the slowest rank is between two looks
         if problem:
             raise problem
-    return rows
+    return rows, scaled(rows.images.to(run.accelerator.device))
 
 
 def fit_prior(run: Trainer) -> None:
@@ -322,20 +321,25 @@ def encode_data(run: Trainer) -> Codes:
     size = run.config.match.round
     rounds = -(-count_codes(run.config, run.stream) // size)
     held = max(1, KEPT // (size * math.prod(run.prior.shape)))  # rounds of a chunk
-    chunks = [range(first, min(first + held, rounds)) for first in range(0, rounds, held)]
+    chunks = torch.arange(rounds).split(held)
 
-    def read(chunk: int) -> tuple[Tensor, Tensor | None]:
+    def read(chunk: int) -> tuple[list[Tensor], Tensor | None]:
         codes = []
         labels = []
-        for number in chunks[chunk]:
+        mirrored = []
+        for number in chunks[chunk].tolist():
             with run.phases.enter("encode"):
-                rows = read_round(run, run.rounds + number)
-                fitted_to = scaled(rows.images.to(run.accelerator.device))
+                rows, images = read_round(run, run.rounds + number)
+                if run.config.data.flip and run.prior.mirrors:
+                    twins = apply(run, "encode", images.flip(-1))
+                    mirrored.append(run.accelerator.gather(twins))
                 if run.prior.decodes:  # it is fitted to the images' codes
-                    fitted_to = apply(run, "encode", fitted_to)
-                codes.append(run.accelerator.gather(fitted_to))
-                labels.append(run.accelerator.gather(read_labels(run, rows)))
-        return torch.cat(codes), torch.cat(labels)
+                    images = apply(run, "encode", images)
+                codes.append(run.accelerator.gather(images))
+                if run.config.prior.classes:
+                    labels.append(run.accelerator.gather(read_labels(run, rows)))
+        views = [torch.cat(parts) for parts in (codes, mirrored) if parts]
+        return views, torch.cat(labels) if labels else None
 
     return Codes(
         sizes=tuple(len(chunk) * size for chunk in chunks),
@@ -355,8 +359,7 @@ def fill_bank(run: Trainer) -> None:
     most = min(CODES, max(1, VALUES // math.prod(run.prior.shape)))
     codes = []
     for number in range(-(-min(most, count_codes(run.config, run.stream)) // size)):
-        rows = read_round(run, run.rounds + number)
-        images = scaled(rows.images.to(run.accelerator.device))
+        _, images = read_round(run, run.rounds + number)
         if number == 0:
             references = images[: max(1, REFERENCES // run.world)]
         codes.append(run.accelerator.gather(rounded(apply(run, "encode", images))))
@@ -384,13 +387,12 @@ def apply(run: Trainer, part: str, images: Tensor) -> Tensor:
 
 
 def read_labels(run: Trainer, rows: Rows) -> Tensor:
-    """The labels (n,) of this rank's rows; InputError on every rank if the prior needs labels and some are missing."""
-    if run.config.prior.classes:
-        missing = (rows.labels < 0).nonzero().flatten().tolist()
-        with together(run.accelerator):
-            if missing:
-                keys = f"{rows.keys[missing[0]]} and {len(missing) - 1} more samples of a round have no label"
-                raise InputError(f"prior.classes is set, but {keys}: repack the data set, or leave it out")
+    """The labels (n,) of this rank's rows; InputError on every rank if some are missing."""
+    missing = (rows.labels < 0).nonzero().flatten().tolist()
+    with together(run.accelerator):
+        if missing:
+            keys = f"{rows.keys[missing[0]]} and {len(missing) - 1} more samples of a round have no label"
+            raise InputError(f"prior.classes is set, but {keys}: repack the data set, or leave it out")
     return rows.labels.to(run.accelerator.device)
 
 
@@ -419,7 +421,7 @@ def save(run: Trainer, taken: Snapshot | None = None) -> None:
     if taken.name in (writer.newest, "step-00000000"):  # a new start does the same
         return
     ready = writer.join(share=0.5)  # the one before may still be on its way to the bucket
-    if total([float(not ready)], run.accelerator)[0]:
+    if total([not ready], run.accelerator)[0]:
         log.warning("%s is not written: the one before it is still being sent, and time is short", taken.name)
         return
     with together(run.accelerator):
@@ -432,4 +434,4 @@ def finish(run: Trainer) -> bool:
     written = run.writer.finish()
     if not written:
         log.warning("the newest checkpoint, or its copy, could not be finished in time")
-    return run.finished and total([float(not written)], run.accelerator)[0] == 0
+    return run.finished and not total([not written], run.accelerator)[0]

@@ -234,7 +234,7 @@ def open_writer(
     writer.beat = watchdog.beat
     writer.left = lambda: stop.left if stop.seen() else math.inf
     writer.flush = monitor.flush
-    if total([float(unsent)], accelerator)[0]:
+    if total([unsent], accelerator)[0]:
         writer.resend()
     return writer
 

@@ -10,7 +10,7 @@ from naign.model.prior import Codes
 
 def in_memory(codes, labels=None):
     """Codes on one rank."""
-    return Codes(sizes=(len(codes),), read=lambda chunk: (codes, labels))
+    return Codes(sizes=(len(codes),), read=lambda chunk: ([codes], labels))
 
 
 def fit_on_ranks(priors, codes):
@@ -29,7 +29,7 @@ def fit_on_ranks(priors, codes):
 
         of_rank = Codes(
             sizes=(len(codes),),
-            read=lambda _: (codes, None),
+            read=lambda _: ([codes], None),
             rank=rank,
             world=world,
             add=add,

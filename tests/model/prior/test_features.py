@@ -41,7 +41,7 @@ def test_textures_are_told_apart_wherever_they_lie(shape):
     stripes = (rows % 2 * 2.0 - 1).expand(600, *shape)
     codes = torch.where(kinds.view(-1, 1, 1, 1) > 0, stripes, stripes[:, :, :1]) + 0.1 * torch.randn(600, *shape)
     features = Features(shape)
-    features.fit(codes, in_memory(codes), 0, 0.7)
+    features.fit([codes], in_memory(codes), 0, 0.7)
     found = features(codes)
     assert_close(found.square().mean(), torch.tensor(1.0))
     again = Features(shape)

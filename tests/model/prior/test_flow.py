@@ -127,7 +127,7 @@ def test_a_student_reaches_in_two_evaluations_what_the_flow_does_in_many():
 def test_a_flow_fits_any_code(shape):
     flow = Flow(FlowConfig(width=8, depth=2, steps=3), shape)
     noise = torch.randn(4, *shape)
-    velocity = flow.velocity(noise, torch.rand(4))
+    velocity = flow.velocity(noise, torch.rand(4), None)
     assert velocity.shape == noise.shape == flow.whiten(noise).shape
     assert_close(flow.solve(noise), noise)
     torch.nn.init.ones_(flow.velocity.outer.bias)  # a velocity of 1 everywhere

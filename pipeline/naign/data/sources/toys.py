@@ -13,7 +13,7 @@ DEVIATION = 0.06  # of the normal noise around a centre
 STREAM = 1  # second word of the key: packing deals with 0 there, and would sort what was drawn by the same numbers
 
 
-def toy2d(name: str, seed: int = 0) -> Source:
+def toy2d(name: str, seed: int) -> Source:
     """The set `gaussians`, 50,000 points to train and 10,000 to test, drawn together. InputError for another name."""
     require((name == "gaussians", f"no toy data set {name!r}: choose toy2d:gaussians"))
     random = np.random.Generator(philox(seed, STREAM))

@@ -63,7 +63,9 @@ class Codes:
     """
 
     sizes: tuple[int, ...]  # codes of each chunk
-    read: Callable[[int], tuple[Tensor, Tensor | None]]  # collective: codes (n, *shape) float32, labels (n,) int64
+    read: Callable[[int], tuple[list[Tensor], Tensor | None]]
+    """Collective: codes (n, *shape) float32, if the prior `mirrors` then also those of the mirrored images, and labels
+    (n,) int64 if it is conditioned on classes."""
     rank: int = 0
     world: int = 1
     add: Callable[[Tensor], Tensor] = lambda value: value  # collective
@@ -83,6 +85,8 @@ class Prior(nn.Module):
     """Whether it draws codes, of the shape of f's, rather than latents."""
     learns = False
     """Whether `fit` changes it."""
+    mirrors = False
+    """Whether `fit` needs the codes of mirrored images too, where data.flip mirrors images at random."""
     labels: tuple[str, ...] = ()
     """The names of the classes that it is conditioned on, in the order of their numbers."""
 
@@ -165,7 +169,7 @@ class CodesPrior(Prior):
             stream=CLASS,
         ).flatten()
         total = self.class_counts.sum().clamp(min=1)
-        shares = self.class_counts.cumsum(0).float() / total.float()
+        shares = self.class_counts.cumsum(0) / total
         chosen = torch.searchsorted(shares, drawn.contiguous())
         return chosen.clamp(max=len(self.labels) - 1)
 

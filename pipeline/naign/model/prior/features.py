@@ -2,9 +2,12 @@
 
 Patches of a spatial code are whitened, multiplied with prototypes of patches, rectified and averaged over quarters
 (arXiv 2101.07528). What remains are the directions of most spread, of which a code's features are the angle alone.
+Where images are mirrored at random, an image and its mirror image have the same features, the mean of both: samples are
+then at less than two thirds of the distance (docs/experiments.md).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +56,10 @@ class Features(nn.Module):
         self.register_buffer("directions", torch.zeros(values, self.size))
         self.register_buffer("table", torch.zeros(KEPT, self.size, dtype=torch.float16))
 
-    def forward(self, whitened: Tensor) -> Tensor:
-        """(n, d, ...) -> (n, size), with a mean square of 1"""
-        centred = self._values(whitened) - self.offset
-        directed = centred @ self.directions
-        return F.normalize(directed) * math.sqrt(self.size)
+    def forward(self, *views: Tensor) -> Tensor:
+        """(n, d, ...) each -> (n, size), with a mean square of 1; the same in whichever order the views are."""
+        directed = [(self._values(view) - self.offset) @ self.directions for view in views]
+        return F.normalize(torch.stack(directed).sum(0)) * math.sqrt(self.size)
 
     def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         """Features (n, size) of training images, with noise, by (seed, round, id)."""
@@ -74,12 +76,13 @@ class Features(nn.Module):
 
     def fit(
         self,
-        whitened: Tensor,
+        views: Sequence[Tensor],  # whitened codes, and those of the mirrored images if they are mirrored at random
         codes: Codes,
         seed: int,
         deviation: float,  # of the noise of the table
     ) -> None:
         """Find the features of these codes, as rank 0 finds them. Collective; InputError if all codes are alike."""
+        whitened = views[0]
         some = whitened[:: math.ceil(len(whitened) / MEASURED)]
         if self.side:
             self._learn_filters(some)
@@ -87,7 +90,7 @@ class Features(nn.Module):
         self.offset.copy_(values.mean(0))
         centred = values - self.offset
         spread, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
-        largest = float(spread[-1])
+        largest = spread[-1]
         if not largest > 0:
             raise InputError("prior.features is set, but the codes of all images are the same: leave it out")
         scale = spread[-self.size :].clamp(min=1e-12 * largest) ** 0.25  # half whitened
@@ -102,9 +105,9 @@ class Features(nn.Module):
             whitened.device,
             stream=LEARN,
         )
-        self.table.copy_(self(whitened[rows]) + deviation * noise)
+        self.table.copy_(self(*[view[rows] for view in views]) + deviation * noise)
         for value in self.buffers():  # other machines may round otherwise
-            value.copy_(codes.add(value.float() * float(codes.rank == 0)))
+            value.copy_(codes.add(value.float() * (codes.rank == 0)))
 
     def _learn_filters(self, whitened: Tensor) -> None:
         """Learn prototypes of patches: directions of which each patch is near to one or to its opposite."""

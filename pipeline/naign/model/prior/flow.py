@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ class FlowConfig(CodesConfig):
     features: float = field(default=0.0, metadata=between(0, 100))
     """Condition the flow on features of its codes, found without labels (arXiv 2312.03701), with noise of this
     standard deviation, where their own is about 1; 0: no features. A sample draws those of a training image: with less
-    noise it is nearer to the data, and to this image. 0.7 suits natural images."""
+    noise it is nearer to the data, and to this image. 0.7 suits natural images. With data.flip an image and its
+    mirror image have the same features."""
 
     def check(self) -> None:
         both = "prior.classes and prior.features exclude each other: choose one"
@@ -97,6 +99,7 @@ class Flow(CodesPrior):
         sizes = {"classes": len(self.labels)}
         if config.features:
             self.features = Features(self.noise_shape)
+            self.mirrors = True
             sizes["features"] = self.features.size
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(self.seed)
@@ -214,25 +217,25 @@ class Flow(CodesPrior):
         paths = [TAUGHT] * -(-self.config.student // TAUGHT)
         flow = sum(self._count_steps(size) for size in codes.sizes)
         student = sum(self._count_steps(size) for size in paths)
-        for _ in self._fit_flow(codes, flow):
-            yield self.learner.made / (flow + student)
+        stages = [self._fit_flow(codes, flow)]
         if paths:
-            for _ in self._fit_student(codes, paths, flow, student):
-                yield self.learner.made / (flow + student)
+            stages.append(self._fit_student(codes, paths, flow, student))
+        for _ in chain(*stages):
+            yield self.learner.made / (flow + student)
 
     def _fit_flow(self, codes: Codes, steps: int) -> Iterator[None]:
         """Train the velocity; yields after each step."""
         learner = self.learner
         for chunk, batches in self._batches(codes.sizes, learner.made):
-            read, labels = codes.read(chunk)
-            condition = labels if self.labels else None
+            views, condition = codes.read(chunk)
             if not learner.made:
-                self._measure(read, condition)
-            whitened = self.whiten(read)
+                self._measure(views[0], condition)
+            views = [self.whiten(view) for view in views]
+            whitened = views[0]
             if self.config.features:
                 if not learner.made:
-                    self.features.fit(whitened, codes, self.seed, self.config.features)
-                condition = self.features(whitened)
+                    self.features.fit(views, codes, self.seed, self.config.features)
+                condition = self.features(*views)
             for rows in batches:
                 if self.config.guidance and learner.made == math.ceil(EARLY * steps):
                     self.early.load_state_dict(self.velocity.state_dict())

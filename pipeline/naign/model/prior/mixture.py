@@ -148,10 +148,8 @@ class Mixture(CodesPrior):
 
         A fit that was stopped begins again: it takes a minute.
         """
-        chunk, labels = codes.read(0)
-        if not self.labels:
-            labels = None
-        rows = chunk.flatten(1).float()
+        (chunk, *_), labels = codes.read(0)
+        rows = chunk.flatten(1)
         self.count_classes(labels)
         white, back, mean = _whitened(rows)
         found = white.shape[1]
@@ -176,7 +174,7 @@ class Mixture(CodesPrior):
         """Clusters of some codes. Rank 0's on every rank: other machines may round, and so cluster, otherwise."""
         chosen = torch.arange(0, len(white), math.ceil(len(white) / STARTED))
         found = self._cluster(white[chosen], labels_of(labels, chosen))
-        mine = float(codes.rank == 0)
+        mine = codes.rank == 0
         return Gaussians(
             weights=codes.add(found.weights * mine),
             means=codes.add(found.means * mine),
@@ -251,7 +249,7 @@ def _whitened(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = values.mean(0)
     centred = values - mean
     spread, directions = torch.linalg.eigh(centred.T @ centred / len(rows))
-    if float(spread[-1]) <= 0:
+    if spread[-1] <= 0:
         raise InputError("the codes of all images are the same: there is nothing to fit a mixture to")
     kept = min(DIRECTIONS, int((spread > 1e-12 * spread[-1]).sum()))
     deviations = spread[-kept:].sqrt()
