@@ -354,8 +354,8 @@ def test_bad_input_says_what_to_do(digits, save, save_untrained, tmp_path):
         with refused(said):
             measure(place, **options)
     assert not Path(folder, "evaluation").exists()
-    with refused("too few of them fit in memory.*data.size"):
-        read(DataConfig(path="absent"), (1, 2, VALUES // 2), seed=0)
+    with refused("1 examples in its train split that fit in memory.*data.size"):
+        read(DataConfig(path=str(digits)), (1, 2, VALUES // 2), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,7 @@ def read(
         images, _ = read_split(data, split, limit=within(wanted, shape))
         if len(images) <= NEIGHBOURS:
             few = f"{data.path} has {len(images)} examples in its {split} split that fit in memory, too few to measure"
-            more = f"give a data set with more than {NEIGHBOURS} in each, with --data"
-            raise InputError(f"{few}: {more}, or train on smaller ones, with data.size or data.crop")
+            raise InputError(f"{few}: give more than {NEIGHBOURS} with --data, or smaller ones (data.size, data.crop)")
         order = torch.randperm(len(images), generator=generator)
         splits.append(images[order])
     return splits[0], scaled(splits[1])

@@ -130,9 +130,8 @@ class Flow(CodesPrior):
         device: Device,
         labels: Tensor | None = None,
     ) -> Tensor:
-        condition = labels
-        if condition is None:
-            condition = self._condition(seed, round, ids, device)
+        if labels is None:
+            labels = self._condition(seed, round, ids, device)
         noise = normal(
             seed,
             round,
@@ -140,7 +139,7 @@ class Flow(CodesPrior):
             self.noise_shape,
             device,
         )
-        return self.solve(noise, condition)
+        return self.solve(noise, labels)
 
     def _condition(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor | None:
         """Classes (n,) or features (n, k) of training images, as often as they occur; None without either."""
@@ -219,7 +218,14 @@ class Flow(CodesPrior):
         student = sum(self._count_steps(size) for size in paths)
         stages = [self._fit_flow(codes, flow)]
         if paths:
-            stages.append(self._fit_student(codes, paths, flow, student))
+            stages.append(
+                self._fit_student(
+                    codes,
+                    paths,
+                    flow,
+                    student,
+                )
+            )
         for _ in chain(*stages):
             yield self.learner.made / (flow + student)
 

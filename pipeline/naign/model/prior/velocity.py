@@ -44,7 +44,7 @@ class DenseVelocity(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.label = _embedding(classes, features, width)
 
-    def forward(self, codes: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, codes: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
         hidden = self.inner(torch.cat([codes, waves(time)], dim=1))
         if condition is not None:
             hidden = hidden + self.label(condition)
@@ -131,7 +131,7 @@ class SpatialVelocity(nn.Module):
         self.outer = zeroed(nn.Conv2d(width, shape[0], 3, padding=1))
         self.label = _embedding(classes, features, timed)
 
-    def forward(self, codes: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, codes: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
         height, width = codes.shape[2:]
         seen = self.time[0](waves(time))
         if condition is not None:
