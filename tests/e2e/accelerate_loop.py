@@ -1,6 +1,7 @@
 """The same with Accelerate's loader on torchdata's StatefulDataLoader, and its own checkpoints.
 
-python accelerate_loop.py DATA STATE KEYS [STOP]: STATE and KEYS are folders.
+python accelerate_loop.py DATA STATE KEYS [STOP]: STATE and KEYS are folders. With STOP it begins and writes STATE, else it
+resumes from it: whether STATE is there differs between ranks, since one may write it before the other has looked.
 """
 
 import sys
@@ -18,7 +19,7 @@ def main(data, state, keys, stop=0):
     dataset = open_dataset(data, batch=90, seed=3)
     loader = DataLoaderShard(dataset, accelerator.device, batch_size=None, use_stateful_dataloader=True)
     accelerator.register_for_checkpointing(loader)
-    if state.exists():
+    if not stop:
         accelerator.load_state(str(state))
     with (keys / f"{accelerator.num_processes}-{accelerator.process_index}.txt").open("w") as lines:
         for step, batch in enumerate(loader, 1):
