@@ -8,7 +8,7 @@ processor time; energy-based models for longer, too; and the nearest training co
 that an outlier scores above a test image: 1 is perfect, 0.5 chance. Outliers: the other data set, constants of every
 shade, uniform noise, test images upside down, and with a patch of another image pasted in. One more network learns
 without one class, whose test images are outliers too. Runs are kept under runs/tables as table.py's are, and
-projector.py has the same ones; docs/energy.md discusses the result.
+projector.py has the same ones; docs/evaluation.md discusses the result.
 """
 
 import math

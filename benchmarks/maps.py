@@ -6,7 +6,7 @@ Test images of MNIST, Fashion-MNIST and CIFAR-10 get defects at known places. An
 pixel of any image scores above an unchanged pixel of any image: 1 is perfect, 0.5 chance. A pixel is changed if a
 channel differs by more than CHANGED, so black pasted on black is not a defect. Compared in the same run: f of the
 recipe; trained on holes; with a dense code; an autoencoder; and the nearest training image. Runs are shared with
-density.py. docs/energy.md discusses the result.
+density.py. docs/evaluation.md discusses the result.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Draws docs/f.svg, docs/round.svg and docs/rooms.svg: `python docs/diagrams.py`.
+"""Draws docs/f.svg, docs/architecture.svg and docs/rooms.svg: `python docs/diagrams.py`.
 
 Each picture holds its own colours for light and for dark, so it can be shown on any page.
 """
@@ -27,13 +27,6 @@ text { font: 16px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f
   .head { fill: #9198a1; }
   .back { fill: #0d1117; }
 }"""
-STAGES = {
-    "shards": "tars in a folder or a bucket, every byte checked",
-    "ranks": "each takes its share of the round's images",
-    "match": "IMLE finds each image's nearest sample f(noise)",
-    "fit": "f learns: reconstruction, IMLE, repair",
-    "checkpoint": "written in the background; a run resumes here",
-}
 ROOMS = {
     "cli": "the naign program",
     "cluster": "naign launch and naign render",
@@ -134,19 +127,40 @@ def draw_f() -> str:
     return picture(520, 210, "What f does", parts)
 
 
-def draw_round() -> str:
-    """The stages of a round, from top to bottom, and back."""
-    parts = []
-    for number, (name, what) in enumerate(STAGES.items()):
-        y = 6 + 56 * number
-        style = "core" if name == "fit" else "box"
-        parts.append(box(36, y, 112, 36, name, style))
-        parts.append(text(162, y + 23, what, "dim"))
-        if number:
-            parts.append(arrow(92, y - 20, 92, y - 1))
-    parts.append('<path d="M36 248L12 248L12 80L26 80" class="line"/>')
-    parts.append(arrow(26, 80, 35, 80))
-    return picture(500, 272, "A round of training", parts)
+def draw_architecture() -> str:
+    """A round: from the tars through two of the ranks, which search and learn together, to a checkpoint in a bucket."""
+    left, right, width = 16, 396, 268
+    parts = [
+        box(16, 8, 648, 36, "WebDataset tars in S3 or a folder"),
+        text(340, 64, "byte ranges, checked by SHA-256", "dim", "middle"),
+        text(340, 206, "queries", "dim", "middle"),
+        text(340, 232, "nearest", "dim", "middle"),
+        text(340, 322, "gradients", "dim", "middle"),
+        box(16, 420, 648, 36, "checkpoint: written in the background, copied to S3"),
+        text(340, 478, "resumed on any number of ranks, under any engine", "dim", "middle"),
+    ]
+    for x, rank in ((left, "rank 0"), (right, "rank 1, ..., n - 1")):
+        middle = x + width / 2
+        parts += [
+            arrow(middle, 44, middle, 82),
+            box(x, 84, width, 60, ""),
+            text(middle, 108, rank, "name", "middle"),
+            text(middle, 130, "its share of the round's images", "dim", "middle"),
+            arrow(middle, 144, middle, 174),
+            box(x, 176, width, 82, "", "core"),
+            text(middle, 202, "IMLE: its part of the pool", "name", "middle"),
+            text(middle, 224, "samples f(noise), exact search", "dim", "middle"),
+            text(middle, 244, "nearest by (distance, id)", "dim", "middle"),
+            arrow(middle, 258, middle, 288),
+            box(x, 290, width, 82, "", "core"),
+            text(middle, 316, "a step of f", "name", "middle"),
+            text(middle, 338, "reconstruction, IMLE, repair", "dim", "middle"),
+            text(middle, 358, "DDP, FSDP2, or DeepSpeed's ZeRO", "dim", "middle"),
+            arrow(middle, 372, middle, 418),
+        ]
+    for y in (212, 328):
+        parts += [arrow(340, y, left + width, y), arrow(340, y, right, y)]
+    return picture(680, 490, "What trains: shards, ranks, a sharded search, a step, a checkpoint", parts)
 
 
 def draw_rooms() -> str:
@@ -164,7 +178,7 @@ def draw_rooms() -> str:
     return picture(500, 40 + 30 * len(order), "The rooms of the package", parts)
 
 
-DRAWINGS = {"f": draw_f, "round": draw_round, "rooms": draw_rooms}
+DRAWINGS = {"f": draw_f, "architecture": draw_architecture, "rooms": draw_rooms}
 
 if __name__ == "__main__":
     for name, draw in DRAWINGS.items():

@@ -19,8 +19,9 @@ from tests import forks
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-NEEDS = ("gpu", "kubectl", "docker", "cluster", "s3", "hub", "network", "hours", "browser")
-"""What tests lack. cluster: several hosts, or Slurm. browser: a server that runs until it is stopped."""
+NEEDS = ("gpu", "kubectl", "docker", "cluster", "s3", "hub", "network", "hours", "browser", "package")
+"""What tests lack. cluster: several hosts, or Slurm. browser: a server that runs until it is stopped. package: the one
+that the page shows, which tests/test_extend.py installs."""
 
 FENCE = re.compile(
     r"^(?:<!-- needs: (?P<needs>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$", re.M | re.S

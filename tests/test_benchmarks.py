@@ -114,7 +114,7 @@ def test_data_measures_readers_of_a_folder_and_of_a_server(run):
 def test_scale_predicts_what_the_page_says(run):
     costs = run("scale")["costs"]
     assert len(costs) == 9
-    page = (ROOT / "docs/scale.md").read_text()
+    page = (ROOT / "benchmarks/results/scale.md").read_text()
     for gpus, lost in ((8, "0.0014"), (1024, "0.41"), (4096, "4.4")):
         found = costs[f"{gpus} 1000000000"]
         assert f"{found['losses: of the time, %']:.3g}" == lost and f" {lost} |" in page

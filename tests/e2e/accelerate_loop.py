@@ -1,7 +1,7 @@
 """The same with Accelerate's loader on torchdata's StatefulDataLoader, and its own checkpoints.
 
-python accelerate_loop.py DATA STATE KEYS [STOP]: STATE and KEYS are folders. With STOP it begins and writes STATE, else it
-resumes from it: whether STATE is there differs between ranks, since one may write it before the other has looked.
+python accelerate_loop.py DATA STATE KEYS [STOP]: STATE and KEYS are folders. With STOP it begins and writes STATE, else
+it resumes from it: whether STATE is there differs between ranks, since one may write it before the other has looked.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The callback of docs/training.md is called; one that fails ends the run."""
+"""The callback of docs/extend.md is called; one that fails ends the run."""
 
 import re
 import sys
@@ -41,7 +41,7 @@ train(parse(sys.argv[1:]), build_accelerator(), callbacks=[Copies()])
 @pytest.fixture
 def site(tmp_path):
     """The path with the package of the page, and a callback that fails."""
-    files = dict(BLOCK.findall((ROOT / "docs/training.md").read_text()))
+    files = dict(BLOCK.findall((ROOT / "docs/extend.md").read_text()))
     files["my_package/failing.py"] = FAILING
     files["my_package-1.dist-info/entry_points.txt"] = POINTS
     return install(tmp_path, files)

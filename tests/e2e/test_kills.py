@@ -1,6 +1,6 @@
 """A run that is killed again and again, one rank or all of them, in every phase, ends as if nothing had happened.
 
-NAIGN_KILLS sets how often (20 for the record that docs/resuming.md names); the log is kills.txt in the
+NAIGN_KILLS sets how often (20 for the record that docs/training.md names); the log is kills.txt in the
 test's folder, or NAIGN_KILLS_LOG.
 """
 

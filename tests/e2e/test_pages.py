@@ -59,6 +59,8 @@ def test_blocks_name_what_they_need_and_their_commands_parse(page, monkeypatch):
         if block.language != "bash":
             assert not re.search("^naign ", block.text, re.MULTILINE), f"{block.where}: use bash"
             continue
+        if "package" in block.needs:  # whose names are not known here
+            continue
         for words in commands(block.text):
             try:
                 parsed(words)

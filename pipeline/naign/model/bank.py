@@ -1,9 +1,9 @@
 """A bank of the codes of training images, which tells images that are unlike them from the data.
 
 The energy misses images that consist of the data's parts, since f keeps them: MNIST's digits for a model of clothes.
-Their codes are far from those of all training images. On photographs it is the other way round (docs/energy.md). So an
-image has the larger of two ranks among training images, that of its energy and that of the distance of its code. Which
-counts more is found by training images that are made unlike the data: a patch of another one, or upside down.
+Their codes are far from those of all training images. On photographs it is the other way round (docs/evaluation.md).
+So an image has the larger of two ranks among training images, that of its energy and that of the distance of its code.
+Which counts more is found by training images that are made unlike the data: a patch of another one, or upside down.
 """
 
 from typing import NamedTuple

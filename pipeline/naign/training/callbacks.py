@@ -1,4 +1,4 @@
-"""Callbacks: what another package does after a round or a checkpoint (docs/training.md).
+"""Callbacks: what another package does after a round or a checkpoint (docs/extend.md).
 
 They are entry points of the group `naign.callbacks` that train.callbacks names, or an argument of `train`.
 """

@@ -3,7 +3,7 @@
 Patches of a spatial code are whitened, multiplied with prototypes of patches, rectified and averaged over quarters
 (arXiv 2101.07528). What remains are the directions of most spread, of which a code's features are the angle alone.
 Where images are mirrored at random, an image and its mirror image have the same features, the mean of both: samples are
-then at less than two thirds of the distance (docs/experiments.md).
+then at less than two thirds of the distance (benchmarks/results/searches.md).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The package that CONTRIBUTING.md shows is one: what it adds is packed, trained with, resumed and evaluated."""
+"""The package that docs/extend.md shows is one: what it adds is packed, trained with, resumed and evaluated."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
 from tests.e2e.runs import losses, metrics_of
 from tests.programs import execute, install
 
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+TEXT = (ROOT / "docs/extend.md").read_text()
 BLOCK = re.compile(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """A file: a block of code whose first line is a comment with its name."""
 LOAD = """
@@ -41,7 +41,7 @@ def site(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(site, tmp_path):
+def test_the_package_of_the_page_is_packed_trained_with_and_evaluated(site, tmp_path):
     def run(*command, code=0, path=site):
         done = execute(command, tmp_path, env=forked(PYTHONPATH=path))
         assert done.returncode == code, done.stderr
