@@ -1,14 +1,15 @@
-"""A run that changes its number of ranks ends as one that does not.
+"""A run on any number of ranks, one that changes it, and one that is killed learn alike.
 
     python benchmarks/resize.py --to benchmarks/results/resize
 
-A run on the digits begins with 2 ranks, is stopped by SIGTERM after a quarter of its rounds, and continues with 1, then
-3, then 2 to its end: once as DDP over gloo, once as DeepSpeed ZeRO-2. Compared in the same run: the same training on 2
-ranks that is never stopped, with several seeds, whose spread is what a seed makes. The table has the means of the last
-tenth of the rounds.
+Trainings on the digits, by gloo: on 1, 2 and 4 ranks; on 2 ranks that are killed half-way and start again; on 2 ranks
+that are stopped by SIGTERM after a quarter of the rounds, and continue with 1, then 3, then 2, once as DDP and once as
+DeepSpeed ZeRO-2. Compared in the same run: 2 ranks that are never stopped, with several seeds, whose spread is
+what a seed makes. The table has the means of the last tenth of the rounds; docs/ranks.svg is drawn of all rounds.
 """
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -19,11 +20,22 @@ from pathlib import Path
 from statistics import fmean
 
 import tyro
+from cost import STYLE, line, text
 from output import ROOT, Record, page, write
 
 WORLDS = (2, 1, 3, 2)
 ROUND = 768
 NAMES = ("loss/total", "loss/reconstruction", "loss/imle", "match/distance")
+KILLED = "2 ranks, killed, resumed"
+CURVES = {
+    "1 rank": ("#f2a65a", 11),
+    "2 ranks, DDP, seed 0": ("#2d6cdf", 7),
+    "4 ranks": ("#7ad0a3", 4),
+    KILLED: ("#d1242f", 1.5),
+    "2 ranks, DDP, seed 1": ("#8c959f", 1.5),
+}
+"""Colour and width of the curves of docs/ranks.svg, the lowest first."""
+WIDTH, HEIGHT, LEFT = 560, 250, 50
 OPTIONS = (
     f"--match.round={ROUND}",
     "--match.ratio=4",
@@ -31,6 +43,7 @@ OPTIONS = (
     "--train.threads=1",
     "--model.width=16",
     "--model.code=32",
+    "--prior.name=none",
     "--report.pictures=0",
 )
 
@@ -77,8 +90,9 @@ def run(
     rounds: int,
     seed: int,
     until: int,
+    stop: signal.Signals = signal.SIGTERM,
 ) -> None:
-    """Train until so many rounds are reported, then send SIGTERM to the ranks."""
+    """Train until so many rounds are reported, then send a signal to the ranks."""
     with start(engine, world, folder, rounds, seed) as job:
         while job.poll() is None and len(reported(folder)) < until:
             time.sleep(0.02)
@@ -87,10 +101,46 @@ def run(
             found = subprocess.run(children, capture_output=True, text=True, check=False)
             ranks = found.stdout.split()
             for pid in ranks or [str(job.pid)]:
-                subprocess.run(["kill", f"-{signal.SIGTERM.value}", pid], check=False)
+                subprocess.run(["kill", f"-{stop.value}", pid], check=False)
         _, errors = job.communicate(timeout=300)
     if until >= rounds and job.returncode:
         raise RuntimeError(errors.decode()[-3000:])
+
+
+def picture(found: dict[str, list[Record]]) -> str:
+    """The losses of CURVES by round, on a logarithmic axis, as SVG."""
+    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
+        "<title>Loss by round, on 1, 2 and 4 ranks, and of a run that was killed</title>",
+        f"<style>\n{STYLE}\n</style>",
+        '<rect width="100%" height="100%" rx="6" class="back"/>',
+    ]
+    high = max(losses(found, name)[1] for name in CURVES)
+    low = min(min(losses(found, name)) for name in CURVES)
+    for loss in (0.6, 1, 2):
+        y = down(loss, low, high)
+        parts.append(line(LEFT, y, WIDTH - 12, y, "grid"))
+        parts.append(text(LEFT - 8, y + 5, f"{loss}", "", "end"))
+    for place, (name, (colour, width)) in enumerate(CURVES.items()):
+        values = losses(found, name)
+        step = (WIDTH - LEFT - 12) / (len(values) - 1)
+        points = " ".join(f"{LEFT + step * x:.1f},{down(loss, low, high):.1f}" for x, loss in enumerate(values) if x)
+        stroke = f'fill="none" stroke="{colour}" stroke-width="{width}"'
+        parts.append(f'<polyline points="{points}" {stroke}/>')
+        y = 32 + 24 * place
+        parts.append(f'<path d="M300 {y - 5}H340" {stroke}/>')
+        parts.append(text(352, y, name.replace(", DDP", ""), "name"))
+    return "\n".join([*parts, text(WIDTH - 12, HEIGHT - 10, "loss by round, logarithmic", "", "end"), "</svg>\n"])
+
+
+def losses(found: dict[str, list[Record]], name: str) -> list[float]:
+    return [record["loss/total"] for record in found[name]]
+
+
+def down(loss: float, low: float, high: float) -> float:
+    share = math.log(high / loss) / math.log(high / low)
+    return 14 + share * (HEIGHT - 44)
 
 
 def main(settings: Settings) -> None:
@@ -103,6 +153,14 @@ def main(settings: Settings) -> None:
             folder = Path(scratch) / f"seed{seed}"
             run("cpu", 2, folder, rounds, seed, until=rounds)
             found[f"2 ranks, DDP, seed {seed}"] = reported(folder)
+        for name, world in (("1 rank", 1), ("4 ranks", 4)):
+            folder = Path(scratch) / name
+            run("cpu", world, folder, rounds, seed=0, until=rounds)
+            found[name] = reported(folder)
+        folder = Path(scratch) / "killed"
+        run("cpu", 2, folder, rounds, seed=0, until=rounds // 2, stop=signal.SIGKILL)
+        run("cpu", 2, folder, rounds, seed=0, until=rounds)
+        found[KILLED] = reported(folder)
         for engine, title in (("cpu", "DDP"), ("zero2", "ZeRO-2")):
             folder = Path(scratch) / engine
             for part, world in enumerate(WORLDS, 1):
@@ -115,14 +173,17 @@ def main(settings: Settings) -> None:
         numbers = [line["round"] for line in lines]
         if numbers != list(range(rounds)):
             raise RuntimeError(f"{name}: a round is missing, or reported twice")
+        found[name] = [{key: line[key] for key in NAMES} for line in lines]
         cells = []
         for key in NAMES:
             values = [line[key] for line in lines[-last:]]
             cells.append(f"{fmean(values):.4f}")
         rows.append([name, *cells])
-    text = page(f"Means of the last {last} of {rounds} rounds", ["run", *NAMES], rows)
-    print(text)
-    write(settings.to, text, found)
+    table = page(f"Means of the last {last} of {rounds} rounds", ["run", *NAMES], rows)
+    print(table)
+    write(settings.to, table, found)
+    if settings.to == Settings().to:
+        (ROOT / "docs/ranks.svg").write_text(picture(found))
 
 
 if __name__ == "__main__":

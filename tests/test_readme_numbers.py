@@ -132,13 +132,14 @@ def test_it_is_short():
     assert len(page.split()) <= WORDS
 
 
-def test_the_drawings_are_those_of_their_scripts():
+def test_the_drawings_are_those_of_their_scripts(benchmarks):
     diagrams = script("docs/diagrams.py")
     drawn = {name: draw() for name, draw in diagrams.DRAWINGS.items()}
     drawn["cost"] = script("benchmarks/cost.py").picture()
+    drawn["ranks"] = script("benchmarks/resize.py").picture(results("resize"))
     for name, picture in drawn.items():
         drawing = (ROOT / f"docs/{name}.svg").read_text()
-        assert drawing == picture, f"run docs/diagrams.py and benchmarks/cost.py: {name}"
+        assert drawing == picture, f"run docs/diagrams.py, benchmarks/cost.py or resize.py: {name}"
     names = re.findall(r'class="name" text-anchor="middle">(\w+)<', drawn["rooms"])
     assert list(diagrams.ROOMS) == names
 
