@@ -157,11 +157,15 @@ def kind_of(error: Exception) -> str:
 
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
-    """Print InputError, Unavailable and PeerLost as one line on stderr and exit with their code; on Ctrl-C with 130."""
+    """Print an error that is not a crash, or a full disk, on one line and exit with its code; on Ctrl-C with 130."""
     try:
         yield
     except (InputError, PeerLost, Unavailable) as error:
         _exit(error.code, f"{program}: {kind_of(error)}{error}")
+    except OSError as error:
+        if isinstance(unwritten(str(error)), InputError):
+            raise
+        _exit(FAILED, f"{program}: failed: {error}: free some space, or name another folder by TMPDIR")
     except KeyboardInterrupt:
         _exit(128 + signal.SIGINT, f"{program}: interrupted")
 

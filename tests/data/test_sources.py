@@ -437,7 +437,7 @@ def test_lsun_leaves_out_what_is_not_a_picture(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is not an LMDB database .*give the folder that holds data.mdb"),
+        (None, "is not an LMDB database .*give the folder of data.mdb"),
         ([webp((1, 1, 1))], "1 pictures, and at least 2 are needed"),
     ],
 )

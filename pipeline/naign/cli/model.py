@@ -138,9 +138,7 @@ def sample(
             advance=bar.update,
         ).cpu()
     if to is None:
-        to = Path("samples.csv")
-        if samples.ndim == 4:
-            to = Path("samples.png")
+        to = Path("samples.png" if samples.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(samples, to)}")
 
 
@@ -229,9 +227,7 @@ def export(
     """
     _check(to=to)
     file = to / "model.safetensors"
-    others = set()
-    if to.is_dir():
-        others = {path.name for path in to.iterdir()} - EXPORTED
+    others = {path.name for path in to.glob("*")} - EXPORTED
     itself = to.resolve() == Path(run.removesuffix(file.name)).resolve()
     require(
         (not others, f"--to {to} holds more than an export, such as {sorted(others)[:1]}: give another folder"),

@@ -20,7 +20,7 @@ def lsun(
 
     A tenth, drawn by the seed, is the test split; there are no labels. Raises InputError for what is not a database.
     """
-    if root is None or size is None:
+    if not (root and size):
         raise InputError("lsun needs a database and a size: add --root church_outdoor_train_lmdb --size 64")
     height, width = parse_size(str(size), "--size")
     resize = Resize(height=height, width=width)
@@ -30,15 +30,13 @@ def lsun(
         raise InputError(f"lsun needs lmdb ({error}): pip install lmdb") from None
     try:
         database = lmdb.open(str(root), readonly=True, lock=False, readahead=False)
-        pages = database.info()["last_pgno"] + 1
-        whole = pages * database.stat()["psize"]  # reading past the end would be SIGBUS
+        whole = (database.info()["last_pgno"] + 1) * database.stat()["psize"]  # reading past the end would be SIGBUS
         size_of = (root / "data.mdb").stat().st_size
         require((size_of >= whole, f"{root}/data.mdb has {size_of:,} of {whole:,} bytes: unpack the archive again"))
-        with database.begin() as view, view.cursor() as cursor:
-            keys = list(cursor.iternext(values=False))
+        with database.begin() as view:
+            keys = list(view.cursor().iternext(values=False))
     except lmdb.Error as error:
-        why = f"{root} is not an LMDB database ({one_line(error)})"
-        raise InputError(f"{why}: unpack the archive, and give the folder that holds data.mdb") from None
+        raise InputError(f"{root} is not an LMDB database ({one_line(error)}): give the folder of data.mdb") from None
     require((len(keys) > 1, f"{root}: {len(keys)} pictures, and at least 2 are needed: check the path"))
 
     def examples(rows: list[int]) -> Made:
