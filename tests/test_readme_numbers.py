@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.programs import script
 
 LINES = 110
-WORDS = 1_100
+WORDS = 1_150
 """At most."""
 NAMES = (
     "CIFAR-10",
@@ -67,7 +67,7 @@ ROWS = {
     "MNIST, samples from the prior": ("two_stages", MNIST),
     "Fashion-MNIST, prior, no IMLE": ("two_stages", FASHION),
     "CIFAR-10, prior, no IMLE": ("two_stages", CIFAR),
-    "MNIST by IGN, the adversarial forerunner": ("rivals", "IGN"),
+    "MNIST by IGN (idempotent generative network, adversarial)": ("rivals", "IGN"),
 }
 """Of README's table, and where they come from."""
 SEEDS = [str(len(results(table)[name])) for table, name in ROWS.values()]
@@ -84,13 +84,13 @@ SOURCES = {
     "IMLE on CIFAR-10 at {}": [
         f"{mean('imle_cifar10', IMLE, 'fd.once') / mean('two_stages', CIFAR, 'fd.floor'):.0f}",
     ],
-    "the same mixture is at {}.": [f"{mean('rivals', AE, 'fd.once_ratio'):.1f}"],
+    "with a code of 64 values is at {} on MNIST": [f"{mean('rivals', AE, 'fd.once_ratio'):.1f}"],
     "only from {} to {}": [f"{mean('two_stages', CIFAR, f'restoration.blur.{key}'):.3f}" for key in ("input", "once")],
-    "distance of {} samples to test": [f"{results('two_stages')[MNIST][0]['sampling']['samples']:,}"],
+    "distance of {} samples to the test": [f"{results('two_stages')[MNIST][0]['sampling']['samples']:,}"],
     "| {} samples, s": [f"{results('two_stages')[MNIST][0]['sampling']['samples']:,}"],
     "means of {}, {}, {}, {} and {} seeds": [SEEDS[0], *SEEDS],
     "A round reads {} images": [f"{MatchConfig().round:,}"],
-    "makes {} samples of noise": [f"{MatchConfig().pool:,}"],
+    "f maps {} noise inputs": [f"{MatchConfig().pool:,}"],
 }
 """Words around numbers, and the numbers, as benchmarks/results has them."""
 for title, place in ROWS.items():
