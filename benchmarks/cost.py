@@ -186,16 +186,29 @@ def is_open(run: tuple[str, float, float]) -> bool:
     return "open" in style
 
 
+def framed(
+    width: int,
+    height: int,
+    title: str,
+    parts: list[str],
+) -> str:
+    """The parts as one picture, with the colours and fonts of STYLE."""
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
+        f"<title>{title}</title>",
+        f"<style>\n{STYLE}\n</style>",
+        '<rect width="100%" height="100%" rx="6" class="back"/>',
+        *parts,
+        "</svg>\n",
+    ]
+    return "\n".join(lines)
+
+
 def picture() -> str:
     """The picture as SVG, with colours for light and for dark."""
     height = TOP + len(SETS) * (PANEL + GAP) + 14
-    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-        "<title>Quality of samples against the cost of training</title>",
-        f"<style>\n{STYLE}\n</style>",
-        '<rect width="100%" height="100%" rx="6" class="back"/>',
-    ]
+    parts: list[str] = []
     for place, method in enumerate(SHAPES):
         x = 16 + 190 * (place % 3)
         y = 14 + 22 * (place // 3)
@@ -224,7 +237,7 @@ def picture() -> str:
             "middle",
         )
     )
-    return "\n".join([*parts, "</svg>\n"])
+    return framed(WIDTH, height, "Quality of samples against the cost of training", parts)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 
 import tyro
-from cost import STYLE, line, text
+from cost import framed, line, text
 from output import ROOT, Record, page, write
 
 WORLDS = (2, 1, 3, 2)
@@ -109,14 +109,8 @@ def run(
 
 def picture(found: dict[str, list[Record]]) -> str:
     """The losses of CURVES by round, on a logarithmic axis, as SVG."""
-    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-        "<title>Loss by round, on 1, 2 and 4 ranks, and of a run that was killed</title>",
-        f"<style>\n{STYLE}\n</style>",
-        '<rect width="100%" height="100%" rx="6" class="back"/>',
-    ]
-    high = max(losses(found, name)[1] for name in CURVES)
+    parts = []
+    high = max(losses(found, name)[1] for name in CURVES)  # the first round's loss would leave no room for the others
     low = min(min(losses(found, name)) for name in CURVES)
     for loss in (0.6, 1, 2):
         y = down(loss, low, high)
@@ -131,7 +125,8 @@ def picture(found: dict[str, list[Record]]) -> str:
         y = 32 + 24 * place
         parts.append(f'<path d="M300 {y - 5}H340" {stroke}/>')
         parts.append(text(352, y, name.replace(", DDP", ""), "name"))
-    return "\n".join([*parts, text(WIDTH - 12, HEIGHT - 10, "loss by round, logarithmic", "", "end"), "</svg>\n"])
+    parts.append(text(WIDTH - 12, HEIGHT - 10, "loss by round, logarithmic", "", "end"))
+    return framed(WIDTH, HEIGHT, "Loss by round, on 1, 2 and 4 ranks, and of a run that was killed", parts)
 
 
 def losses(found: dict[str, list[Record]], name: str) -> list[float]:
@@ -170,13 +165,13 @@ def main(settings: Settings) -> None:
     rows = []
     last = max(1, rounds // 10)
     for name, lines in found.items():
-        numbers = [line["round"] for line in lines]
+        numbers = [record["round"] for record in lines]
         if numbers != list(range(rounds)):
             raise RuntimeError(f"{name}: a round is missing, or reported twice")
-        found[name] = [{key: line[key] for key in NAMES} for line in lines]
+        found[name] = [{key: record[key] for key in NAMES} for record in lines]
         cells = []
         for key in NAMES:
-            values = [line[key] for line in lines[-last:]]
+            values = [record[key] for record in lines[-last:]]
             cells.append(f"{fmean(values):.4f}")
         rows.append([name, *cells])
     table = page(f"Means of the last {last} of {rounds} rounds", ["run", *NAMES], rows)
