@@ -84,7 +84,7 @@ class ReportConfig:
     """Rounds between image grids; 0: none."""
     trackers: str = "tensorboard"
     """Where to report besides metrics.jsonl: names, as [tensorboard, wandb], of TensorBoard, of Accelerate's trackers
-    (wandb, mlflow, trackio, ...) and of those that other packages bring. docs/tracking.md lists what each receives."""
+    (wandb, mlflow, trackio, ...) and of those that other packages bring."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,7 +1,8 @@
-"""Progress of commands on stderr, where that is a terminal."""
+"""Progress of commands on stderr: a bar on a terminal, and lines in a log."""
 
 import errno
 import io
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 DELAY = 2.0  # seconds before which no bar is shown
+LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between the lines of a log
 
 
 def counted(
@@ -20,16 +22,40 @@ def counted(
     unit: str = "it",
     shown: bool = True,
 ) -> "tqdm[Any]":
-    """A bar over what is to do, or for `update`."""
+    """A bar over what is to do, or for `update`; lines in a log."""
     return tqdm(
         todo,
-        desc=what,
+        desc=f"{what}: ",
         total=total,
         unit=unit,
         delay=DELAY,
         leave=False,
-        disable=not shown or None,  # None: where stderr is not a terminal
+        disable=not shown,
+        **in_log(),
     )
+
+
+def in_log() -> dict[str, Any]:
+    """Options of tqdm: where stderr is no terminal, a line every LOG_EVERY seconds."""
+    if sys.stderr.isatty():
+        return {"dynamic_ncols": True}
+    return {
+        "file": _Lines(),
+        "mininterval": LOG_EVERY,
+        "maxinterval": LOG_EVERY,
+        "bar_format": "{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+    }
+
+
+class _Lines:
+    """stderr for tqdm, with a line for each update."""
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None: ...
 
 
 @contextmanager

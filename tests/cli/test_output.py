@@ -164,6 +164,14 @@ def test_commands_that_take_long_show_what_they_do(tmp_path, images, capsys, mon
         assert capsys.readouterr().err.strip() in ("", cli.NO_BANK)  # no terminal, no progress
 
 
+def test_long_work_is_a_line_every_few_seconds_in_a_log(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "DELAY", 0.0)
+    monkeypatch.setattr(terminal, "LOG_EVERY", 0.0)
+    assert list(terminal.counted("verify train", range(4), unit="sample")) == [0, 1, 2, 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].startswith("verify train:  25% 1/4 [")
+
+
 def test_a_call_without_steps_shows_what_it_does(monkeypatch):
     def wait():
         with terminal.busy("exporting"):

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from naign.errors import InputError, Unavailable, one_line, unwritten
 from naign.observe.metrics import Metrics
 from naign.observe.trackers import FILES, Settings, find_trackers, start_tracker
+from naign.terminal import in_log
 
 log = logging.getLogger("naign.monitor")
 
@@ -28,7 +28,6 @@ SHOWN = {
 }
 """Values that the progress bar shows, and their names there."""
 SINGLE = ("aim", "clearml")  # trackers of Accelerate that take no lists of pictures
-LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines if stderr is no terminal
 
 
 class Monitor(contextlib.AbstractContextManager["Monitor"]):
@@ -55,7 +54,15 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._others = dict[str, Any]()
         if active:
             self._open(trackers, seen, settings)
-        self._bar = _progress_bar(images, seen, active)
+        self._bar = tqdm(
+            total=images,
+            initial=seen,
+            unit="img",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=not active,
+            **in_log(),
+        )
 
     def _open(self, trackers: str, seen: int, settings: Settings) -> None:
         for name, kind in find_trackers(trackers).items():
@@ -149,34 +156,3 @@ def _call(tracker: Any, method: str, *arguments: Any) -> None:
     action = getattr(tracker, method, None)
     if action is not None:
         action(*arguments)
-
-
-def _progress_bar(images: int, seen: int, active: bool) -> "tqdm[Any]":
-    options = dict[str, Any](dynamic_ncols=True)
-    if not sys.stderr.isatty():  # a log: a line every LOG_EVERY seconds
-        options = {
-            "file": _Lines(),
-            "mininterval": LOG_EVERY,
-            "maxinterval": LOG_EVERY,
-            "bar_format": "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-        }
-    return tqdm(
-        total=images,
-        initial=seen,
-        unit="img",
-        unit_scale=True,
-        smoothing=0.05,
-        disable=not active,
-        **options,
-    )
-
-
-class _Lines:
-    """stderr for tqdm, with a line for each update."""
-
-    def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
-        if text:
-            print(text, file=sys.stderr, flush=True)
-
-    def flush(self) -> None: ...

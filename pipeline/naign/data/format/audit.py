@@ -1,12 +1,11 @@
 """Verification of a data set: every sample is read as training reads it."""
 
-from tqdm import tqdm
-
 from naign.data.dataset import DataConfig
 from naign.data.format.manifest import Manifest
 from naign.data.order import leading
 from naign.data.reader import Reader
 from naign.errors import InputError
+from naign.terminal import counted
 
 
 def verify(path: str, *, index: str = "", progress: bool = True) -> tuple[int, list[str]]:
@@ -20,11 +19,12 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> tuple[int, l
     for name, split in manifest.splits.items():
         reader = Reader(config, manifest, name)
         pieces = leading(split.sizes, split.samples)
-        bar = tqdm(
+        bar = counted(
+            f"verify {name}",
             reader.raw(pieces),
-            desc=f"verify {name}",
             total=split.samples,
-            disable=not progress or None,  # None: where stderr is not a terminal
+            unit="sample",
+            shown=progress,
         )
         for raw in bar:
             count += 1

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from joblib import Parallel, cpu_count, delayed
-from tqdm import tqdm
 
 from naign.data.decode import decode_image, header_shape, read_npy
 from naign.data.format import IndexOptions
@@ -17,6 +16,7 @@ from naign.data.format.webdataset import scan
 from naign.data.sample import find_suffix
 from naign.errors import InputError, Unavailable, require
 from naign.storage.store import open_store
+from naign.terminal import counted
 
 THREADS = 8  # tars read at once: the stream of one hardly fills a fast network
 PROCESSES = 32  # at most, one a core; each takes a second to start
@@ -82,12 +82,12 @@ def read_tars(
         backend = "loky"
     parallel = Parallel(workers, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
     results = parallel(delayed(_summarize)(path, name, options) for name in names)
-    shown = tqdm(
+    shown = counted(
+        f"index {path}",
         results,
-        desc=f"index {path}",
         total=len(names),
         unit="tar",
-        disable=not progress or None,  # None: where stderr is not a terminal
+        shown=progress,
     )
     try:
         with closing(results):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from tqdm import tqdm
 from webdataset import TarWriter
 
 from naign.data.decode import encode
@@ -17,6 +16,7 @@ from naign.data.sources.source import BrokenPicture, Made, Source
 from naign.errors import InputError, require
 from naign.storage.base import Store
 from naign.storage.store import open_store
+from naign.terminal import counted
 
 log = logging.getLogger("naign.data")
 
@@ -96,11 +96,11 @@ def _write_shards(
 ) -> dict[str, Split]:
     """Write the shards that are not there. `written` gets the names of new files; InputError where others differ."""
     present = target.list()
-    hidden = not progress or None  # None: where stderr is not a terminal
     splits = {}
     for split, hands in dealt.items():
         made = []
-        for number, rows in enumerate(tqdm(hands, desc=f"pack {source.name} {split}", unit="shard", disable=hidden)):
+        bar = counted(f"pack {source.name} {split}", hands, unit="shard", shown=progress)
+        for number, rows in enumerate(bar):
             name = f"{split}-{number:05d}.tar"
             data, pager = _build(source.splits[split], rows, suffix)
             shard, table = pager.shard(name)
