@@ -87,7 +87,7 @@ def prepare(
     if not (folder / INDEX).exists():
         if kind.shape is None:
             write_tars(folder, count)
-            index(str(folder), progress=False)
+            index(str(folder))
         else:
             make = first_images(given, count, kind) if given else made_images(kind)
             images = Made(length=count, make=make)

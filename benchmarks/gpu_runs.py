@@ -148,7 +148,7 @@ def random_images(report: "Report", name: str, count: int) -> str:
     )
     folder = report.scratch / f"images-{name}-{count}"
     if not folder.exists():
-        pack(source, str(folder), shards=4, progress=False)
+        pack(source, str(folder), shards=4)
     return str(folder)
 
 

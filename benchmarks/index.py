@@ -46,13 +46,13 @@ class Settings:
 def headers(path: str, to: str) -> None:
     from naign.data.format.indexing import index
 
-    index(path, to=to, sample_check=1, progress=False)
+    index(path, to=to, sample_check=1)
 
 
 def every_picture(path: str, to: str) -> None:
     from naign.data.format.indexing import index
 
-    index(path, to=to, progress=False)
+    index(path, to=to)
 
 
 def boto3_bytes(path: str, to: str) -> None:

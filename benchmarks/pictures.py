@@ -1,8 +1,9 @@
-"""Samples and repairs of runs, as one picture: docs/pictures.png and docs/samples.png.
+"""Samples and repairs of runs, as one picture: docs/pictures.png, docs/samples.png and docs/nearest.png.
 
     python benchmarks/pictures.py RUN [RUN ...] --colours 64 --to docs/pictures.png
     python benchmarks/pictures.py runs/mnist runs/fashion_mnist runs/cifar10_cpu \\
         --front --colours 256 --to docs/samples.png
+    python benchmarks/pictures.py runs/fashion_mnist runs/cifar10_cpu --nearest --colours 256 --to docs/nearest.png
 
 A run must have been evaluated: `naign evaluate RUN`, or any table that has it.
 """
@@ -15,13 +16,16 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from naign import nearest
 from naign.cli.files import save
 from naign.data.damage import KINDS
+from naign.data.loader import read_split
 from naign.data.scale import scaled
 from naign.errors import InputError, exit_on_input_error
+from naign.evaluate.recorded import recorded
 from naign.model.naign import NAIGN
 from naign.observe.pictures import GAP as INNER
-from naign.observe.pictures import TEXT, to_image
+from naign.observe.pictures import TEXT, grid, to_image
 
 PICTURES = ("samples", "restoration_noise", "restoration_blur")
 """Of a row, from left to right."""
@@ -65,6 +69,9 @@ class Settings:
     front: bool = False
     """A column a run instead of a row, with the first 12 samples and four repairs; and what the first run's model makes
     of drawings and of white noise."""
+    nearest: bool = False
+    """Of each run the first 100 samples, and beside each row of ten the nearest training images, mirrored ones
+    included where f was trained on them."""
     colours: int = 0
     """Size of the palette, at most 256, for a smaller file. 0: all colours."""
 
@@ -197,6 +204,30 @@ def front(runs: list[Path]) -> Image.Image:
     return canvas
 
 
+def beside_training(runs: list[Path]) -> Image.Image:
+    """From top to bottom a grid of samples a run, each with the grid of their nearest training images at its right."""
+    pairs = []
+    for run in runs:
+        model = NAIGN.from_pretrained(run)
+        data, _ = recorded(model, str(run), None)
+        images, _ = read_split(data, "train")
+        training = scaled(images)
+        if data.flip:
+            training = torch.cat([training, training.flip(-1)])
+        samples = model.sample(100, seed=0)
+        _, ids = nearest(samples.flatten(1), training.flatten(1), 0)
+        pairs.append((grid(samples, columns=10), grid(training[ids], columns=10)))
+    width = max(left.width + GAP + right.width for left, right in pairs)
+    height = sum(left.height + GAP for left, _ in pairs) - GAP
+    canvas = Image.new("RGBA", (width, height), CLEAR)
+    top = 0
+    for left, right in pairs:
+        canvas.paste(left, (0, top))
+        canvas.paste(right, (left.width + GAP, top))
+        top += left.height + GAP
+    return canvas
+
+
 def title_of(run: Path) -> str:
     for part, title in TITLES.items():
         if run.name.startswith(part):
@@ -209,7 +240,12 @@ def main(settings: Settings) -> None:
         raise InputError(f"give runs, and --to {settings.to} as the name of a .png file")
     if not 0 <= settings.colours <= 256:
         raise InputError(f"--colours is {settings.colours}: it must lie between 0 and 256")
-    canvas = front(settings.runs) if settings.front else side_by_side(settings.runs)
+    draw = side_by_side
+    if settings.front:
+        draw = front
+    elif settings.nearest:
+        draw = beside_training
+    canvas = draw(settings.runs)
     if settings.colours:
         canvas = canvas.quantize(settings.colours)
     try:

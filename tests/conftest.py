@@ -79,7 +79,7 @@ def fresh_accelerate() -> Iterator[None]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The packed 8x8 digits in four shards a split."""
     folder = str(tmp_path_factory.mktemp("digits"))
-    pack(load("digits"), folder, shards=4, progress=False)
+    pack(load("digits"), folder, shards=4)
     return folder
 
 
@@ -87,7 +87,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 def points(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A packed 2-D toy set in four shards a split."""
     folder = str(tmp_path_factory.mktemp("points"))
-    pack(load("toy2d:gaussians"), folder, shards=4, progress=False)
+    pack(load("toy2d:gaussians"), folder, shards=4)
     return folder
 
 
@@ -256,7 +256,7 @@ def naign(tmp_path: Path) -> Program:
 def packed(tmp_path: Path) -> str:
     """23 training images in 4 shards of 5, 6, 6, 6; 5 test images in 4 shards."""
     path = str(tmp_path / "packed")
-    pack(numbered(), path, shards=4, progress=False)
+    pack(numbered(), path, shards=4)
     return path
 
 

@@ -76,7 +76,7 @@ def main() -> None:
     from naign.data.sources.catalog import load
 
     with tempfile.TemporaryDirectory() as place:
-        pack(load("digits"), f"{place}/data", shards=4, progress=False)
+        pack(load("digits"), f"{place}/data", shards=4)
         traces = {name: trace(name, f"{place}/data", Path(place) / name.replace(" ", "-")) for name in TRACES}
     FILE.write_text(json.dumps(traces, indent=1) + "\n")
     print(f"written: {FILE}", file=sys.stderr)

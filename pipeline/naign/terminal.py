@@ -2,7 +2,6 @@
 
 import errno
 import io
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 DELAY = 2.0  # seconds before which no bar is shown
-LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between the lines of a log
+LOG_EVERY = 10.0  # seconds between the lines of a log
 
 
 def counted(
@@ -59,9 +58,9 @@ class _Lines:
 
 
 @contextmanager
-def busy(what: str, *, shown: bool = True) -> Iterator[None]:
+def busy(what: str) -> Iterator[None]:
     """Say what a call without steps to count is doing, until it returns."""
-    with tqdm(desc=what, bar_format="{desc} ...", leave=False, disable=not shown or None):
+    with tqdm(desc=what, bar_format="{desc} ...", leave=False, disable=None):
         yield
 
 

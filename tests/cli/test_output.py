@@ -62,7 +62,7 @@ def plane(tmp_path, save_untrained):
     for name, split in source.splits.items():
         few[name] = Made(length=60, make=split.__getitem__)
     data = str(tmp_path / "data")
-    pack(replace(source, splits=few), data, shards=1, progress=False)
+    pack(replace(source, splits=few), data, shards=1)
     return save_untrained(tmp_path / "model", data=data, shape=(2,), config=PointConfig(width=4))
 
 
@@ -80,7 +80,7 @@ def test_verify_prints_what_is_known_and_what_is_wrong(command, tmp_path):
     with tarfile.open(shard, "w") as tar:
         add(tar, "a.png", picture.getvalue())
         add(tar, "b.png", picture.getvalue()[:40])
-    index(str(tmp_path), keep_broken=True, progress=False)
+    index(str(tmp_path), keep_broken=True)
     out, _ = command(f"verify {tmp_path}")
     assert "sound, 2 samples" in out
     assert "of them 1 are known to be broken, as train.tar b" in out

@@ -50,7 +50,7 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, n
         assert NAIGN.from_pretrained(tmp_path / "guided").prior.config.guidance == 2
         succeeded(naign("sample guided --label 7 --n 4"))
     renamed = replace(load("digits"), labels=tuple("abcdefghij"))
-    pack(renamed, str(tmp_path / "renamed"), shards=4, progress=False)
+    pack(renamed, str(tmp_path / "renamed"), shards=4)
     options += ["--train.images=2304", f"--data.path={tmp_path}/renamed"]
     refused(train(*options, "--run.path=run", "--resume=changed"), "are not those of")
     succeeded(train(*options, "--run.path=new", "--model.init=run"))
@@ -69,7 +69,7 @@ def test_data_without_all_labels_are_refused(train, small, tmp_path):
             return key, image, label if row % every else -1
 
         splits = {"train": Made(length=512, make=make)}
-        pack(replace(source, labels=labels, splits=splits), str(tmp_path / folder), shards=4, progress=False)
+        pack(replace(source, labels=labels, splits=splits), str(tmp_path / folder), shards=4)
         return str(tmp_path / folder)
 
     bare = packed("bare", (), 1)

@@ -114,7 +114,7 @@ def prepared(tmp_path_factory):
         enlarged("fashion_mnist", 28, 1, CLOTHES),
         enlarged("cifar10", 32, 3, numbers),
     ):
-        pack(source, str(folder / "data" / source.name), shards=4, progress=False)
+        pack(source, str(folder / "data" / source.name), shards=4)
     random = np.random.default_rng(0)
 
     def picture(path, size, *channels):

@@ -29,7 +29,7 @@ def test_pictures_of_many_sizes_are_trained_on_and_measured(train, naign, tmp_pa
     for number in range(3):
         write(tmp_path / "theirs", f"{number:05d}.tar", range(50 * number, 50 * number + 50))
     write(tmp_path / "theirs", "val-00000.tar", range(150, 170))
-    index(str(tmp_path / "theirs"), progress=False)
+    index(str(tmp_path / "theirs"))
     options = ["--data.path=theirs", *SMALL, *SIZED, f"--model.name={network}", "--run.path=run"]
     succeeded(train(*options, "--train.images=512", ranks=2))
     refused(train(*options, "--train.images=1024", "--data.size=24x16", "--resume=changed"), "data.size")

@@ -56,7 +56,7 @@ def save(save_untrained, tmp_path):
 
 
 def measure(folder, *, samples=50, **more):
-    return evaluate(str(folder), samples=samples, progress=False, **more)
+    return evaluate(str(folder), samples=samples, **more)
 
 
 def read_report(folder):
@@ -103,6 +103,7 @@ def test_metrics_and_pictures_lie_in_the_folder(evaluated):
     pictures = {"samples", "neighbours", *(f"restoration_{kind}" for kind in KINDS)}
     files = set(os.listdir(folder / "evaluation"))
     assert files == {f"{name}.png" for name in pictures} | {"metrics.json", "report.html"}
+    assert "<b>Poor: " in read_report(folder)  # its weights are random
     for name in pictures:
         with Image.open(folder / f"evaluation/{name}.png") as picture:
             picture.load()
@@ -282,7 +283,7 @@ def pack_examples(source, examples, place):
             named.append((f"{name}-{turn}", *example[1:]))
         splits[name] = Made(length=len(named), make=named.__getitem__)
     few = dataclasses.replace(source, splits=splits)
-    pack(few, str(place), progress=False)
+    pack(few, str(place))
     return str(place)
 
 

@@ -44,7 +44,7 @@ def test_fid_and_kid_are_those_of_torch_fidelity(weights, save_untrained, digits
     monkeypatch.setattr(inception, "FEWEST", 1000)
     monkeypatch.setattr(measures, "VALUES", 64 * 500)  # fewer training images than FID is of
     run = save_untrained(tmp_path / "run", data=digits, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
-    metrics = evaluate(str(run), samples=50, fid=str(weights), fid_samples=1000, progress=False)
+    metrics = evaluate(str(run), samples=50, fid=str(weights), fid_samples=1000)
     assert any("are not the published ones" in note for note in metrics["notes"])
     found = metrics["inception"]
 

@@ -50,7 +50,7 @@ def plant(path):
         labels=("even", "odd"),
         splits={"train": split("train", TRAIN), "test": split("test", TEST)},
     )
-    pack(source, path, shards=5, progress=False)
+    pack(source, path, shards=5)
     return path
 
 

@@ -105,13 +105,8 @@ def test_no_such_bucket(place):
 
 
 def test_a_data_set_is_packed_verified_and_read(place, packed):
-    pack(
-        numbered(),
-        f"{place}/set",
-        shards=4,
-        progress=False,
-    )
-    assert verify(f"{place}/set", progress=False)[0] == 28
+    pack(numbered(), f"{place}/set", shards=4)
+    assert verify(f"{place}/set")[0] == 28
     assert read_split(f"{place}/set", "train")[0].equal(read_split(packed, "train")[0])
 
 

@@ -56,12 +56,7 @@ class Web(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path, monkeypatch):
     """The address of a data set of 23 images in 4 shards, without an index.json, on a web server."""
-    pack(
-        numbered(),
-        str(tmp_path / "web/mnist"),
-        shards=4,
-        progress=False,
-    )
+    pack(numbered(), str(tmp_path / "web/mnist"), shards=4)
     for file in (tmp_path / "web/mnist").glob("*.npy"):
         file.unlink()
     (tmp_path / "web/mnist/index.json").unlink()
@@ -76,13 +71,13 @@ def web(tmp_path, monkeypatch):
 
 def test_tars_on_a_web_server_are_indexed_and_read(web, tmp_path):
     mine = str(tmp_path / "mine")
-    assert index(f"{web}/train-{{00000..00003}}.tar", to=mine, progress=False).split("train").samples == 23
+    assert index(f"{web}/train-{{00000..00003}}.tar", to=mine).split("train").samples == 23
     config = DataConfig(path=web, index=mine)
     assert sorted(read_split(config, "train")[0][:, 0, 0, 0].tolist()) == list(range(23))
     with Stream(config, seed=0, round_size=23) as stream:
         assert sorted(stream.take(0).images[:, 0, 0, 0].tolist()) == list(range(23))
     with pytest.raises(InputError, match=r"only read: it cannot be listed: check the path, or name files, as in"):
-        index(web, to=str(tmp_path / "listed"), progress=False)
+        index(web, to=str(tmp_path / "listed"))
 
 
 def test_files_on_the_hub_are_read_with_the_login(
@@ -139,7 +134,7 @@ def test_what_a_web_server_may_not_do(web, tmp_path):
         open_store("https://example.org/data?sig=secret")
     assert "secret" not in str(refused.value)
     with pytest.raises(InputError, match="web servers are only read"):
-        index(f"{web}/train-{{00000..00003}}.tar", progress=False)
+        index(f"{web}/train-{{00000..00003}}.tar")
 
 
 def test_schemes_that_are_not_there(monkeypatch):

@@ -41,7 +41,6 @@ def evaluate(
     encoder: str | None = None,  # a second one for Frechet distances; None: STRANGER for images of 3 channels
     fid: str | None = None,  # Inception's weights, as open_inception takes them; None: no FID
     fid_samples: int = 50_000,  # f(z) that FID is computed of
-    progress: bool = True,  # say on stderr what is being done
 ) -> dict[str, Any]:
     """Measure the model and write `evaluation/{metrics.json, report.html, *.png}` in its folder.
 
@@ -57,12 +56,12 @@ def evaluate(
         check_count("samples", fid_samples)
         network = open_inception(fid, device)
     start = time.monotonic()
-    with _said("reading the model", start, progress):
+    with _said("reading the model", start):
         model = NAIGN.from_pretrained(folder, device=device)
     config, manifest = recorded(model, folder, data)
     first = choose_encoder(manifest)
     second, missing = _open_second(encoder, manifest, device)
-    with _said("reading data", start, progress):
+    with _said("reading data", start):
         train, test = measures.read(config, manifest.shape, seed=seed)
     judge = None
     if fid is not None:
@@ -90,7 +89,7 @@ def evaluate(
         "dataset": manifest.name,
     }
     for title, measure in STAGES.items():
-        with _said(title, start, progress):
+        with _said(title, start):
             metrics |= measure(subject)
     lost: list[str] = []
     metrics = json.loads(json.dumps(metrics), parse_constant=lost.append)  # None for NaN and infinities
@@ -106,7 +105,7 @@ def evaluate(
         "checkpoint": model.checkpoint or None,
         "device": _in_words(device),
     }
-    with _said("pictures and report", start, progress):
+    with _said("pictures and report", start):
         drawn = draw_pictures(subject)
         metrics["seconds"] = round(time.monotonic() - start, 1)
         _write(place, metrics, drawn, header.get("config", header))
@@ -138,11 +137,11 @@ def number(value: Any) -> float | None:
 
 
 @contextmanager
-def _said(title: str, start: float, shown: bool) -> Iterator[None]:
+def _said(title: str, start: float) -> Iterator[None]:
     """Say on stderr what is being done, each second on a terminal, and else once with the seconds since `start`."""
-    if shown and not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         print(f"{time.monotonic() - start:.0f} s: {title}", file=sys.stderr, flush=True)
-    with busy(title, shown=shown):
+    with busy(title):
         yield
 
 

@@ -1,5 +1,6 @@
 """What a run reports: its headline, the metrics and pictures of each round, and those of the prior's fit."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from naign.errors import Diverged
 from naign.match import Match
 from naign.observe import grid, peak_memory, rows
 from naign.training.trainer import Trainer
+
+log = logging.getLogger("naign.report")
+
+ALIKE = 0.01  # mean deviation over a batch, in [-1, 1], below which images are all the same
 
 
 def headline(run: Trainer) -> str:
@@ -164,4 +169,6 @@ def _draw_repairs(run: Trainer, images: Tensor) -> Image.Image:
         repaired = run.engine.exported("", damaged.to(images.device)).cpu()
         lines.append((kind.replace("_", " "), damaged))
         lines.append(("repaired", repaired))
+    if run.state.round > 1 and repaired.std(0).mean() < ALIKE:
+        log.warning("f makes one image of all: lower train.lr, or train with objective.distance=l2")
     return rows(lines)

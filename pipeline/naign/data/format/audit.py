@@ -8,7 +8,7 @@ from naign.errors import InputError
 from naign.terminal import counted
 
 
-def verify(path: str, *, index: str = "", progress: bool = True) -> tuple[int, list[str]]:
+def verify(path: str, *, index: str = "") -> tuple[int, list[str]]:
     """Read every sample of a data set: sizes, hashes, page tables, pixels, shapes, labels. Returns their number, and
     shard and key of those that index.json says are broken, and are. InputError names the first other problem.
     """
@@ -24,7 +24,6 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> tuple[int, l
             reader.raw(pieces),
             total=split.samples,
             unit="sample",
-            shown=progress,
         )
         for raw in bar:
             count += 1

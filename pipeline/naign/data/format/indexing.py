@@ -25,8 +25,6 @@ TEST = ("*test*.tar", "*val*.tar")  # names of tars that are for testing, unless
 
 def index(
     path: str,  # folder or s3://bucket/prefix of tars, or a pattern of them such as .../{00000..01023}.tar
-    *,
-    progress: bool = True,  # bar on stderr
     **options: Any,  # of IndexOptions
 ) -> Manifest:
     """Read every byte of WebDataset tars and write the index.json and page tables that training needs.
@@ -51,7 +49,6 @@ def index(
         names,
         chosen,
         size=store.size(names[0]) * len(names),
-        progress=progress,
     )
     problems = []
     forms = set()
@@ -88,7 +85,7 @@ def index(
     )
     text = manifest.dump()
     Manifest.parse(text, where=path)  # raises InputError before anything is replaced
-    with busy("writing the index", shown=progress):
+    with busy("writing the index"):
         target.delete(INDEX)
         puts = (partial(target.put, table_name(summary.shard.name), summary.table) for summary in summaries)
         for _ in in_order(puts, THREADS):

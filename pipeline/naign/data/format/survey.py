@@ -71,7 +71,6 @@ def read_tars(
     options: IndexOptions,
     *,
     size: int,  # bytes of all of them, about
-    progress: bool,  # bar on stderr
 ) -> list[Summary]:
     """The summary of every tar, in order: each is read once, by threads or processes."""
     workers = THREADS
@@ -87,7 +86,6 @@ def read_tars(
         results,
         total=len(names),
         unit="tar",
-        shown=progress,
     )
     try:
         with closing(results):

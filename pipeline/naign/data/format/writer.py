@@ -33,7 +33,6 @@ def pack(
     encoding: str = "png",  # of images: one of ENCODINGS
     seed: int = 0,  # of the order in which samples are dealt to shards
     force: bool = False,  # replace what is there, which is deleted once the whole source was decoded
-    progress: bool = True,  # bar on stderr
 ) -> tuple[Manifest, bool]:
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
 
@@ -61,7 +60,6 @@ def pack(
             dealt,
             suffix,
             refusal=refusal,
-            progress=progress,
             written=written,
         )
         manifest = Manifest(
@@ -91,7 +89,6 @@ def _write_shards(
     suffix: str,
     *,
     refusal: str,
-    progress: bool,
     written: list[str],
 ) -> dict[str, Split]:
     """Write the shards that are not there. `written` gets the names of new files; InputError where others differ."""
@@ -99,7 +96,7 @@ def _write_shards(
     splits = {}
     for split, hands in dealt.items():
         made = []
-        bar = counted(f"pack {source.name} {split}", hands, unit="shard", shown=progress)
+        bar = counted(f"pack {source.name} {split}", hands, unit="shard")
         for number, rows in enumerate(bar):
             name = f"{split}-{number:05d}.tar"
             data, pager = _build(source.splits[split], rows, suffix)

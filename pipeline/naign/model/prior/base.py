@@ -160,23 +160,34 @@ class CodesPrior(Prior):
         """Classes (n,) int64 in proportion to `class_counts`, by (seed, round, id); None without classes."""
         if not self.labels:
             return None
-        drawn = uniform(
-            seed,
-            round,
-            ids,
-            (1,),
-            device,
-            stream=CLASS,
-        ).flatten()
+        drawn = by_chance(seed, round, ids, device)
         total = self.class_counts.sum().clamp(min=1)
         shares = self.class_counts.cumsum(0) / total
-        chosen = torch.searchsorted(shares, drawn.contiguous())
+        chosen = torch.searchsorted(shares, drawn)
         return chosen.clamp(max=len(self.labels) - 1)
 
     def count_classes(self, labels: Tensor | None) -> None:
         """Set `class_counts` to those of the labels (n,) of codes."""
         if labels is not None:
             self.class_counts.copy_(torch.bincount(labels, minlength=len(self.labels)))
+
+
+def by_chance(
+    seed: int,
+    round: int,
+    ids: Tensor,
+    device: Device,
+) -> Tensor:
+    """Uniform numbers (n,) that conditions are drawn by."""
+    drawn = uniform(
+        seed,
+        round,
+        ids,
+        (1,),
+        device,
+        stream=CLASS,
+    )
+    return drawn.flatten().contiguous()
 
 
 def labels_of(labels: Tensor | None, rows: Tensor) -> Tensor | None:

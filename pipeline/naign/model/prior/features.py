@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from naign.errors import InputError
-from naign.model.prior.base import Codes, Device, Shape
-from naign.philox import CLASS, LEARN, normal, uniform
+from naign.model.prior.base import Codes, Device, Shape, by_chance
+from naign.philox import LEARN, normal
 
 SIDE = 3  # positions of a patch
 PROTOTYPES = 200
@@ -63,15 +63,8 @@ class Features(nn.Module):
 
     def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         """Features (n, size) of training images, with noise, by (seed, round, id)."""
-        drawn = uniform(
-            seed,
-            round,
-            ids,
-            (1,),
-            device,
-            stream=CLASS,
-        )
-        rows = (drawn.flatten() * KEPT).long() % KEPT  # they may be 1
+        drawn = by_chance(seed, round, ids, device)
+        rows = (drawn * KEPT).long() % KEPT  # they may be 1
         return self.table[rows].float()
 
     def fit(
