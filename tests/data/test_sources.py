@@ -421,9 +421,10 @@ def test_lsun_is_read_from_its_database(tmp_path):
     reds = []
     for made in source.splits.values():
         for index in range(len(made)):
-            _, pixels, label = made[index]
+            key, pixels, label = made[index]
             assert label == -1 and (pixels[2] == 50).all()
             reds.append(int(pixels[0, 0, 0]))
+            assert key == f"{reds[-1]:08x}"
     assert sorted(reds) == list(range(20))
 
 

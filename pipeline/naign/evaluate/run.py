@@ -126,7 +126,7 @@ def _in_words(device: str) -> str:
     """The name of a card, or the threads of a processor."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"a CPU, {torch.get_num_threads()} threads"
+    return f"a CPU, threads: {torch.get_num_threads()}"
 
 
 def number(value: Any) -> float | None:

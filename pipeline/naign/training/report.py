@@ -21,8 +21,6 @@ from naign.training.trainer import Trainer
 
 log = logging.getLogger("naign.report")
 
-ALIKE = 0.01  # mean deviation over a batch, in [-1, 1], below which images are all the same
-
 
 def headline(run: Trainer) -> str:
     """What a run says of itself before the first round."""
@@ -169,6 +167,6 @@ def _draw_repairs(run: Trainer, images: Tensor) -> Image.Image:
         repaired = run.engine.exported("", damaged.to(images.device)).cpu()
         lines.append((kind.replace("_", " "), damaged))
         lines.append(("repaired", repaired))
-    if run.state.round > 1 and repaired.std(0).mean() < ALIKE:
+    if run.state.round > 1 and repaired.std(0).mean() < 0.01:  # over the batch, of values in [-1, 1]
         log.warning("f makes one image of all: lower train.lr, or train with objective.distance=l2")
     return rows(lines)

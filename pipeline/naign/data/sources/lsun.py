@@ -42,13 +42,14 @@ def lsun(
     def examples(rows: list[int]) -> Made:
         def make(index: int) -> Example:
             key = keys[rows[index]]
+            name = key.decode() if key.isalnum() else key.hex()  # a hash in hexadecimal, as published
             with database.begin() as view:
                 content = view.get(key, b"")
             try:
                 pixels = resized(content, resize)
             except InputError as error:
-                raise BrokenPicture(f"{root}, {key.hex()}: {error}") from None
-            return key.hex(), np.ascontiguousarray(channels(pixels, 3)), -1
+                raise BrokenPicture(f"{root}, {name}: {error}") from None
+            return name, np.ascontiguousarray(channels(pixels, 3)), -1
 
         return Made(length=len(rows), make=make)
 
