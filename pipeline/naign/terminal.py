@@ -41,7 +41,6 @@ def in_log() -> dict[str, Any]:
     return {
         "file": _Lines(),
         "mininterval": LOG_EVERY,
-        "maxinterval": LOG_EVERY,
         "bar_format": "{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
     }
 
@@ -50,7 +49,7 @@ class _Lines:
     """stderr for tqdm, with a line for each update."""
 
     def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
+        text = text.strip()
         if text:
             print(text, file=sys.stderr, flush=True)
 

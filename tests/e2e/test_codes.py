@@ -46,7 +46,7 @@ def test_from_training_to_samples_of_either_law(train, naign, small, tmp_path, n
         assert (line["round"], line["images_seen"], line["codes_seen"]) == (number, 256 * (number + 1), 0)
         assert "loss/total" in line and "match/distance" in line
     last = lines[-1]
-    assert (last["train/stage"], last["images_seen"], last["codes_seen"]) == (2, 2048, 1024)
+    assert (last["train/stage"], last["images_seen"], last["codes_seen"]) == (2, 2048, 2 * 1024)
     assert last["prior/fitted"] == 1 and last["prior/loss"] > 0
     assert last["seconds/training"] > first[-1]["seconds/training"]
     assert last["step"] == 64 + 32 + 1, "steps of f, of the flow, and the end"

@@ -61,7 +61,7 @@ def written():
     return {file: file.stat().st_mtime_ns for file in SHIPPED.rglob("*")}
 
 
-def test_commands_take_its_name(monkeypatch, capsys, caplog):
+def test_commands_take_its_name(monkeypatch, capsys):
     before = written()
 
     def naign(*words):
@@ -81,10 +81,10 @@ def test_commands_take_its_name(monkeypatch, capsys, caplog):
     scored = re.findall(r"^each/00000(\d)\.png,0\.\d+,.*,(?:yes|no)$", capsys.readouterr().out, re.M)
     assert scored == ["0", "1", "2", "3"]
     assert Image.open("restored/000003.png").size == (28, 28)
-    assert "negative" not in caplog.text
+    assert "negative" not in capsys.readouterr().err
     ImageOps.invert(Image.open("each/000000.png")).save("dark.png")  # ink on paper
     naign("restore", "mnist", "dark.png")
-    assert "dark.png: its negative is more like the training data" in caplog.text
+    assert "dark.png: its negative is more like the training data" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         naign("evaluate", "mnist")
     assert ended.value.code == 2

@@ -1,6 +1,6 @@
 """What `naign restore` and `naign score` do with pictures, at the model's size or their own."""
 
-import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +13,6 @@ from naign.model.naign import NAIGN
 from naign.model.photos import colour_profile, filled, mapped, read_hole, read_picture, shown, to_values
 from naign.observe.pictures import to_image
 from naign.terminal import counted
-
-log = logging.getLogger("naign.restore")
 
 
 def restore_files(
@@ -46,7 +44,8 @@ def restore_files(
         images = read_images(paths, model)
         first = images[0]
         if 2 * model.energy(-first) < model.energy(first):  # of dark ink on white a seventieth, for the f of MNIST
-            log.warning("%s: its negative is more like the training data: invert it if its ink is dark", paths[0])
+            unlike = "its negative is more like the training data: invert it if its ink is dark"
+            print(f"warning: {paths[0]}: {unlike}", file=sys.stderr)
     else:
         _check_pictures(paths, mask)
     for number, output in enumerate(counted("restoring", outputs, unit="file")):

@@ -309,7 +309,7 @@ def advance_prior(run: Trainer, fitted: float) -> None:
     """Count the share of stage 2 that is done."""
     before = run.state.codes_seen
     run.state.fitted = fitted
-    run.state.codes_seen = round(fitted * run.config.prior.images)
+    run.state.codes_seen = round(fitted * run.config.prior.images * run.config.prior.passes)
     run.monitor.advance(run.state.codes_seen - before)
 
 

@@ -91,8 +91,7 @@ def report_round(run: Trainer, read: Rows, images: Tensor, match: Match | None, 
     }
     pictures = {}
     every = config.report.pictures
-    due = every and (state.round in (1, run.rounds) or state.round % every == 0)
-    if due:
+    if every and (state.round in (1, run.rounds) or state.round % every == 0):
         pictures = _draw(run, images)
     _send(run, values, pictures)
 

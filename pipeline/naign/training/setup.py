@@ -194,7 +194,8 @@ def open_monitor(config: Config, accelerator: Accelerator, state: State, *, writ
         monitor = Monitor(
             folder,
             active=is_main,
-            images=count_rounds(settings) * config.match.round * config.train.passes + config.prior.images,
+            images=count_rounds(settings) * config.match.round * config.train.passes
+            + config.prior.images * config.prior.passes,
             seen=state.seen,
             settings=settings,
             trackers=config.report.trackers,

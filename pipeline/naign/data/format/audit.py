@@ -19,13 +19,12 @@ def verify(path: str, *, index: str = "") -> tuple[int, list[str]]:
     for name, split in manifest.splits.items():
         reader = Reader(config, manifest, name)
         pieces = leading(split.sizes, split.samples)
-        bar = counted(
+        for raw in counted(
             f"verify {name}",
             reader.raw(pieces),
             total=split.samples,
             unit="sample",
-        )
-        for raw in bar:
+        ):
             count += 1
             try:
                 reader.row(raw)

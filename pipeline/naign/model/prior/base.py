@@ -32,6 +32,7 @@ class PriorConfig:
 
     classes = False
     images = 0
+    passes = 1
 
     def check(self) -> None:
         """Raise InputError for settings that contradict each other."""
