@@ -70,8 +70,8 @@ class Settings:
     """A column a run instead of a row, with the first 12 samples and four repairs; and what the first run's model makes
     of drawings and of white noise."""
     nearest: bool = False
-    """Of each run the first 100 samples, and beside each row of ten the nearest training images, mirrored ones
-    included where f was trained on them."""
+    """Of each run the first 100 samples, and beside them the nearest training image of each, which is a mirrored one
+    where f was trained on those."""
     colours: int = 0
     """Size of the palette, at most 256, for a smaller file. 0: all colours."""
 
@@ -86,12 +86,19 @@ def load(run: Path, name: str) -> Image.Image:
 
 def side_by_side(runs: list[Path]) -> Image.Image:
     """A row a run: the pictures of its report as they are."""
+    lines = []
+    for run in runs:
+        lines.append([load(run, name) for name in PICTURES])
+    return stacked(lines)
+
+
+def stacked(lines: list[list[Image.Image]]) -> Image.Image:
+    """Rows of pictures as one picture."""
     placed = []
     width = 0
     top = 0
-    for run in runs:
+    for images in lines:
         left = 0
-        images = [load(run, name) for name in PICTURES]
         for image in images:
             placed.append((image, left, top))
             left += image.width + GAP
@@ -205,8 +212,8 @@ def front(runs: list[Path]) -> Image.Image:
 
 
 def beside_training(runs: list[Path]) -> Image.Image:
-    """From top to bottom a grid of samples a run, each with the grid of their nearest training images at its right."""
-    pairs = []
+    """A row a run: the grid of its first samples, and that of the nearest training image of each."""
+    lines = []
     for run in runs:
         model = NAIGN.from_pretrained(run)
         data, _ = recorded(model, str(run), None)
@@ -216,16 +223,8 @@ def beside_training(runs: list[Path]) -> Image.Image:
             training = torch.cat([training, training.flip(-1)])
         samples = model.sample(100, seed=0)
         _, ids = nearest(samples.flatten(1), training.flatten(1), 0)
-        pairs.append((grid(samples, columns=10), grid(training[ids], columns=10)))
-    width = max(left.width + GAP + right.width for left, right in pairs)
-    height = sum(left.height + GAP for left, _ in pairs) - GAP
-    canvas = Image.new("RGBA", (width, height), CLEAR)
-    top = 0
-    for left, right in pairs:
-        canvas.paste(left, (0, top))
-        canvas.paste(right, (left.width + GAP, top))
-        top += left.height + GAP
-    return canvas
+        lines.append([grid(samples, columns=10), grid(training[ids], columns=10)])
+    return stacked(lines)
 
 
 def title_of(run: Path) -> str:

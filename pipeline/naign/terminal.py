@@ -35,7 +35,7 @@ def counted(
 
 
 def in_log() -> dict[str, Any]:
-    """Options of tqdm: where stderr is no terminal, a line every LOG_EVERY seconds."""
+    """Options of tqdm: where stderr is not a terminal, a line every LOG_EVERY seconds."""
     if sys.stderr.isatty():
         return {"dynamic_ncols": True}
     return {

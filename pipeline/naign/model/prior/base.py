@@ -179,7 +179,7 @@ def by_chance(
     ids: Tensor,
     device: Device,
 ) -> Tensor:
-    """Uniform numbers (n,) that conditions are drawn by."""
+    """Uniform numbers (n,) by which conditions are drawn: a function of (seed, round, id)."""
     drawn = uniform(
         seed,
         round,
