@@ -1,5 +1,6 @@
 """Ranks that read a round wait for each other as long as rows arrive, and no longer; garbage is collected meanwhile."""
 
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from naign.config import Config
-from naign.errors import InputError, Stopped
+from naign.errors import INTERRUPTED, InputError, Stopped
 from naign.training import loop
 from naign.training.trainer import Phases
 from tests.conftest import SMALL
+from tests.e2e.runs import newest
 from tests.programs import execute, succeeded
 
 LOOKS = 6
@@ -113,6 +115,29 @@ def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
     full = rf"full in round 3, phase {phase}: .*{remedy}.* 2 GiB"
     with pytest.raises(InputError, match=full), phases.enter(phase):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
+@pytest.mark.slow
+def test_a_round_without_a_snapshot_ends_before_a_stop(digits, tmp_path):
+    """However slow its first steps seem: left, it would take the rounds since the last checkpoint along."""
+    program = """
+import os, signal
+import pipeline.train as program
+from naign.training import loop
+loop.fits_in_time = lambda *_: False
+match = loop.find_match
+def interrupted(run, images):
+    found = match(run, images)
+    if run.state.round == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return found
+loop.find_match = interrupted
+program.main()
+"""
+    options = [f"--data.path={digits}", f"--run.path={tmp_path}/run", *SMALL, "--train.images=1024"]
+    done = execute([sys.executable, "-c", program, *options])
+    assert done.returncode == INTERRUPTED, done.stderr
+    assert json.loads((newest(tmp_path / "run") / "trainer.json").read_text())["round"] == 2
 
 
 @pytest.mark.slow

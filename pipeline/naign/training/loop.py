@@ -99,7 +99,8 @@ def train_network(run: Trainer) -> None:
                 raise
             try:
                 with run.phases.enter("fit"):
-                    losses = fit(run, images, match)
+                    # Without a snapshot a round that may be left loses those since the last checkpoint.
+                    losses = fit(run, images, match, may_stop=bool(kept) or longest == 0)
             except Stopped:
                 if kept:
                     save(run, kept)
@@ -123,8 +124,8 @@ def train_network(run: Trainer) -> None:
             raise Stopped
 
 
-def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
-    """Train f on each image of the round train.passes times, with its latent. Collective; raises Stopped.
+def fit(run: Trainer, images: Tensor, match: Match | None, *, may_stop: bool = True) -> dict[str, float]:
+    """Train f on each image of the round train.passes times, with its latent. Collective; raises Stopped where it may.
 
     Returns each loss's mean over steps and ranks, and the last learning rate. Raises Diverged as StepLosses does.
     """
@@ -141,7 +142,7 @@ def fit(run: Trainer, images: Tensor, match: Match | None) -> dict[str, float]:
     steps = rows_of_steps(config, state.round, rank=run.rank, world=run.world).to(images.device)
     for done, numbers_of_step in enumerate(steps):
         run.watchdog.beat()
-        if stop_requested() and not fits_in_time(run, stop_requested.elapsed, done / len(steps)):
+        if stop_requested() and may_stop and not fits_in_time(run, stop_requested.elapsed, done / len(steps)):
             raise Stopped
         rate = learning_rate(config.train, state.images_seen, budget)
         engine.set_lr(rate)
