@@ -49,5 +49,5 @@ def test_a_package_that_exits_while_it_is_imported_does_not_end_the_program(monk
 
 
 def test_an_unknown_name_cannot_write_to_the_terminal():
-    with pytest.raises(InputError, match=r"report.trackers is '\?\[2Jx': choose one of jsonl"):
+    with pytest.raises(InputError, match=r"report.trackers is '_\[2Jx': choose one of jsonl"):
         lookup("report.trackers", "\033[2Jx", {"jsonl": len}, "naign.trackers")

@@ -228,6 +228,7 @@ def check(config: Config) -> None:
     require(
         (together, f"{both}: choose the same name for both, or another network and objective"),
         (size % batch == 0, f"{unfit}: the nearest that fits is --match.round={fitting}"),
+        (config.run.path != config.data.path, f"run.path and data.path are both {config.run.path}: choose others"),
         ("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"),
     )
     remote = config.run.remote.rstrip("/")

@@ -36,6 +36,7 @@ class InputError(ValueError):
     """Bad configuration or input: the message says what is wrong, where, and what to do about it."""
 
     code = BAD_INPUT
+    kind = "error: "  # what a program's message begins with
 
 
 class Damaged(InputError):
@@ -49,11 +50,14 @@ class Conflict(InputError):
 class Diverged(InputError):
     """The training diverged: its numbers are not finite any more."""
 
+    kind = "diverged: "
+
 
 class Unavailable(Exception):
     """A store stayed out of reach through all retries: nobody's mistake, and worth a restart."""
 
     code = FAILED
+    kind = "failed: "
 
 
 class StoreLost(Unavailable):
@@ -66,6 +70,7 @@ class PeerLost(Exception):
     """Another rank is gone, so all have to start again."""
 
     code = PEER_LOST
+    kind = ""
 
 
 class Gone(PeerLost):
@@ -86,7 +91,7 @@ BY_WEIGHT = (BAD_INPUT, INTERRUPTED, PEER_LOST, FAILED)
 
 def printable(text: str, most: int = 200) -> str:
     """Untrusted `text` for a message: shortened, without control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
+    return "".join(letter if letter.isprintable() else "_" for letter in text[:most])
 
 
 def one_line(error: object, most: int = 300) -> str:
@@ -144,24 +149,13 @@ def unwritten(message: str) -> InputError | Unavailable:
     return InputError(message)
 
 
-def kind_of(error: Exception) -> str:
-    """What a message begins with: "error: " for what the user must change, "failed: " for what a retry may help."""
-    if isinstance(error, Diverged):
-        return "diverged: "
-    if isinstance(error, InputError):
-        return "error: "
-    if isinstance(error, Unavailable):
-        return "failed: "
-    return ""
-
-
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
     """Print an error that is not a crash, or a full disk, on one line and exit with its code; on Ctrl-C with 130."""
     try:
         yield
     except (InputError, PeerLost, Unavailable) as error:
-        _exit(error.code, f"{program}: {kind_of(error)}{error}")
+        _exit(error.code, f"{program}: {error.kind}{error}")
     except OSError as error:
         if isinstance(unwritten(str(error)), InputError):
             raise

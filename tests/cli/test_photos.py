@@ -61,6 +61,22 @@ def restored(model, file, **options):
     return Image.open(file.parent / "out" / f"{file.stem}.png")
 
 
+def test_a_folder_that_cannot_be_read_is_named(grey, tmp_path, monkeypatch):
+    for place in ("a.png", "inner/b.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        picture(mode="L").save(tmp_path / place)
+    scan = os.scandir
+
+    def locked(path):
+        if os.path.basename(path) == "inner":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", locked)
+    with pytest.raises(InputError, match="inner: cannot be read .Permission denied.: check the owner and mode"):
+        cli.score(grey, (tmp_path,))
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
     """Runs the program, a line of words, in the test's folder; it must end with code 2. Returns the line it says."""

@@ -243,10 +243,16 @@ def test_files_of_no_picture_are_left_out(tmp_path, caplog):
     assert verify(str(target))[0] == 12
     for file in (tree / "train/a").iterdir():
         file.write_text("hello")
-    with refused("no picture of a shard can be read"):
-        pack_command("folder", to=f"{target}2", shards=6, **settings)
+    pack_command("folder", to=f"{target}2", shards=6, **settings)
+    kept = Manifest.load(f"{target}2")
+    assert [len(kept.split(split).shards) for split in ("train", "test")] == [3, 6]  # none without a picture
+    assert verify(f"{target}2")[0] == 9
+    for file in (tree / "train/b").iterdir():
+        file.write_text("hello")
+    with refused("no picture of a split can be read"):
+        pack_command("folder", to=f"{target}3", shards=6, **settings)
     before = {file: file.read_bytes() for file in target.iterdir()}
-    with refused("no picture of a shard can be read"):
+    with refused("no picture of a split can be read"):
         pack_command(
             "folder",
             to=str(target),

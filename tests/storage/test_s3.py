@@ -240,29 +240,50 @@ def test_credentials_that_do_not_do(
         assert "not-to-be-read" not in found, action
 
 
-def test_a_server_that_redirects(s3, monkeypatch):
-    class Redirect(BaseHTTPRequestHandler):
-        def answer(self):
-            self.send_response(301)
-            self.send_header("Location", f"https://elsewhere{self.path}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+@pytest.fixture
+def web_server(monkeypatch):
+    """Makes a web server, which answers each request by a status and headers, the endpoint of S3."""
+    servers = []
 
-        do_GET = do_HEAD = do_PUT = do_DELETE = answer
+    def serve(status, headers):
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self):
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value.format(path=self.path))
+                self.end_headers()
 
-        def log_message(self, *_):
-            pass
+            do_GET = do_HEAD = do_PUT = do_DELETE = answer
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Redirect) as server:
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         forget_clients()
-        for action in ACTIONS:
-            message = refusal(s3, action, "s3://bucket/x")
-            assert "the server redirects (301) to https://elsewhere/bucket" in message
-            assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message
-            assert "\n" not in message
+
+    yield serve
+    for server in servers:
         server.shutdown()
+        server.server_close()
+
+
+def test_a_server_that_redirects(s3, web_server):
+    web_server(301, {"Location": "https://elsewhere{path}", "Content-Length": "0"})
+    for action in ACTIONS:
+        message = refusal(s3, action, "s3://bucket/x")
+        assert "the server redirects (301) to https://elsewhere/bucket" in message
+        assert "(http or https? another region?): check the path, AWS_ENDPOINT_URL" in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("headers", [{"Content-Length": "0"}, {"ETag": "w", "Connection": "close"}])
+def test_a_web_page_is_no_store(headers, web_server):
+    web_server(200, {"Content-Type": "text/html", **headers})
+    with pytest.raises(InputError, match="x/index.json: no S3 store is there: check the path, AWS_"):
+        open_store("s3://bucket/x").size("index.json")
 
 
 def test_a_public_bucket_needs_no_account(

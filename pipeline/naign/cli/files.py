@@ -14,7 +14,7 @@ from naign.errors import InputError, require
 from naign.evaluate.recorded import read_image
 from naign.model.naign import NAIGN
 from naign.observe.pictures import grid, to_image
-from naign.storage.local import write_atomically
+from naign.storage.local import walk, write_atomically
 from naign.terminal import counted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -33,7 +33,8 @@ def find_files(files: Sequence[Path], model: NAIGN) -> list[tuple[Path, Path]]:
             require((file.is_file() or not file.exists(), f"{file} is a pipe or a device: give a file"))
             found.append((file, Path(file.name)))
             continue
-        for path in sorted(file.rglob("*")):
+        below = [Path(folder, name) for folder, _, names in walk(file, links=False) for name in names]
+        for path in sorted(below):
             if path.suffix.lower() in IMAGES and path.is_file() and not path.name.endswith(MAP):
                 found.append((path, path.relative_to(file)))
     require((found, f"no images ({', '.join(IMAGES)}) given: name files, or folders that hold some"))

@@ -259,8 +259,8 @@ def demo(
     model = _open(run or str(shipped("models/mnist")), _find_device(device))
     require((len(model.shape) == 3, f"the page is for images, the model in {shown} takes points of {model.shape}"))
     size = " × ".join(map(str, model.shape))
-    about = f"# {shown}\n\nf turns an image of {size} into one like its training data."
-    about += " The energy of an image is how much f changes it."
+    does = f"f turns an image of {size} into one like its training data"
+    about = f"# {shown}\n\n{does}. The energy of an image is how much f changes it."
     with tempfile.TemporaryDirectory(prefix="naign-demo-") as place:
         # Read when Gradio is imported: nothing is sent, and its files are gone in the end.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": place}

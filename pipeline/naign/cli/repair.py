@@ -34,9 +34,8 @@ def restore_files(
     outputs = [to / name.with_suffix(".png") for _, name in found]
     place = f"{to}/"
     if to.suffix.lower() in IMAGES and not to.is_dir():
-        single = len(found) == 1 and to.suffix.lower() in FORMATS
         remedy = "give a folder; only one picture may go to a file, .png or .jpg"
-        require((single, f"--to {to} ends like a file: {remedy}"))
+        require((len(found) == 1 and to.suffix.lower() in FORMATS, f"--to {to} ends like a file: {remedy}"))
         outputs = [to]
         place = str(to)
     refuse_overwriting(paths, outputs, [mask] if mask else [])

@@ -21,7 +21,7 @@ from typing import Any
 from naign.cluster.place import RANKS, Place, find_place, find_port
 from naign.cluster.ranks import AUDIT, MEANINGS, Ranks, become_rank, check_shares, find_engine, require_gpus
 from naign.cluster.rejoin import SETTLED, Hosts, Links, program, say
-from naign.errors import InputError, Outcome, PeerLost, Unavailable, kind_of
+from naign.errors import InputError, Outcome, PeerLost, Unavailable
 from naign.process import on_signals
 from naign.terminal import outlive_terminal
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return asyncio.run(_launch(options, training, asked))
     except (PeerLost, Unavailable, InputError) as error:
-        say(f"{kind_of(error)}{error}")
+        say(f"{error.kind}{error}")
         return error.code
     finally:
         on_signals(signal.SIG_IGN)  # they have no effect from now on

@@ -181,13 +181,10 @@ class Ranks:
         if interface:
             shared.setdefault("GLOO_SOCKET_IFNAME", interface)  # else that of the host's name, often 127.0.1.1
         for local in range(count):
-            own = {"TORCHELASTIC_ERROR_FILE": str(self._error_file(local))}  # as torchrun's: for the reason of its end
+            own = {"TORCHELASTIC_ERROR_FILE": str(folder / f"{local}.json")}  # as torchrun's: for the reason of its end
             if "WORLD_SIZE" in shared:
                 own |= {"RANK": str(links.number * count + local), "LOCAL_RANK": str(local)}
             self._processes.append(subprocess.Popen(command_of(arguments), env=shared | own))
-
-    def _error_file(self, local: int) -> Path:
-        return self._folder / f"{local}.json"
 
     def __enter__(self) -> "Ranks":
         return self
@@ -268,6 +265,6 @@ class Ranks:
     def _reason(self, local: int) -> str:
         """What a rank said of its end (`errors.pass_on`)."""
         try:
-            return f": {json.loads(self._error_file(local).read_text())['message']}"
+            return f": {json.loads((self._folder / f'{local}.json').read_text())['message']}"
         except (OSError, ValueError, KeyError):
             return ""

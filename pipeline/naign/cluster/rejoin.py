@@ -388,7 +388,7 @@ class Hosts:
         place = self._place
         hello = Hello(place.start, place.index, place.hosts, self._ranks, self.generation, self._member)
         head = f"{place.head}, port {self._port}"
-        check = _time_limit(self.within * (1 + FEWER * self._place.is_elastic))
+        check = _time_limit(self.within * (1 + FEWER * place.is_elastic))
         reason = ""
         while True:
             check(f"host 0 ({head}){reason}")

@@ -245,8 +245,9 @@ def degrade(
         return images
     count, channels, height, width = images.shape
     generator = torch.Generator().manual_seed(seed)
+    small = min(1.0, height / REFERENCE_HEIGHT)
     if kind == "blur":
-        sigma = 2.0 * _shrink(height) * strength
+        sigma = 2.0 * small * strength
         kernel = gaussian_kernel(sigma).expand(channels, 1, 9, 9)
         mode = "reflect" if min(height, width) > 4 else "replicate"
         padded = F.pad(images, (4, 4, 4, 4), mode=mode)
@@ -265,7 +266,7 @@ def degrade(
         salted = torch.where(chance < 0.1 * strength, 1.0, images)
         return torch.where(chance >= 1 - 0.1 * strength, -1.0, salted)
     order = torch.rand(count, height, generator=generator).argsort(1)
-    rows = order.argsort(1) < blackened_rows(height, strength)
+    rows = order.argsort(1) < max(1, round(5 * small * strength))
     return images.masked_fill(rows[:, None, :, None], -1.0)
 
 
@@ -275,12 +276,3 @@ def gaussian_kernel(sigma: float = 2.0) -> Tensor:
     weights = torch.exp(-offsets.square() / (2 * sigma**2))
     kernel = torch.outer(weights, weights)
     return (kernel / kernel.sum()).float()
-
-
-def blackened_rows(height: int, strength: float = 1.0) -> int:
-    """How many rows the damage 'rows' takes from an image of that height in pixels."""
-    return max(1, round(5 * _shrink(height) * strength))
-
-
-def _shrink(height: int) -> float:
-    return min(1.0, height / REFERENCE_HEIGHT)

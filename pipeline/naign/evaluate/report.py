@@ -65,7 +65,7 @@ def render(
         "quoted": lambda text: json.dumps(text, ensure_ascii=False),
     }
     template = environment.get_template("report.html.jinja")
-    page = template.render(
+    return template.render(
         metrics,
         pictures=pictures,
         config=config,
@@ -73,7 +73,6 @@ def render(
         title=title,
         damages=DAMAGE,
     )
-    return page + "\n"
 
 
 def compared(fd: dict[str, Any], key: str) -> float:
@@ -92,17 +91,15 @@ def draw_pictures(subject: Subject) -> list[Picture]:
         return []
     model = subject.model
     chosen = "f(z): the network applied once to z. The first that were drawn, not selected."
-    samples = grid(subject.once[:96], columns=16)
-    drawn = [Picture("samples", "Samples", chosen, samples)]
+    drawn = [Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16))]
     if subject.noise is not None:
-        of_noise = grid(subject.noise[:96], columns=16)
-        drawn.append(Picture("samples_noise", "Samples of noise", "f of noise: no prior is needed.", of_noise))
+        caption = "f of noise: no prior is needed."
+        drawn.append(Picture("samples_noise", "Samples of noise", caption, grid(subject.noise[:96], columns=16)))
     asked = []
     counts = getattr(model.prior, "class_counts", ())  # of the training images
     learned = [name for name, count in zip(model.labels, counts, strict=False) if count]
     for name in learned[:CLASSES]:
-        of_class = model.sample(ASKED, seed=subject.seed, label=name)
-        asked.append((name, of_class.cpu()))
+        asked.append((name, model.sample(ASKED, seed=subject.seed, label=name).cpu()))
     if asked:
         caption = "A row is a class, a column the same noise."
         drawn.append(Picture("classes", "Samples by class", caption, rows(asked)))

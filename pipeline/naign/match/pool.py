@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from naign.data.order import parts
 from naign.match.exchange import Ranks
 from naign.match.index import Blocks
 
@@ -14,12 +15,15 @@ HELD_VALUES = 2**26
 """Samples, and float32 values, of the pool in memory at once: at most these, but at least one block."""
 
 
-def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]:
+def block_range(
+    pool: int,
+    block: int,
+    rank: int,
+    world: int,
+) -> tuple[int, int]:
     """The ids [first, last) of the pool that `rank` generates: whole blocks, shared out evenly."""
-    blocks = -(-pool // block)
-    first = blocks * rank // world * block
-    last = blocks * (rank + 1) // world * block
-    return min(pool, first), min(pool, last)
+    first, last = parts(0, -(-pool // block), world)[rank]
+    return min(pool, first * block), min(pool, last * block)
 
 
 class Pool:

@@ -327,10 +327,7 @@ class NAIGN:
         if not names:
             blind = f"the model was trained without classes, so label {label} cannot be drawn"
             raise InputError(f"{blind}: train one with prior.classes")
-        if label in names:
-            number = names.index(label)
-        else:
-            number = parse_number(str(label))
+        number = names.index(label) if label in names else parse_number(str(label))
         if not 0 <= number < len(names):
             unknown = f"the model has no class '{printable(str(label), 40)}' among its {len(names)} classes"
             known = ", ".join(names[:20])

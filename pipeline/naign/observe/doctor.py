@@ -26,13 +26,11 @@ CHECKPOINTS = 3  # how many should fit on the disk: the two that are kept and th
 
 def examine() -> Iterator[tuple[str, str]]:
     """What is found on this machine, one by one, and the remedy: "" where nothing is wrong."""
-    versions = [f"{name} {version(name)}" for name in LIBRARIES]
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}", ""
-    yield ", ".join(versions), ""
+    yield ", ".join(f"{name} {version(name)}" for name in LIBRARIES), ""
     if not version("torch").startswith(TESTED):
         yield f"torch was tested with {' and '.join(TESTED)}, not with this version", ""
-    memory = bytes_in_words(psutil.virtual_memory().total)
-    yield f"{joblib.cpu_count()} cores, {memory} of memory", ""
+    yield f"{joblib.cpu_count()} cores, {bytes_in_words(psutil.virtual_memory().total)} of memory", ""
     count = count_gpus()
     yield f"train.precision=auto is {choose_precision(on_cpu=count == 0)}", ""
     if count == 0:

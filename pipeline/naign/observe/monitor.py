@@ -153,6 +153,4 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
 
 def _call(tracker: Any, method: str, *arguments: Any) -> None:
     """Call a method that trackers may lack: some of Accelerate's take no pictures."""
-    action = getattr(tracker, method, None)
-    if action is not None:
-        action(*arguments)
+    getattr(tracker, method, lambda *_: None)(*arguments)

@@ -56,6 +56,8 @@ class TensorBoard:
 
         self.images_seen = images_seen
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1)
+        self.flush = self.board.flush
+        self.finish = self.board.close
 
     def store_init_configuration(self, values: Settings) -> None:
         text = yaml.safe_dump(dict(values), sort_keys=False)
@@ -68,12 +70,6 @@ class TensorBoard:
     def log_images(self, values: dict[str, list[Image.Image]], step: int) -> None:
         for name, (picture,) in values.items():
             self.board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
-    def flush(self) -> None:
-        self.board.flush()
-
-    def finish(self) -> None:
-        self.board.close()
 
 
 FILES: dict[str, Any] = {"jsonl": JsonLines, "tensorboard": TensorBoard}

@@ -33,6 +33,15 @@ MISTAKES = {
 PIECE = 1 << 20  # bytes read at once
 
 
+def walk(root: Path, *, links: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, following links to folders or not. InputError for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}): check the owner and mode of the folder")
+
+    return os.walk(root, onerror=refuse, followlinks=links)
+
+
 class LocalStore(Store):
     """Files directly in one local folder."""
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from botocore import UNSIGNED
 from botocore.exceptions import BotoCoreError, ClientError
 
-from naign.errors import InputError, one_line
+from naign.errors import InputError, one_line, require
 from naign.storage.base import Missing, Names
 from naign.storage.network import NO_RANGES, PART, Failure, NetworkStore, Stat
 from naign.storage.prefetch import in_order
@@ -52,6 +52,7 @@ class S3Store(NetworkStore):
 
     def _ask_stat(self, name: str) -> Stat:
         answer = self._ask("head_object", name)
+        require(({"ContentLength", "ETag"} <= answer.keys(), f"{self.url(name)}: no S3 store is there: {self.remedy}"))
         # Some servers quote an ETag in one answer and not in the next.
         return Stat(int(answer["ContentLength"]), str(answer["ETag"]).strip('"'))
 

@@ -124,7 +124,13 @@ def train_network(run: Trainer) -> None:
             raise Stopped
 
 
-def fit(run: Trainer, images: Tensor, match: Match | None, *, may_stop: bool = True) -> dict[str, float]:
+def fit(
+    run: Trainer,
+    images: Tensor,
+    match: Match | None,
+    *,
+    may_stop: bool = True,
+) -> dict[str, float]:
     """Train f on each image of the round train.passes times, with its latent. Collective; raises Stopped where it may.
 
     Returns each loss's mean over steps and ranks, and the last learning rate. Raises Diverged as StepLosses does.

@@ -113,16 +113,16 @@ class Phases:
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:
-        """A phase of the round. Raises InputError, with a remedy, where the GPU's memory is full."""
+        """A phase of the round. Raises InputError, with a remedy, where the memory is full."""
         self._watchdog.enter(name, self._state.round)
         title(name)
         start = time.perf_counter()
         try:
             with torch.profiler.record_function(name):
                 yield
-        except torch.cuda.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             remedy = SMALLER.get(name, "take a smaller network, or a larger GPU")
-            full = f"the GPU's memory is full in round {self._state.round}, phase {name}"
+            full = f"the memory is full in round {self._state.round}, phase {name}"
             raise InputError(f"{full}: {remedy}. {one_line(error)}") from None
         self.seconds[name] = time.perf_counter() - start
 

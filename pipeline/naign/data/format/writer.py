@@ -3,7 +3,7 @@
 import io
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from webdataset import TarWriter
@@ -48,8 +48,8 @@ def pack(
     target = open_store(to)
     if force and target.list():
         for split, hands in dealt.items():
-            for rows in hands:
-                _build(source.splits[split], rows, suffix)
+            for _ in _build(source.splits[split], hands, suffix):
+                pass  # an InputError comes before anything is deleted
         _clear(target, source)
     refusal = f"{to} already holds another data set: choose another folder, or replace it with --force"
     written: list[str] = []
@@ -97,9 +97,8 @@ def _write_shards(
     for split, hands in dealt.items():
         made = []
         bar = counted(f"pack {source.name} {split}", hands, unit="shard")
-        for number, rows in enumerate(bar):
+        for number, data, pager in _build(source.splits[split], bar, suffix):
             name = f"{split}-{number:05d}.tar"
-            data, pager = _build(source.splits[split], rows, suffix)
             shard, table = pager.shard(name)
             for file, content in ((name, data), (table_name(name), table)):
                 if file not in present:
@@ -130,38 +129,48 @@ def _deal(
     return [order[first:last] for first, last in parts(0, samples, shards)]
 
 
-def _build(examples: Made, rows: list[int], suffix: str) -> tuple[bytes, Pager]:
-    """The bytes of one shard, measured. They depend on the samples alone. InputError where no picture can be read."""
-    stream = io.BytesIO()
-    starts = []
-    with TarWriter(
-        stream,
-        user="",
-        group="",
-        mtime=0,
-        encoder=False,
-    ) as writer:
-        for row in rows:
-            try:
-                key, array, label = examples[row]
-            except BrokenPicture as error:
-                log.warning("%s: left out", error)
-                continue
-            sample = {"__key__": key, suffix: encode(array, suffix)}
-            if label >= 0:
-                sample["cls"] = str(label).encode()
-            starts.append(writer.tarstream.offset)
-            writer.write(sample)
-        end = writer.tarstream.offset
-    unreadable = "no picture of a shard can be read: see the warnings, check the path, or use fewer --shards"
-    require((starts, unreadable))
-    data = stream.getvalue()
-    pager = Pager()
-    pager.write(data)
-    for start in starts:
-        pager.start(start)
-    pager.end = end
-    return data, pager
+def _build(
+    examples: Made,
+    hands: Iterable[list[int]],
+    suffix: str,
+) -> Iterator[tuple[int, bytes, Pager]]:
+    """Number, bytes and measure of each shard that holds a picture; the bytes depend on the samples alone. Broken
+    pictures are left out. InputError where no picture can be read.
+    """
+    is_empty = True
+    for number, rows in enumerate(hands):
+        stream = io.BytesIO()
+        starts = []
+        with TarWriter(
+            stream,
+            user="",
+            group="",
+            mtime=0,
+            encoder=False,
+        ) as writer:
+            for row in rows:
+                try:
+                    key, array, label = examples[row]
+                except BrokenPicture as error:
+                    log.warning("%s: left out", error)
+                    continue
+                sample = {"__key__": key, suffix: encode(array, suffix)}
+                if label >= 0:
+                    sample["cls"] = str(label).encode()
+                starts.append(writer.tarstream.offset)
+                writer.write(sample)
+            end = writer.tarstream.offset
+        if not starts:
+            continue
+        is_empty = False
+        data = stream.getvalue()
+        pager = Pager()
+        pager.write(data)
+        for start in starts:
+            pager.start(start)
+        pager.end = end
+        yield number, data, pager
+    require((not is_empty, "no picture of a split can be read: see the warnings, and check the path"))
 
 
 def _clear(target: Store, source: Source) -> None:

@@ -1,7 +1,6 @@
 """Any tree of pictures as a source: each is turned upright, cropped to one shape, resized, and labelled."""
 
 import logging
-import os
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -11,7 +10,8 @@ from naign.data.order import shuffled
 from naign.data.resize import Resize, parse_size, resized
 from naign.data.resize import channels as to_channels
 from naign.data.sources.source import BrokenPicture, Example, Made, Source
-from naign.errors import InputError
+from naign.errors import InputError, printable
+from naign.storage.local import walk
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _examples(
 
     def make(index: int) -> Example:
         picture = pictures[index]
-        where = _printable(str(picture.file))
+        where = printable(str(picture.file))
         label = labels.index(picture.top) if labels else -1
         try:
             pixels = resized(picture.file.read_bytes(), resize)
@@ -101,12 +101,9 @@ def _find_pictures(root: Path) -> list[Picture]:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: give a folder of pictures with --root; unpack an archive first")
 
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}): check the owner and mode of the folder")
-
     pictures = []
     places = set[Path]()
-    for name, inner, files in os.walk(root, onerror=refuse, followlinks=True):
+    for name, inner, files in walk(root, links=True):
         folder = Path(name)
         inner[:] = [name for name in inner if not name.startswith(".")]
         place = folder.resolve()
@@ -122,10 +119,6 @@ def _find_pictures(root: Path) -> list[Picture]:
     return sorted(pictures)
 
 
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "_" for letter in text)
-
-
 def _split(pictures: list[Picture], root: Path, seed: int) -> dict[str, list[Picture]]:
     """The pictures of each split, in order."""
     splits: dict[str, list[Picture]] = {"train": [], "test": []}
@@ -137,7 +130,7 @@ def _split(pictures: list[Picture], root: Path, seed: int) -> dict[str, list[Pic
         return splits
     for picture in pictures:
         if picture.top not in splits:
-            raise InputError(f"{_printable(str(picture.file))}: lies beside train/ and test/: move it into one of them")
+            raise InputError(f"{printable(str(picture.file))}: lies beside train/ and test/: move it into one of them")
         path = picture.path.relative_to(picture.top)
         splits[picture.top].append(Picture(picture.file, path))
     for split, group in splits.items():
@@ -156,7 +149,7 @@ def _keys(pictures: list[Picture]) -> list[str]:
     """WebDataset keys like the paths: no dots (they start a suffix), no leading __ (metadata), printable, each once."""
     keys: dict[str, None] = {}
     for picture in pictures:
-        shown = _printable(str(picture.path.with_suffix("")))
+        shown = printable(str(picture.path.with_suffix("")), 4096)
         parts = [part.replace(".", "_").lstrip("_") or "_" for part in shown.split("/")]
         key = "/".join(parts)
         number = 1

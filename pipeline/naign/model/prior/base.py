@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from naign.data.order import parts
 from naign.philox import CLASS, uniform
 from naign.settings.constraints import MAY_CHANGE, POSITIVE
 
@@ -74,8 +75,7 @@ class Codes:
 
     def part(self, rows: Tensor) -> Tensor:
         """This rank's part of some rows (n, ...)."""
-        first = len(rows) * self.rank // self.world
-        last = len(rows) * (self.rank + 1) // self.world
+        first, last = parts(0, len(rows), self.world)[self.rank]
         return rows[first:last]
 
 
