@@ -22,6 +22,19 @@ print(tuple(model.sample(5).shape), "learned" if model.prior.factor.any(1).all()
 """
 
 
+ENCODER = """
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from naign.model.encoders import Encoder
+
+class Coarse(nn.Module):
+    def features(self, images):
+        return adaptive_avg_pool2d(images, 4).flatten(1)
+
+def coarse():
+    return Encoder(name="coarse", network=Coarse())
+"""
 EXPECTED = (
     "{'hidden': 128, 'init': '', 'name': 'dense'} {'directions': 6, 'images': 512, 'name': 'principal'}\n"
     "(5, 1, 8, 8) learned"
@@ -32,7 +45,8 @@ EXPECTED = (
 def site(tmp_path):
     """The path with the package as an installer leaves it."""
     files = dict(BLOCK.findall(TEXT))
-    lines = []
+    files["my_naign/encoder.py"] = ENCODER
+    lines = ["[naign.encoders]", "coarse = my_naign.encoder:coarse"]
     for group, points in tomllib.loads(files.pop("pyproject.toml"))["project"]["entry-points"].items():
         lines.append(f"[{group}]")
         lines += [f"{name} = {value}" for name, value in points.items()]

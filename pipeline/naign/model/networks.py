@@ -27,7 +27,7 @@ class NetworkConfig:
     """Base of every network's settings."""
 
     name: str = ""
-    """`conv` and `spatial` for images (C, S, S), `mlp` for points (D,), or one that another package registers."""
+    """`conv` and `spatial` for images (C, H, W), `mlp` for points (D,), or one that another package registers."""
     init: str = ""
     """Start from the weights of this model: a run (a folder or s3://), a checkpoint, an exported folder or its file, or
     hf://user/model. Weights whose name and shape agree are used. Empty: random weights."""
