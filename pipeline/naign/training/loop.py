@@ -99,7 +99,7 @@ def train_network(run: Trainer) -> None:
                 raise
             try:
                 with run.phases.enter("fit"):
-                    # Without a snapshot a round that may be left loses those since the last checkpoint.
+                    # A round that is left without a snapshot loses all rounds since the last checkpoint.
                     losses = fit(run, images, match, may_stop=bool(kept) or longest == 0)
             except Stopped:
                 if kept:
