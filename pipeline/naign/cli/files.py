@@ -33,8 +33,7 @@ def find_files(files: Sequence[Path], model: NAIGN) -> list[tuple[Path, Path]]:
             require((file.is_file() or not file.exists(), f"{file} is a pipe or a device: give a file"))
             found.append((file, Path(file.name)))
             continue
-        below = [Path(folder, name) for folder, _, names in walk(file, links=False) for name in names]
-        for path in sorted(below):
+        for path in sorted(Path(folder, name) for folder, _, names in walk(file) for name in names):
             if path.suffix.lower() in IMAGES and path.is_file() and not path.name.endswith(MAP):
                 found.append((path, path.relative_to(file)))
     require((found, f"no images ({', '.join(IMAGES)}) given: name files, or folders that hold some"))

@@ -33,7 +33,7 @@ MISTAKES = {
 PIECE = 1 << 20  # bytes read at once
 
 
-def walk(root: Path, *, links: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk(root: Path, links: bool = False) -> Iterator[tuple[str, list[str], list[str]]]:
     """As os.walk, following links to folders or not. InputError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:

@@ -137,7 +137,7 @@ def _build(
     """Number, bytes and measure of each shard that holds a picture; the bytes depend on the samples alone. Broken
     pictures are left out. InputError where no picture can be read.
     """
-    is_empty = True
+    found = False
     for number, rows in enumerate(hands):
         stream = io.BytesIO()
         starts = []
@@ -162,7 +162,7 @@ def _build(
             end = writer.tarstream.offset
         if not starts:
             continue
-        is_empty = False
+        found = True
         data = stream.getvalue()
         pager = Pager()
         pager.write(data)
@@ -170,7 +170,7 @@ def _build(
             pager.start(start)
         pager.end = end
         yield number, data, pager
-    require((not is_empty, "no picture of a split can be read: see the warnings, and check the path"))
+    require((found, "no picture of a split can be read: see the warnings, and check the path"))
 
 
 def _clear(target: Store, source: Source) -> None:

@@ -16,6 +16,7 @@ from naign.storage.local import walk
 log = logging.getLogger(__name__)
 
 TEST_SHARE = 0.1  # of the pictures, where there is no folder test/
+LONGEST = 4096  # characters of a path
 WINDOWS = ("Thumbs.db", "desktop.ini")  # files that Windows leaves in folders of pictures
 
 
@@ -83,7 +84,7 @@ def _examples(
 
     def make(index: int) -> Example:
         picture = pictures[index]
-        where = printable(str(picture.file))
+        where = printable(str(picture.file), LONGEST)
         label = labels.index(picture.top) if labels else -1
         try:
             pixels = resized(picture.file.read_bytes(), resize)
@@ -130,7 +131,8 @@ def _split(pictures: list[Picture], root: Path, seed: int) -> dict[str, list[Pic
         return splits
     for picture in pictures:
         if picture.top not in splits:
-            raise InputError(f"{printable(str(picture.file))}: lies beside train/ and test/: move it into one of them")
+            where = printable(str(picture.file), LONGEST)
+            raise InputError(f"{where}: lies beside train/ and test/: move it into one of them")
         path = picture.path.relative_to(picture.top)
         splits[picture.top].append(Picture(picture.file, path))
     for split, group in splits.items():
@@ -149,7 +151,7 @@ def _keys(pictures: list[Picture]) -> list[str]:
     """WebDataset keys like the paths: no dots (they start a suffix), no leading __ (metadata), printable, each once."""
     keys: dict[str, None] = {}
     for picture in pictures:
-        shown = printable(str(picture.path.with_suffix("")), 4096)
+        shown = printable(str(picture.path.with_suffix("")), LONGEST)
         parts = [part.replace(".", "_").lstrip("_") or "_" for part in shown.split("/")]
         key = "/".join(parts)
         number = 1
