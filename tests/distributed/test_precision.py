@@ -16,6 +16,8 @@ from naign.distributed import connect, zero
     [
         ({"amx_bf16": True}, "bf16"),
         ({"avx2": True, "amx_bf16": False}, "fp32"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "fp32"),  # Intel's, with AMX hidden by a virtual machine
+        ({"avx512_bf16": True, "sse4a": True}, "bf16"),  # AMD's
         ({}, "fp32"),
     ],
 )

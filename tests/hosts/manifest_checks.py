@@ -28,20 +28,7 @@ def templates(item):
     if item["kind"] == "JobSet":
         jobs = item["spec"]["replicatedJobs"]
         return [(f"{name} {job['name']}", job["template"]["spec"]["template"]) for job in jobs]
-    if item["kind"] == "TrainJob":
-        return [(name, _of_train_job(item["spec"]))]
     return []
-
-
-def _of_train_job(spec):
-    """The pod template that Trainer makes of its runtime, the patch and the trainer."""
-    (patch,) = spec["runtimePatches"]
-    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    template = node["template"]["spec"]["template"]
-    (container,) = template["spec"]["containers"]
-    trainer = spec["trainer"]
-    more = {key: trainer[key] for key in ("image", "command", "env")} | {"resources": trainer["resourcesPerNode"]}
-    return template | {"spec": template["spec"] | {"containers": [container | more]}}
 
 
 def _of(item, objects):

@@ -13,7 +13,7 @@ class Job:
 
     data: str  # Packed data: s3://bucket/prefix, gs:// or az://; with --claim a path in that volume.
     run: str  # Where the run is kept, likewise.
-    kind: Literal["job", "jobset", "trainjob"] = "job"  # The second needs JobSet, the third Kubeflow Trainer 2.3.
+    kind: Literal["job", "jobset"] = "job"  # The second needs JobSet.
     nodes: str = "1"  # Machines; 2:4 trains with two to four of them, as many as there are.
     gpus: int = 1  # GPUs of each; 0 trains on CPUs.
     engine: str = ""  # A name in launch/, such as zero2; default: DDP.
@@ -36,5 +36,5 @@ class Job:
     @property
     def head(self) -> str:
         """The host name of the first pod."""
-        role = {"job": "", "jobset": "-train-0", "trainjob": "-node-0"}[self.kind]
+        role = "-train-0" if self.kind == "jobset" else ""
         return f"{self.name}{role}-0.{self.name}"

@@ -1,9 +1,9 @@
 """`naign launch [options] [--config FILE] [--section.key=value ...]`: start this host's ranks of a training; or those
 of an audit: `naign launch [options] copies RUN ...`.
 
-The same command runs on a single machine and on every host of a Kubernetes Job or JobSet, a Kubeflow TrainJob or a
-Slurm step. It waits for all hosts of this start, then starts the ranks, which connect through Accelerate. Where a lost
-host is replaced, this one ends its ranks and meets the others again. Exit codes: 0 done, 2 bad configuration or input,
+The same command runs on a single machine and on every host of a Kubernetes Job or JobSet, or a Slurm step. It waits for
+all hosts of this start, then starts the ranks, which connect through Accelerate. Where a lost host is replaced, this
+one ends its ranks and meets the others again. Exit codes: 0 done, 2 bad configuration or input,
 75 stopped after a checkpoint, 76 another host is lost, any other a crash (docs/training.md).
 """
 

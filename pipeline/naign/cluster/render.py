@@ -19,15 +19,6 @@ BUCKET = (
     r"(s3|gs|az)://(?![^/]*\.\.)[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[ -~]*)?|abfss://[a-z0-9-]+@[a-z0-9.]+(/[ -~]*)?"
 )
 PATH = r"\w[\w.-]*(/\w[\w.-]*)*/?"
-KEYS = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AZURE_STORAGE_ACCOUNT_NAME",
-    "AZURE_STORAGE_ACCOUNT_KEY",
-    "AZURE_STORAGE_SAS_TOKEN",
-)
-"""Of the Secret, where not all of it can be passed on."""
 CLAIM = "/claim"
 """Where a pod has its claim."""
 NAME_OF_CLAIM = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
@@ -164,8 +155,6 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
         shared["emptyDir"]["sizeLimit"] = f"{4 * gpus}Gi"
     if job.kind == "jobset":
         return [store, run, _as_jobset(training)]
-    if job.kind == "trainjob":
-        return [store, run, _as_trainjob(training, store)]
     return [store, run, service, training]
 
 
@@ -183,43 +172,3 @@ def _as_jobset(training: dict[str, Any]) -> dict[str, Any]:
             "replicatedJobs": [{"name": "train", "replicas": 1, "template": {"spec": spec}}],
         },
     }
-
-
-def _as_trainjob(training: dict[str, Any], store: dict[str, Any]) -> dict[str, Any]:
-    """The Job by Kubeflow Trainer's runtime torch-distributed, which decides how often failed pods start again."""
-    template = training["spec"]["template"]
-    pod = template["spec"]
-    (container,) = pod["containers"]
-    env = container["env"]
-    for key in store["data"]:
-        env.append(_from_object("configMapKeyRef", store["metadata"]["name"], key))
-    if len(container["envFrom"]) > 1:
-        for key in KEYS:
-            env.append(_from_object("secretKeyRef", "naign-s3", key))
-    node = {"name": "node", **{key: container[key] for key in ("securityContext", "volumeMounts")}}
-    kept = ("serviceAccountName", "terminationGracePeriodSeconds", "securityContext", "tolerations", "volumes")
-    patch = {key: pod[key] for key in kept if key in pod} | {"containers": [node]}
-    pods = {"template": {"metadata": template["metadata"], "spec": patch}}
-    jobs = {"replicatedJobs": [{"name": "node", "template": {"spec": pods}}]}
-    return {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": training["metadata"],
-        "spec": {
-            "runtimeRef": {"name": "torch-distributed"},
-            "runtimePatches": [{"manager": "naign", "trainingRuntimeSpec": {"template": {"spec": jobs}}}],
-            "trainer": {
-                "image": container["image"],
-                "numNodes": training["spec"]["completions"],
-                "numProcPerNode": 1,
-                "command": container["command"],
-                "env": env,
-                "resourcesPerNode": container["resources"],
-            },
-        },
-    }
-
-
-def _from_object(kind: str, name: str, key: str) -> dict[str, Any]:
-    """An environment variable that has its value from a key of that name."""
-    return {"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}

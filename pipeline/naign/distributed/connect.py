@@ -119,15 +119,17 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
 
 
 def choose_precision(on_cpu: bool) -> str:
-    """bf16 where the processor or GPU multiplies it natively, else fp32: elsewhere it is slower than float32."""
-    if on_cpu:
-        if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.12 on
-            able = torch.cpu.get_capabilities()
-        else:
-            able = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}  # which all with AMX have
-        fast = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
-    else:
+    """bf16 where the processor or GPU multiplies it faster than float32, else fp32. Intel's AVX512-BF16 without AMX is
+    slower; of the processors with AVX512-BF16 only AMD's have SSE4a.
+    """
+    if not on_cpu:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif hasattr(torch.cpu, "get_capabilities"):  # from torch 2.12 on
+        able = torch.cpu.get_capabilities()
+        amd = able.get("sse4a") and able.get("avx512_bf16")
+        fast = amd or able.get("amx_bf16") or able.get("sve_bf16")
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     return "bf16" if fast else "fp32"
 
 
