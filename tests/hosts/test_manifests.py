@@ -129,7 +129,9 @@ def test_what_is_rendered_is_valid(nodes, gpus):
     validate(objects)
     assert problems(objects) == []
     assert "naign-store" not in str(objects)
-    limits = named["Jobr"]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    (container,) = named["Jobr"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == ("naign:cuda" if gpus else "naign:latest")
+    limits = container["resources"]["limits"]
     assert limits.get("nvidia.com/gpu") == (str(gpus) if gpus else None)
 
 

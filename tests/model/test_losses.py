@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from naign.config import from_dict, parse
 from naign.model.losses import (
     DISTANCES,
+    OBJECTIVES,
     Batch,
     NaignConfig,
     ObjectiveConfig,
@@ -118,6 +119,13 @@ def test_an_objective_of_damaged_images_chooses_the_damage(monkeypatch):
     points = {"b": Registered(DamagedConfig, len)}
     monkeypatch.setattr("naign.settings.registry._entry_points", lambda group: points)
     assert parse(["--objective.name=b", "--objective.noise=0.3"]).objective.noise == 0.3
+
+
+def test_a_loss_without_a_total_is_refused(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "naign", (NaignConfig, lambda *_: {"reconstruction": torch.zeros(())}))
+    f, x, z, _ = setting()
+    with refused("the loss of objective.name=naign returns no total: see docs/extend.md"):
+        losses(NaignConfig(name="naign", denoising=0.0), f, x, z)
 
 
 def test_ign_is_the_weighted_sum_of_its_terms_with_the_clamp():

@@ -17,7 +17,7 @@ class Job:
     nodes: str = "1"  # Machines; 2:4 trains with two to four of them, as many as there are.
     gpus: int = 1  # GPUs of each; 0 trains on CPUs.
     engine: str = ""  # A name in launch/, such as zero2; default: DDP.
-    image: str = "naign:cuda"  # Of launch/Dockerfile.
+    image: str = ""  # Of launch/Dockerfile; default: naign:cuda, or naign:latest without GPUs.
     config: Path | None = None  # Settings of the run; default: the recommended recipe, configs/mnist.yaml.
     claim: str = ""  # A PersistentVolumeClaim, ReadWriteMany, that holds data and run instead of a bucket.
     name: str = ""  # Of the Job, its Service and its ConfigMaps; default: the last part of --run.
@@ -26,6 +26,7 @@ class Job:
     region: str = "us-east-1"  # Of the bucket.
 
     def __post_init__(self) -> None:
+        self.image = self.image or ("naign:cuda" if self.gpus else "naign:latest")
         self.name = self.name or self.run.rstrip("/").rpartition("/")[2]
 
     @property

@@ -124,10 +124,13 @@ one forward of all their inputs."""
 
 
 def compute_losses(config: ObjectiveConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
-    """The terms of an objective's loss (see Loss) on a batch."""
+    """The terms of an objective's loss (see Loss) on a batch. InputError where it returns no total."""
     assert (batch.damaged is not None) == config.needs_damaged
     assert batch.latents is not None or not config.needs_latents
-    return find_objective(config.name)[1](config, network, batch)
+    terms = find_objective(config.name)[1](config, network, batch)
+    if "total" not in terms:
+        raise InputError(f"the loss of objective.name={config.name} returns no total: see docs/extend.md")
+    return terms
 
 
 def find_objective(name: str) -> tuple[type[ObjectiveConfig], Loss]:
