@@ -132,11 +132,15 @@ def test_an_f_with_one_code_for_a_picture_gets_it_resized(colour, x, tmp_path, s
     for model, options, size in (
         (colour, {}, (SIDE, SIDE)),
         (colour, {"mask": tmp_path / "mask.png"}, (40, 25)),
+        (colour, {"size": "picture"}, (40, 25)),
         (spatial, {}, (40, 25)),
+        (spatial, {"size": "picture"}, (40, 25)),
     ):
         cli.restore(model, (x,), to=tmp_path / "out", **options)
         assert Image.open(tmp_path / "out/x.png").size == size
-        assert ("each is 16 x 16, as f has one code" in capsys.readouterr().out) == (size == (SIDE, SIDE))
+        printed = capsys.readouterr().out
+        assert ("each is 16 x 16, as f has one code" in printed) == (size == (SIDE, SIDE))
+        assert ("each was repaired in tiles" in printed) == (model == colour and "size" in options)
     model = NAIGN.from_pretrained(colour)
     model.metadata["config"] = {"data": {"crop": SIDE}}
     assert not sees_wholes(model)

@@ -62,6 +62,8 @@ def restore_files(
     if resized and size is None:
         _, height, width = model.shape
         print(f"each is {width} x {height}, as f has one code for a picture; --size picture: in tiles")
+    if size == "picture" and sees_wholes(model):
+        print("each was repaired in tiles, though f has one code for a picture; --size model: as a whole")
 
 
 def _check_pictures(paths: Sequence[Path], mask: Path | None = None) -> None:
