@@ -180,7 +180,7 @@ def damage_one(image: Tensor, damage: str, number: int) -> Tensor:
 
 def methods(model: NAIGN, clean: Tensor) -> dict[str, Method]:
     """What repairs images (n, C, H, W) in [-1, 1], by name."""
-    from bm3d import bm3d_rgb
+    from bm3d import bm3d, bm3d_rgb
     from skimage.restoration import denoise_nl_means, estimate_sigma
 
     def each(repair: Callable[[Any, float], Any], damaged: Tensor) -> Tensor:
@@ -194,6 +194,12 @@ def methods(model: NAIGN, clean: Tensor) -> dict[str, Method]:
             array = np.ascontiguousarray(array.transpose(2, 0, 1))
             made.append(torch.from_numpy(2 * array - 1))
         return torch.stack(made).float().clamp(-1, 1)
+
+    def collaborative(array: Any, level: float) -> Any:
+        if np.ptp(array, axis=2).any():
+            return bm3d_rgb(array, level)
+        grey = bm3d(array[:, :, 0], level)  # bm3d_rgb would divide by the range of each difference of colours
+        return np.stack([grey] * 3, axis=2)
 
     def non_local(array: Any, level: float) -> Any:
         sigma = estimate_sigma(array, channel_axis=-1, average_sigmas=True)
@@ -212,7 +218,7 @@ def methods(model: NAIGN, clean: Tensor) -> dict[str, Method]:
 
     return {
         "f": model.project,
-        "BM3D": partial(each, bm3d_rgb),
+        "BM3D": partial(each, collaborative),
         "non-local means": partial(each, non_local),
         "median 3 x 3": partial(each, median),
     }

@@ -130,7 +130,7 @@ def test_what_is_no_configuration_is_not_shown(written, text):
     [
         ("--train.lr=fast", "could not convert"),
         ("--objective.name=gan", "choose one of naign, ebm, ign"),
-        ("--objective.clamp=2", "--objective.clamp"),
+        ("--objective.clamp=2", "those of --model.name=conv --objective.name=naign"),
         ("--objective.thrid=none", "--objective.third"),
     ],
 )

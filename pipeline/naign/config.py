@@ -7,6 +7,7 @@ together, once, by `check`.
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,7 +168,13 @@ def parse(arguments: Sequence[str], about: str | None = None) -> Config:
             if name is not None and name != former:
                 content[section] = {"name": name}  # its own defaults, whatever the file has for another choice
     base: Config = build(Config, content, given.config or "the command line", named=NAMED)
-    config = tyro.cli(Config, args=rest, default=base, prog="naign train", description=about)
+    try:
+        config = tyro.cli(Config, args=rest, default=base, prog="naign train", description=about)
+    except SystemExit as ended:
+        if ended.code:
+            chosen = " ".join(f"--{section}.name={getattr(base, section).name}" for section in NAMED)
+            print(f"The options are those of {chosen}; others have their own.", file=sys.stderr)
+        raise
     check(config)
     find_trackers(config.report.trackers)  # here, since a run is read where its trackers need not be installed
     return config
