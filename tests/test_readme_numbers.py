@@ -76,7 +76,7 @@ SOURCES = {
     "took {} minutes": [f"{results('install')['cuda']['seconds'] / 60:.0f}"],
     "It takes {} GB on Linux": [installed("cuda")],
     "up to {} GB of memory": [f"{results('install')['memory']['evaluate'] / 1e9:.1f}"],
-    "or {} GB if you first install a CPU build": [installed("cpu")],
+    "or {} GB if you make `.venv` first": [installed("cpu")],
     "MNIST, samples from noise, the same f | {} |": [f"{mean('two_stages', MNIST, 'fd.noise_ratio'):.1f}"],
     "after {} kills": [str(kills())],
     "CIFAR-10 is at {} times the floor": [f"{mean('two_stages', CIFAR, 'fd.once_ratio'):.0f}"],
@@ -84,7 +84,9 @@ SOURCES = {
     "IMLE on CIFAR-10 at {}": [
         f"{mean('imle_cifar10', IMLE, 'fd.once') / mean('two_stages', CIFAR, 'fd.floor'):.0f}",
     ],
-    "with a code of 64 values is at {} on MNIST": [f"{mean('rivals', AE, 'fd.once_ratio'):.1f}"],
+    "with a code of 64 values is at {}, NAIGN at {}": [
+        f"{mean('rivals', name, 'fd.once_ratio'):.1f}" for name in (AE, MNIST)
+    ],
     "only from {} to {}": [f"{mean('two_stages', CIFAR, f'restoration.blur.{key}'):.3f}" for key in ("input", "once")],
     "distance of {} samples to the test": [f"{results('two_stages')[MNIST][0]['sampling']['samples']:,}"],
     "| {} samples, s": [f"{results('two_stages')[MNIST][0]['sampling']['samples']:,}"],
