@@ -22,7 +22,7 @@ NAMES = (
     "S3",
     "Python 3.11",
     "[-1, 1]",
-    "1 is as near",
+    "1 is as good",
     "64 values",
 )
 """What holds digits and was not measured."""
@@ -76,7 +76,7 @@ SOURCES = {
     "took {} minutes": [f"{results('install')['cuda']['seconds'] / 60:.0f}"],
     "It takes {} GB on Linux": [installed("cuda")],
     "up to {} GB of memory": [f"{results('install')['memory']['evaluate'] / 1e9:.1f}"],
-    "or {} GB if you make `.venv` first": [installed("cpu")],
+    "or {} GB if you first create `.venv`": [installed("cpu")],
     "MNIST, samples from noise, the same f | {} |": [f"{mean('two_stages', MNIST, 'fd.noise_ratio'):.1f}"],
     "after {} kills": [str(kills())],
     "CIFAR-10 is at {} times the floor": [f"{mean('two_stages', CIFAR, 'fd.once_ratio'):.0f}"],

@@ -11,6 +11,7 @@ from naign.data.scale import scaled
 from naign.errors import INTERRUPTED
 from naign.model.naign import NAIGN
 from naign.model.prior.features import KEPT, TABLE
+from naign.model.prior.mixture import ITERATIONS
 from naign.philox import LEARN, normal
 from tests.conftest import SMALL
 from tests.e2e.runs import newest, reports, same, weights
@@ -128,7 +129,7 @@ pipeline.train.main()
 """
 
 
-@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("after", [0, 3, ITERATIONS - 1])
 def test_a_stop_within_the_fit_of_the_prior(train, small, tmp_path, after):
     options = [*small, *MIXTURE, "--train.images=512"]
     command = [sys.executable, "-c", STOP.format(after=after), *options, "--run.path=run"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.testing import assert_close
 
 from naign.errors import InputError
@@ -58,6 +59,19 @@ def test_distances_are_between_directions():
     others = torch.randn(5, codes.shape[1])
     expected = torch.cdist(unit(rounded(others)), unit(bank.codes)).amin(1)
     assert_close(bank.distance(others), expected)
+
+
+def score_alone(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    if rank == 0:
+        bank = filled()
+        assert_close(bank.distance(bank.codes.float()), torch.zeros(len(bank.codes)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_one_rank_of_a_program_may_score_alone(tmp_path):
+    torch.multiprocessing.spawn(score_alone, args=(tmp_path / "store",), nprocs=2)
 
 
 def test_a_bank_travels_with_its_model(tmp_path):

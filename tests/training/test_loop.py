@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from naign.config import Config
-from naign.errors import INTERRUPTED, InputError, Stopped
+from naign.errors import INTERRUPTED, SHARED, Gone, InputError, Stopped
 from naign.training import loop
 from naign.training.trainer import Phases
 from tests.conftest import SMALL
@@ -22,7 +22,9 @@ LOOKS = 6
 
 
 class Arriving:
-    """A stream of which so many rows arrive before each look."""
+    """A stream of which so many rows arrive before each look; after a float, its error."""
+
+    error = InputError
 
     def __init__(self, *rows):
         self.rows_read = 100  # an earlier round's
@@ -32,7 +34,7 @@ class Arriving:
         for rows in self.rows:
             self.rows_read += rows
             if isinstance(rows, float):
-                raise InputError("damaged")
+                raise self.error("damaged")
             if cancelled():
                 raise Stopped
         return SimpleNamespace(number=number, images=torch.zeros(1, dtype=torch.uint8))
@@ -69,7 +71,7 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
             rows, images = loop.read_round(run, 3)
             assert images.item() == -1, "black"
             results[rank] = rows.number
-        except (InputError, Stopped) as error:
+        except SHARED as error:
             results[rank] = type(error)
 
     with ThreadPoolExecutor(len(streams)) as threads:
@@ -90,9 +92,14 @@ def test_a_store_that_stalls_is_no_progress(monkeypatch):
     assert results == [3, 3] and beats == [1, 1]
 
 
-def test_all_ranks_leave_together_where_one_fails_or_is_stopped(monkeypatch):
+@pytest.mark.parametrize("error", [InputError, Gone])
+def test_all_ranks_leave_together_where_one_fails(monkeypatch, error):
+    monkeypatch.setattr(Arriving, "error", error)
     _, results = read_on_ranks(monkeypatch, Arriving(10, 0.0), Arriving(*[10] * LOOKS))
-    assert results == [InputError, 3]  # `together` makes it everyone's
+    assert results == [error, 3]  # `together` makes it everyone's
+
+
+def test_all_ranks_leave_together_where_one_is_stopped(monkeypatch):
     _, results = read_on_ranks(monkeypatch, Arriving(*[0] * LOOKS), Arriving(), stop=True)
     assert results == [Stopped, 3]
 

@@ -293,7 +293,7 @@ def _open_with(run: str, device: str, **settings: float | None) -> "NAIGN":
     if chosen:
         model = model.with_flow(**chosen)
     if not model.fitted:
-        print(f"warning: {run} stopped before its prior was fitted: train on", file=sys.stderr)
+        print(f"warning: {run} stopped before its prior was fitted: its samples say nothing", file=sys.stderr)
     return model
 
 

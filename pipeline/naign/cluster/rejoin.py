@@ -422,7 +422,7 @@ class Hosts:
 async def _read_answer(reader: asyncio.StreamReader, check: Callable[[], None]) -> Answer:
     """Host 0's answer. OSError if the connection closes, ValueError if another program answers."""
     line = None
-    while line is None:
+    while line is None and not reader.exception():  # the connection's own error may be a TimeoutError, too
         check()
         with contextlib.suppress(TimeoutError):
             line = await asyncio.wait_for(reader.readline(), 1)

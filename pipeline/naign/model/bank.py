@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from naign.match.sharded import ShardedIndex
+from naign.match.exchange import Ranks
+from naign.match.index import search
 
 VALUES = 2**23  # of the codes in a bank, at most: 8 MB
 CODES = 2**16  # in a bank, at most
@@ -65,10 +66,8 @@ class Bank(nn.Module):
 
     def distance(self, codes: Tensor) -> Tensor:
         """(n, ...) float32 -> (n,): from the direction of each code to the nearest one of the bank."""
-        index = ShardedIndex(self.codes.shape[1])
-        index.add(unit(self.codes), 0)
-        squares, _ = index.search(unit(rounded(codes)))
-        return squares[:, 0].sqrt().float()
+        found = search(unit(rounded(codes)), unit(self.codes), 0, group=Ranks())  # of this process alone
+        return found.distances[:, 0].sqrt().float()
 
     def score(self, energy: Tensor, distance: Tensor) -> Scores:
         """The scores of images with these energies and distances (n,)."""

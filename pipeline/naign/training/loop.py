@@ -25,7 +25,7 @@ from naign.data.order import parts, rank_rows
 from naign.data.scale import scaled
 from naign.distributed.ranks import together, total
 from naign.distributed.signals import StopPoll
-from naign.errors import Diverged, InputError, Stopped, Unavailable
+from naign.errors import SHARED, Diverged, InputError, Stopped
 from naign.match import Match, NotFinite, match_round
 from naign.match.sharded import ShardedIndex
 from naign.model.bank import CODES, REFERENCES, VALUES, disturbed, rounded, unit
@@ -62,7 +62,7 @@ def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback
             if run.state.round >= run.rounds:
                 stage = f"the fit of the prior, of which {run.state.fitted:.0%} is done"
             run.monitor.say(f"stopped on request in {stage}; the same command goes on from here")
-        except (InputError, Unavailable):  # raised on all ranks: a checkpoint that is being written can be finished
+        except SHARED:  # raised on all ranks: a checkpoint that is being written can be finished
             run.writer.join(within=config.stop.within)
             raise
         finished = finish(run)
@@ -262,7 +262,7 @@ def read_round(run: Trainer, number: int) -> tuple[Rows, Tensor]:
         try:
             with run.phases.alone("take"):
                 rows = run.stream.take(number, lambda: all_done(False) or run.stop.seen())
-        except (InputError, Unavailable, Stopped) as error:
+        except SHARED as error:
             problem = error
         run.watchdog.beat()
         while not all_done(True):
@@ -289,7 +289,8 @@ def fit_prior(run: Trainer) -> None:
                 run.watchdog.beat()
                 state.step += 1
                 reported = int(REPORTS * state.fitted)
-                advance_prior(run, fitted)
+                if fitted < 1:  # all of it is done once the bank is filled, too
+                    advance_prior(run, fitted)
                 stopping = stop_requested()
                 if reported < int(REPORTS * fitted) < REPORTS:
                     report_prior(run)
@@ -298,14 +299,14 @@ def fit_prior(run: Trainer) -> None:
                 if stop_requested.elapsed - saved > SAVED:
                     saved = stop_requested.elapsed
                     save(run)
+            broadcast(list(run.prior.state_dict().values()))  # the same bits on every rank, whatever its machine
+            if run.prior.decodes and len(run.stream.shape) == 3:  # images
+                with run.phases.enter("bank"):
+                    fill_bank(run)
         except Stopped:
             save(run)
             raise
-    broadcast(list(run.prior.state_dict().values()))  # the same bits on every rank, whatever its machine
     state.step += 1  # also for a prior that is fitted without steps
-    if run.prior.decodes and len(run.stream.shape) == 3:  # images
-        with run.phases.enter("bank"):
-            fill_bank(run)
     advance_prior(run, 1.0)
     with run.phases.enter("report"):
         report_prior(run)
