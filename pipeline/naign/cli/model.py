@@ -288,12 +288,13 @@ def _name_checkpoint(run: str, name: str | None) -> None:
 
 def _open_with(run: str, device: str, **settings: float | None) -> "NAIGN":
     """The model with its own prior, or with other settings of a flow where they are given."""
+    from naign.model.naign import warn_if_unfitted
+
     model = _open(run, device)
     chosen = {name: value for name, value in settings.items() if value is not None}
     if chosen:
         model = model.with_flow(**chosen)
-    if not model.fitted:
-        print(f"warning: {run} stopped before its prior was fitted: its samples say nothing", file=sys.stderr)
+    warn_if_unfitted(model, run)
     return model
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -385,6 +386,12 @@ class NAIGN:
             takes = f"{self.shape}, images also of another height and width"
             raise InputError(f"the model takes {takes}, not {tuple(x.shape[1:])}")
         return x.detach().float()
+
+
+def warn_if_unfitted(model: NAIGN, run: str) -> None:
+    """Print on stderr that the samples of a run are worthless where it stopped too early."""
+    if not model.fitted:
+        print(f"warning: {run} stopped before its prior was fitted: its samples say nothing", file=sys.stderr)
 
 
 def _build(metadata: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:

@@ -6,7 +6,6 @@ that QUANTILE of the test images do not exceed.
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from naign.errors import require
 from naign.evaluate.recorded import folder_of, recorded
 from naign.match.exchange import ranks_of
 from naign.model.files import PREFIX, shipped_model
-from naign.model.naign import NAIGN
+from naign.model.naign import NAIGN, warn_if_unfitted
 from naign.neighbours import CopiesOptions
 from naign.neighbours.rows import Nearest, build_index, find_nearest, read_part
 from naign.observe.pictures import eight_bits, png, rows
@@ -52,8 +51,8 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         config, manifest = recorded(model, run, options.data)
         train = Images(config, config.split)
         test = Images(config, "test")
-    if accelerator.is_main_process and not model.fitted:
-        print(f"warning: {run} stopped before its prior was fitted: its samples say nothing", file=sys.stderr)
+    if accelerator.is_main_process:
+        warn_if_unfitted(model, run)
 
     def draw(first: int, last: int) -> Tensor:
         latents = model.latent(torch.arange(first, last), seed=options.seed)
