@@ -139,7 +139,7 @@ class Config:
     """All random numbers are a function of the seed, the round and the number of an image or latent."""
     resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed")))
     """auto: continue from the newest complete checkpoint of run.path. changed: the same, and allow another data.path or
-    index, train.images, lr, lr_end, warmup, clip, weight_decay or prior.images."""
+    index, train.images, lr, lr_end, warmup, clip or weight_decay."""
 
 
 NAMED: Named = {
@@ -190,6 +190,11 @@ def from_dict(content: Any, *, where: str) -> Config:
     config: Config = build(Config, content, where, named=NAMED)
     check(config)
     return config
+
+
+def count_rounds(config: Config) -> int:
+    """Rounds of stage 1."""
+    return -(-config.train.images // (config.match.round * config.train.passes))
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -88,6 +88,10 @@ class Stopped(Exception):
 SHARED = (InputError, Damaged, Conflict, Diverged, Stopped, PeerLost, Gone, Unavailable, StoreLost)
 BY_WEIGHT = (BAD_INPUT, INTERRUPTED, PEER_LOST, FAILED)
 
+# Failures of a disk or system that may pass, which are worth a retry: it is full, or fails for a while.
+FULL = {errno.ENOSPC, errno.EDQUOT}
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
 
 def printable(text: str, most: int = 200) -> str:
     """Untrusted `text` for a message: shortened, without control characters."""
@@ -143,8 +147,8 @@ def check_address(text: str) -> None:
 
 
 def unwritten(message: str) -> InputError | Unavailable:
-    """The error of what could not be written: Unavailable where a disk or quota is full, so that a restart may help."""
-    if os.strerror(errno.ENOSPC) in message or os.strerror(errno.EDQUOT) in message:
+    """The error of what could not be written: Unavailable where a restart may help, by the system's words in it."""
+    if any(os.strerror(number) in message for number in FULL | TRANSIENT):
         return Unavailable(message)
     return InputError(message)
 
@@ -157,7 +161,7 @@ def exit_on_input_error(program: str) -> Iterator[None]:
     except (InputError, PeerLost, Unavailable) as error:
         _exit(error.code, f"{program}: {error.kind}{error}")
     except OSError as error:
-        if isinstance(unwritten(str(error)), InputError):
+        if error.errno not in FULL:
             raise
         _exit(FAILED, f"{program}: failed: {error}: free some space, or name another folder by TMPDIR")
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.metadata
+import os
 import runpy
 import shutil
 from copy import deepcopy
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save
 from naign.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
 from naign.config import Config
 from naign.data.loader import Stream
-from naign.errors import Gone, InputError
+from naign.errors import Gone, InputError, Unavailable
 from naign.model.bank import Bank
 from naign.model.networks import build_network
 from naign.model.prior import LatentsConfig, Prior, PriorConfig, build_latents
@@ -279,11 +280,11 @@ def test_a_disk_that_fails_is_no_damage_of_the_checkpoint(name, run):
     assert caught.value.errno == errno.ELOOP
 
 
-@pytest.mark.parametrize(("number", "raised"), [(errno.EIO, OSError), (errno.ENOSPC, InputError)])
+@pytest.mark.parametrize(("number", "raised"), [(errno.EIO, Unavailable), (errno.ENOTDIR, InputError)])
 def test_a_disk_that_fails_for_a_while_is_not_the_users_mistake(number, raised, run, monkeypatch):
     config, *_ = run
     with monkeypatch.context() as patched, pytest.raises(raised):
-        patched.setattr(Path, "mkdir", Mock(side_effect=OSError(number, "no")))
+        patched.setattr(Path, "mkdir", Mock(side_effect=OSError(number, os.strerror(number))))
         claim(config)
     claim(config)[2].release()
 

@@ -29,9 +29,9 @@ from safetensors import SafetensorError
 from naign.checkpoint import bucket
 from naign.checkpoint.manifest import MANIFEST, by_step, is_whole, prune, read_manifest, sha256
 from naign.distributed.ranks import SideGroup
-from naign.errors import Conflict, InputError, StoreLost, Unavailable, unwritten
+from naign.errors import TRANSIENT, Conflict, InputError, StoreLost, Unavailable, unwritten
 from naign.observe.logs import title
-from naign.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
+from naign.storage.local import UMASK, sync_file, write_atomically
 from naign.storage.prefetch import in_background
 
 log = logging.getLogger("naign.checkpoint")

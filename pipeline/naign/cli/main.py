@@ -33,8 +33,7 @@ from naign.cli.cluster import doctor, fetch, launch, render, train
 from naign.cli.data import index, pack, verify
 from naign.cli.model import demo, evaluate, export, restore, sample, score
 from naign.cli.neighbours import copies
-from naign.errors import InputError, Unavailable, check_address, exit_on_input_error, one_line
-from naign.storage import local
+from naign.errors import FULL, InputError, check_address, exit_on_input_error, one_line, unwritten
 
 ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs. --version: print it."
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -101,14 +100,12 @@ def _described() -> Iterator[None]:
         raise
     except OSError as error:
         text = error.strerror or one_line(error)
-        if error.errno in local.FULL and not error.filename:
+        if error.errno in FULL and not error.filename:
             _discard_output()
             text = f"the output: {text}"
         if error.filename:
             text = f"{error.filename}: {text}: check the path, or choose another"
-        if error.errno in local.FULL | local.TRANSIENT:
-            raise Unavailable(text) from None
-        raise InputError(text) from None
+        raise unwritten(text) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
             raise InputError("there is too little memory for that: ask for fewer or smaller ones") from None

@@ -194,7 +194,7 @@ class ShardedIndex:
 
         def tuned() -> None:
             for part in self._parts:
-                load_faiss().ParameterSpace().set_index_parameters(part.fast, parameters)
+                load_faiss().ParameterSpace().set_index_parameters(part.fast or part.flat, parameters)
 
         self._by_faiss(tuned)
 

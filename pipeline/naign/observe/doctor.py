@@ -14,7 +14,7 @@ import torch
 
 from naign.distributed.connect import choose_precision
 from naign.distributed.host import count_gpus, faiss_builds, why_no_faiss, why_none, why_unfit
-from naign.errors import InputError, bytes_in_words, require
+from naign.errors import bytes_in_words, require, unwritten
 from naign.storage.store import check_writable, open_store
 
 LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tensorboard")
@@ -58,9 +58,8 @@ def preflight(run: str, remote: str, checkpoint_bytes: int) -> list[str]:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"naign")
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        failed = f"run.path '{run}' cannot be written: {place}: {reason}"
-        raise InputError(f"{failed}: choose another --run.path") from None
+        failed = f"run.path '{run}' cannot be written: {place}: {error.strerror or error}"
+        raise unwritten(f"{failed}: choose another --run.path") from None
     free = shutil.disk_usage(place).free
     text = f"run.path '{run}' has {bytes_in_words(free)} free, a checkpoint takes {bytes_in_words(checkpoint_bytes)}"
     require((free >= checkpoint_bytes, f"{text}: free some, or choose another --run.path"))

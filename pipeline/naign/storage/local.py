@@ -8,14 +8,11 @@ import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from naign.errors import InputError, Unavailable
+from naign.errors import FULL, InputError, Unavailable
 from naign.storage.base import PARTIAL, Missing, Names, Store
 from naign.storage.retry import Tally
 
 REMEDY = "check the path, its owner and mode, or pack the data set again"
-FULL = {errno.ENOSPC, errno.EDQUOT}
-# Temporary failures of a disk or system, which are worth a retry.
-TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 MISTAKES = {
     errno.EACCES,
     errno.EPERM,

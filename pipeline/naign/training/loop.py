@@ -293,7 +293,8 @@ def fit_prior(run: Trainer) -> None:
                     advance_prior(run, fitted)
                 stopping = stop_requested()
                 if reported < int(REPORTS * fitted) < REPORTS:
-                    report_prior(run)
+                    with together(run.accelerator):
+                        report_prior(run)
                 if stopping and fitted < 1:
                     raise Stopped
                 if stop_requested.elapsed - saved > SAVED:
@@ -308,7 +309,7 @@ def fit_prior(run: Trainer) -> None:
             raise
     state.step += 1  # also for a prior that is fitted without steps
     advance_prior(run, 1.0)
-    with run.phases.enter("report"):
+    with run.phases.enter("report"), together(run.accelerator):
         report_prior(run)
     save(run)
 

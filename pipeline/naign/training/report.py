@@ -17,6 +17,7 @@ from naign.distributed.ranks import total
 from naign.errors import Diverged
 from naign.match import Match
 from naign.observe import grid, peak_memory, rows
+from naign.training.setup import count_codes
 from naign.training.trainer import Trainer
 
 log = logging.getLogger("naign.report")
@@ -35,7 +36,7 @@ def headline(run: Trainer) -> str:
         start = f"resuming from {Path(config.run.path) / 'checkpoints' / run.writer.newest}"
     second = ""
     if run.prior.learns:
-        second = f", then {config.prior.name} fitted to the codes of {config.prior.images} images"
+        second = f", then {config.prior.name} fitted to the codes of {count_codes(config, stream)} images"
     pool = f", pool {config.match.pool}" if config.objective.needs_match else ""
     ranks = f"{run.world} x {run.accelerator.device.type} ({run.engine.described}; {count_ranks()} a host, "
     size = "x".join(map(str, stream.shape))

@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from naign.checkpoint import bucket
 from naign.checkpoint.manifest import MANIFEST, read_object, step_of
 from naign.checkpoint.writer import is_complete, newest_checkpoint, passed_over
-from naign.config import Config, changeable, differences, flatten, from_dict
-from naign.errors import Damaged, InputError
+from naign.config import Config, changeable, count_rounds, differences, from_dict
+from naign.errors import Damaged, InputError, unwritten
 from naign.model.naign import NAIGN
-from naign.settings import budget
 from naign.settings.constraints import MAY_CHANGE
-from naign.storage.local import TRANSIENT, write_atomically
+from naign.storage.local import write_atomically
 from naign.storage.store import open_store, was_there
 
 log = logging.getLogger("naign.run")
@@ -54,7 +53,7 @@ DAMAGE = (
 def claim(config: Config) -> tuple[Path | None, str, FileLock]:
     """Take the run's folder, on rank 0: the checkpoint to resume from, a token for `find_claimed`, and a lock to hold.
 
-    Raises InputError, changing nothing, if the folder is in use or another configuration's.
+    Raises InputError, changing nothing, if the folder is in use or another configuration's, and `unwritten`.
     """
     folder = Path(config.run.path)
     seconds = LOCK_SECONDS_AGAIN if "SLURM_RESTART_COUNT" in os.environ else LOCK_SECONDS
@@ -72,8 +71,8 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
         raise InputError(f"'{folder}' is in use by another process: wait, or choose another --run.path") from None
     except BaseException as error:
         lock.release()
-        if isinstance(error, OSError) and error.errno not in TRANSIENT:
-            raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
+        if isinstance(error, OSError):
+            raise unwritten(f"run.path '{folder}' cannot be written: {error}") from None
         raise
     return newest, token, lock
 
@@ -166,7 +165,8 @@ def is_done(config: Config, place: str) -> bool:
     newest = next(bucket.newest_first(place), None)
     if newest is None:
         return False
-    return budget.is_done(flatten(config), read_object(f"{place}/checkpoints/{newest}", "trainer.json"))
+    state = read_object(f"{place}/checkpoints/{newest}", "trainer.json")
+    return bool(state.get("round", 0) >= count_rounds(config) and state.get("fitted", 0) >= 1)
 
 
 def recorded_at(place: str) -> Config | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from naign.checkpoint.bucket import newest_first, take_over
 from naign.checkpoint.writer import Writer, newest_checkpoint
-from naign.config import Config, flatten, to_dict
+from naign.config import Config, count_rounds, flatten, to_dict
 from naign.data.damage import find_damage
 from naign.data.dataset import DataConfig
 from naign.data.format.writer import pack
@@ -33,7 +33,6 @@ from naign.model.naign import NAIGN
 from naign.model.networks import build_network
 from naign.model.prior import Latents, Prior, build_latents, build_prior
 from naign.observe import Monitor, Stragglers, preflight, set_up
-from naign.settings.budget import count_rounds
 from naign.storage.local import write_atomically
 from naign.storage.store import open_store
 from naign.training.callbacks import Callback, call, find_callbacks
@@ -56,7 +55,6 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
     rank = accelerator.process_index
     world = accelerator.num_processes
     set_up(rank, world)
-    stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
     watchdog = Watchdog(rank=rank, timeout=config.train.timeout)
 
     # What can be refused without weights.
@@ -91,13 +89,14 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
         engine = build_engine(config, network, accelerator, stream.shape)
         if checkpoint:
             state = restore(checkpoint, engine)
-    rounds = count_rounds(settings)
+    rounds = count_rounds(config)
     if state.round < rounds and state.fitted:  # the budget was raised: the prior is fitted anew
         state.fitted = 0.0
         state.codes_seen = 0
         prior = build_prior_of(config, stream, network).to(accelerator.device)
 
-    # What writes.
+    # What writes. A signal asked the process to leave at once until here.
+    stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
     unfinished = state.round < rounds or state.fitted < 1
     monitor = open_monitor(config, accelerator, state, write=unfinished)
     writer = open_writer(config, accelerator, checkpoint, monitor, stop, watchdog, write=unfinished)
@@ -186,7 +185,6 @@ def warn_before(config: Config, network: nn.Module) -> None:
 def open_monitor(config: Config, accelerator: Accelerator, state: State, *, write: bool) -> Monitor:
     """What reports. config.yaml is written only if something is left to train. Collective."""
     folder = Path(config.run.path)
-    settings = flatten(config)
     is_main = accelerator.is_main_process
     with together(accelerator):
         if is_main and write:  # a run that has ended keeps its settings
@@ -194,10 +192,10 @@ def open_monitor(config: Config, accelerator: Accelerator, state: State, *, writ
         monitor = Monitor(
             folder,
             active=is_main,
-            images=count_rounds(settings) * config.match.round * config.train.passes
+            images=count_rounds(config) * config.match.round * config.train.passes
             + config.prior.images * config.prior.passes,
             seen=state.seen,
-            settings=settings,
+            settings=flatten(config),
             trackers=config.report.trackers,
         )
     return monitor

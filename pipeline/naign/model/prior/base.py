@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from naign.data.order import parts
 from naign.philox import CLASS, uniform
-from naign.settings.constraints import MAY_CHANGE, POSITIVE
+from naign.settings.constraints import POSITIVE
 
 KEPT = 2**28
 """Values of codes that are in memory at once, at most: 1 GB."""
@@ -50,7 +50,7 @@ class CodesConfig(PriorConfig):
     sample is f(decode(code)) of a drawn code.
     """
 
-    images: int = field(default=60_000, metadata=MAY_CHANGE | POSITIVE)
+    images: int = field(default=60_000, metadata=POSITIVE)
     """Training images whose codes the prior is fitted to, rounded up to whole rounds; more than the data set has are
     further epochs, with other crops and mirroring."""
     classes: bool = False
