@@ -94,6 +94,21 @@ def test_ranks_fit_what_one_would(prior, codes):
         assert_close(first[name], value, atol=1e-4, rtol=1e-3)
 
 
+def test_ranks_agree_where_their_machines_turn_directions_round(prior, codes, monkeypatch):
+    signs = iter((1, -1))  # of the first rank that asks, and of the other: eigenvectors have either sign
+    eigh = torch.linalg.eigh
+
+    def turned(matrix):
+        spread, directions = eigh(matrix)
+        return spread, directions * next(signs)
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+    ranks = [Mixture(SETTINGS, (2,), seed=3) for _ in range(2)]
+    fit_on_ranks(ranks, codes)
+    assert torch.equal(ranks[0].means, ranks[1].means)
+    assert_close(ranks[0].likelihood, prior.likelihood, atol=1e-3, rtol=0)
+
+
 def test_codes_of_more_values_than_directions_vary_along_the_leading_ones():
     wide = torch.randn(2000, 100) * torch.linspace(0.01, 2, 100)
     prior = Mixture(replace(SETTINGS, components=2), (4, 5, 5))

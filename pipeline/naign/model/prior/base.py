@@ -78,6 +78,10 @@ class Codes:
         first, last = parts(0, len(rows), self.world)[self.rank]
         return rows[first:last]
 
+    def of_first(self, value: Tensor) -> Tensor:
+        """Rank 0's value on every rank, since other machines may round otherwise. Collective."""
+        return self.add(value * (self.rank == 0))
+
 
 class Prior(nn.Module):
     """A distribution of latents, or of codes that f decodes into latents. Its parameters and buffers are its state."""

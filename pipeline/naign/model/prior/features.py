@@ -99,8 +99,8 @@ class Features(nn.Module):
             stream=LEARN,
         )
         self.table.copy_(self(*[view[rows] for view in views]) + deviation * noise)
-        for value in self.buffers():  # other machines may round otherwise
-            value.copy_(codes.add(value.float() * (codes.rank == 0)))
+        for value in self.buffers():
+            value.copy_(codes.of_first(value.float()))
 
     def _learn_filters(self, whitened: Tensor) -> None:
         """Learn prototypes of patches: directions of which each patch is near to one or to its opposite."""

@@ -236,6 +236,8 @@ class Flow(CodesPrior):
             views, condition = codes.read(chunk)
             if not learner.made:
                 self._measure(views[0], condition)
+                for value in (self.mean, self.inward, self.outward):
+                    value.copy_(codes.of_first(value))
             views = [self.whiten(view) for view in views]
             whitened = views[0]
             if self.config.features:

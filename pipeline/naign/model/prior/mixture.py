@@ -5,7 +5,7 @@ begins at clusters of some of the codes, by k-means.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,7 +151,7 @@ class Mixture(CodesPrior):
         (chunk, *_), labels = codes.read(0)
         rows = chunk.flatten(1)
         self.count_classes(labels)
-        white, back, mean = _whitened(rows)
+        white, back, mean = _whitened(rows, codes.of_first)
         found = white.shape[1]
         self.back.zero_()
         self.back[:found] = back
@@ -171,14 +171,13 @@ class Mixture(CodesPrior):
             yield (iteration + 1) / ITERATIONS
 
     def _start(self, white: Tensor, labels: Tensor | None, codes: Codes) -> Gaussians:
-        """Clusters of some codes. Rank 0's on every rank: other machines may round, and so cluster, otherwise."""
+        """Clusters of some codes, rank 0's on every rank."""
         chosen = torch.arange(0, len(white), math.ceil(len(white) / STARTED))
         found = self._cluster(white[chosen], labels_of(labels, chosen))
-        mine = codes.rank == 0
         return Gaussians(
-            weights=codes.add(found.weights * mine),
-            means=codes.add(found.means * mine),
-            factors=codes.add(found.factors * mine),
+            weights=codes.of_first(found.weights),
+            means=codes.of_first(found.means),
+            factors=codes.of_first(found.factors),
         )
 
     def _cluster(self, rows: Tensor, labels: Tensor | None) -> Gaussians:
@@ -239,16 +238,17 @@ class Mixture(CodesPrior):
         return {"prior/likelihood": self.likelihood}
 
 
-def _whitened(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _whitened(rows: Tensor, of_first: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (n, values) on their principal directions, at most DIRECTIONS, in which their covariance is the identity:
     (n, d) float32. And what carries such points back, float64: a factor (d, values), and the mean (values,) to add.
 
     Raises InputError for codes that are all the same.
     """
     values = rows.double()
-    mean = values.mean(0)
+    mean = of_first(values.mean(0))
     centred = values - mean
-    spread, directions = torch.linalg.eigh(centred.T @ centred / len(rows))
+    covariance = centred.T @ centred / len(rows)
+    spread, directions = map(of_first, torch.linalg.eigh(covariance))
     if spread[-1] <= 0:
         raise InputError("the codes of all images are the same: there is nothing to fit a mixture to")
     kept = min(DIRECTIONS, int((spread > 1e-12 * spread[-1]).sum()))
