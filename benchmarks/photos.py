@@ -34,11 +34,10 @@ from scipy.ndimage import median_filter
 from torch import Tensor
 
 from naign.data.damage import KINDS, degrade
-from naign.data.scale import scaled
+from naign.data.scale import eight_bits, scaled
 from naign.errors import InputError, exit_on_input_error
 from naign.evaluate.restoration import psnr, ssim
 from naign.model.naign import NAIGN
-from naign.observe.pictures import eight_bits
 
 TREES = (
     "backgrounds/budgie/*.jpg",

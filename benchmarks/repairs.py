@@ -29,12 +29,11 @@ from trained import Task, packed
 
 from naign.data.damage import KINDS, degrade
 from naign.data.loader import read_split
-from naign.data.scale import scaled
+from naign.data.scale import eight_bits, scaled
 from naign.errors import exit_on_input_error
 from naign.evaluate.restoration import psnr, ssim
 from naign.model.encoders import Encoder, load_encoder
 from naign.model.naign import NAIGN
-from naign.observe.pictures import eight_bits
 
 CONFIG = "configs/cifar10_cpu.yaml"
 ALONE = ("--prior.name=none",)

@@ -18,13 +18,12 @@ from output import Record
 from train_encoder import accuracy, train
 
 from naign.data.loader import read_split
-from naign.data.scale import scaled
+from naign.data.scale import eight_bits, scaled
 from naign.errors import exit_on_input_error
 from naign.evaluate import measures
 from naign.evaluate.recorded import recorded
 from naign.model.encoders import choose_encoder, load_encoder, names
 from naign.model.naign import NAIGN
-from naign.observe.pictures import eight_bits
 from naign.storage.local import write_atomically
 
 SAMPLES = 10_000

@@ -10,11 +10,11 @@ from PIL import Image, ImageCms, ImageDraw
 
 from naign.cli import model as cli
 from naign.cli.main import main
+from naign.data.scale import eight_bits
 from naign.errors import InputError
 from naign.evaluate.recorded import read_image, sees_wholes
 from naign.model.naign import NAIGN
 from naign.model.networks import ConvConfig, SpatialConfig
-from naign.observe.pictures import eight_bits
 from tests.data.test_resize import PHOTOS
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -9,11 +9,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from naign.data.loader import read_split
-from naign.data.scale import scaled
+from naign.data.scale import eight_bits, scaled
 from naign.model.naign import NAIGN
 from naign.neighbours import CopiesOptions
 from naign.neighbours.copies import copies, judge
-from naign.observe.pictures import eight_bits
 from tests.model.made import wrapped
 from tests.neighbours.planted import SHAPE, image, read_csv, small_blocks
 from tests.refused import refused

@@ -10,3 +10,9 @@ def scaled(data: Tensor) -> Tensor:
     if data.dtype == torch.uint8:
         values.div_(127.5).sub_(1.0)
     return values
+
+
+def eight_bits(image: Tensor) -> Tensor:
+    """Values in [-1, 1], to which they are clipped, as uint8."""
+    levels = (image.clamp(-1, 1) + 1) * 127.5
+    return levels.round().to(torch.uint8)

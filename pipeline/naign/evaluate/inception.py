@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from naign.data.scale import eight_bits
 from naign.errors import InputError, Unavailable, one_line, require
-from naign.observe.pictures import eight_bits
 
 FEWEST = 2048  # samples and training images: with fewer the covariance of as many features is singular
 MOST = 2**24  # of either, whose features are 128 GB

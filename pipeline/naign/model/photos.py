@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from naign.data.decode import decode_picture, in_mode, to_picture, to_pixels
-from naign.data.scale import scaled
+from naign.data.scale import eight_bits, scaled
 from naign.errors import InputError, require
 from naign.model.naign import NAIGN
-from naign.observe.pictures import eight_bits
 
 
 def read_picture(path: Path) -> Image.Image:

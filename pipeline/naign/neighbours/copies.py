@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from naign.data.images import Images
-from naign.data.scale import scaled
+from naign.data.scale import eight_bits, scaled
 from naign.distributed.ranks import together
 from naign.errors import require
 from naign.evaluate.recorded import folder_of, recorded
@@ -25,7 +25,7 @@ from naign.model.files import PREFIX, shipped_model
 from naign.model.naign import NAIGN, warn_if_unfitted
 from naign.neighbours import CopiesOptions
 from naign.neighbours.rows import Nearest, build_index, find_nearest, read_part
-from naign.observe.pictures import eight_bits, png, rows
+from naign.observe.pictures import png, rows
 from naign.storage.store import open_store
 
 QUANTILE = 0.01

@@ -5,9 +5,10 @@ import unicodedata
 from collections.abc import Sequence
 from itertools import filterfalse
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from naign.data.scale import eight_bits
 
 CELL = 48  # pixels: smallest side of an image in a grid, to which smaller ones are enlarged
 GAP = 3  # pixels between images
@@ -24,12 +25,6 @@ def to_image(image: Tensor, *, least: int = 1) -> Image.Image:
     picture = Image.fromarray(pixels.contiguous().numpy())
     factor = max(1, -(-least // min(height, width)))
     return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
-
-
-def eight_bits(image: Tensor) -> Tensor:
-    """Values in [-1, 1], to which they are clipped, as uint8."""
-    levels = (image.clamp(-1, 1) + 1) * 127.5
-    return levels.round().to(torch.uint8)
 
 
 def png(picture: Image.Image) -> bytes:
