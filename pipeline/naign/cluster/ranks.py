@@ -29,7 +29,7 @@ MEANINGS: dict[int, str] = {
 CRASHED = "crashed; see its last lines above"
 WEIGHTS: dict[int, int] = {Outcome.DONE: 0, Outcome.INTERRUPTED: 0, Outcome.PEER_LOST: 1, Outcome.BAD_INPUT: 3}
 CRASH_WEIGHT = 2
-"""A host ends with its rank's code of the largest weight, so that a crash is never hidden."""
+"""A host ends with its ranks' exit code of the largest weight."""
 
 POSSIBLE = {
     "compute_environment": ("LOCAL_MACHINE",),

@@ -26,7 +26,7 @@ State = dict[str, Tensor]  # `weight` of a parameter and, from the first step on
 class Engine:
     """A training step is `forward` and `backward` for each micro-batch, then `step`."""
 
-    gathers = False  # whether `states` yields tensors that it gathered, and which would stay on the device
+    gathers = False  # whether weights or their states are sharded, and `states` gathers them
     _kind = "one process"
     sharded = False  # whether no rank has the whole network (ZeRO-3, FSDP2), so that every forward is collective
     _ungraded: Callable[[], AbstractContextManager[Any]] = torch.inference_mode

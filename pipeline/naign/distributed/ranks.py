@@ -1,7 +1,7 @@
 """Where ranks talk: what they sum, gather and agree on, errors that they share, and how the loss of one shows.
 
-The match has its own exchange, in match/exchange.py, and DDP and DeepSpeed theirs, in engine.py and zero.py. Broadcasts
-are Accelerate's; signals.py and watchdog.py use the ranks' store.
+The match has its own exchange, in match/exchange.py, and DDP and DeepSpeed theirs, in engine.py and zero.py. Muon
+broadcasts its changes; other broadcasts are Accelerate's. signals.py uses the ranks' store, watchdog.py no other rank.
 """
 
 import os

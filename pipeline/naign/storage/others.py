@@ -26,7 +26,7 @@ LONG = timedelta(hours=1)  # of a whole answer: no limit
 
 
 class OtherStore(NetworkStore):
-    """The objects directly under one prefix. Picklable: each process makes its clients at the first request."""
+    """The objects directly under one prefix. Each process makes its clients at the first request."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)

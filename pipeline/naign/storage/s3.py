@@ -30,7 +30,7 @@ CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a
 
 
 class S3Store(NetworkStore):
-    """The objects directly under one prefix. Picklable: each process makes its client at the first request."""
+    """The objects directly under one prefix. Each process makes its client at the first request."""
 
     remedy = "check the path, AWS_ENDPOINT_URL, the region and the rest of the AWS configuration"
     forget_client = staticmethod(forget_clients)
