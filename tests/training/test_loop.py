@@ -124,6 +124,17 @@ def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
 
+def test_a_phase_goes_on_after_one_inside_it():
+    named = []
+    watchdog = SimpleNamespace(enter=lambda name, _: named.append(name))
+    phases = Phases(Config(), SimpleNamespace(round=3), watchdog, rank=0)
+    with phases.enter("prior"), phases.enter("encode"):
+        pass
+    with phases.enter("report"):
+        pass
+    assert named == ["prior", "encode", "prior", "report"]
+
+
 @pytest.mark.slow
 def test_a_round_without_a_snapshot_ends_before_a_stop(digits, tmp_path):
     """However slow its first steps seem: left, it would take the rounds since the last checkpoint along."""

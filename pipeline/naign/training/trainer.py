@@ -81,6 +81,7 @@ class Phases:
         self._rank = rank
         self._state = state
         self._watchdog = watchdog
+        self._phase = ""
         self.start()
         self.seconds = dict[str, float]()  # that each phase of the current round took
         self.apart = dict[str, float]()  # of these, what this rank did without the others
@@ -114,8 +115,8 @@ class Phases:
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:
         """A phase of the round. Raises InputError, with a remedy, where the memory is full."""
-        self._watchdog.enter(name, self._state.round)
-        title(name)
+        outer = self._phase
+        self._announce(name)
         start = time.perf_counter()
         try:
             with torch.profiler.record_function(name):
@@ -125,6 +126,14 @@ class Phases:
             full = f"the memory is full in round {self._state.round}, phase {name}"
             raise InputError(f"{full}: {remedy}. {one_line(error)}") from None
         self.seconds[name] = time.perf_counter() - start
+        self._phase = outer
+        if outer:
+            self._announce(outer)
+
+    def _announce(self, name: str) -> None:
+        self._phase = name
+        self._watchdog.enter(name, self._state.round)
+        title(name)
 
     @contextmanager
     def alone(self, name: str, times: float = 1.0) -> Iterator[None]:
