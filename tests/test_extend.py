@@ -67,7 +67,7 @@ def test_the_package_of_the_page_is_packed_trained_with_and_evaluated(site, tmp_
     shown = TEXT.partition("\nnaign train ")[2].partition("naign evaluate")[0]
     options = [option for option in shlex.split(shown) if option != "\n"]
     options += [option for option in SMALL if not option.startswith(("--model", "--prior", "--objective"))]
-    options += ["--prior.images=512"]
+    options += ["--prior.images=512", "--train.callbacks=note"]
     naign("pack inverted --to data/inverted")
     naign("train", *options, "--train.images=512")
     # A resumed run reads what the first one recorded of the package's settings.
@@ -78,6 +78,7 @@ def test_the_package_of_the_page_is_packed_trained_with_and_evaluated(site, tmp_
     assert "resuming from" in text
     rounds = losses(tmp_path / "runs/inverted")
     assert len(rounds) == 3
+    assert "step-" in (tmp_path / "runs/inverted/copied.txt").read_text()
     assert {"loss/total", "loss/reconstruction", "loss/imle"} <= rounds[-1].keys()
     assert run(sys.executable, "-c", LOAD).strip() == EXPECTED
     naign("evaluate runs/inverted --encoder coarse --samples 100")
