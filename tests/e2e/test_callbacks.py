@@ -12,29 +12,29 @@ from tests.conftest import ROOT, SMALL, direct_command, forked
 from tests.e2e.runs import column
 from tests.programs import execute, install, succeeded
 
-BLOCK = re.compile(r"^```python\n# (my_package/copies.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python\n# (my_naign/note.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FAILING = """
-from my_package.copies import Copies
+from my_naign.note import Note
 
 
-class Failing(Copies):
+class Failing(Note):
     def on_checkpoint(self, run, folder):
         raise KeyError("lost")
 """
 POINTS = """
 [naign.callbacks]
-copies = my_package.copies:Copies
+note = my_naign.note:Note
 failing = my_package.failing:Failing
 """
 PROGRAM = """
 import sys
 
-from my_package.copies import Copies
+from my_naign.note import Note
 from naign.config import parse
 from naign.distributed.connect import build_accelerator
 from naign.training.loop import train
 
-train(parse(sys.argv[1:]), build_accelerator(), callbacks=[Copies()])
+train(parse(sys.argv[1:]), build_accelerator(), callbacks=[Note()])
 """
 
 
@@ -56,7 +56,7 @@ def test_callbacks_of_a_run(site, digits, tmp_path):
 
     for name, command in (
         ("plain", direct_command()),
-        ("named", direct_command("--train.callbacks=[copies]")),
+        ("named", direct_command("--train.callbacks=[note]")),
         ("given", [sys.executable, "-c", PROGRAM]),
     ):
         succeeded(run(name, command))
@@ -66,7 +66,7 @@ def test_callbacks_of_a_run(site, digits, tmp_path):
         assert column(tmp_path / name, "mine/rounds_left") == [2, 1, 0]
         assert column(tmp_path / name, "loss/total") == losses
 
-    done = run("failing", direct_command("--train.callbacks=[copies, failing]"))
+    done = run("failing", direct_command("--train.callbacks=[note, failing]"))
     assert done.returncode == 1
     assert "KeyError: 'lost'" in done.stderr
     assert (tmp_path / "failing/copied.txt").read_text() == "step-00000016\n"  # the checkpoint before it is there
