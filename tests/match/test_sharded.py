@@ -138,6 +138,10 @@ def test_rows_of_which_only_some_could_be_stored_are_taken_out_again(factory, mo
 def test_arguments_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="factory 'XYZ': .*could not parse"):
         ShardedIndex(4, factory="XYZ")
+    for factory in ("HNSW0", "IVF4_HNSW1,Flat", "HNSW1_PQ4"):
+        with pytest.raises(ValueError, match="HNSW needs at least 2 links"):
+            ShardedIndex(4, factory=factory)
+    ShardedIndex(4, factory="HNSW10")
     for dims in (0, 2**31):
         with pytest.raises(ValueError, match=f"dims is {dims}: it must be at least 1, and below"):
             ShardedIndex(dims)

@@ -12,6 +12,7 @@ by an index of each rank's own, and these are measured exactly: near ones that n
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -381,6 +382,8 @@ def _new_part(dims: int, factory: str) -> Part:
         raise ValueError(f"ShardedIndex: dims is {dims}: it must be at least 1, and below 2**31")
     faiss = load_faiss()
     fast = None
+    if re.search(r"HNSW[01]\b", factory.replace("_", ",")):  # FAISS would end the process
+        raise ValueError(f"ShardedIndex: factory {factory!r}: HNSW needs at least 2 links")
     if factory != "Flat":
         try:
             fast = faiss.index_factory(dims, factory)
