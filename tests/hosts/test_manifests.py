@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import kubernetes_validate
 import pytest
@@ -253,6 +254,9 @@ def test_a_second_run_under_one_name_is_refused():
 def test_a_role_has_no_keys_beside_it():
     assert "secretRef" in str(rendered()["Jobr"])
     assert "secretRef" not in str(rendered(service_account="naign")["Jobr"])
+    bucket = Job(data="s3://bucket/d", run="s3://bucket/r")
+    assert "by the Secret naign-s3" in render_k8s(bucket)
+    assert "by the Secret naign-s3" not in render_k8s(replace(bucket, service_account="naign"))
 
 
 @pytest.mark.parametrize(("endpoint", "warned"), [("", True), ("http://store:8333", False)])

@@ -87,8 +87,9 @@ def render_k8s(job: Job) -> str:
     """job.yaml for this job, for `kubectl apply -f -`, with a bucket or a volume instead of its S3 server."""
     settings = configure(job)
     name = job.name
+    access = "" if job.claim or job.service_account else "#   access    by the Secret naign-s3, or the nodes' role\n"
     head = (
-        f"# {name}. Pods: {job.nodes}; GPUs of each: {job.gpus}\n"
+        f"# {name}. Pods: {job.nodes}; GPUs of each: {job.gpus}\n{access}"
         "#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
         f"#   wait      kubectl wait --for=condition=Ready pod -l app.kubernetes.io/name={name} --timeout=30m\n"
         f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={job.hosts[1]}\n"
