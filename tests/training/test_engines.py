@@ -87,6 +87,7 @@ def test_fsdp_1_is_refused_and_a_variable_of_no_launcher_is_ignored(monkeypatch)
 
 def test_stray_variables_of_accelerate_are_ignored_and_a_world_of_no_number_is_named(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("OMP_NUM_THREADS", None)
     for name in ("DYNAMO_BACKEND", "TORCH_DEVICE", "DEBUG_MODE", "GRADIENT_ACCUMULATION_STEPS"):
         os.environ[f"ACCELERATE_{name}"] = "junk"
     AcceleratorState._reset_state(True)
