@@ -82,7 +82,7 @@ SOURCES = {
     "CIFAR-10 is at {} times the floor": [f"{mean('two_stages', CIFAR, 'fd.once_ratio'):.0f}"],
     "on Fashion-MNIST is at {} times the floor": [f"{mean('rivals_fashion', MNIST, 'fd.noise_ratio'):.0f}"],
     "IMLE on CIFAR-10 at {}": [f"{mean('imle_cifar10', IMLE, 'fd.once_ratio'):.0f}"],
-    "with a code of 64 values is at {}, NAIGN at {}": [
+    "with a code of 64 values and a prior is at {} times the floor, NAIGN at {}": [
         f"{mean('rivals', name, 'fd.once_ratio'):.1f}" for name in (AE, MNIST)
     ],
     "only from {} to {}": [f"{mean('two_stages', CIFAR, f'restoration.blur.{key}'):.3f}" for key in ("input", "once")],
