@@ -44,7 +44,7 @@ class TrainConfig:
     """Images that f is trained on, over all ranks and passes; rounded up to whole rounds. See also prior.images."""
     batch: int = field(default=128, metadata=POSITIVE)
     """Images per step, over all ranks."""
-    passes: int = field(default=1, metadata=POSITIVE)
+    passes: int = field(default=1, metadata=between(1, 10**4))
     """Passes of SGD over a round's images before they are matched anew."""
     optimizer: str = "muon"
     """muon, adamw, or one that another package registers."""

@@ -134,7 +134,7 @@ def test_a_stop_within_the_fit_of_the_prior(train, small, tmp_path, after):
     options = [*small, *MIXTURE, "--train.images=512"]
     command = [sys.executable, "-c", STOP.format(after=after), *options, "--run.path=run"]
     stopped = execute(command, tmp_path)
-    assert stopped.returncode == INTERRUPTED and "the same command goes on from here" in stopped.stdout, stopped.stderr
+    assert stopped.returncode == INTERRUPTED and "the same command goes on from step-" in stopped.stdout, stopped.stderr
     for path in ("run", "whole"):
         succeeded(train(*options, f"--run.path={path}"))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from naign.data.resize import Resize, parse_size
 from naign.errors import InputError
-from naign.settings.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, check_fields, one_of
+from naign.settings.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, between, check_fields, one_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,7 +18,7 @@ class DataConfig:
     """Data set to pack at `path` if nothing is there, as for `naign pack`. Empty: none; mnist at the default path."""
     split: str = "train"
     """Which split to train on."""
-    workers: int = field(default=0, metadata=FREE | AT_LEAST_0)
+    workers: int = field(default=0, metadata=FREE | between(0, 1024))
     """Threads per rank that read and decode. 0: one, or two on a GPU. Decoding releases the interpreter's lock, so more
     threads help, most with large images."""
     shuffle: int = field(default=0, metadata=AT_LEAST_0)

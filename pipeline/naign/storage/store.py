@@ -10,7 +10,7 @@ from naign.storage.retry import give_up_after
 
 BUCKETS = ("s3", "gs", "az", "abfs", "abfss")  # schemes of what can be written
 READ_ONLY = ("http", "https")
-PROBE = "preflight"  # the file that is written to test whether a store is writable
+PROBE = ".naign-preflight"  # the file that is written to test whether a store is writable
 
 
 def open_store(path: str) -> Store:

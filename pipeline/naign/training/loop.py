@@ -61,7 +61,8 @@ def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback
             stage = f"round {run.state.round + 1} of {run.rounds}"
             if run.state.round >= run.rounds:
                 stage = f"the fit of the prior, of which {run.state.fitted:.0%} is done"
-            run.monitor.say(f"stopped on request in {stage}; the same command goes on from here")
+            place = run.writer.newest or "the start: no round was done"
+            run.monitor.say(f"stopped on request in {stage}; the same command goes on from {place}")
         except SHARED:  # raised on all ranks: a checkpoint that is being written can be finished
             run.writer.join(within=config.stop.within)
             raise
