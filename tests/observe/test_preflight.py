@@ -58,7 +58,7 @@ def test_a_bucket_that_can_be_written(tmp_path, bucket):
 
 
 def test_a_bucket_that_is_not_there(tmp_path, s3):
-    refusal = "run.remote cannot be written: s3://no-such-bucket/run/preflight: there is no bucket"
+    refusal = "run.remote cannot be written: s3://no-such-bucket/run/.naign-preflight: there is no bucket"
     with refused(refusal):
         check(tmp_path, remote="s3://no-such-bucket/run")
 
