@@ -35,7 +35,7 @@ from naign.model.prior.base import KEPT
 from naign.observe import at_round
 from naign.training.callbacks import Callback, call
 from naign.training.report import headline, report_prior, report_round
-from naign.training.setup import count_codes, set_up_run
+from naign.training.setup import count_codes, count_fitted, set_up_run
 from naign.training.state import Snapshot, snapshot
 from naign.training.steps import REMEDY, StepLosses, learning_rate, rows_of_steps
 from naign.training.trainer import Trainer
@@ -319,7 +319,7 @@ def advance_prior(run: Trainer, fitted: float) -> None:
     """Count the share of stage 2 that is done."""
     before = run.state.codes_seen
     run.state.fitted = fitted
-    run.state.codes_seen = round(fitted * run.config.prior.images * run.config.prior.passes)
+    run.state.codes_seen = round(fitted * count_fitted(run.config, run.stream))
     run.monitor.advance(run.state.codes_seen - before)
 
 

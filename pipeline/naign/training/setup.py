@@ -98,7 +98,7 @@ def set_up_run(config: Config, accelerator: Accelerator, callbacks: Sequence[Cal
     # What writes. A signal asked the process to leave at once until here.
     stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
     unfinished = state.round < rounds or state.fitted < 1
-    monitor = open_monitor(config, accelerator, state, write=unfinished)
+    monitor = open_monitor(config, accelerator, stream, state, write=unfinished)
     writer = open_writer(config, accelerator, checkpoint, monitor, stop, watchdog, write=unfinished)
     run = Trainer(
         config=config,
@@ -174,6 +174,11 @@ def count_codes(config: Config, stream: Stream) -> int:
     return min(config.prior.images, stream.order.total)
 
 
+def count_fitted(config: Config, stream: Stream) -> int:
+    """How many codes stage 2 goes through, over all passes."""
+    return count_codes(config, stream) * config.prior.passes
+
+
 def warn_before(config: Config, network: nn.Module) -> None:
     """Warn of what the run lacks."""
     copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
@@ -182,7 +187,14 @@ def warn_before(config: Config, network: nn.Module) -> None:
         log.warning("%s", warning)
 
 
-def open_monitor(config: Config, accelerator: Accelerator, state: State, *, write: bool) -> Monitor:
+def open_monitor(
+    config: Config,
+    accelerator: Accelerator,
+    stream: Stream,
+    state: State,
+    *,
+    write: bool,
+) -> Monitor:
     """What reports. config.yaml is written only if something is left to train. Collective."""
     folder = Path(config.run.path)
     is_main = accelerator.is_main_process
@@ -192,8 +204,7 @@ def open_monitor(config: Config, accelerator: Accelerator, state: State, *, writ
         monitor = Monitor(
             folder,
             active=is_main,
-            images=count_rounds(config) * config.match.round * config.train.passes
-            + config.prior.images * config.prior.passes,
+            images=count_rounds(config) * config.match.round * config.train.passes + count_fitted(config, stream),
             seen=state.seen,
             settings=flatten(config),
             trackers=config.report.trackers,

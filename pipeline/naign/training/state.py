@@ -40,7 +40,7 @@ class State:
     round: int = 0  # rounds of stage 1 that are done
     images_seen: int = 0  # images that f was trained on, over all ranks and passes
     fitted: float = 0.0  # share of stage 2, the fit of the prior, that is done
-    codes_seen: int = 0  # the same share of prior.images, over all passes
+    codes_seen: int = 0  # the same share of the codes, over all passes
     step: int = 0  # steps of f's optimizer and of the prior's fit: names checkpoints
     seconds: float = 0.0  # wall time of both stages
     cpu_seconds: float = 0.0  # processor time of both stages, of all ranks and threads
